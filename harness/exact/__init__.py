@@ -1,0 +1,30 @@
+"""The exact lab: policies small enough to enumerate, and what a cell's gradient really is on them.
+
+Names are resolved on first use, so that `harness.exact.equivalence` can be imported without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.exact.gradients import exact_entropy, exact_gradient, exact_kl, expected_reward, gradient_of
+    from harness.exact.tabular import TabularPolicy
+
+_HOMES = {
+    "TabularPolicy": "tabular",
+    "exact_entropy": "gradients",
+    "exact_gradient": "gradients",
+    "exact_kl": "gradients",
+    "expected_reward": "gradients",
+    "gradient_of": "gradients",
+}
+
+__all__ = ["TabularPolicy", "exact_entropy", "exact_gradient", "exact_kl", "expected_reward", "gradient_of"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
