@@ -1,0 +1,49 @@
+"""Named algorithms: points on the axes, one short YAML each, constants traced to the paper or the released code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from grid.mistake import Mistake
+from grid.source import parse_yaml, read_text
+
+_FOLDER = Path(__file__).parent
+_KEYS = ("title", "source", "objective", "constants", "note")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A published algorithm: its objective settings, where its constants come from, and what the axes cannot say about it."""
+
+    name: str
+    title: str
+    source: str
+    objective: dict[str, Any]
+    constants: str = ""
+    note: str = ""
+
+
+@lru_cache(maxsize=1)
+def algorithm_names() -> tuple[str, ...]:
+    """All named algorithms, in alphabetical order."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+@lru_cache(maxsize=256)
+def load_algorithm(name: str) -> Algorithm:
+    """A named algorithm.
+
+    Raises:
+        Mistake: when there is none of this name.
+    """
+    if name not in algorithm_names():
+        raise Mistake("unknown algorithm", key="algorithm", value=name, allowed=algorithm_names())
+    file = _FOLDER / f"{name}.yaml"
+    data = parse_yaml(read_text(file), file)
+    for key in data:
+        if key not in _KEYS:
+            raise Mistake("unknown key", file=file, value=key, allowed=_KEYS)
+    return Algorithm(name, **data)

@@ -1,0 +1,141 @@
+"""A cell: one objective on one task with one policy, one training schedule and one seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from grid.catalogue import AXES, PARAMETERS
+from grid.mistake import Mistake
+from grid.objective import Objective
+from grid.sections import NUMERICALLY_IDLE, PolicySection, Section, TaskSection, TrainingSection, load_section
+
+ID_VERSION = 1
+"""Version of the id algorithm; part of what is hashed, raised whenever the same cell would get another id."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the study with a seed.
+
+    ``algorithm`` is the named algorithm that the objective came from; ``spellings`` are the written forms that this cell stands
+    for, when several have the same canonical form. Neither is part of the cell's identity.
+    """
+
+    objective: Objective
+    task: TaskSection
+    policy: PolicySection
+    training: TrainingSection
+    seed: int
+    algorithm: str | None = field(default=None, compare=False)
+    spellings: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def group(self) -> str:
+        """The id without the seed: the cells of a group are repetitions of one configuration."""
+        return f"{_readable(self.objective, self.training.on_policy)}-{_digest(self._identity())}"
+
+    @cached_property
+    def id(self) -> str:
+        """Readable values and 8 hexadecimal digits of the hash of the resolved cell; safe as a folder name."""
+        readable = _readable(self.objective, self.training.on_policy)
+        return f"{readable}-s{self.seed}-{_digest(self._identity(), self.seed)}"
+
+    def canonical(self) -> dict[str, Any]:
+        """Everything that can change a number of this cell: active settings only, defaults resolved."""
+        return {
+            "objective": self.objective.canonical(self.training.on_policy),
+            "task": self.task.model_dump(mode="json"),
+            "policy": self.policy.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE)),
+            "seed": self.seed,
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings, as plain data; `Cell.from_resolved` is the inverse."""
+        return {
+            "id": self.id,
+            "id_version": ID_VERSION,
+            "algorithm": self.algorithm,
+            "objective": self.objective.settings(),
+            "task": self.task.model_dump(mode="json"),
+            "policy": self.policy.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "seed": self.seed,
+            "spellings": list(self.spellings),
+        }
+
+    @classmethod
+    def from_resolved(cls, data: Mapping[str, Any]) -> Cell:
+        """The cell that `resolved` described.
+
+        Raises:
+            Mistake: for missing or invalid settings, or an id that these settings do not have.
+        """
+        for key in ("objective", "task", "policy", "training", "seed"):
+            if key not in data:
+                raise Mistake("missing", key=key)
+        if not isinstance(data["objective"], Mapping):
+            raise Mistake("not a mapping", key="objective", value=data["objective"])
+        if isinstance(data["seed"], bool) or not isinstance(data["seed"], int):
+            raise Mistake("not an integer", key="seed", value=data["seed"])
+        unknown = [key for key in data["objective"] if key not in AXES and key not in PARAMETERS]
+        if unknown:
+            raise Mistake("unknown key", key="objective", value=unknown[0], allowed=[*AXES, *PARAMETERS])
+        cell = cls(
+            Objective(**data["objective"]),
+            load_section("task", data["task"]),  # type: ignore[arg-type]
+            load_section("policy", data["policy"]),  # type: ignore[arg-type]
+            load_section("training", data["training"]),  # type: ignore[arg-type]
+            data["seed"],
+            data.get("algorithm"),
+            tuple(data.get("spellings", ())),
+        )
+        if data.get("id_version") == ID_VERSION and data.get("id", cell.id) != cell.id:
+            raise Mistake("does not belong to these settings", key="id", value=data["id"], hint=f"They have {cell.id}.")
+        return cell
+
+    def _identity(self) -> str:
+        sections = (_section_json(self.task), _section_json(self.policy), _section_json(self.training))
+        objective = _objective_json(self.objective, self.training.on_policy)
+        return f"[{ID_VERSION},{objective},{','.join(sections)}]"
+
+
+def _digest(identity: str, seed: int | None = None) -> str:
+    text = identity if seed is None else f"{identity}@{seed}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@lru_cache(maxsize=65536)
+def _section_json(section: Section) -> str:
+    return json.dumps(section.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE)), sort_keys=True)
+
+
+@lru_cache(maxsize=65536)
+def _objective_json(objective: Objective, on_policy: bool) -> str:
+    return json.dumps(objective.canonical(on_policy), sort_keys=True)
+
+
+@lru_cache(maxsize=65536)
+def _readable(objective: Objective, on_policy: bool) -> str:
+    canonical = objective.canonical(on_policy)
+    words = []
+    for axis in AXES.values():
+        name = canonical.get(axis.name)
+        if name is None or (axis.name in ("aggregation", "path") and name == axis.default):
+            continue
+        words.append(name.split(":")[-1])
+        for key, value in objective.arguments(axis.name).items():
+            default = PARAMETERS[key].default if key in PARAMETERS else None
+            if f"{axis.name}.{key}" in canonical and value != default:
+                words.append(f"{key}{_number(value)}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:120]
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

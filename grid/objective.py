@@ -1,0 +1,178 @@
+"""One point on the axes of the objective, frozen and validated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grid.activity import Form, resolve
+from grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
+from grid.mistake import Mistake
+
+
+class Objective:
+    """A KL-regularised policy-gradient objective: one value on each axis, and the parameters of the chosen values.
+
+    An axis value is a name of the catalogue, an import path ``package.module:function``, or a mapping
+    ``{name: …, parameter: …}``. Parameters that are not given have the catalogue's defaults. Example:
+
+    >>> Objective(weight="power", q=0.25).arguments("weight")
+    {'q': 0.25}
+
+    Raises:
+        Mistake: for an unknown axis, value or parameter, a value out of range, and a parameter that no chosen value uses.
+    """
+
+    estimator: str
+    placement: str
+    ratio: str
+    weight: str
+    advantage: str
+    aggregation: str
+    path: str
+    beta: float
+    eps_low: float
+    eps_high: float
+    q: float
+    cap: float
+    c: float
+    low: float
+    high: float
+    tau_pos: float
+    tau_neg: float
+    ess: float
+    gamma: float
+    lam: float
+    std: str
+    eps: float
+    kl_scale: str
+    kl_at: str
+
+    _arguments: dict[str, dict[str, Any]]
+    _key: str
+
+    def __init__(
+        self,
+        estimator: str | Mapping[str, Any] = "k3",
+        placement: str | Mapping[str, Any] = "loss",
+        ratio: str | Mapping[str, Any] = "token",
+        weight: str | Mapping[str, Any] = "ppo_clip",
+        advantage: str | Mapping[str, Any] = "group_norm",
+        aggregation: str | Mapping[str, Any] = "sequence_mean",
+        path: str | Mapping[str, Any] = "score",
+        **parameters: Any,
+    ) -> None:
+        chosen = dict(zip(AXES, (estimator, placement, ratio, weight, advantage, aggregation, path), strict=True))
+        given = dict(parameters)
+        own: dict[str, dict[str, Any]] = {axis: {} for axis in AXES}
+        for axis, written in chosen.items():
+            name, extra = split_value(axis, written)
+            chosen[axis] = name
+            if is_import_path(name):
+                own[axis] = extra
+            else:
+                _take(given, extra, axis)
+        used = {axis: value_of(axis, chosen[axis]).parameters for axis in AXES}
+        users = {parameter: axis for axis, names in used.items() for parameter in names}
+        for name in given:
+            if name not in PARAMETERS:
+                raise Mistake("unknown parameter of the objective", key=name, value=name, allowed=[*AXES, *PARAMETERS])
+            if name not in users:
+                raise Mistake("no chosen value uses this parameter", key=name, value=given[name], hint=_users(name))
+        values = {
+            name: parameter.validated(given[name]) if name in given else parameter.default
+            for name, parameter in PARAMETERS.items()
+        }
+        if chosen["weight"] == "mask" and not float(values["low"]) <= float(values["high"]):
+            raise Mistake("low must not exceed high", key="low", value=values["low"])
+        for name, value in (chosen | values).items():
+            object.__setattr__(self, name, value)
+        arguments = {axis: {name: values[name] for name in names} | own[axis] for axis, names in used.items()}
+        object.__setattr__(self, "_arguments", arguments)
+        key = repr([(chosen[axis], sorted(arguments[axis].items())) for axis in AXES])
+        object.__setattr__(self, "_key", key)
+
+    def arguments(self, axis: str) -> dict[str, Any]:
+        """Keyword arguments of the value chosen on ``axis``: its parameters, resolved."""
+        return dict(self._arguments[axis])
+
+    def settings(self) -> dict[str, Any]:
+        """All axes and the parameters in use; ``Objective(**settings)`` is this objective again."""
+        result: dict[str, Any] = {}
+        for axis in AXES:
+            name = getattr(self, axis)
+            extra = self._arguments[axis] if is_import_path(name) else {}
+            result[axis] = {"name": name, **extra} if extra else name
+        for axis in AXES:
+            if not is_import_path(getattr(self, axis)):
+                result.update(self._arguments[axis])
+        return result
+
+    def form(self, on_policy: bool = False) -> Form:
+        """What of this objective is active, and why the rest is not (see `grid.activity`)."""
+        return resolve({axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy)
+
+    def canonical(self, on_policy: bool = False) -> dict[str, Any]:
+        """Active axes and parameters only; objectives with equal canonical forms are the same algorithm.
+
+        Args:
+            on_policy: the training schedule makes every ratio 1 (one update per rollout, no lag).
+        """
+        return self.form(on_policy).canonical
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Objective is frozen; cannot set {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Objective) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"Objective({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.settings(),)
+
+
+def _rebuild(settings: dict[str, Any]) -> Objective:
+    return Objective(**settings)
+
+
+def split_value(axis: str, written: object) -> tuple[str, dict[str, Any]]:
+    """An axis value as written, ``name`` or ``{name: …, parameter: …}``, as its name and its parameters.
+
+    Raises:
+        Mistake: for an unknown value, or a parameter that the value does not have.
+    """
+    if isinstance(written, Mapping):
+        extra = {str(key): value for key, value in written.items()}
+        if "name" not in extra:
+            raise Mistake("a value with parameters needs a name", key=axis, value=dict(written))
+        name = extra.pop("name")
+    else:
+        name, extra = written, {}
+    entry = value_of(axis, name)
+    if not is_import_path(name):
+        for key in extra:
+            if key not in entry.parameters:
+                raise Mistake(f"{name!r} has no such parameter", key=axis, value=key, allowed=entry.parameters)
+    return entry.name, extra
+
+
+def _take(given: dict[str, Any], extra: dict[str, Any], axis: str) -> None:
+    for name, value in extra.items():
+        if name in given and given[name] != value:
+            raise Mistake(f"given twice: as {value!r} with the {axis}, and by itself", key=name, value=given[name])
+        given[name] = value
+
+
+def _users(parameter: str) -> str:
+    users = [
+        f"{axis.name}: {value.name}"
+        for axis in AXES.values()
+        for value in axis.values.values()
+        if parameter in value.parameters
+    ]
+    return f"It belongs to {', '.join(users)}."

@@ -1,0 +1,118 @@
+"""From written points to cells: named algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grid.algorithms import load_algorithm
+from grid.catalogue import AXES, PARAMETERS, is_import_path
+from grid.cell import Cell
+from grid.expansion import Point
+from grid.mistake import Mistake
+from grid.objective import Objective, split_value
+from grid.sections import Section, load_section
+
+
+class Workshop:
+    """Builds the cells of one grid file, each distinct section once, and keeps account of what acts anywhere."""
+
+    def __init__(self) -> None:
+        self._sections: dict[str, Section] = {}
+        self._objectives: dict[str, Objective] = {}
+        self._reasons: dict[str, str] = {}
+        self._acting: set[str] = set()
+
+    def cell(self, point: Point, seed: int, count: bool = True) -> Cell:
+        """The cell of a point; with ``count``, its settings enter the account of `refuse_idle`."""
+        task = self._section("task", point.sections["task"])
+        policy = self._section("policy", point.sections["policy"])
+        training = self._section("training", point.sections["training"])
+        algorithm, written = _layers(point)
+        objective = self._objective(_applicable(written))
+        if count:
+            self._account(point, objective, training.on_policy)  # type: ignore[attr-defined]
+        return Cell(objective, task, policy, training, seed, algorithm, (point.spelling,))  # type: ignore[arg-type]
+
+    def settings(self, point: Point) -> dict[str, Any]:
+        """All objective settings of a point, as exclude rules see them."""
+        _, written = _layers(point)
+        return self._objective(_applicable(written)).settings()
+
+    def refuse_idle(self) -> None:
+        """Raises a Mistake when a written setting acts in no cell at all: a silent no-op."""
+        for key, reason in self._reasons.items():
+            if key not in self._acting:
+                raise Mistake(
+                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
+                )
+
+    def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
+        key = f"{kind}:{given!r}"
+        if key not in self._sections:
+            self._sections[key] = load_section(kind, given)
+        return self._sections[key]
+
+    def _objective(self, settings: dict[str, Any]) -> Objective:
+        key = repr(settings)
+        if key not in self._objectives:
+            self._objectives[key] = Objective(**settings)
+        return self._objectives[key]
+
+    def _account(self, point: Point, objective: Objective, on_policy: bool) -> None:
+        used = {name for axis in AXES for name in objective.arguments(axis)}
+        idle = objective.form(on_policy).idle
+        for key, value in point.sections["objective"].items():
+            if key == "algorithm":
+                continue
+            names = [key]
+            if isinstance(value, Mapping) and not is_import_path(value.get("name")):
+                names += [name for name in value if name != "name"]
+            for name in names:
+                if name in idle:
+                    self._reasons.setdefault(name, idle[name])
+                elif name in AXES or name in used:
+                    self._acting.add(name)
+                else:
+                    self._reasons.setdefault(name, "no chosen value uses this parameter")
+
+
+def _layers(point: Point) -> tuple[str | None, dict[str, Any]]:
+    """The named algorithm of a point, and its settings with the written ones on top."""
+    written = dict(point.sections["objective"])
+    named = written.pop("algorithm", None)
+    if named is None:
+        return None, written
+    overrides: dict[str, Any] = {}
+    if isinstance(named, Mapping):
+        overrides = {key: value for key, value in named.items() if key != "name"}
+        named = named.get("name")
+    if not isinstance(named, str):
+        raise Mistake("not a name", key="algorithm", value=named)
+    for key in overrides:
+        if key not in AXES and key not in PARAMETERS:
+            raise Mistake("unknown key", key="algorithm", value=key, allowed=[*AXES, *PARAMETERS])
+    return named, {**load_algorithm(named).objective, **overrides, **written}
+
+
+def _applicable(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the parameters that no chosen value uses, validated all the same."""
+    chosen = {axis: split_value(axis, written.get(axis, AXES[axis].default)) for axis in AXES}
+    used = {
+        name
+        for axis, (value, _) in chosen.items()
+        if not is_import_path(value)
+        for name in AXES[axis].values[value].parameters
+    }
+    own = {name for _, extra in chosen.values() for name in extra}
+    result: dict[str, Any] = {}
+    for key, value in written.items():
+        if key in AXES:
+            result[key] = dict(value) if isinstance(value, Mapping) else value
+            continue
+        if key not in PARAMETERS:
+            raise Mistake("unknown key", key=key, value=value, allowed=[*AXES, *PARAMETERS])
+        PARAMETERS[key].validated(value)
+        if key in used and key not in own:
+            result[key] = value
+    return result
