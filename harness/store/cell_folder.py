@@ -1,0 +1,253 @@
+"""One cell's folder: what it is, how far it got, what it measured, how it ended."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grid import Cell, Mistake
+from harness.store import files
+from harness.store.holder import Holder
+from harness.store.lock import Lock, read_lock, stale
+
+STATES = ("finished", "diverged")
+_TOKENS: dict[Path, Lock] = {}
+"""The claims of this process: cell folder -> lock."""
+
+
+class Evicted(RuntimeError):  # noqa: N818 - an event, not an error
+    """The cell was cancelled, or taken over by another process: this one must not write to it any more."""
+
+
+class CellFolder:
+    """`cells/<id>/` of a run. Nothing is created before something is written.
+
+    Rows of metrics and evaluations have an integer `update`, strictly increasing; a damaged row is a `Mistake`, a torn
+    last one is dropped. One process at a time writes: the one that holds the `claim`.
+    """
+
+    def __init__(self, path: Path, identity: str, resolved: Callable[[], Mapping[str, Any]]) -> None:
+        self.path = path
+        self.id = identity
+        self._resolved = resolved
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    def resolved(self) -> Mapping[str, Any]:
+        """All settings as plain data, without validation."""
+        return self._resolved()
+
+    def cell(self) -> Cell:
+        """The cell of this folder."""
+        return Cell.from_resolved(self._resolved())
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the training state to resume from."""
+        return self.path / "checkpoint"
+
+    @property
+    def policy(self) -> Path:
+        """Folder of the trained policy, an ordinary Hugging Face checkpoint."""
+        return self.path / "policy"
+
+    # -- who writes -------------------------------------------------------------------------------------------------
+
+    def claim(self, *, purpose: str = "training", details: dict[str, Any] | None = None) -> None:
+        """Become the cell's only writer until `unclaim`.
+
+        Raises:
+            Held: when a living process has it.
+        """
+        self._make()
+        lock = Lock(self.path / "claim", purpose=purpose, details=details)
+        lock.acquire()
+        _TOKENS[self.path] = lock
+        files.sweep(self.path)
+
+    def unclaim(self) -> None:
+        lock = _TOKENS.pop(self.path, None)
+        if lock is not None:
+            lock.release()
+
+    def touch(self) -> None:
+        """Show that this process, which holds the claim, lives."""
+        lock = _TOKENS.get(self.path)
+        if lock is not None:
+            lock.touch()
+
+    def evict(self) -> None:
+        """Take the claim away from whoever has it; its next write raises `Evicted` there."""
+        (self.path / "claim").unlink(missing_ok=True)
+
+    def claimed(self) -> dict[str, Any] | None:
+        """The record of the living holder of the claim, None when there is none."""
+        record = read_lock(self.path / "claim")
+        return record if record is not None and not stale(self.path / "claim", record) else None
+
+    def guard(self) -> None:
+        """Raises `Evicted` when this process's claim was taken away; a process that never claimed passes."""
+        lock = _TOKENS.get(self.path)
+        if lock is not None and not lock.mine():
+            raise Evicted(f"cell {self.id} was cancelled or taken over by another process")
+
+    # -- what it measured -------------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row per optimizer update, in order."""
+        return _checked(files.read_lines(self.path / "metrics.jsonl"), self.path / "metrics.jsonl")
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The newest row of metrics, without reading the others."""
+        return files.last_line(self.path / "metrics.jsonl")
+
+    def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._append("metrics.jsonl", rows)
+
+    def keep_metrics(self, through_update: int) -> int:
+        """Drop rows after `through_update` (and a torn last line); how many are left."""
+        return self._keep("metrics.jsonl", through_update)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One row per evaluation, in order; the one before the first update has `update` 0."""
+        return _checked(files.read_lines(self.path / "evaluations.jsonl"), self.path / "evaluations.jsonl")
+
+    def append_evaluations(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._append("evaluations.jsonl", rows)
+
+    def keep_evaluations(self, through_update: int) -> int:
+        """Drop rows after `through_update` (and a torn last line); how many are left."""
+        return self._keep("evaluations.jsonl", through_update)
+
+    def sync(self) -> None:
+        """Make the rows written so far survive a power cut; call it before a checkpoint refers to them."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            path = self.path / name
+            if path.exists():
+                with path.open("rb+") as file:
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    # -- its life ---------------------------------------------------------------------------------------------------
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Events of this cell's life in order: started, ended, cancelled, relaunched; each with `event` and `at`."""
+        path = self.path / "attempts.jsonl"
+        rows = files.read_lines(path)
+        for number, row in enumerate(rows, 1):
+            _check_event(row, f"{path} line {number}")
+        return rows
+
+    def last_attempt(self) -> dict[str, Any] | None:
+        """The newest event, without reading the others."""
+        path = self.path / "attempts.jsonl"
+        row = files.last_line(path)
+        return _check_event(row, path) if row is not None else None
+
+    def append_attempt(self, event: Mapping[str, Any]) -> None:
+        self._make()
+        files.append_lines(self.path / "attempts.jsonl", [event], durable=True)
+
+    def heartbeat(self) -> dict[str, Any] | None:
+        """The newest sign of life: the holder and what `beat` was given. A damaged one counts as none."""
+        try:
+            return files.read_record(self.path / "heartbeat")
+        except Mistake:
+            return None
+
+    def beat(self, progress: Mapping[str, Any]) -> None:
+        """Replace the sign of life."""
+        self.guard()
+        self._make()
+        files.replace(
+            self.path / "heartbeat", files.seal({**progress, **Holder.here().record()}) + b"\n", durable=False
+        )
+
+    def result(self) -> dict[str, Any] | None:
+        """How the cell ended, None before that."""
+        path = self.path / "result.json"
+        record = files.read_record(path)
+        if record is not None and record.get("state") not in STATES:
+            raise files.damaged(path, f"has the state {record.get('state')!r} instead of finished or diverged")
+        return record
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result, last of all: from then on the cell is never run again."""
+        if result.get("state") not in STATES:
+            raise ValueError(f"a result's state is finished or diverged, not {result.get('state')!r}")
+        self.guard()
+        self._make()
+        self.sync()
+        files.replace(self.path / "result.json", files.seal(result, indent=2))
+        (self.path / "error.txt").unlink(missing_ok=True)
+
+    def error(self) -> str | None:
+        """Why the cell failed, None when it did not."""
+        try:
+            text = (self.path / "error.txt").read_text(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except IsADirectoryError as error:
+            raise files.damaged(self.path / "error.txt", "is a folder, not a file") from error
+        first, _, rest = text.partition("\n")
+        return rest if first.startswith("schema:") else text
+
+    def fail(self, text: str) -> None:
+        """Record why the cell failed. Says nothing when the cell is no longer this process's."""
+        try:
+            self.guard()
+        except Evicted:
+            return
+        self._make()
+        files.replace(self.path / "error.txt", f"schema: {files.SCHEMA}\n{text}".encode(errors="replace"))
+
+    def forgive(self) -> None:
+        """Forget the failure, so that the cell may run again."""
+        (self.path / "error.txt").unlink(missing_ok=True)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        if (self.path / "cell.yaml").exists():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({"schema": files.SCHEMA, **self._resolved()}, sort_keys=False, allow_unicode=True)
+        files.replace(self.path / "cell.yaml", text.encode())
+        files.sync_folder(self.path.parent)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.guard()
+        self._make()
+        files.append_lines(self.path / name, rows)
+
+    def _keep(self, name: str, through_update: int) -> int:
+        self.guard()
+        path = self.path / name
+        rows = _checked(files.read_lines(path), path)
+        kept = [row for row in rows if row["update"] <= through_update]
+        data = b"".join(files.seal(row) + b"\n" for row in kept)
+        if path.exists() and path.stat().st_size != len(data):
+            files.replace(path, data)
+        return len(kept)
+
+
+def _checked(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    before = -1
+    for number, row in enumerate(rows, 1):
+        update = row.get("update")
+        if type(update) is not int or update <= before:
+            raise files.damaged(f"{path} line {number}", f"has update {update!r} after update {before}")
+        before = update
+    return rows
+
+
+def _check_event(row: dict[str, Any], where: Path | str) -> dict[str, Any]:
+    at = row.get("at")
+    if not isinstance(row.get("event"), str) or not isinstance(at, int | float) or not math.isfinite(at):
+        raise files.damaged(where, "is not an event with its time")
+    return row

@@ -1,0 +1,218 @@
+"""Files that survive a kill at any instant: replaced whole, or appended to line by line, and checked when read.
+
+Every JSON object carries `schema` and `crc` (CRC-32 of the text before it), so that a damaged file is noticed instead
+of believed. Operating system errors (full disk, I/O error, read-only folder) propagate as `OSError` and leave the old
+contents in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grid import Mistake
+
+SCHEMA = 1
+_CRC = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*}\s*$')
+_CRC_SPAN = 64
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
+
+
+def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write `data` to a temporary neighbour and rename it over `path`; with `durable` it also survives a power cut."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            _write_all(descriptor, data)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporaries that a killed writer left in `folder`; the caller must be its only writer."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.match(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def seal(record: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """`record` as JSON text with its schema first and its checksum last. NaN and infinities are written as such."""
+    full = {"schema": SCHEMA, **record}
+    full.pop("crc", None)
+    if indent is None:
+        body = json.dumps(full, separators=(",", ":"), ensure_ascii=False)[:-1]
+        return f'{body},"crc":"{_checksum(body)}"}}'.encode()
+    body = json.dumps(full, indent=indent, ensure_ascii=False)[:-2]
+    return f'{body},\n{" " * indent}"crc": "{_checksum(body)}"\n}}\n'.encode()
+
+
+def seal_table(head: Mapping[str, Any], key: str, rows: Mapping[str, Any]) -> bytes:
+    """A record whose entry `key` is a table, written one row to a line."""
+    text = json.dumps({"schema": SCHEMA, **head}, indent=2, ensure_ascii=False)[:-2]
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
+    body = f"{text},\n  {json.dumps(key)}: {{\n{lines}\n  }}"
+    return f'{body},\n  "crc": "{_checksum(body)}"\n}}\n'.encode()
+
+
+def unseal(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[str, Any]:
+    """The record that `seal` wrote.
+
+    Raises:
+        Mistake: when the text is not such a record, was damaged, or has another schema.
+    """
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, "is not valid JSON") from error
+    if not isinstance(record, dict):
+        raise damaged(file, "does not hold a JSON object")
+    check_schema(record.get("schema"), file)
+    start = max(0, len(data) - _CRC_SPAN)
+    found = _CRC.search(data[start:])
+    if found is None or int(found[1], 16) != zlib.crc32(memoryview(data)[: start + found.start()]):
+        raise damaged(file, "was damaged or edited: its checksum does not fit")
+    del record["crc"]
+    if not keep_schema:
+        del record["schema"]
+    return record
+
+
+def check_schema(schema: object, file: Path | str) -> None:
+    """Raises a `Mistake` unless `schema` is the one that this version of klab reads."""
+    if type(schema) is int and schema == SCHEMA:
+        return
+    if type(schema) is int:
+        age = "a newer" if schema > SCHEMA else "an older"
+        raise Mistake(
+            f"was written by {age} klab (schema {schema}; this one reads schema {SCHEMA})",
+            file=file,
+            hint="Use that version of klab, or start a new run folder with --runs.",
+        )
+    raise damaged(file, "does not say its schema")
+
+
+def damaged(file: Path | str, problem: str) -> Mistake:
+    """The mistake to raise for a stored file that cannot be what klab wrote."""
+    return Mistake(
+        problem, file=file, hint="Restore this file from a copy, or delete its folder to run the cell again."
+    )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record stored in `path`, or None when there is no such file."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError as error:
+        raise damaged(path, "is a folder, not a file") from error
+    return unseal(data, path)
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
+    """Append one line per record, all or none; a torn last line of an earlier writer is dropped first."""
+    data = b"".join(seal(record) + b"\n" for record in records)
+    if not data:
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        size = _whole_size(descriptor)
+        os.lseek(descriptor, size, os.SEEK_SET)
+        try:
+            _write_all(descriptor, data)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a line file, [] when there is none; a torn write after the last line break is dropped.
+
+    Raises:
+        Mistake: when a whole line is damaged (the message names it).
+    """
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except IsADirectoryError as error:
+        raise damaged(path, "is a folder, not a file") from error
+    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+    return [unseal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole record of a line file without reading the rest; None when there is none."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            tail = b""
+            while end > 0:
+                step = min(end, 1 << 14)
+                end -= step
+                file.seek(end)
+                tail = file.read(step) + tail
+                whole = tail[: tail.rfind(b"\n") + 1].rstrip(b"\n")
+                if whole and (b"\n" in whole or end == 0):
+                    return unseal(whole.rsplit(b"\n", 1)[-1], path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except IsADirectoryError as error:
+        raise damaged(path, "is a folder, not a file") from error
+    return None
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _whole_size(descriptor: int) -> int:
+    """Bytes up to and including the last line break; what follows is cut off."""
+    size = os.fstat(descriptor).st_size
+    end = size
+    while end > 0:
+        step = min(end, 1 << 14)
+        os.lseek(descriptor, end - step, os.SEEK_SET)
+        found = os.read(descriptor, step).rfind(b"\n")
+        if found >= 0:
+            end = end - step + found + 1
+            break
+        end -= step
+    if end < size:
+        os.ftruncate(descriptor, end)
+    return end

@@ -1,0 +1,82 @@
+"""What a run was made with and on: versions, the commit, the hardware. Read without importing torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("klab", "torch", "transformers", "datasets", "numpy", "submitit", "pydantic", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of the packages that numbers depend on; None for those that are not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit(folder: Path) -> str | None:
+    """The git commit checked out in `folder`, with `+changes` where files differ from it; None outside a repository."""
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return f"{head}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores available to this process, memory in GB, graphics processors."""
+    return {
+        "platform": platform.platform(),
+        "processor": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_gb": _memory_gb(),
+        "gpus": gpus(),
+    }
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """Names of NVIDIA devices, by the driver's own list."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    try:
+        return [_field(entry / "information", "Model") or "NVIDIA" for entry in sorted(folder.iterdir())]
+    except OSError:
+        return []
+
+
+def _memory_gb() -> float | None:
+    line = _field(Path("/proc/meminfo"), "MemTotal")
+    return round(int(line.split()[0]) / 2**20, 1) if line else None
+
+
+def _field(path: Path, name: str) -> str | None:
+    try:
+        with path.open() as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == name:
+                    return value.strip()
+    except OSError:
+        pass
+    return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True)
+    return done.stdout.strip()

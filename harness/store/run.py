@@ -1,0 +1,240 @@
+"""A run's folder: the grid, the manifest of its cells, and where everything lies. It holds no absolute path."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grid import Grid, Mistake
+from grid.sections import Resources, load_section
+from harness.store import files, machine
+from harness.store.cell_folder import CellFolder
+from harness.store.lock import Lock
+
+_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "grid": str,
+    "cells": dict,
+    "axes": dict,
+    "seeds": list,
+    "resources": dict,
+    "versions": dict,
+    "hardware": dict,
+    "baseline": (str, type(None)),
+}
+_LOCK_WAIT = 60.0
+
+
+class Run:
+    """An opened run folder; see `Run.create` and `Run.open`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: str | Path, grid: Grid) -> Run:
+        """The run of `grid` in the folder `path`; an existing one is continued, and gets the grid's new cells.
+
+        Raises:
+            Mistake: when the folder belongs to another grid (the message says how they differ), or is not klab's.
+            OSError: when the folder cannot be written.
+        """
+        path = Path(path).resolve()
+        if path.exists() and not path.is_dir():
+            raise Mistake("is not a folder, hence not a place for a run", file=path)
+        if path.is_dir() and not (path / "manifest.json").exists() and _foreign(path):
+            raise Mistake(
+                "is a folder with other files, not a run folder", file=path, hint="Choose another with --runs."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        with Lock(path / "lock", purpose="creating the run", wait=_LOCK_WAIT):
+            existing = cls.open(path).manifest if (path / "manifest.json").exists() else None
+            manifest = _manifest(grid, existing, path)
+            if manifest is not existing:
+                files.replace(path / "grid.yaml", grid.text.encode())
+                files.replace(path / "manifest.json", _manifest_text(manifest))
+        return cls(path, manifest)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in the folder `path`, for reading or for working on its cells.
+
+        Raises:
+            Mistake: when it is not a run folder, or its manifest is damaged or of another schema.
+        """
+        path = Path(path).resolve()
+        file = path / "manifest.json"
+        manifest = files.read_record(file)
+        if manifest is None:
+            problem = (
+                "is not a run folder (it has no manifest.json)" if path.is_dir() else "there is no such run folder"
+            )
+            raise Mistake(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
+        _check_manifest(manifest, file)
+        return cls(path, manifest)
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def grid_text(self) -> str:
+        """The grid file as given."""
+        return str(self.manifest["grid"])
+
+    @property
+    def cells(self) -> list[str]:
+        """Ids of all cells, in the grid's order."""
+        return list(self.manifest["cells"])
+
+    @property
+    def baseline(self) -> str | None:
+        """Group of the unchanged configuration."""
+        return self.manifest["baseline"]  # type: ignore[no-any-return]
+
+    @property
+    def resources(self) -> Resources:
+        """What the grid file asks for each job."""
+        try:
+            return load_section("resources", self.manifest["resources"])  # type: ignore[return-value]
+        except Mistake as mistake:
+            raise mistake.located(file=self.path / "manifest.json") from None
+
+    def cell(self, identity: str) -> CellFolder:
+        """The folder of the cell with this id, or of the only one whose id begins or ends so.
+
+        Raises:
+            Mistake: when there is none, or more than one.
+        """
+        if identity not in self.manifest["cells"]:
+            identity = self._only(identity)
+        return CellFolder(self.path / "cells" / identity, identity, lambda: self.resolved(identity))
+
+    def resolved(self, identity: str) -> dict[str, Any]:
+        """All settings of a cell, as plain data."""
+        record = self.manifest["cells"][identity]
+        if not isinstance(record, dict):
+            raise files.damaged(self.path / "manifest.json", f"does not describe the cell {identity}")
+        return record
+
+    @property
+    def policies(self) -> Path:
+        """Shared starting policies, by content."""
+        return self.path / "policies"
+
+    @property
+    def jobs(self) -> Path:
+        """Submission records and logs of jobs."""
+        return self.path / "jobs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def lock(self, purpose: str = "launching", wait: float = _LOCK_WAIT) -> Lock:
+        """The lock for whoever submits jobs; a context manager."""
+        return Lock(self.path / "lock", purpose=purpose, wait=wait)
+
+    def _only(self, part: str) -> str:
+        cells: Mapping[str, Any] = self.manifest["cells"]
+        found = [identity for identity in cells if identity.startswith(part) or identity.endswith(part)] if part else []
+        if len(found) == 1:
+            return found[0]
+        problem = "no such cell" if not found else f"{len(found)} cells fit"
+        raise Mistake(problem, file=self.path, key="cell", value=part, allowed=found or cells)
+
+
+def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[str, Any]:
+    cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
+    if existing is not None:
+        _refuse_other(grid, existing, cells, path)
+        if existing["cells"] == cells and existing["grid"] == grid.text:
+            return existing
+    return {
+        "name": grid.name,
+        "description": grid.description,
+        "created": existing["created"] if existing else time.time(),
+        "versions": machine.versions(),
+        "commit": machine.commit(Path.cwd()),
+        "hardware": machine.hardware(),
+        "baseline": grid.baseline,
+        "design": grid.design,
+        "axes": {name: list(values) for name, values in grid.axes.items()},
+        "seeds": list(grid.seeds),
+        "track": list(grid.track),
+        "resources": grid.resources.model_dump(mode="json"),
+        "grid": grid.text,
+        "cells": cells,
+    }
+
+
+def _refuse_other(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) -> None:
+    if existing["name"] != grid.name:
+        raise Mistake(
+            f"belongs to the grid {existing['name']!r}, not {grid.name!r}",
+            file=path,
+            hint="Choose another place with --runs.",
+        )
+    missing = [identity for identity in existing["cells"] if identity not in cells]
+    if missing:
+        raise Mistake(
+            f"belongs to another grid of the same name: {len(missing)} of its {len(existing['cells'])} cells are "
+            f"not in {grid.file}, for example {_difference(existing['cells'][missing[0]], cells)}",
+            file=path,
+            hint="Cells and seeds may be added to a grid that was launched; for other changes give it a new name, "
+            "or choose another place with --runs.",
+        )
+
+
+def _difference(old: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
+    """Where a vanished cell differs from the nearest cell of the grid file."""
+    before = _flat(old)
+    best: dict[str, tuple[Any, Any]] | None = None
+    for new in cells.values():
+        after = _flat(new)
+        changes = {
+            key: (before.get(key), after.get(key))
+            for key in before.keys() | after.keys()
+            if before.get(key) != after.get(key)
+        }
+        if best is None or len(changes) < len(best):
+            best = changes
+    if not best:
+        return str(old.get("id"))
+    shown = ", ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in sorted(best.items())[:4])
+    return f"{old.get('id')}: {shown}"
+
+
+def _flat(resolved: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {"seed": resolved.get("seed")}
+    for section in ("objective", "task", "policy", "training"):
+        for key, value in dict(resolved.get(section) or {}).items():
+            flat[f"{section}.{key}"] = value
+    return flat
+
+
+def _manifest_text(manifest: dict[str, Any]) -> bytes:
+    """One line per cell, so that ten thousand of them stay readable and quick to load."""
+    head = {key: value for key, value in manifest.items() if key != "cells"}
+    return files.seal_table(head, "cells", manifest["cells"])
+
+
+def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
+    for key, kind in _TYPES.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise files.damaged(file, f"has no valid {key!r}")
+    for identity in manifest["cells"]:
+        if not _ID.fullmatch(identity):
+            raise files.damaged(file, f"names a cell {identity[:80]!r}, which cannot be a folder")
+
+
+def _foreign(path: Path) -> bool:
+    return any(
+        entry.name not in ("lock", "grid.yaml", "policies") and not entry.name.startswith(".")
+        for entry in path.iterdir()
+    )
