@@ -1,7 +1,7 @@
 """Which axes and parameters of an objective act on the gradient, and which are written but idle.
 
-Only facts that follow from the formulas alone are used here (no measurement): for example the ratio is idle where the weight is 1
-and nothing else contains it. Equalities that need algebra between values (k2 in the loss = k1 in the advantage) are found by
+Only facts that follow from the formulas alone are used here (no measurement): for example the ratio is idle where
+the weight is 1 and nothing else contains it. Equalities that need algebra between values (k2 in the loss = k1 in the advantage) are found by
 measurement, in `harness.exact.equivalence`.
 """
 
@@ -114,4 +114,5 @@ def _rest_kl_parameters(
 ) -> None:
     if "kl_at" in kept["placement"] and (on_policy or value["estimator"] == "full"):
         del kept["placement"]["kl_at"]
-        idle["kl_at"] = "current and behaviour policy are the same" if on_policy else "full is always taken at current"
+        idle["kl_at"] = "current and behaviour policy are the same" if on_policy else "full is always taken at
+        current"

@@ -37,8 +37,8 @@ _NAME_LIMIT = 80
 class Grid:
     """A study: its cells in a deterministic order, and what is needed to run and to report them.
 
-    ``axes`` maps each varied field (dotted) to its written values; ``baseline`` is the group of the cell without changes, when that
-    cell is part of the study; ``text`` is the file as given.
+    ``axes`` maps each varied field (dotted) to its written values; ``baseline`` is the group of the cell without
+    changes, when that cell is part of the study; ``text`` is the file as given.
     """
 
     name: str

@@ -80,8 +80,8 @@ POLICIES: dict[str, type[Section]] = {"tiny": TinyPolicy, "hf": HfPolicy}
 class TrainingSection(Section):
     """How a cell is trained.
 
-    ``updates`` counts optimizer updates. A rollout of ``prompts`` × ``group_size`` trajectories serves ``updates_per_rollout``
-    passes of ``minibatches`` updates each.
+    ``updates`` counts optimizer updates. A rollout of ``prompts`` × ``group_size`` trajectories serves
+    ``updates_per_rollout`` passes of ``minibatches`` updates each.
     """
 
     updates: Count = 100

@@ -44,7 +44,8 @@ class Workshop:
         for key, reason in self._reasons.items():
             if key not in self._acting:
                 raise Mistake(
-                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
+                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it
+                    idle."
                 )
 
     def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
