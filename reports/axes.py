@@ -1,0 +1,176 @@
+"""Which fields a study varies, what each configuration's value on them is called, and in what order and colour values appear."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grid import Cell
+from grid.catalogue import AXES, PARAMETERS, is_import_path
+
+_NEUTRAL = ("none", "one")
+_OUTSIDE = ("task",)
+
+
+@dataclass(frozen=True, slots=True)
+class VariedAxis:
+    """A field that differs between configurations: its key, a title, and its values in the order used everywhere."""
+
+    key: str
+    title: str
+    values: tuple[str, ...]
+
+    @property
+    def short(self) -> str:
+        """The key without its section, for labels: ``lr`` for ``training.lr``."""
+        return self.key.removeprefix("training.").removeprefix("objective.")
+
+
+def shown(value: Any) -> str:
+    """A setting in few characters."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if is_import_path(value):
+        return str(value).rpartition(":")[2]
+    return str(value)
+
+
+def task_label(cell: Cell) -> str:
+    """The task with its parameters, ``addition(digits=2)``."""
+    data = cell.task.model_dump(mode="json")
+    rest = ", ".join(f"{key}={shown(value)}" for key, value in data.items() if key != "name")
+    return f"{shown(data['name'])}({rest})" if rest else shown(data["name"])
+
+
+def axis_table(
+    cells: Mapping[str, Cell], written: Collection[str] = ()
+) -> tuple[tuple[VariedAxis, ...], dict[str, dict[str, str | None]]]:
+    """The varied axes of some configurations, and every configuration's value on them.
+
+    Args:
+        cells: one cell per configuration, by group.
+        written: the keys under ``axes`` in the grid files; a parameter that stands there is an axis of its own, others are part of
+            the value they belong to (``power(q=0.25)``).
+
+    Returns:
+        The axes, and by group the value on each axis; None where the axis is inactive in that configuration.
+    """
+    own = {key.removeprefix("objective.") for key in written}
+    fields = {group: _fields(cell, own) for group, cell in cells.items()}
+    keys = list(dict.fromkeys(key for values in fields.values() for key in values))
+    parameters = _varied_parameters(fields)
+    labelled = {
+        group: {key: _label(key, values, parameters) for key in keys if not isinstance(key, tuple)}
+        for group, values in fields.items()
+    }
+    if "algorithm" in own:
+        implied = {key for key in (*AXES, *PARAMETERS) if key not in own}
+        keys = [key for key in keys if key not in implied]
+    axes = []
+    for key in keys:
+        if isinstance(key, tuple) or key in _OUTSIDE:
+            continue
+        values = dict.fromkeys(row[key] for row in labelled.values() if row[key] is not None)
+        if len(values) > 1:
+            axes.append(VariedAxis(key, _title(key), tuple(_ordered(key, [value for value in values if value is not None]))))
+    kept = tuple(sorted(axes, key=lambda axis: _rank(axis.key)))
+    return kept, {group: {axis.key: row[axis.key] for axis in kept} for group, row in labelled.items()}
+
+
+def group_labels(
+    axes: Sequence[VariedAxis], values: Mapping[str, Mapping[str, str | None]], baseline: str | None
+) -> dict[str, str]:
+    """A unique short name per configuration: its differences from the baseline, or its values where there is none."""
+    base = values.get(baseline or "", {})
+    labels: dict[str, str] = {}
+    for group, row in values.items():
+        differing = [axis for axis in axes if row[axis.key] is not None and (not base or row[axis.key] != base[axis.key])]
+        if group == baseline:
+            label = "baseline"
+        else:
+            label = ", ".join(f"{axis.short} {row[axis.key]}" for axis in differing) or group[:40]
+        labels[group] = label
+    counts: dict[str, int] = {}
+    for label in labels.values():
+        counts[label] = counts.get(label, 0) + 1
+    return {group: label if counts[label] == 1 else f"{label} #{group[-8:]}" for group, label in labels.items()}
+
+
+_Key = str | tuple[str, str]
+
+
+def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
+    """Flat settings: axes and sections by dotted key, parameters that are part of a value by (axis, parameter)."""
+    form = cell.objective.form(cell.training.on_policy)
+    result: dict[Any, Any] = {}
+    if "algorithm" in own:
+        result["algorithm"] = cell.algorithm
+    for axis in AXES:
+        value = getattr(cell.objective, axis)
+        if axis == "placement" or (axis not in form.idle and axis in form.canonical):
+            result[axis] = form.canonical.get(axis)
+        else:
+            result[axis] = value if value in _NEUTRAL else None
+    for key, value in form.canonical.items():
+        axis, _, parameter = key.partition(".")
+        if parameter:
+            result[parameter if parameter in own or parameter == "beta" else (axis, parameter)] = value
+    result["task"] = task_label(cell)
+    for section in ("policy", "training"):
+        for name, value in getattr(cell, section).model_dump(mode="json").items():
+            if not name.startswith("checkpoint_") and name != "micro_batch":
+                result[f"{section}.{name}"] = shown(value)
+    return result
+
+
+def _varied_parameters(fields: Mapping[str, Mapping[Any, Any]]) -> set[tuple[str, str, str]]:
+    """(axis, value, parameter) where the parameter differs between configurations with that value."""
+    seen: dict[tuple[str, str, str], set[str]] = {}
+    for row in fields.values():
+        for key, value in row.items():
+            if isinstance(key, tuple) and row.get(key[0]) is not None:
+                seen.setdefault((key[0], str(row[key[0]]), key[1]), set()).add(shown(value))
+    return {key for key, values in seen.items() if len(values) > 1}
+
+
+def _label(key: str, row: Mapping[Any, Any], parameters: set[tuple[str, str, str]]) -> str | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    extra = ", ".join(
+        f"{name[1]}={shown(item)}"
+        for name, item in row.items()
+        if isinstance(name, tuple) and name[0] == key and (key, str(value), name[1]) in parameters
+    )
+    return f"{shown(value)}({extra})" if extra else shown(value)
+
+
+def _title(key: str) -> str:
+    if key in AXES:
+        return AXES[key].title
+    if key in PARAMETERS:
+        return PARAMETERS[key].meaning
+    return key.removeprefix("training.").replace("_", " ")
+
+
+def _rank(key: str) -> tuple[int, int]:
+    order = ["algorithm", *AXES, *PARAMETERS]
+    return (0, order.index(key)) if key in order else (1, 0)
+
+
+def _ordered(key: str, values: list[str]) -> list[str]:
+    catalogue = list(AXES[key].values) if key in AXES else []
+
+    def position(value: str) -> tuple[int, float, str]:
+        name = value.partition("(")[0]
+        if name in catalogue:
+            return 0, catalogue.index(name), value
+        try:
+            return 1, float(value), ""
+        except ValueError:
+            return 2, 0.0, ""
+
+    return sorted(values, key=position)
