@@ -1,8 +1,8 @@
 """Which axes and parameters of an objective act on the gradient, and which are written but idle.
 
-Only facts that follow from the formulas alone are used here (no measurement): for example the ratio is idle where
-the weight is 1 and nothing else contains it. Equalities that need algebra between values (k2 in the loss = k1 in the advantage) are found by
-measurement, in `harness.exact.equivalence`.
+Only facts that follow from the formulas alone are used here (no measurement): for example the ratio is idle where the
+weight is 1 and nothing else contains it. Equalities that need algebra between values (k2 in the loss = k1 in the
+advantage) are found by measurement, in `harness.exact.equivalence`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WITH_RATIO = ("loss_reweighted", "loss_corrected")
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """``canonical``: the active settings; ``idle``: the reason for each axis or parameter in use by name that does not act."""
+    """``canonical``: the active settings; ``idle``: why each other axis or parameter in use does not act."""
 
     canonical: dict[str, Any]
     idle: dict[str, str]
@@ -114,5 +114,4 @@ def _rest_kl_parameters(
 ) -> None:
     if "kl_at" in kept["placement"] and (on_policy or value["estimator"] == "full"):
         del kept["placement"]["kl_at"]
-        idle["kl_at"] = "current and behaviour policy are the same" if on_policy else "full is always taken at
-        current"
+        idle["kl_at"] = "current and behaviour policy are the same" if on_policy else "full is always taken at current"

@@ -1,9 +1,10 @@
 """The catalogue: every axis of the objective, every value, every parameter, with formula and source.
 
-Validation, ``klab axes``, the report's legend and the documentation all read this one table. Symbols (``[N, T]`` unless said
-otherwise): ℓ, ℓ_old, ℓ_ref are the log-probabilities of the sampled token under the current, the behaviour and the reference
-policy; κ = ℓ − ℓ_ref; λ = ℓ − ℓ_old; φ is the KL estimator's per-token value; H the number of a trajectory's own tokens;
-R the task reward; A the advantage; sg stops the gradient. Sources S0…S4 are the documents that klab was built from.
+Validation, ``klab axes``, the report's legend and the documentation all read this one table. Symbols (``[N, T]`` unless
+said otherwise): ℓ, ℓ_old, ℓ_ref are the log-probabilities of the sampled token under the current, the behaviour and the
+reference policy; κ = ℓ − ℓ_ref; λ = ℓ − ℓ_old; φ is the KL estimator's per-token value; H the number of a trajectory's
+own tokens; R the task reward; A the advantage; sg stops the gradient. Sources S0…S4 are the documents that klab was
+built from.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
             Parameter(
                 "kl_at",
                 "rollout",
-                "where a detached KL is taken: at the behaviour policy (rollout, S2) or at the current one (current, S1)",
+                "where a detached KL is taken: at the behaviour policy (rollout, S2) or the current one (current, S1)",
                 choices=("rollout", "current"),
             ),
         )

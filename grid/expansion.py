@@ -115,7 +115,8 @@ def expand(
     if design == "list":
         if "axes" in data:
             raise Mistake("design list takes cells, not axes", key="axes")
-        changes, axes = _listed(data.get("cells"))
+        listed, axes = _listed(data.get("cells"))
+        changes: Iterable[list[tuple[str, Any]]] = listed
     else:
         if "cells" in data:
             raise Mistake("cells belong to design: list", key="cells")

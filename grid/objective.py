@@ -20,7 +20,7 @@ class Objective:
     {'q': 0.25}
 
     Raises:
-        Mistake: for an unknown axis, value or parameter, a value out of range, and a parameter that no chosen value uses.
+        Mistake: for an unknown axis, value or parameter, a value out of range, or a parameter that no value uses.
     """
 
     estimator: str

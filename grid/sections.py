@@ -1,4 +1,4 @@
-"""The sections of a grid file beside the objective: task, policy, training, resources, each a frozen, validated model."""
+"""The sections of a grid file beside the objective, each a frozen, validated model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TASKS: dict[str, type[Section]] = {"addition": AdditionTask, "countdown": Countd
 
 
 class TinyPolicy(Section):
-    """A small transformer from scratch, warmed up on the task's reference solutions; it is also the reference policy."""
+    """A small transformer from scratch, warmed up on the task's solutions; it is also the reference policy."""
 
     name: Literal["tiny"] = "tiny"
     family: Literal["llama", "qwen2", "qwen3"] = "llama"
@@ -125,7 +125,7 @@ NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds")
 
 
 class Resources(Section):
-    """What one job gets, and how many cells it runs. Applies to Slurm; ``cells_per_job`` and ``max_parallel`` also locally."""
+    """What one job gets, and how many cells it runs; locally, ``cells_per_job`` and ``max_parallel`` count."""
 
     cells_per_job: Count | None = None
     max_parallel: Count | None = None

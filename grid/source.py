@@ -14,6 +14,10 @@ LARGEST = 4 * 1024 * 1024
 _DEEPEST = 24
 
 
+def _mark(loader: Any) -> Any:
+    return loader.peek_event().start_mark
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loader that refuses duplicate keys, aliases and very deep documents."""
 
@@ -21,11 +25,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", event.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", _mark(self))
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", self.peek_event().start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", _mark(self))
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -1,4 +1,4 @@
-"""From written points to cells: named algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
+"""From written points to cells: algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class Workshop:
         for key, reason in self._reasons.items():
             if key not in self._acting:
                 raise Mistake(
-                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it
-                    idle."
+                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
                 )
 
     def _section(self, kind: str, given: Mapping[str, Any]) -> Section:

@@ -16,7 +16,7 @@ _KEYS = ("title", "source", "objective", "constants", "note")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A published algorithm: its objective settings, where its constants come from, and what the axes cannot say about it."""
+    """A published algorithm: its settings, where its constants come from, and what the axes cannot say about it."""
 
     name: str
     title: str
