@@ -23,8 +23,8 @@ ID_VERSION = 1
 class Cell:
     """One point of the study with a seed.
 
-    ``algorithm`` is the named algorithm that the objective came from; ``spellings`` are the written forms that this cell
-    stands for, when several have the same canonical form. Neither is part of the cell's identity.
+    ``algorithm`` is the named algorithm that the objective came from; ``spellings`` are the written forms that this
+    cell stands for, when several have the same canonical form. Neither is part of the cell's identity.
     """
 
     objective: Objective

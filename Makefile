@@ -1,0 +1,45 @@
+# Every target works on a fresh machine: it makes .venv, installs what it needs, and runs. A second call is fast.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo test check format slurm-test fault-test browser-test parity-test bench clean
+
+help:
+	@echo "make demo          train the quickstart grid and write its report"
+	@echo "make test          the test suite"
+	@echo "make check         formatting, lint, types, import rules"
+	@echo "make slurm-test    a private Slurm cluster and its suite (needs apt)"
+	@echo "make fault-test    kills, full disks, corrupted files"
+	@echo "make browser-test  the report in headless Chromium (needs apt)"
+	@echo "make parity-test   gradients against TRL and verl, in an environment of their own"
+	@echo "make bench         benchmarks"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed
+
+demo: $(VENV)/installed
+	$(BIN)/klab launch grid/studies/quickstart.yaml --on local
+	$(BIN)/klab report runs/quickstart
+
+test: $(VENV)/installed
+	$(PYTEST) -q -n 2 --dist worksteal -m "not slurm and not faults and not browser and not parity"
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
