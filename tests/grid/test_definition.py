@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -109,10 +110,9 @@ def test_ids_are_the_same_in_every_process_and_known_for_ever():
         for seed in ("0", "1")
     }
     assert len(printed) == 1
-    cell = grid_of(
-        training={"updates": 5, "updates_per_rollout": 2}, axes={"weight": [{"name": "power", "q": 0.3}]}
-    ).cells
-    assert cell[0].id == "k3-loss-token-power-q0.3-group_norm-s0-" + cell[0].id[-8:]
+    power = {"name": "power", "q": 0.3}
+    (cell,) = grid_of(training={"updates": 5, "updates_per_rollout": 2}, axes={"weight": [power]}).cells
+    assert cell.id == "k3-loss-token-power-q0.3-group_norm-s0-bc486f7f"
 
 
 def test_resolved_cells_round_trip_and_notice_tampering():
@@ -192,10 +192,8 @@ KEYS = st.sampled_from(
 @given(st.dictionaries(KEYS, TREES, max_size=5))
 def test_no_grid_file_makes_a_traceback(data):
     base = {"name": "a", "task": "addition", **data}
-    try:
-        parse_grid(yaml.safe_dump(base, allow_unicode=True), "fuzzed.yaml")
-    except Mistake as mistake:
-        assert "fuzzed.yaml" in str(mistake)
+    with contextlib.suppress(Mistake):
+        assert parse_grid(yaml.safe_dump(base, allow_unicode=True), "fuzzed.yaml").cells
 
 
 @settings(max_examples=150, deadline=None)
