@@ -1,0 +1,92 @@
+"""Log-probabilities of the tokens of rollouts under a policy, with gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.policy.decoder import Decoder
+from harness.policy.prefixes import Forest, Grove
+from harness.policy.rollout import Rollout
+
+
+@dataclass(slots=True)
+class Scores:
+    """One cell's trajectories under a policy; 0 outside own tokens.
+
+    Attributes:
+        logp: [N, T], log-probability of each own token; carries the gradient where gradients are enabled.
+        entropy: [N, T], entropy in nats of the distribution that each own token was drawn from; without gradient.
+        logits: [N, T, V], divided by the temperature; carries the gradient.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def token_scores(
+    policy: Decoder,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float = 1.0,
+    logits: bool = False,
+    entropy: bool = False,
+    plain: bool = False,
+) -> list[Scores]:
+    """Score every cell's rollout under its policy, one per cell.
+
+    Cells whose trajectories give equal shapes are stacked, the others run apart, so that what is computed for a cell depends on
+    that cell alone. Logits are divided by `temperature`, as the sampler does; top-p does not enter.
+
+    Args:
+        rollouts: one per cell of the policy.
+        plain: the reference path: every trajectory forwarded in full, nothing merged.
+    """
+    if len(rollouts) != policy.cells:
+        raise ValueError(f"{len(rollouts)} rollouts for {policy.cells} cells")
+    forests = [rollout.forest(plain) for rollout in rollouts]
+    found: list[Scores | None] = [None] * policy.cells
+    for cells in equal_shapes([f.shape for f in forests]):
+        scored = _scored(policy, cells, [forests[c] for c in cells], temperature)
+        for c, tempered in zip(cells, scored, strict=True):
+            found[c] = _gathered(rollouts[c], forests[c], tempered, logits, entropy)
+    return [scores for scores in found if scores is not None]
+
+
+def equal_shapes(shapes: Sequence[Hashable]) -> list[list[int]]:
+    """Indices with equal shapes together, in order of first appearance."""
+    found: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(index)
+    return list(found.values())
+
+
+def _scored(policy: Decoder, cells: list[int], forests: list[Forest], temperature: float) -> tuple[Tensor, ...]:
+    """Tempered logits [K, V] of each cell's kept tokens, at least in float32."""
+    weights = policy.weights(cells)
+    grove = Grove(forests, policy.device, policy.dtype)
+    values = policy.logits(weights, policy.hidden(weights, grove.tokens, grove))
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    return (values if temperature == 1.0 else values / temperature).unbind(0)
+
+
+def _gathered(rollout: Rollout, forest: Forest, tempered: Tensor, logits: bool, entropy: bool) -> Scores:
+    mask, V = rollout.mask, tempered.shape[-1]
+    N, T = mask.shape
+    source = forest.source.to(tempered.device)
+    logp = tempered.log_softmax(-1)
+    chosen = logp.view(-1).gather(0, (source * V + rollout.tokens).view(-1)).view(N, T)
+    scores = Scores(torch.where(mask, chosen, 0.0))
+    if entropy:
+        with torch.no_grad():
+            each = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)
+            scores.entropy = torch.where(mask, each[source], 0.0)
+    if logits:
+        rows = tempered.index_select(0, source.view(-1)).view(N, T, V)
+        scores.logits = torch.where(mask.unsqueeze(-1), rows, 0.0)
+    return scores

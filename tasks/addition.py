@@ -1,0 +1,78 @@
+"""Sums of two n-digit numbers, the answer written with its least significant digit first.
+
+In that order each digit depends on two digits of the prompt and on a carry that was just decided, which a transformer of a few
+layers learns within seconds (Lee et al. 2023, "Teaching Arithmetic to Small Transformers").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
+
+from grid.mistake import Mistake
+from tasks.splits import Drawn, split_of
+from tasks.task import Example, Score, SplitName
+
+LISTED_DIGITS = 2
+TRAIN_LENGTH, HELD_OUT_LENGTH = 1_000_000, 4_096
+
+
+class Addition:
+    """Prompt `12+34=`, answer `64`. Reward 1 for the exact answer, else 0.
+
+    `a+b` and `b+a` are in the same split. Up to two digits a split lists every sum once, in a shuffled order; above, it is drawn.
+
+    Args:
+        digits: number of digits of both summands, without leading zeros; 0 counts as a one-digit number.
+    """
+
+    alphabet = "0123456789+="
+
+    def __init__(self, digits: int = 2) -> None:
+        if not 1 <= digits <= 9:
+            raise Mistake("must be between 1 and 9", key="task.digits", value=digits)
+        self.name = "addition"
+        self.digits = digits
+        self.max_new_tokens = digits + 2
+        self._low, self._high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
+
+    def split(self, name: SplitName) -> Sequence[Example]:
+        if self.digits <= LISTED_DIGITS:
+            return self._listed[name]
+        length = HELD_OUT_LENGTH if name == "held_out" else TRAIN_LENGTH
+        return Drawn(f"addition/{self.digits}", name, length, self._draw)
+
+    def score(self, example: Example, completion: str) -> Score:
+        correct = completion == example.answer
+        return Score(float(correct), correct)
+
+    def respond(self, example: Example, transcript: str) -> str | None:
+        return None
+
+    @cached_property
+    def _listed(self) -> dict[SplitName, tuple[Example, ...]]:
+        numbers = range(self._low, self._high)
+        pairs = sorted(((a, b) for a in numbers for b in numbers), key=_shuffled)
+        found: dict[SplitName, list[Example]] = {"train": [], "held_out": []}
+        for a, b in pairs:
+            found[split_of(_key(a, b))].append(_example(a, b))
+        return {name: tuple(examples) for name, examples in found.items()}
+
+    def _draw(self, generator: random.Random) -> tuple[str, Example]:
+        a, b = generator.randrange(self._low, self._high), generator.randrange(self._low, self._high)
+        return _key(a, b), _example(a, b)
+
+
+def _key(a: int, b: int) -> str:
+    return f"addition {min(a, b)} {max(a, b)}"
+
+
+def _shuffled(pair: tuple[int, int]) -> bytes:
+    return sha256(f"order {pair[0]} {pair[1]}".encode()).digest()
+
+
+def _example(a: int, b: int) -> Example:
+    answer = str(a + b)[::-1]
+    return Example(f"{a}+{b}=", answer, answer)

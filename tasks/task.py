@@ -1,0 +1,130 @@
+"""A task: where prompts and rewards come from."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from grid.mistake import Mistake
+
+SplitName = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with its ground truth.
+
+    Attributes:
+        prompt: what the policy reads.
+        answer: the ground truth that `Task.score` compares with.
+        solution: a reference completion (without the end token), for supervised warm-up; empty where there is none.
+    """
+
+    prompt: str
+    answer: str
+    solution: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The reward of a completion, whether it is correct, and named parts of the reward for the record."""
+
+    reward: float
+    correct: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Prompts, rewards and, optionally, an environment that answers the policy.
+
+    Attributes:
+        name: the task's name in messages and reports.
+        alphabet: the characters that a character tokenizer must cover; None where a pretrained tokenizer is needed.
+        max_new_tokens: default budget of own tokens per trajectory, including the end token.
+    """
+
+    name: str
+    alphabet: str | None
+    max_new_tokens: int
+
+    def split(self, name: SplitName) -> Sequence[Example]:
+        """Examples in an order that never changes. No held-out prompt occurs in `train`."""
+        ...
+
+    def score(self, example: Example, completion: str) -> Score:
+        """The score of a completion given without its end token. Never raises on what a policy may write."""
+        ...
+
+    def respond(self, example: Example, transcript: str) -> str | None:
+        """The environment's turn after the policy has ended one; None ends the episode.
+
+        Args:
+            example: the prompt's example.
+            transcript: everything after the prompt so far, both sides' turns, without end tokens.
+        """
+        ...
+
+
+def load_task(section: Any) -> Task:
+    """The task that a grid's task section describes.
+
+    Args:
+        section: has `name` and the task's parameters; either a pydantic model (`model_dump`) or any object with attributes.
+            A name `package.module:Class` is imported and called with the parameters.
+
+    Raises:
+        Mistake: unknown task, or one that cannot be imported or constructed with these parameters.
+    """
+    parameters = _parameters(section)
+    name = str(parameters.pop("name"))
+    if ":" in name:
+        return _imported(name, parameters)
+    from tasks.addition import Addition
+    from tasks.countdown import Countdown
+
+    known: dict[str, type[Any]] = {"addition": Addition, "countdown": Countdown}
+    if name not in known:
+        raise Mistake("unknown task", key="task.name", value=name, allowed=known)
+    return _constructed(known[name], name, parameters)
+
+
+def _parameters(section: Any) -> dict[str, Any]:
+    if hasattr(section, "model_dump"):
+        return dict(section.model_dump())
+    if isinstance(section, Mapping):
+        return dict(section)
+    return dict(vars(section))
+
+
+def _imported(path: str, parameters: dict[str, Any]) -> Task:
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the module exists, something that it imports does not
+        raise Mistake(f"no module named {error.name!r}", key="task.name", value=path) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise Mistake(f"{module_name} has no {attribute!r}", key="task.name", value=path, allowed=_public(found))
+        found = getattr(found, part)
+    task = _constructed(found, path, parameters)
+    missing = [n for n in ("name", "alphabet", "max_new_tokens", "split", "score", "respond") if not hasattr(task, n)]
+    if missing:
+        raise Mistake(f"is not a task: it lacks {', '.join(missing)}", key="task.name", value=path)
+    return task
+
+
+def _public(module: Any) -> list[str]:
+    return [name for name in dir(module) if not name.startswith("_")]
+
+
+def _constructed(factory: Any, name: str, parameters: dict[str, Any]) -> Task:
+    try:
+        task: Task = factory(**parameters)
+    except TypeError as error:
+        raise Mistake(f"cannot be made from {parameters}: {error}", key="task.name", value=name) from error
+    return task
