@@ -14,6 +14,10 @@ from grid.objective import Objective, split_value
 from grid.sections import Section, load_section
 
 
+NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
+"""Values that say that nothing happens: where the axis is idle, they are true rather than silent no-ops."""
+
+
 class Workshop:
     """Builds the cells of one grid file, each distinct section once, and keeps account of what acts anywhere."""
 
@@ -69,6 +73,8 @@ class Workshop:
             if isinstance(value, Mapping) and not is_import_path(value.get("name")):
                 names += [name for name in value if name != "name"]
             for name in names:
+                if name in idle and getattr(objective, name) == NEUTRAL.get(name):
+                    continue
                 if name in idle:
                     self._reasons.setdefault(name, idle[name])
                 elif name in AXES or name in used:
