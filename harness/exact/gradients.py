@@ -29,8 +29,8 @@ def exact_kl(
         reference: the reference policy, with the same vocabulary, horizon and end symbol.
         direction: `reverse` is KL(pi || reference), `forward` is KL(reference || pi).
         scale: `sum` adds the log-ratios of a trajectory's tokens; `mean` averages them over its own length H(tau)
-            before the expectation, E[(1/H) sum_j log-ratio_j]. With an end symbol the length is random and the two differ by
-            more than a constant.
+            before the expectation, E[(1/H) sum_j log-ratio_j]. With an end symbol the length is random and the two
+            differ by more than a constant.
 
     Raises:
         ValueError: policies over different trajectories, or an unknown direction or scale.

@@ -1,0 +1,196 @@
+"""The lab written a second time, differently: plain Python over prefixes as tuples, no tensors, no shared code.
+
+A policy is a dict from prefix to the list of next-symbol probabilities; a gradient is a dict from (prefix, symbol) to float.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from collections import defaultdict
+
+Policy = dict[tuple[int, ...], list[float]]
+Gradient = dict[tuple[tuple[int, ...], int], float]
+
+
+def policy_of(logits: list[list[float]]) -> Policy:
+    """Rows of logits in breadth-first order as a policy."""
+    vocabulary, policy, prefixes = len(logits[0]), {}, [()]
+    rows = iter(logits)
+    while len(policy) < len(logits):
+        for prefix in prefixes:
+            row = next(rows)
+            total = sum(math.exp(x) for x in row)
+            policy[prefix] = [math.exp(x) / total for x in row]
+        prefixes = [(*prefix, v) for prefix in prefixes for v in range(vocabulary)]
+    return policy
+
+
+def sequences(policy: Policy, end: int | None = None) -> list[tuple[int, ...]]:
+    """Every complete trajectory, depth first."""
+    vocabulary = len(policy[()])
+
+    def grow(prefix: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+        if prefix not in policy or (prefix and prefix[-1] == end):
+            yield prefix
+        else:
+            for v in range(vocabulary):
+                yield from grow((*prefix, v))
+
+    return list(grow(()))
+
+
+def log_probs(policy: Policy, sequence: tuple[int, ...]) -> list[float]:
+    return [math.log(policy[sequence[:j]][v]) for j, v in enumerate(sequence)]
+
+
+def probability(policy: Policy, sequence: tuple[int, ...]) -> float:
+    return math.prod(policy[sequence[:j]][v] for j, v in enumerate(sequence))
+
+
+def add_scores(into: Gradient, policy: Policy, sequence: tuple[int, ...], coefficients: list[float]) -> None:
+    """into += sum_j coefficients[j] * grad log pi(token j)."""
+    for j, (token, c) in enumerate(zip(sequence, coefficients, strict=True)):
+        for v, p in enumerate(policy[sequence[:j]]):
+            into[sequence[:j], v] += c * ((1.0 if v == token else 0.0) - p)
+
+
+def as_rows(gradient: Gradient, policy: Policy) -> list[list[float]]:
+    prefixes = sorted(policy, key=lambda prefix: (len(prefix), prefix))
+    return [[gradient[prefix, v] for v in range(len(policy[()]))] for prefix in prefixes]
+
+
+VALUE: dict[str, Callable[[float], float]] = {
+    "k1": lambda k: k,
+    "k2": lambda k: k * k / 2,
+    "k3": lambda k: math.exp(-k) - 1 + k,
+    "abs": abs,
+    "k3_plus": lambda k: math.exp(-k) - 1 + k,
+}
+SLOPE: dict[str, Callable[[float], float]] = {
+    "k1": lambda k: 1.0,
+    "k2": lambda k: k,
+    "k3": lambda k: 1 - math.exp(-k),
+    "abs": lambda k: math.copysign(1.0, k),
+    "k3_plus": lambda k: k,
+}
+
+
+def ratio_shares(kind: str, length: int) -> list[list[float]]:
+    """shares[j][i]: how much of token i's log-ratio is in log rho_j."""
+    table = []
+    for j in range(length):
+        cover = {
+            "none": [0.0] * length,
+            "token": [float(i == j) for i in range(length)],
+            "sequence_mean": [1 / length] * length,
+            "future_mean": [float(i >= j) / (length - j) for i in range(length)],
+            "sequence_product": [1.0] * length,
+            "future_product": [float(i >= j) for i in range(length)],
+            "prefix_product": [float(i <= j) for i in range(length)],
+        }
+        table.append(cover[kind])
+    return table
+
+
+def weight_of(kind: str, rho: float, advantage: float) -> float:
+    low, high = 0.8, 1.2
+    clipped = min(max(rho, low), high)
+    inside = (rho - clipped) * advantage <= 0
+    if kind == "sigmoid":
+        p = 1 / (1 + math.exp(-(1.0 if advantage > 0 else 1.05) * (rho - 1)))
+        return 4 * rho * p * (1 - p)
+    return {
+        "one": 1.0,
+        "ratio": rho,
+        "ppo_clip": rho if inside else 0.0,
+        "dual_clip": 0.0 if not inside or (advantage < 0 and rho > 3.0) else rho,
+        "truncate": min(rho, 1.2),
+        "clamp": clipped,
+        "truncate_clip": min(rho, high) if inside else 0.0,
+        "power": math.sqrt(rho),
+        "mask": rho if 0.5 <= rho <= 2.0 else 0.0,
+    }[kind]
+
+
+def coefficients(
+    sequence: tuple[int, ...], current: Policy, behaviour: Policy, reference: Policy, reward: float, baseline: float,
+    *, estimator: str = "k1", placement: str = "none", ratio: str = "none", weight: str = "one", beta: float = 0.0,
+    mean_scale: bool = False,
+) -> list[float]:  # fmt: skip
+    """Coefficient of each token's score in the gradient ascent direction of one trajectory, summed over tokens."""
+    new, old, ref = (log_probs(policy, sequence) for policy in (current, behaviour, reference))
+    length = len(sequence)
+    kappa = [a - b for a, b in zip(new, ref, strict=True)]
+    rollout = [VALUE[estimator](a - b) for a, b in zip(old, ref, strict=True)]
+    scale = beta / length if mean_scale else beta
+    shares = ratio_shares(ratio, length)
+    rho = [math.exp(sum(s * (a - b) for s, a, b in zip(row, new, old, strict=True))) for row in shares]
+    returns = [reward - baseline] * length
+    if placement == "reward":
+        returns = [r - scale * sum(rollout) for r in returns]
+    elif placement in ("reward_to_go", "reward_and_loss"):
+        returns = [r - scale * sum(rollout[j:]) for j, r in enumerate(returns)]
+    elif placement == "advantage":
+        returns = [r - beta * rollout[j] for j, r in enumerate(returns)]
+    elif placement == "advantage_to_go":
+        returns = [r - beta * sum(rollout[j:]) for j, r in enumerate(returns)]
+    found = [weight_of(weight, rho[j], returns[j]) * returns[j] for j in range(length)]
+    for j in range(length):
+        slope = SLOPE[estimator](kappa[j])
+        if placement in ("loss", "reward_and_loss"):
+            found[j] -= beta * slope
+        elif placement == "loss_reweighted":
+            found[j] -= beta * rho[j] * slope
+        elif placement == "loss_corrected":
+            found[j] -= beta * rho[j] * slope
+            for i in range(length):
+                found[i] -= beta * rho[j] * VALUE[estimator](kappa[j]) * shares[j][i]
+    return found
+
+
+def expected_update(
+    current: Policy, behaviour: Policy, reference: Policy, reward: Callable[[tuple[int, ...]], float], *,
+    end: int | None = None, **cell: object,
+) -> list[list[float]]:  # fmt: skip
+    """E_behaviour of the per-trajectory ascent direction (advantage `raw`, tokens summed)."""
+    total: Gradient = defaultdict(float)
+    for sequence in sequences(current, end):
+        share = probability(behaviour, sequence)
+        parts = coefficients(sequence, current, behaviour, reference, reward(sequence), 0.0, **cell)  # type: ignore[arg-type]
+        add_scores(total, current, sequence, [share * c for c in parts])
+    return as_rows(total, current)
+
+
+def expected_group_update(
+    current: Policy, behaviour: Policy, reward: Callable[[tuple[int, ...]], float], size: int,
+    baselined: Callable[[list[float], int], float],
+) -> list[list[float]]:  # fmt: skip
+    """E over ordered groups of the mean over the group of baselined(rewards, i) * grad log pi(trajectory i)."""
+    total: Gradient = defaultdict(float)
+    for group in itertools.product(sequences(current), repeat=size):
+        share = math.prod(probability(behaviour, sequence) for sequence in group)
+        rewards = [reward(sequence) for sequence in group]
+        for i, sequence in enumerate(group):
+            add_scores(total, current, sequence, [share * baselined(rewards, i) / size] * len(sequence))
+    return as_rows(total, current)
+
+
+def true_gradient(
+    current: Policy, reference: Policy, value: Callable[[Policy, tuple[int, ...]], float], *, end: int | None = None,
+    h: float = 1e-6,
+) -> list[list[float]]:  # fmt: skip
+    """Central differences of sum over sequences of value(policy, sequence), logit by logit."""
+    rows = []
+    for prefix in sorted(current, key=lambda prefix: (len(prefix), prefix)):
+        row = []
+        for v in range(len(current[()])):
+            sides = []
+            for sign in (1.0, -1.0):
+                odds = [p * math.exp(sign * h * (u == v)) for u, p in enumerate(current[prefix])]
+                moved = {**current, prefix: [x / sum(odds) for x in odds]}
+                sides.append(math.fsum(value(moved, sequence) for sequence in sequences(moved, end)))
+            row.append((sides[0] - sides[1]) / (2 * h))
+        rows.append(row)
+    return rows
