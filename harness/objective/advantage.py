@@ -1,0 +1,165 @@
+"""Advantage modes: from returns to A, without gradient.
+
+A trajectory without own tokens has no return and enters no statistic. Where the divisor is 0 the advantage is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.objective.groups import Groups, moments
+from harness.objective.positions import compact, expand, lengths, own, suffix_sum
+from harness.objective.registry import Registry
+
+ADVANTAGES = Registry("advantage", "returns")
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What the modes read; everything of the whole update and without gradient.
+
+    Attributes:
+        returns: r `[N, T]`, at each own token the sum of the rewards from there on.
+        token_rewards: `[N, T]`, R on the last own token less the KL charges of each own token; 0 elsewhere.
+        rewards: R `[N]`, the task's reward alone.
+        mask: own tokens, bool `[N, T]`.
+        groups: the trajectories by prompt.
+        greedy_rewards: `[N]`, or None.
+        values: `[N, T]`, 0 off the own tokens, or None.
+    """
+
+    returns: Tensor
+    token_rewards: Tensor
+    rewards: Tensor
+    mask: Tensor
+    groups: Groups
+    greedy_rewards: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def outcome(self) -> Tensor:
+        """Each trajectory's return: r at its first own token, `[N, 1]`."""
+        return self.returns[:, :1]
+
+    @property
+    def present(self) -> Tensor:
+        """bool `[N, 1]`: the trajectory has own tokens."""
+        return self.mask.any(1, keepdim=True)
+
+    def group_moments(self, values: Tensor, valid: Tensor, std: str = "population") -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over the group of each trajectory, column by column, `[N, K]` each."""
+        mean, spread = moments(self.groups.together(values), self.groups.together(valid), std)
+        return self.groups.each(mean), self.groups.each(spread)
+
+
+def _divided(centred: Tensor, spread: Tensor, eps: float) -> Tensor:
+    return torch.where(spread == 0, 0.0, centred / (spread + eps))
+
+
+@ADVANTAGES
+def raw(returns: Returns) -> Tensor:
+    """r (REINFORCE)."""
+    return returns.returns
+
+
+@ADVANTAGES
+def group_norm(returns: Returns, *, std: str, eps: float) -> Tensor:
+    """(r − mean_G)/(std_G + eps) over the group's returns (GRPO)."""
+    mean, spread = returns.group_moments(returns.outcome, returns.present, std)
+    return _divided(returns.returns - mean, spread, eps)
+
+
+@ADVANTAGES
+def group_center(returns: Returns) -> Tensor:
+    """r − mean_G (Dr. GRPO)."""
+    mean, _ = returns.group_moments(returns.outcome, returns.present)
+    return returns.returns - mean
+
+
+@ADVANTAGES
+def leave_one_out(returns: Returns) -> Tensor:
+    """r − the mean of the other returns of the group (RLOO); 0 where there is no other."""
+    mean, _ = returns.group_moments(returns.outcome, returns.present)
+    others = returns.groups.each(returns.groups.together(returns.present).sum(1)) - 1
+    baseline = mean + (mean - returns.outcome) / others.clamp(min=1)
+    return torch.where(others > 0, returns.returns - baseline, 0.0)
+
+
+@ADVANTAGES
+def group_center_batch_norm(returns: Returns, *, std: str, eps: float) -> Tensor:
+    """(r − mean_G)/(std of all returns of the update + eps) (Lite-PPO)."""
+    _, spread = moments(returns.outcome[None], returns.present[None], std)
+    return _divided(group_center(returns), spread, eps)
+
+
+@ADVANTAGES
+def batch_norm(returns: Returns, *, std: str, eps: float) -> Tensor:
+    """r whitened over all own tokens of the update (REINFORCE++)."""
+    mean, spread = moments(returns.returns.reshape(1, -1, 1), returns.mask.reshape(1, -1, 1), std)
+    return _divided(returns.returns - mean, spread, eps)
+
+
+def _position_moments(returns: Returns, std: str = "population") -> tuple[Tensor, Tensor]:
+    columns = torch.arange(returns.mask.shape[1], device=returns.mask.device)
+    alive = columns < lengths(returns.mask)
+    mean, spread = returns.group_moments(compact(returns.returns, returns.mask), alive, std)
+    return expand(mean, returns.mask), expand(spread, returns.mask)
+
+
+@ADVANTAGES
+def position_norm(returns: Returns, *, std: str, eps: float) -> Tensor:
+    """(r_j − μ_j)/(σ_j + eps) over the group's trajectories that have a j-th own token (S1)."""
+    mean, spread = _position_moments(returns, std)
+    return _divided(returns.returns - mean, spread, eps)
+
+
+@ADVANTAGES
+def position_center(returns: Returns) -> Tensor:
+    """r_j − μ_j over the group's trajectories that have a j-th own token."""
+    mean, _ = _position_moments(returns)
+    return returns.returns - mean
+
+
+@ADVANTAGES
+def positive(returns: Returns) -> Tensor:
+    """1[R > 0]: imitate what was accepted (RAFT); a KL inside the returns has no effect."""
+    return (returns.rewards > 0).to(returns.returns.dtype)[:, None].expand_as(returns.returns)
+
+
+@ADVANTAGES
+def greedy_baseline(returns: Returns) -> Tensor:
+    """r − R of the greedy completion of the same prompt (ReMax)."""
+    if returns.greedy_rewards is None:
+        raise ValueError("the advantage 'greedy_baseline' needs greedy_rewards")
+    return returns.returns - returns.greedy_rewards[:, None]
+
+
+@ADVANTAGES
+def length_baseline(returns: Returns) -> Tensor:
+    """r − Σ H·R / Σ H over the group (OPO)."""
+    weight = lengths(returns.mask).to(returns.returns.dtype)
+    anchor, _ = returns.group_moments(returns.rewards[:, None], returns.present)
+    shares = torch.cat([own(weight * (returns.rewards[:, None] - anchor), returns.present), weight], 1)
+    sums = returns.groups.each(returns.groups.together(shares).sum(1))
+    return returns.returns - (anchor + sums[:, :1] / sums[:, 1:].clamp(min=1))
+
+
+@ADVANTAGES
+def gae(returns: Returns, *, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016) over own tokens, with the critic's values or V = 0.
+
+    A_j = Σ_{i≥j} (γλ)^{i−j}·(reward_i + γ·V_{i+1} − V_i), where i + 1 is the next own token and V is 0 after the last.
+    """
+    surprise = compact(returns.token_rewards, returns.mask)
+    if returns.values is not None:
+        values = compact(returns.values, returns.mask)
+        surprise = surprise + gamma * torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
+    if gamma * lam == 1.0:
+        return expand(suffix_sum(surprise), returns.mask)
+    step = torch.arange(surprise.shape[1], device=surprise.device, dtype=surprise.dtype)
+    ahead = step[:, None] - step[None, :]
+    decay = torch.where(ahead >= 0, (gamma * lam) ** ahead.clamp(min=0), 0.0)
+    return expand(surprise @ decay, returns.mask)

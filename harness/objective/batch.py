@@ -1,0 +1,90 @@
+"""What an update is computed from: tokens, their log-probabilities and the rewards of their trajectories."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.objective.groups import Groups
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """N trajectories of one cell, padded to T positions.
+
+    Own tokens are those that the policy produced; padding and environment tokens are not, and what the other tensors
+    hold there is never read.
+
+    Attributes:
+        logp: float `[N, T]`, log-probability of each token under the current policy; carries the gradient.
+        logp_behaviour: float `[N, T]`, under the policy that sampled the tokens.
+        logp_reference: float `[N, T]`, under the reference policy.
+        mask: bool `[N, T]`, own tokens.
+        rewards: float `[N]`, the task's reward of each trajectory.
+        groups: int `[N]`, which prompt each trajectory answers.
+        max_new_tokens: the completion budget, the denominator of the `constant` aggregation.
+        logits: float `[N, T, V]` of the current policy, carrying the gradient; for the estimator `full`.
+        logits_reference: float `[N, T, V]` of the reference policy; for the estimator `full`.
+        greedy_rewards: float `[N]`, reward of the greedy completion of the same prompt; for `greedy_baseline`.
+        values: float `[N, T]`, a critic's value of the state before each token; for `gae`, 0 when absent.
+        n_groups: number of groups, when `groups` are known to be 0 … n_groups − 1; needed only where `groups` itself is
+            mapped by `torch.func.vmap`.
+
+    Raises:
+        ValueError: when shapes or types do not fit together.
+    """
+
+    logp: Tensor
+    logp_behaviour: Tensor
+    logp_reference: Tensor
+    mask: Tensor
+    rewards: Tensor
+    groups: Tensor
+    max_new_tokens: int
+    logits: Tensor | None = None
+    logits_reference: Tensor | None = None
+    greedy_rewards: Tensor | None = None
+    values: Tensor | None = None
+    n_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.logp.dim() != 2 or not self.logp.is_floating_point():
+            raise ValueError(f"logp must be floating point [N, T], not {self.logp.dtype} {list(self.logp.shape)}")
+        n, t = self.logp.shape
+        for name in ("logp_behaviour", "logp_reference", "values"):
+            _expect(name, getattr(self, name), (n, t))
+        for name in ("rewards", "greedy_rewards"):
+            _expect(name, getattr(self, name), (n,))
+        _expect("mask", self.mask, (n, t))
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, not {self.mask.dtype}")
+        _expect("groups", self.groups, (n,))
+        if self.groups.is_floating_point() or self.groups.dtype == torch.bool:
+            raise ValueError(f"groups must be integers, not {self.groups.dtype}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.logits is not None:
+            _expect("logits", self.logits, (n, t, self.logits.shape[-1]))
+            _expect("logits_reference", self.logits_reference, tuple(self.logits.shape))
+
+    def replace(self, **changes: Any) -> TokenBatch:
+        """The same batch with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def rows(self, index: Tensor | slice) -> TokenBatch:
+        """The trajectories of `index` alone: a micro-batch."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return self.replace(**{name: value[index] for name, value in tensors.items()})
+
+    def grouping(self) -> Groups:
+        """The trajectories by prompt."""
+        return Groups.of(self.groups, self.n_groups)
+
+
+def _expect(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have the shape {list(shape)}, not {list(value.shape)}")

@@ -1,0 +1,67 @@
+"""KL estimators: φ, what one own token contributes to the divergence from the reference policy.
+
+κ = ℓ − ℓ_ref `[N, T]` is the log-ratio of the sampled token to the reference (0 off the own tokens). k1, k2, k3 after
+Schulman, "Approximating KL divergence" (2020), where his ratio is δ = e^{−κ}.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.objective.registry import Registry
+
+ESTIMATORS = Registry("estimator", "log_ratio")
+"""φ(κ); `full` alone reads `(logits, logits_reference)` instead."""
+
+FROM_LOGITS = "full"
+
+
+@ESTIMATORS
+def k1(log_ratio: Tensor) -> Tensor:
+    """κ: unbiased as a value; its gradient has mean 0 and no reference in it."""
+    return log_ratio
+
+
+@ESTIMATORS
+def k2(log_ratio: Tensor) -> Tensor:
+    """κ²/2, with the gradient κ·∇ℓ."""
+    return 0.5 * log_ratio.square()
+
+
+@ESTIMATORS
+def k3(log_ratio: Tensor) -> Tensor:
+    """e^{−κ} − 1 + κ, with the gradient (1 − e^{−κ})·∇ℓ; GRPO's choice."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+@ESTIMATORS
+def abs_(log_ratio: Tensor) -> Tensor:
+    """|κ|."""
+    return log_ratio.abs()
+
+
+@ESTIMATORS
+def k3_plus(log_ratio: Tensor) -> Tensor:
+    """The value of k3 with the gradient of k2, as verl's `k3+`."""
+    straight = k2(log_ratio)
+    return k3(log_ratio).detach() + (straight - straight.detach())
+
+
+@ESTIMATORS
+def full(logits: Tensor, logits_reference: Tensor) -> Tensor:
+    """Σ_v π(v)·(log π(v) − log π_ref(v)): the exact conditional KL at each position (Rao-Blackwell; Amini et al. 2025).
+
+    A symbol that the policy excludes (logit −∞) contributes 0. The gradient runs through `logits`.
+
+    Args:
+        logits: float `[N, T, V]` of the current policy.
+        logits_reference: float `[N, T, V]` of the reference policy.
+
+    Returns:
+        float `[N, T]`.
+    """
+    logp = logits.log_softmax(-1)
+    probability = logp.exp()
+    difference = torch.where(probability > 0, logp - logits_reference.log_softmax(-1).detach(), 0.0)
+    return (probability * difference).sum(-1)

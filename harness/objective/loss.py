@@ -1,0 +1,229 @@
+"""The composition of the axes: KL samples, returns, advantage, ratio, weight, surrogate, loss.
+
+>>> import torch
+>>> from grid import Objective
+>>> logp = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.5]])).requires_grad_()
+>>> batch = TokenBatch(
+...     logp, logp.detach(), logp.detach(), mask=torch.ones(2, 2, dtype=torch.bool),
+...     rewards=torch.tensor([1.0, 0.0]), groups=torch.tensor([0, 0]), max_new_tokens=2)
+>>> objective_loss(Objective(advantage="group_center"), batch).loss.backward()
+>>> logp.grad
+tensor([[-0.1250, -0.1250],
+        [ 0.1250,  0.1250]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grid import Objective
+from harness.objective.advantage import ADVANTAGES, Returns
+from harness.objective.aggregate import AGGREGATIONS, Totals
+from harness.objective.batch import TokenBatch
+from harness.objective.kl import ESTIMATORS, FROM_LOGITS
+from harness.objective.metrics import Observation, measured
+from harness.objective.placement import PLACEMENTS, Placement
+from harness.objective.positions import last_own, own, suffix_sum
+from harness.objective.ratio import RATIOS
+from harness.objective.registry import Registry
+from harness.objective.weight import SOLVERS, WEIGHTS
+
+PATHS = Registry("path", "logp", "log_rho")
+
+
+@PATHS
+def score(logp: Tensor, log_rho: Tensor) -> Tensor:
+    """w·A·∇ℓ."""
+    return logp
+
+
+@PATHS
+def ratio(logp: Tensor, log_rho: Tensor) -> Tensor:
+    """w·A·∇log ρ, through every token that enters ρ (GSPO)."""
+    return log_rho
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The functions that an objective chooses, with their parameters filled in."""
+
+    estimator: Callable[..., Tensor]
+    from_logits: bool
+    placement: Placement
+    ratio: Callable[..., Tensor]
+    weight: Callable[..., Tensor]
+    solver: Callable[..., dict[str, Tensor]] | None
+    advantage: Callable[..., Tensor]
+    aggregation: Callable[..., Tensor]
+    path: Callable[..., Tensor]
+
+
+@lru_cache(maxsize=4096)
+def parts(objective: Objective) -> Parts:
+    """The functions of an objective, the user's own ones imported.
+
+    Raises:
+        Mistake: when a custom value's module or function does not exist or does not take its parameters.
+    """
+    solver = SOLVERS.get(objective.weight)
+    settings: Mapping[str, Any] = objective.arguments("weight")
+    return Parts(
+        estimator=ESTIMATORS.bound(objective.estimator, objective.arguments("estimator")),
+        from_logits=objective.estimator == FROM_LOGITS,
+        placement=PLACEMENTS.bound(objective.placement, objective.arguments("placement"))(),
+        ratio=RATIOS.bound(objective.ratio, objective.arguments("ratio")),
+        weight=WEIGHTS.bound(objective.weight, {} if solver else settings),
+        solver=(lambda log_rho, mask: solver(log_rho, mask, **settings)) if solver else None,
+        advantage=ADVANTAGES.bound(objective.advantage, objective.arguments("advantage")),
+        aggregation=AGGREGATIONS.bound(objective.aggregation, objective.arguments("aggregation")),
+        # without a ratio log ρ would be 0 and carry no gradient
+        path=score if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
+    )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What belongs to the whole update and not to a micro-batch; without gradient.
+
+    Attributes:
+        advantages: A `[N, T]`, 0 off the own tokens.
+        totals: the denominators.
+        solved: parameters of the weight that were found for the whole update (the exponent of `adaptive`).
+    """
+
+    advantages: Tensor
+    totals: Totals
+    solved: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, index: Tensor | slice) -> Context:
+        """The context of the micro-batch `batch.rows(index)`."""
+        return replace(self, advantages=self.advantages[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The loss of an update or a micro-batch: what to minimise, its two terms, and what was measured.
+
+    Attributes:
+        loss: scalar with gradient, policy_loss + kl_loss.
+        policy_loss: −agg(surrogate).
+        kl_loss: the KL term of the loss placements, β included; 0 for the others.
+        observation: the per-token quantities behind the metrics.
+    """
+
+    loss: Tensor
+    policy_loss: Tensor
+    kl_loss: Tensor
+    observation: Observation
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers over the rows given (see `harness.objective.metrics`), computed when first read."""
+        return measured(self.observation, loss=self.loss, policy_loss=self.policy_loss, kl_loss=self.kl_loss)
+
+
+@torch.no_grad()
+def update_context(objective: Objective, batch: TokenBatch) -> Context:
+    """Advantages, denominators and solved parameters of a whole update.
+
+    Reads the current policy (`logp`, `logits`) only for `kl_at: current`, the estimator `full` and the weight
+    `adaptive`.
+    """
+    chosen = parts(objective)
+    mask, dtype = batch.mask, batch.logp.dtype
+    phi = _detached_kl(chosen, batch)
+    rewards = batch.rewards.to(dtype)
+    token_rewards = torch.where(last_own(mask), rewards[:, None], 0.0)
+    if chosen.placement.reward is not None and phi is not None:
+        token_rewards = own(token_rewards - chosen.placement.reward(phi, mask), mask)
+    returns = Returns(
+        returns=suffix_sum(token_rewards),
+        token_rewards=token_rewards,
+        rewards=rewards,
+        mask=mask,
+        groups=batch.grouping(),
+        greedy_rewards=None if batch.greedy_rewards is None else batch.greedy_rewards.to(dtype),
+        values=None if batch.values is None else own(batch.values.to(dtype), mask),
+    )
+    advantages = own(chosen.advantage(returns), mask)
+    if chosen.placement.advantage is not None and phi is not None:
+        advantages = own(advantages - chosen.placement.advantage(phi, mask), mask)
+    totals = Totals(mask.shape[0], mask.sum(), batch.max_new_tokens)
+    solved = {} if chosen.solver is None else chosen.solver(_log_rho(chosen, batch)[1], mask)
+    return Context(advantages, totals, solved)
+
+
+def surrogate(objective: Objective, batch: TokenBatch, context: Context) -> tuple[Tensor, Tensor]:
+    """The two terms of the loss, −agg(surrogate) and the KL term, as scalars with gradient.
+
+    A pure function of tensors without control flow that depends on their values: it works under `torch.func.grad` and
+    `vmap`, as do `update_context` and `objective_loss` (with `TokenBatch.n_groups` where the groups themselves are
+    mapped).
+    """
+    return _terms(parts(objective), batch, context)[:2]
+
+
+def objective_loss(objective: Objective, batch: TokenBatch, context: Context | None = None) -> Outcome:
+    """The loss of an update.
+
+    Args:
+        objective: the point on the axes.
+        batch: the update's trajectories, or a micro-batch of them.
+        context: for a micro-batch, its rows of the whole update's `update_context`; the losses of the micro-batches
+            then add up to that of the whole, and so do their gradients. Without it the batch is the whole update.
+
+    Raises:
+        Mistake: for a custom value that cannot be imported or called.
+        ValueError: when the batch lacks what the objective needs (logits, greedy rewards).
+    """
+    if context is None:
+        context = update_context(objective, batch)
+    policy_loss, kl_loss, observation = _terms(parts(objective), batch, context)
+    return Outcome(policy_loss + kl_loss, policy_loss, kl_loss, observation)
+
+
+def _terms(chosen: Parts, batch: TokenBatch, context: Context) -> tuple[Tensor, Tensor, Observation]:
+    mask, advantages = batch.mask, context.advantages
+    log_ratio, log_rho = _log_rho(chosen, batch)
+    kappa = own(batch.logp - batch.logp_reference, mask)
+    rho = log_rho.detach().exp()
+    weight = chosen.weight(rho, advantages, **context.solved).detach()
+    follows = kappa if chosen.placement.relative else own(batch.logp, mask)
+    terms = own(weight * advantages * chosen.path(follows, log_rho), mask)
+    policy_loss = -chosen.aggregation(terms, mask, context.totals)
+    if chosen.placement.loss is None:
+        kl_loss = torch.zeros_like(policy_loss)
+    else:
+        phi = own(chosen.placement.loss(_kl(chosen, batch, kappa), log_rho), mask)
+        kl_loss = chosen.aggregation(phi, mask, context.totals)
+    observation = Observation(log_ratio.detach(), kappa.detach(), rho, weight, advantages, mask, batch.groups)
+    return policy_loss, kl_loss, observation
+
+
+def _log_rho(chosen: Parts, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """λ and log ρ, 0 off the own tokens."""
+    log_ratio = own(batch.logp - batch.logp_behaviour, batch.mask)
+    return log_ratio, own(chosen.ratio(log_ratio, batch.mask), batch.mask)
+
+
+def _detached_kl(chosen: Parts, batch: TokenBatch) -> Tensor | None:
+    """φ for the placements in the reward and the advantage; None when there is none."""
+    if chosen.placement.reward is None and chosen.placement.advantage is None:
+        return None
+    policy = batch.logp if chosen.placement.kl_at == "current" else batch.logp_behaviour
+    return _kl(chosen, batch, own(policy - batch.logp_reference, batch.mask)).detach()
+
+
+def _kl(chosen: Parts, batch: TokenBatch, kappa: Tensor) -> Tensor:
+    if not chosen.from_logits:
+        return own(chosen.estimator(kappa), batch.mask)
+    if batch.logits is None or batch.logits_reference is None:
+        raise ValueError("the estimator 'full' needs logits and logits_reference")
+    inside = batch.mask[..., None]
+    return own(chosen.estimator(own(batch.logits, inside), own(batch.logits_reference, inside)), batch.mask)
