@@ -62,7 +62,8 @@ def resolve(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]],
         if unweighted and axis in ("ratio", "weight"):
             continue
         canonical[axis] = name
-        canonical.update({f"{axis}.{key}": item for key, item in kept[axis].items()})
+        for key, item in kept[axis].items():
+            canonical[f"{axis}.{key}"] = item
     return Form(canonical, idle)
 
 

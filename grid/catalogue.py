@@ -283,7 +283,7 @@ AXES: Mapping[str, Axis] = MappingProxyType(
 
 def is_import_path(name: object) -> bool:
     """Whether an axis value or a task names the user's own code, as ``package.module:function``."""
-    if not isinstance(name, str) or name.count(":") != 1:
+    if not isinstance(name, str) or ":" not in name or name.count(":") != 1:
         return False
     module, attribute = name.split(":")
     return all(part.isidentifier() for part in module.split(".")) and attribute.isidentifier()

@@ -118,12 +118,12 @@ def _section_json(section: Section) -> str:
 
 @lru_cache(maxsize=65536)
 def _objective_json(objective: Objective, on_policy: bool) -> str:
-    return json.dumps(objective.canonical(on_policy), sort_keys=True)
+    return json.dumps(objective.form(on_policy).canonical, sort_keys=True)
 
 
 @lru_cache(maxsize=65536)
 def _readable(objective: Objective, on_policy: bool) -> str:
-    canonical = objective.canonical(on_policy)
+    canonical = objective.form(on_policy).canonical
     words = []
     for axis in AXES.values():
         name = canonical.get(axis.name)

@@ -50,6 +50,7 @@ class Objective:
 
     _arguments: dict[str, dict[str, Any]]
     _key: str
+    _forms: dict[bool, Form]
 
     def __init__(
         self,
@@ -62,35 +63,36 @@ class Objective:
         path: str | Mapping[str, Any] = "score",
         **parameters: Any,
     ) -> None:
-        chosen = dict(zip(AXES, (estimator, placement, ratio, weight, advantage, aggregation, path), strict=True))
+        written = dict(zip(AXES, (estimator, placement, ratio, weight, advantage, aggregation, path), strict=True))
         given = dict(parameters)
-        own: dict[str, dict[str, Any]] = {axis: {} for axis in AXES}
-        for axis, written in chosen.items():
-            name, extra = split_value(axis, written)
-            chosen[axis] = name
+        arguments: dict[str, dict[str, Any]] = {}
+        for axis, value in written.items():
+            name, extra = split_value(axis, value)
+            written[axis] = name
             if is_import_path(name):
-                own[axis] = extra
+                arguments[axis] = extra
             else:
                 _take(given, extra, axis)
-        used = {axis: value_of(axis, chosen[axis]).parameters for axis in AXES}
-        users = {parameter: axis for axis, names in used.items() for parameter in names}
-        for name in given:
+                arguments[axis] = {
+                    parameter: PARAMETERS[parameter].default for parameter in value_of(axis, name).parameters
+                }
+        users = {parameter: arguments[axis] for axis in AXES for parameter in value_of(axis, written[axis]).parameters}
+        for name, value in given.items():
             if name not in PARAMETERS:
                 raise Mistake("unknown parameter of the objective", key=name, value=name, allowed=[*AXES, *PARAMETERS])
             if name not in users:
-                raise Mistake("no chosen value uses this parameter", key=name, value=given[name], hint=_users(name))
-        values = {
-            name: parameter.validated(given[name]) if name in given else parameter.default
-            for name, parameter in PARAMETERS.items()
-        }
-        if chosen["weight"] == "mask" and not float(values["low"]) <= float(values["high"]):
-            raise Mistake("low must not exceed high", key="low", value=values["low"])
-        for name, value in (chosen | values).items():
-            object.__setattr__(self, name, value)
-        arguments = {axis: {name: values[name] for name in names} | own[axis] for axis, names in used.items()}
-        object.__setattr__(self, "_arguments", arguments)
-        key = repr([(chosen[axis], sorted(arguments[axis].items())) for axis in AXES])
-        object.__setattr__(self, "_key", key)
+                raise Mistake("no chosen value uses this parameter", key=name, value=value, hint=_users(name))
+            users[name][name] = PARAMETERS[name].validated(value)
+        if written["weight"] == "mask" and not arguments["weight"]["low"] <= arguments["weight"]["high"]:
+            raise Mistake("low must not exceed high", key="low", value=arguments["weight"]["low"])
+        attributes = self.__dict__
+        attributes.update(written)
+        for axis, values in arguments.items():
+            if not is_import_path(written[axis]):
+                attributes.update(values)
+        attributes["_arguments"] = arguments
+        attributes["_key"] = repr([(written[axis], sorted(values.items())) for axis, values in arguments.items()])
+        attributes["_forms"] = {}
 
     def arguments(self, axis: str) -> dict[str, Any]:
         """Keyword arguments of the value chosen on ``axis``: its parameters, resolved."""
@@ -110,7 +112,9 @@ class Objective:
 
     def form(self, on_policy: bool = False) -> Form:
         """What of this objective is active, and why the rest is not (see `grid.activity`)."""
-        return resolve({axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy)
+        if on_policy not in self._forms:
+            self._forms[on_policy] = resolve({axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy)
+        return self._forms[on_policy]
 
     def canonical(self, on_policy: bool = False) -> dict[str, Any]:
         """Active axes and parameters only; objectives with equal canonical forms are the same algorithm.
@@ -118,7 +122,7 @@ class Objective:
         Args:
             on_policy: the training schedule makes every ratio 1 (one update per rollout, no lag).
         """
-        return self.form(on_policy).canonical
+        return dict(self.form(on_policy).canonical)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Objective is frozen; cannot set {name!r}")
@@ -136,6 +140,10 @@ class Objective:
         return _rebuild, (self.settings(),)
 
 
+for _name, _parameter in PARAMETERS.items():
+    setattr(Objective, _name, _parameter.default)
+
+
 def _rebuild(settings: dict[str, Any]) -> Objective:
     return Objective(**settings)
 
@@ -146,6 +154,8 @@ def split_value(axis: str, written: object) -> tuple[str, dict[str, Any]]:
     Raises:
         Mistake: for an unknown value, or a parameter that the value does not have.
     """
+    if isinstance(written, str):
+        return value_of(axis, written).name, {}
     if isinstance(written, Mapping):
         extra = {str(key): value for key, value in written.items()}
         if "name" not in extra:

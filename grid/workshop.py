@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from grid.algorithms import load_algorithm
-from grid.catalogue import AXES, PARAMETERS, is_import_path
+from grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
 from grid.cell import Cell
 from grid.expansion import Point
 from grid.mistake import Mistake
 from grid.objective import Objective, split_value
 from grid.sections import Section, load_section
-
 
 NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
 """Values that say that nothing happens: where the axis is idle, they are true rather than silent no-ops."""
@@ -23,6 +22,7 @@ class Workshop:
 
     def __init__(self) -> None:
         self._sections: dict[str, Section] = {}
+        self._seen: dict[int, tuple[Mapping[str, Any], Section]] = {}
         self._objectives: dict[str, Objective] = {}
         self._reasons: dict[str, str] = {}
         self._acting: set[str] = set()
@@ -52,9 +52,13 @@ class Workshop:
                 )
 
     def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
+        known = self._seen.get(id(given))
+        if known is not None and known[0] is given:
+            return known[1]
         key = f"{kind}:{given!r}"
         if key not in self._sections:
             self._sections[key] = load_section(kind, given)
+        self._seen[id(given)] = given, self._sections[key]
         return self._sections[key]
 
     def _objective(self, settings: dict[str, Any]) -> Objective:
@@ -104,12 +108,7 @@ def _layers(point: Point) -> tuple[str | None, dict[str, Any]]:
 def _applicable(written: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without the parameters that no chosen value uses, validated all the same."""
     chosen = {axis: split_value(axis, written.get(axis, AXES[axis].default)) for axis in AXES}
-    used = {
-        name
-        for axis, (value, _) in chosen.items()
-        if not is_import_path(value)
-        for name in AXES[axis].values[value].parameters
-    }
+    used = {name for axis, (value, _) in chosen.items() for name in value_of(axis, value).parameters}
     own = {name for _, extra in chosen.values() for name in extra}
     result: dict[str, Any] = {}
     for key, value in written.items():
