@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harness.exact.gradients import exact_entropy, exact_gradient, exact_kl, expected_reward, gradient_of
+    from harness.exact.report import EstimatorReport, estimator_report
     from harness.exact.tabular import TabularPolicy
 
 _HOMES = {
     "TabularPolicy": "tabular",
+    "EstimatorReport": "report",
+    "estimator_report": "report",
     "exact_entropy": "gradients",
     "exact_gradient": "gradients",
     "exact_kl": "gradients",
@@ -21,7 +24,16 @@ _HOMES = {
     "gradient_of": "gradients",
 }
 
-__all__ = ["TabularPolicy", "exact_entropy", "exact_gradient", "exact_kl", "expected_reward", "gradient_of"]
+__all__ = [
+    "EstimatorReport",
+    "TabularPolicy",
+    "estimator_report",
+    "exact_entropy",
+    "exact_gradient",
+    "exact_kl",
+    "expected_reward",
+    "gradient_of",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,286 @@
+"""Which cells are the same algorithm under their training schedule.
+
+Two cells are the same when their tasks, policies, schedules and seeds are and their objectives have the same gradient
+on the probe updates of `harness.exact.probes` to a relative 1e-12. Objectives with equal canonical forms need no
+measurement. For the others a fingerprint is computed once and kept in the user's cache folder, by canonical form and
+version of the code, so that a second look needs neither torch nor time.
+
+Measurement cannot tell two clipping widths apart whose thresholds no probe ratio separates. Off-policy, objectives that
+give different values to the same parameter of a weight are therefore never merged by measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from grid import Cell, Objective
+
+TOLERANCE = 1e-12
+"""Largest relative difference of two gradients that count as equal."""
+
+FLOOR = 1e-14
+"""Differences below this share of the whole update's gradient are rounding, whatever the block they stand in."""
+
+BLOCKS = 4
+"""Blocks of a fingerprint: no, mild and strong drift, and the comb of single tokens."""
+
+_LINES_AT_ONCE = 500
+
+Progress = Callable[[int, int], None]
+"""Called with (fingerprints computed so far, fingerprints to compute)."""
+
+
+@dataclass(frozen=True)
+class Class:
+    """Cells that are the same algorithm.
+
+    Attributes:
+        members: the cells, in the order given; the first is the representative.
+        representative: the cell to run.
+        reason: why they are the same, one clause per distinct cause; empty for a class of one spelling.
+    """
+
+    members: tuple[Cell, ...]
+    representative: Cell
+    reason: str
+
+
+def equivalence_classes(
+    cells: Iterable[Cell], *, cache: Path | None = None, progress: Progress | None = None
+) -> list[Class]:
+    """Group cells into classes of equal algorithms, in the order of their first members.
+
+    Imports torch only when some fingerprint is in neither `cache` nor the canonical form of another cell.
+
+    Args:
+        cells: the cells of a study.
+        cache: folder of known fingerprints; `cache_folder()` when None.
+        progress: called while fingerprints are computed.
+    """
+    by_key: dict[tuple[str, bool, str], list[Cell]] = defaultdict(list)
+    objectives: dict[tuple[str, bool], Objective] = {}
+    for cell in cells:
+        canonical, on_policy = canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy
+        by_key[_surroundings(cell), on_policy, canonical].append(cell)
+        objectives.setdefault((canonical, on_policy), cell.objective)
+
+    contested = _contested(by_key)
+    wanted = {key: objective for key, objective in objectives.items() if key in contested}
+    marks = fingerprints(wanted, cache=cache, progress=progress)
+
+    rooms: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for surroundings, on_policy, canonical in by_key:
+        rooms[surroundings, on_policy].append(canonical)
+    partitions: dict[tuple[tuple[str, ...], bool], list[list[str]]] = {}
+    classes: list[Class] = []
+    for (surroundings, on_policy), forms in rooms.items():
+        known = (tuple(forms), on_policy)
+        if known not in partitions:
+            partitions[known] = _partition(forms, on_policy, marks)
+        for equal in partitions[known]:
+            members = tuple(cell for form in equal for cell in by_key[surroundings, on_policy, form])
+            classes.append(Class(members, members[0], _reason(members, len(equal) > 1)))
+    position = {id(cell): index for index, cell in enumerate(cell for found in by_key.values() for cell in found)}
+    return sorted(classes, key=lambda found: position[id(found.representative)])
+
+
+def canonical_text(objective: Objective, on_policy: bool) -> str:
+    """The canonical form as one line of JSON: the key of the fingerprint cache."""
+    return json.dumps(objective.canonical(on_policy), sort_keys=True, default=str)
+
+
+def unknown_fingerprints(cells: Iterable[Cell], *, cache: Path | None = None) -> int:
+    """How many fingerprints `equivalence_classes` would have to compute (needs no torch)."""
+    keys = {(canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy) for cell in cells}
+    return len(keys - set(_read(_cache_file(cache)))) if len(keys) > 1 else 0
+
+
+def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Path | None = None) -> dict[str, int]:
+    """How many combinations remain: `written`, `canonical` (inactive axes merged), `measured` (equal gradients)."""
+    written = 0
+    forms: dict[tuple[str, bool], Objective] = {}
+    for objective in objectives:
+        written += 1
+        forms.setdefault((canonical_text(objective, on_policy), on_policy), objective)
+    marks = fingerprints(forms, cache=cache)
+    measured = _partition([form for form, _ in forms], on_policy, marks)
+    return {"written": written, "canonical": len(forms), "measured": len(measured)}
+
+
+def fingerprints(
+    objectives: Mapping[tuple[str, bool], Objective],
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[tuple[str, bool], list[float]]:
+    """The fingerprint of each objective under its schedule, from the cache or computed and added to it.
+
+    The user's own functions are computed every time: their code is not part of the cache's version.
+    """
+    file = _cache_file(cache)
+    known = _read(file)
+    found = {key: known[key] for key in objectives if key in known}
+    missing = [key for key in objectives if key not in found]
+    if not missing:
+        return found
+
+    from harness.exact.estimators import is_custom
+    from harness.exact.probes import fingerprint
+
+    lines: list[str] = []
+    for done, key in enumerate(missing, start=1):
+        canonical, on_policy = key
+        found[key] = fingerprint(objectives[key], on_policy)
+        if not is_custom(objectives[key]):
+            lines.append(json.dumps([canonical, on_policy, found[key]]))
+        if progress is not None:
+            progress(done, len(missing))
+        if len(lines) == _LINES_AT_ONCE:
+            _append(file, lines)
+            lines.clear()
+    _append(file, lines)
+    return found
+
+
+def cache_folder() -> Path:
+    """Where fingerprints are kept: `$KLAB_CACHE`, else `klab` in the user's cache folder."""
+    if given := os.environ.get("KLAB_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klab"
+
+
+def code_version() -> str:
+    """Hash of the sources that decide a fingerprint: the objective, the probes, and the version of torch."""
+    here = Path(__file__).resolve().parent
+    sources = [*sorted((here.parent / "objective").glob("*.py")), here / "probes.py", here / "estimators.py"]
+    digest = hashlib.sha256(metadata.version("torch").encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _surroundings(cell: Cell) -> str:
+    canonical = cell.canonical()
+    return json.dumps({key: canonical[key] for key in canonical if key != "objective"}, sort_keys=True, default=str)
+
+
+def _contested(by_key: Mapping[tuple[str, bool, str], list[Cell]]) -> set[tuple[str, bool]]:
+    """Canonical forms that share their surroundings with another form: only those need a fingerprint."""
+    forms: dict[tuple[str, bool], set[str]] = defaultdict(set)
+    for surroundings, on_policy, canonical in by_key:
+        forms[surroundings, on_policy].add(canonical)
+    return {(form, on) for (_, on), found in forms.items() if len(found) > 1 for form in found}
+
+
+def _partition(forms: Sequence[str], on_policy: bool, marks: Mapping[tuple[str, bool], list[float]]) -> list[list[str]]:
+    """Split canonical forms into classes of equal fingerprints, in order of appearance."""
+    if len(forms) == 1:
+        return [list(forms)]
+    position = {form: _position(marks[form, on_policy]) for form in forms}
+    runs: list[list[str]] = []
+    for form in sorted(forms, key=position.__getitem__):
+        slack = 10 * TOLERANCE * _size(marks[form, on_policy])
+        if runs and math.isfinite(slack) and position[form] - position[runs[-1][-1]] <= slack:
+            runs[-1].append(form)
+        else:
+            runs.append([form])
+    place = {form: index for index, form in enumerate(forms)}
+    classes: list[list[str]] = []
+    for run in runs:
+        open_classes: list[list[str]] = []
+        for form in sorted(run, key=place.__getitem__):
+            for members in open_classes:
+                if _equal(marks[members[0], on_policy], marks[form, on_policy]) and (
+                    on_policy or all(_compatible(member, form) for member in members)
+                ):
+                    members.append(form)
+                    break
+            else:
+                open_classes.append([form])
+        classes.extend(open_classes)
+    return sorted(classes, key=lambda members: place[members[0]])
+
+
+def _position(mark: Sequence[float]) -> float:
+    """One number that equal fingerprints share up to rounding: the first projections, summed over the blocks."""
+    total = sum(mark[1 :: _per_block(mark)])
+    return total if math.isfinite(total) else math.inf
+
+
+def _size(mark: Sequence[float]) -> float:
+    """Norm of the whole update's gradient."""
+    return math.hypot(*mark[:: _per_block(mark)])
+
+
+def _per_block(mark: Sequence[float]) -> int:
+    return len(mark) // BLOCKS
+
+
+def _near(first: Sequence[float], second: Sequence[float], whole: float) -> bool:
+    """Whether one block's norm and projections agree to `TOLERANCE` of its norm."""
+    slack = TOLERANCE * max(first[0], second[0]) + FLOOR * whole
+    return all(abs(a - b) <= slack for a, b in zip(first, second, strict=True))
+
+
+def _equal(first: Sequence[float], second: Sequence[float]) -> bool:
+    if not all(map(math.isfinite, (*first, *second))):
+        return False
+    step, whole = _per_block(first), max(_size(first), _size(second))
+    return all(
+        _near(first[start : start + step], second[start : start + step], whole) for start in range(0, len(first), step)
+    )
+
+
+def _compatible(first: str, second: str) -> bool:
+    """Whether no parameter of the weight has different values in the two canonical forms."""
+    here, there = json.loads(first), json.loads(second)
+    shared = [key for key in here if key.startswith("weight.") and key in there]
+    return all(here[key] == there[key] for key in shared)
+
+
+def _reason(members: Sequence[Cell], measured: bool) -> str:
+    causes: dict[str, None] = {}
+    if len(members) > 1 or any(len(cell.spellings) > 1 for cell in members):
+        for cell in members:
+            for name, cause in cell.objective.form(cell.training.on_policy).idle.items():
+                causes[f"inactive {name}: {cause}"] = None
+    if measured:
+        causes["measured: equal gradients on the probe updates"] = None
+    return "; ".join(causes)
+
+
+def _cache_file(cache: Path | None) -> Path:
+    return (cache or cache_folder()) / "fingerprints" / f"{code_version()}.jsonl"
+
+
+def _read(file: Path) -> dict[tuple[str, bool], list[float]]:
+    if not file.exists():
+        return {}
+    known: dict[tuple[str, bool], list[float]] = {}
+    for line in file.read_text().split("\n"):
+        try:
+            canonical, on_policy, mark = json.loads(line)
+        except ValueError:  # a line torn by a crash, or the empty one at the end
+            continue
+        known[canonical, on_policy] = mark
+    return known
+
+
+def _append(file: Path, lines: Sequence[str]) -> None:
+    """Add lines in one write; a cache that cannot be written only costs time."""
+    if not lines:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            stream.write("\n" + "\n".join(lines) + "\n")
+    except OSError:
+        return

@@ -1,0 +1,142 @@
+"""A cell's gradient, update by update, from the objective that trains: `objective_loss` on tabular rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from grid import Objective
+from grid.catalogue import AXES, is_import_path
+from harness.exact.setting import Setting
+from harness.exact.updates import Updates
+from harness.objective import TokenBatch, objective_loss
+
+PER_TRAJECTORY = ("raw", "positive", "greedy_baseline", "gae")
+"""Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` with V = 0)."""
+
+BATCH_STATISTICS = ("batch_norm", "group_center_batch_norm")
+"""Advantages with statistics over the whole update, not the group."""
+
+ROWS_AT_ONCE = 32_768
+"""Trajectories per call of the objective: bounds memory, and keeps its temporaries in the cache."""
+
+
+def is_custom(objective: Objective) -> bool:
+    """Whether an axis value is the user's own function, about which nothing is assumed."""
+    return any(is_import_path(getattr(objective, axis)) for axis in AXES)
+
+
+def couples_groups(objective: Objective, fixed_length: bool) -> bool:
+    """Whether an update's gradient depends on more than the sum of its groups' own terms."""
+    return (
+        objective.advantage in BATCH_STATISTICS
+        or objective.weight == "adaptive"
+        or (objective.aggregation == "token_mean" and not fixed_length)
+        or is_custom(objective)
+    )
+
+
+def couples_trajectories(objective: Objective, fixed_length: bool) -> bool:
+    """Whether an update's gradient is more than the mean of one term per trajectory."""
+    return objective.advantage not in PER_TRAJECTORY or couples_groups(objective, fixed_length)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """What each of U updates does.
+
+    Attributes:
+        ascent: minus the gradient of the loss with respect to the policy's logits, float64 `[U, contexts * V]`.
+        weight, weight_square, tokens: sums of w, w^2 and 1 over the own tokens of each update, `[U]`.
+    """
+
+    ascent: Tensor
+    weight: Tensor
+    weight_square: Tensor
+    tokens: Tensor
+
+
+def update_gradients(objective: Objective, setting: Setting, updates: Updates) -> Gradients:
+    """The gradient of each update, by calling the objective on its trajectories.
+
+    Updates whose groups do not interact are laid side by side in one large batch: one call of the objective, whose mean
+    over trajectories is undone afterwards. Objectives with statistics over the update are mapped over updates
+    (`torch.func.vmap`); the user's own functions are called update by update.
+    """
+    with_logits = objective.estimator == "full" and objective.placement not in ("none", "log_ratio")
+    if is_custom(objective):
+        evaluate = _one_by_one
+    elif couples_groups(objective, setting.fixed_length):
+        evaluate = _mapped
+    else:
+        evaluate = _side_by_side
+    parts = []
+    for members in torch.split(updates.members, max(1, ROWS_AT_ONCE // updates.trajectories)):
+        logp_gradient, logits_gradient, weight = evaluate(objective, setting, members, updates.group_size, with_logits)
+        ascent = -setting.parameter_gradients(members, logp_gradient, logits_gradient)
+        mask = setting.trajectories.mask[members]
+        own = torch.where(mask, weight, 0.0)
+        parts.append((ascent, own.sum((1, 2)), own.square().sum((1, 2)), mask.sum((1, 2))))
+    return Gradients(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+Evaluated = tuple[Tensor, Tensor | None, Tensor]
+"""Gradient of each update's loss with respect to logp `[U, N, T]` and the logits `[U, N, T, V]`, and the weights."""
+
+
+def _side_by_side(
+    objective: Objective, setting: Setting, members: Tensor, group_size: int, with_logits: bool
+) -> Evaluated:
+    count, size = members.shape
+    batch = setting.batch(members.flatten(), torch.arange(count * size) // group_size, with_logits)
+    logp_gradient, logits_gradient, weight = loss_gradients(objective, batch)
+    return (
+        count * logp_gradient.view(count, size, -1),
+        None if logits_gradient is None else count * logits_gradient.view(count, size, *logits_gradient.shape[1:]),
+        weight.reshape(count, size, -1),
+    )
+
+
+def _mapped(objective: Objective, setting: Setting, members: Tensor, group_size: int, with_logits: bool) -> Evaluated:
+    groups = torch.arange(members.shape[1]) // group_size
+
+    def loss(logp: Tensor, logits: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        batch = setting.batch(chosen, groups, with_logits)
+        outcome = objective_loss(objective, batch.replace(logp=logp, logits=logits))
+        return outcome.loss, outcome.observation.weight
+
+    logp, logits = setting.logp[members], setting.logits[members] if with_logits else None
+    wanted = (0, 1) if with_logits else 0
+    mapped = vmap(grad(loss, argnums=wanted, has_aux=True), in_dims=(0, 0 if with_logits else None, 0))
+    gradients, weight = mapped(logp, logits, members)
+    return (*gradients, weight) if with_logits else (gradients, None, weight)
+
+
+def _one_by_one(
+    objective: Objective, setting: Setting, members: Tensor, group_size: int, with_logits: bool
+) -> Evaluated:
+    groups = torch.arange(members.shape[1]) // group_size
+    found = [loss_gradients(objective, setting.batch(row, groups, with_logits)) for row in members]
+    logits_gradients = [logits for _, logits, _ in found if logits is not None]
+    return (
+        torch.stack([logp for logp, _, _ in found]),
+        torch.stack(logits_gradients) if logits_gradients else None,
+        torch.stack([weight for _, _, weight in found]),
+    )
+
+
+def loss_gradients(objective: Objective, batch: TokenBatch) -> Evaluated:
+    """Gradient of the loss with respect to logp `[N, T]` and, where given, the logits `[N, T, V]`; and the weights."""
+    leaves = [batch.logp.detach().requires_grad_()]
+    if batch.logits is not None:
+        leaves.append(batch.logits.detach().requires_grad_())
+    with torch.enable_grad():
+        outcome = objective_loss(objective, batch.replace(logp=leaves[0], logits=leaves[1] if leaves[1:] else None))
+    if outcome.loss.requires_grad:
+        gradients = torch.autograd.grad(outcome.loss, leaves, allow_unused=True, materialize_grads=True)
+    else:
+        gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return gradients[0], gradients[1] if leaves[1:] else None, outcome.observation.weight
