@@ -1,0 +1,29 @@
+"""One cell's life: rollout, reward, update, evaluation, checkpoint.
+
+`run_cells` is the only entry. It loads torch when it is called, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.training.life import Progress
+
+__all__ = ["run_cells"]
+
+
+def run_cells(
+    run_path: str | Path,
+    cell_ids: Sequence[str],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    threads: int = 1,
+) -> dict[str, str]:
+    """One life of a pack of cells; see `harness.training.life.run_cells`."""
+    from harness.training import life
+
+    return life.run_cells(run_path, cell_ids, progress=progress, stop=stop, threads=threads)

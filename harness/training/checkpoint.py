@@ -1,0 +1,132 @@
+"""A cell's state between two updates, as one safetensors file.
+
+Tensors: the weights, Adam's moments and step count, and for every rollout that has been drawn but not used up its
+tokens, masks, log-probabilities and rewards. The counters stand in the file's metadata as JSON. That is everything:
+random draws are pure functions of their purpose (`randomness.py`), and a lagged rollout was drawn when the policy
+had the weights it needed (`schedule.py`), so neither generator states nor old weights exist.
+
+The file is replaced atomically and read without pickle, so a file from a stranger is data.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from harness.policy.rollout import Rollout
+from harness.store import files
+from harness.training.rollouts import Experience
+
+FILE = "state.safetensors"
+SCHEMA = 1
+
+
+class UnusableCheckpoint(Exception):
+    """The file is torn, of another cell, or of another version: the cell starts again from its beginning."""
+
+
+@dataclass(slots=True)
+class State:
+    """One cell between two updates.
+
+    Attributes:
+        cell: its id.
+        update: updates done.
+        streak: non-finite updates in a row up to now.
+        optimizer: weights, moments and step count by name, on the CPU.
+        pending: rollouts drawn and not used up, oldest first.
+    """
+
+    cell: str
+    update: int
+    streak: int
+    optimizer: dict[str, Tensor]
+    pending: list[Experience] = field(default_factory=list)
+
+
+def to_bytes(state: State) -> bytes:
+    """The file's contents."""
+    tensors = {f"optimizer/{name}": value.contiguous() for name, value in state.optimizer.items()}
+    pending = []
+    for place, experience in enumerate(state.pending):
+        for name, value in _tensors(experience).items():
+            tensors[f"pending/{place}/{name}"] = value.detach().cpu().contiguous()
+        plain = {name: value for name, value in _fields(experience.rollout).items() if not isinstance(value, Tensor)}
+        pending.append({"number": experience.number, "rollout": plain})
+    counters = {"cell": state.cell, "update": state.update, "streak": state.streak, "pending": pending}
+    text = json.dumps(counters)
+    return save(tensors, metadata={"schema": str(SCHEMA), "klab": text, "crc": _checksum(text, tensors)})
+
+
+def write(folder: Path, state: State) -> None:
+    """Replace the checkpoint in `folder`, atomically and durably."""
+    folder.mkdir(exist_ok=True)
+    files.sweep(folder)
+    files.replace(folder / FILE, to_bytes(state))
+
+
+def read(file: Path, cell: str, device: torch.device) -> State:
+    """The state in `file`, pending rollouts on `device`.
+
+    Raises:
+        UnusableCheckpoint: where it is damaged, of another schema, or of another cell than `cell`.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UnusableCheckpoint(f"{file} cannot be read: {error}") from error
+    if metadata.get("schema") != str(SCHEMA):
+        raise UnusableCheckpoint(f"{file} has schema {metadata.get('schema')}, not {SCHEMA}")
+    if metadata.get("crc") != _checksum(metadata.get("klab", ""), tensors):
+        raise UnusableCheckpoint(f"{file} is damaged: its checksum does not fit")
+    counters = json.loads(metadata["klab"])
+    if counters["cell"] != cell:
+        raise UnusableCheckpoint(f"{file} belongs to cell {counters['cell']}, not {cell}")
+    pending = [
+        _experience(described, _below(tensors, f"pending/{place}/"), device)
+        for place, described in enumerate(counters["pending"])
+    ]
+    return State(cell, counters["update"], counters["streak"], _below(tensors, "optimizer/"), pending)
+
+
+_SCORES = ("rewards", "correct", "reference", "greedy")
+
+
+def _fields(value: Rollout) -> dict[str, Any]:
+    return {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+
+
+def _tensors(experience: Experience) -> dict[str, Tensor]:
+    found = {f"rollout/{name}": value for name, value in _fields(experience.rollout).items()}
+    found |= {name: getattr(experience, name) for name in _SCORES}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _experience(described: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device) -> Experience:
+    placed = {name: value.to(device) for name, value in stored.items()}
+    scores: dict[str, Any] = {name: placed.get(name) for name in _SCORES}
+    rollout: dict[str, Any] = {**described["rollout"], **_below(placed, "rollout/")}
+    return Experience(described["number"], Rollout(**rollout), **scores)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"

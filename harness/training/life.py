@@ -1,0 +1,273 @@
+"""One life of a pack: from the checkpoints it finds to results, an interruption, or failures, cell by cell.
+
+At the boundary after every update, in this order: metrics, evaluation if due, result if that was the last,
+heartbeat, checkpoint if due. A life begins by cutting metrics and evaluations back to the checkpoint, so every
+update is recorded exactly once however often the process was killed. `result.json` comes last of all.
+
+A cell that cannot go on leaves its pack: its error is recorded and the others carry on with unchanged bits. If an
+error cannot be blamed on one cell (memory, say), the pack is taken apart and each cell carries on alone, so that
+only the guilty one fails.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.policy.start import starting_policy
+from harness.store import CellFolder, Evicted, Run, machine
+from harness.training import checkpoint
+from harness.training.checkpoint import State, UnusableCheckpoint
+from harness.training.member import CellFailure, Member
+from harness.training.metrics import Row
+from harness.training.outcome import outcome
+from harness.training.pack import Pack
+from tasks import load_task
+
+BEAT_SECONDS = 2.0
+"""Signs of life are at least this far apart; evaluations and ends always give one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a watcher is told after every update (and once before the first, with no reward yet)."""
+
+    cell: str
+    update: int
+    updates: int
+    reward: float | None
+
+
+def run_cells(
+    run_path: str | Path,
+    cell_ids: Sequence[str],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    threads: int = 1,
+) -> dict[str, str]:
+    """Run cells of a run folder from where they are, in packs of equal shape and progress.
+
+    Args:
+        run_path: the run folder.
+        cell_ids: cells to run; those with a result are left alone.
+        progress: called after every update of every cell.
+        stop: asked at every update boundary; once it is true, every cell is checkpointed and the call returns.
+        threads: torch threads of this process.
+
+    Returns:
+        Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
+        there), or `cancelled` (the cell was taken away from this process, which left it as it was).
+    """
+    torch.set_num_threads(threads)
+    run = Run.open(Path(run_path))
+    life = _Life(run, progress or (lambda _: None), stop or (lambda: False))
+    folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
+    waiting: dict[tuple[str, int], list[tuple[Member, State | None]]] = {}
+    for identity, folder in folders.items():
+        with life.blaming(identity):
+            result = folder.result()
+            if result is not None:
+                life.states[identity] = str(result["state"])
+                continue
+            folder.forgive()
+            member, state = _prepared(run, folder)
+            waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
+    for alike in waiting.values():
+        life.begin([member for member, _ in alike], [state for _, state in alike if state is not None])
+    return {identity: life.states[identity] for identity in folders}
+
+
+def _prepared(run: Run, folder: CellFolder) -> tuple[Member, State | None]:
+    cell = folder.cell()
+    task = load_task(cell.task)
+    start = starting_policy(cell.policy, task, cell.task, cache=run.policies)
+    return Member(cell, task, start), _resume(folder)
+
+
+def _resume(folder: CellFolder) -> State | None:
+    """The state to go on from, with the records cut back to it; None to start afresh."""
+    file = folder.checkpoint / checkpoint.FILE
+    state = None
+    if file.exists():
+        try:
+            state = checkpoint.read(file, folder.id, torch.device("cpu"))
+        except UnusableCheckpoint:
+            state = None
+    if state is not None and folder.keep_metrics(state.update) == state.update:
+        folder.keep_evaluations(state.update)
+        return state
+    folder.keep_metrics(0)
+    folder.keep_evaluations(-1)
+    return None
+
+
+class _Life:
+    """The states of the cells of one call, and how each of them got there."""
+
+    def __init__(self, run: Run, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+        self.states: dict[str, str] = {}
+        self._run = run
+        self._progress = progress
+        self._stop = stop
+        self._beaten = -BEAT_SECONDS
+        self._rewards: dict[str, float | None] = {}
+
+    def begin(self, members: Sequence[Member], states: Sequence[State]) -> None:
+        """Stack the members and live; states are all or none."""
+        try:
+            pack = Pack.resumed(members, states) if states else Pack(members)
+        except Exception as error:
+            if len(members) == 1:
+                self._fail(members[0].id, error)
+                return
+            for position in range(len(members)):
+                self.begin(members[position : position + 1], states[position : position + 1])
+            return
+        for member in members:
+            self._tell(member, pack.done)
+        self.live(pack)
+
+    def live(self, pack: Pack) -> None:
+        """From one update boundary to the next until no member is left."""
+        saved_update, saved_at = pack.done, time.monotonic()
+        while pack.members:
+            training = pack.members[0].cell.training
+            if pack.evaluation_due:
+                pack, rows = self._compute(pack, Pack.evaluate)
+                pack = self._record(pack, rows, CellFolder.append_evaluations)
+            if pack.over:
+                self._finish(pack, list(range(len(pack.members))), "finished")
+                return
+            pack = self._without_diverged(pack)
+            self._beat(pack)
+            if self._stop():
+                if pack.done > saved_update:
+                    pack = self._save(pack)
+                self.states.update({member.id: "interrupted" for member in pack.members})
+                return
+            due = pack.done % training.checkpoint_updates == 0
+            if pack.done > saved_update and (due or time.monotonic() - saved_at >= training.checkpoint_seconds):
+                pack = self._save(pack)
+                saved_update, saved_at = pack.done, time.monotonic()
+            pack, rows = self._compute(pack, Pack.advance)
+            pack = self._record(pack, rows, CellFolder.append_metrics)
+            for member in pack.members:
+                self._tell(member, pack.done)
+
+    def _compute(self, pack: Pack, work: Callable[[Pack], list[Row]]) -> tuple[Pack, list[Row]]:
+        """What `work` returns for the members that get through it, and the pack of those.
+
+        `work` leaves the pack as it was when it raises, so it is simply done again without the guilty cell.
+        """
+        while pack.members:
+            try:
+                return pack, work(pack)
+            except CellFailure as failure:
+                self._fail(pack.members[failure.position].id, failure)
+                pack = pack.only([c for c in range(len(pack.members)) if c != failure.position])
+            except Exception as error:
+                if len(pack.members) == 1:
+                    self._fail(pack.members[0].id, error)
+                else:
+                    for c in range(len(pack.members)):
+                        self.live(pack.only([c]))
+                pack = pack.only([])
+        return pack, []
+
+    def _each(self, pack: Pack, action: Callable[[CellFolder, int], None]) -> Pack:
+        """Do something to every member's folder; the pack of those for which it worked."""
+        good = []
+        for c, member in enumerate(pack.members):
+            with self.blaming(member.id):
+                action(self._run.cell(member.id), c)
+                good.append(c)
+        return pack if len(good) == len(pack.members) else pack.only(good)
+
+    def _record(self, pack: Pack, rows: list[Row], append: Callable[[CellFolder, list[Row]], None]) -> Pack:
+        for member, row in zip(pack.members, rows, strict=True):
+            self._rewards[member.id] = row.get("reward_mean", self._rewards.get(member.id))
+        return self._each(pack, lambda folder, c: append(folder, [rows[c]]))
+
+    def _save(self, pack: Pack) -> Pack:
+        def save(folder: CellFolder, c: int) -> None:
+            folder.guard()
+            folder.sync()
+            checkpoint.write(folder.checkpoint, pack.state(c))
+
+        return self._each(pack, save)
+
+    def _without_diverged(self, pack: Pack) -> Pack:
+        lost = pack.diverged()
+        if not lost:
+            return pack
+        self._finish(pack, lost, "diverged")
+        return pack.only([c for c in range(len(pack.members)) if c not in lost])
+
+    def _finish(self, pack: Pack, positions: Sequence[int], state: str) -> None:
+        for position in positions:
+            with self.blaming(pack.members[position].id):
+                self._conclude(self._run.cell(pack.members[position].id), pack, position, state)
+
+    def _conclude(self, folder: CellFolder, pack: Pack, position: int, state: str) -> None:
+        """Save the policy, write the result, remove the checkpoint that is no longer needed; in this order."""
+        folder.guard()
+        partial = folder.path / "policy.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        pack.policy.save(partial, position)
+        shutil.rmtree(folder.policy, ignore_errors=True)
+        partial.rename(folder.policy)
+        planned = pack.members[position].cell.training.updates
+        found = outcome(state, planned, folder.metrics(), folder.evaluations())
+        folder.finish({**found, "versions": _versions(), "hardware": _hardware()})
+        self.states[folder.id] = state
+        shutil.rmtree(folder.checkpoint, ignore_errors=True)
+
+    def _beat(self, pack: Pack) -> None:
+        """A sign of life of every member, not more often than every `BEAT_SECONDS`."""
+        if time.monotonic() - self._beaten < BEAT_SECONDS:
+            return
+        self._beaten = time.monotonic()
+        for member in pack.members:
+            reward, updates = self._rewards.get(member.id), member.cell.training.updates
+            with suppress(OSError):  # a sign of life that cannot be written is no reason to die
+                self._run.cell(member.id).beat({"update": pack.done, "updates": updates, "reward": reward})
+
+    def _tell(self, member: Member, update: int) -> None:
+        self._progress(Progress(member.id, update, member.cell.training.updates, self._rewards.get(member.id)))
+
+    @contextmanager
+    def blaming(self, identity: str) -> Iterator[None]:
+        """Whatever is raised inside ends this cell, and only this cell."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(identity, error)
+
+    def _fail(self, identity: str, error: Exception) -> None:
+        if isinstance(error, Evicted):
+            self.states[identity] = "cancelled"
+            return
+        self.states[identity] = "failed"
+        traceback.print_exception(error)
+        with suppress(OSError):  # a full disk: the job's log has the text
+            self._run.cell(identity).fail("".join(traceback.format_exception(error)))
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    return machine.versions()
+
+
+@cache
+def _hardware() -> dict[str, Any]:
+    return machine.hardware()

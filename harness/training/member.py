@@ -1,0 +1,78 @@
+"""A member of a pack: a cell with its task, and the shape that decides which cells may be stacked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from grid.cell import Cell
+from harness.training.schedule import Timetable
+from tasks.task import Task
+
+_FREE = frozenset(
+    {"lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm"}
+)
+"""Training settings that cells of one pack need not share: they act on one cell's slice only."""
+
+
+class CellFailure(Exception):
+    """One cell of a pack cannot go on; `__cause__` says why. The others are not affected.
+
+    `position` is the cell's place in the pack that raised.
+    """
+
+    def __init__(self, position: int, message: str) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A cell, its task, and the folder of its starting policy (which is also its reference policy)."""
+
+    cell: Cell
+    task: Task
+    start: Path
+
+    @property
+    def id(self) -> str:
+        return self.cell.id
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.cell.training.max_new_tokens or self.task.max_new_tokens
+
+    @property
+    def timetable(self) -> Timetable:
+        return Timetable.of(self.cell.training)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the objective compares whole distributions (estimator `full`), not just the sampled tokens."""
+        return self.cell.objective.estimator == "full" and self.cell.objective.placement not in ("none", "log_ratio")
+
+    @property
+    def needs_greedy(self) -> bool:
+        return self.cell.objective.advantage == "greedy_baseline"
+
+    def shape(self) -> str:
+        """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.
+
+        Objectives, learning rates, clipping and seeds may differ.
+        """
+        training = self.cell.training.model_dump(mode="json", exclude=set(_FREE))
+        training["max_new_tokens"] = self.max_new_tokens
+        examined = min(len(self.task.split("held_out")), self.cell.training.evaluation_prompts)
+        phases = [self.needs_logits, self.needs_greedy, examined, self.cell.policy.dtype]
+        text = json.dumps([training, phases, _architecture(self.start)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _architecture(start: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        file = start / name
+        digest.update(file.read_bytes() if file.exists() else b"")
+    return digest.hexdigest()

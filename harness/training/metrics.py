@@ -1,0 +1,82 @@
+"""One row of metrics.jsonl: what one optimizer update saw and did.
+
+All figures are of the trajectories of that update (its minibatch): averaged over the minibatches of an epoch they
+are those of the rollout. A number that is not finite is stored as null. Seconds are wall time shared equally by the
+cells of the pack, and the phases of a rollout stand in the row of the update before which it was drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from harness.training.rollouts import Experience
+
+FROM_OBJECTIVE = (
+    "k1",
+    "k2",
+    "k3",
+    "kl_behaviour",
+    "ratio_mean",
+    "ratio_max",
+    "ess",
+    "weight_mean",
+    "clip_fraction",
+    "informative_groups",
+)
+"""Figures of `harness.objective`'s output that a row keeps under their own names."""
+
+Row = dict[str, Any]
+
+
+def update_row(
+    *,
+    update: int,
+    experience: Experience,
+    entropy: Tensor,
+    loss: float,
+    metrics: Mapping[str, float],
+    gradient_norm: float,
+    lr: float,
+    nonfinite: bool,
+) -> Row:
+    """The row of one update on a minibatch.
+
+    Args:
+        update: counted from 1.
+        experience: the minibatch.
+        entropy: [N, T], of the policy before the update, at own tokens.
+        gradient_norm: before clipping.
+        nonfinite: the loss or the gradient was not finite, and the update was skipped.
+    """
+    rollout, rewards = experience.rollout, experience.rewards.double()
+    tokens = int(rollout.mask.sum())
+    return {
+        "update": update,
+        "rollout": experience.number,
+        "reward_mean": finite(float(rewards.mean())),
+        "reward_std": finite(float(rewards.std(correction=0))),
+        "correct": float(experience.correct.mean()),
+        **{name: finite(metrics[name]) for name in FROM_OBJECTIVE},
+        "entropy": finite(float(entropy.masked_fill(~rollout.mask, 0.0).sum()) / max(1, tokens)),
+        "gradient_norm": finite(gradient_norm),
+        "length_mean": tokens / len(rewards),
+        "truncated": float(rollout.truncated.double().mean()),
+        "loss": finite(loss),
+        "tokens": tokens,
+        "lr": lr,
+        "nonfinite": nonfinite,
+    }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None (JSON null) where it is NaN or infinite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def same_numbers(row: Mapping[str, Any]) -> Row:
+    """The row without what may differ between two runs of the same cell: times."""
+    return {key: value for key, value in row.items() if not key.startswith("seconds")}

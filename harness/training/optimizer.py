@@ -1,0 +1,104 @@
+"""AdamW on stacked parameters, one cell at a time: own learning rate, own clipping, own step count.
+
+Every reduction and every update runs on the slice of one cell, in the same order and on the same memory layout
+whatever the cell is packed with. That is what keeps a cell's bits the same alone and packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from grid.sections import TrainingSection
+
+
+class StackedAdamW:
+    """Decoupled weight decay Adam (Loshchilov & Hutter 2019), fused, on the slices `[c]` of parameters `[C, …]`.
+
+    Weight decay applies to matrices only; norms and biases (one dimension per cell) are left alone.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], settings: Sequence[TrainingSection]) -> None:
+        self.parameters = parameters
+        self.settings = list(settings)
+        self.first = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
+        self.second = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
+        device = next(iter(parameters.values())).device
+        self.steps = [torch.zeros((), device=device) for _ in settings]
+        # matrices first, so that the decayed slices are one contiguous stretch of each list
+        self._order = sorted(parameters, key=lambda name: parameters[name].dim() < 3)
+        self._matrices = sum(parameters[name].dim() >= 3 for name in self._order)
+        self._weights, self._first, self._second = (
+            self._slices(group) for group in ({n: p.detach() for n, p in parameters.items()}, self.first, self.second)
+        )
+
+    def _slices(self, stacked: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """[cell][parameter] views that share storage with the stack."""
+        return [list(column) for column in zip(*(stacked[name].unbind(0) for name in self._order), strict=True)]
+
+    def gradients(self) -> list[list[Tensor]]:
+        """[cell][parameter] views of the gradients that backward left; a parameter that took no part gets zeros."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return self._slices({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
+
+    def clear(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def step(self, cell: int, gradients: Sequence[Tensor], lr: float, norm: float) -> None:
+        """One update of one cell, its gradient scaled down so that its norm is at most `clip_norm`."""
+        training = self.settings[cell]
+        if training.clip_norm is not None and norm > training.clip_norm:
+            torch._foreach_mul_(list(gradients), training.clip_norm / norm)
+        self.steps[cell] += 1
+        cut = self._matrices if training.weight_decay else len(self._order)
+        for part, decay in ((slice(0, cut), training.weight_decay), (slice(cut, None), 0.0)):
+            weights = self._weights[cell][part]
+            if weights:
+                torch._fused_adamw_(
+                    weights,
+                    list(gradients[part]),
+                    self._first[cell][part],
+                    self._second[cell][part],
+                    [],
+                    [self.steps[cell]] * len(weights),
+                    lr=lr,
+                    beta1=training.adam_beta1,
+                    beta2=training.adam_beta2,
+                    weight_decay=decay,
+                    eps=training.adam_eps,
+                    amsgrad=False,
+                    maximize=False,
+                )
+
+    def finite(self) -> list[bool]:
+        """Whether each cell's weights are all finite."""
+        sums = torch.stack([norm(slices) for slices in self._weights])
+        return [bool(value) for value in torch.isfinite(sums).tolist()]
+
+    def state(self, cell: int) -> dict[str, Tensor]:
+        """One cell's weights and moments by name, as copies on the CPU."""
+        groups = {"weight": self.parameters, "first": self.first, "second": self.second}
+        views = {f"{group}/{name}": value[cell] for group, values in groups.items() for name, value in values.items()}
+        return {name: value.detach().cpu().clone() for name, value in {**views, "steps": self.steps[cell]}.items()}
+
+    @torch.no_grad()
+    def restore(self, cell: int, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned. Raises KeyError or ValueError where names or shapes differ."""
+        for group, values in (("weight", self.parameters), ("first", self.first), ("second", self.second)):
+            for name, value in values.items():
+                stored = state[f"{group}/{name}"]
+                if stored.shape != value.shape[1:]:
+                    raise ValueError(f"{name} has shape {tuple(stored.shape)}, not {tuple(value.shape[1:])}")
+                value[cell].copy_(stored)
+        self.steps[cell].copy_(state["steps"])
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together, a float64 scalar tensor."""
+    norms = torch.stack(torch._foreach_norm(list(tensors))).double()
+    return norms.square().sum().sqrt()

@@ -1,0 +1,158 @@
+"""A pack: cells of one shape stacked on a leading axis, advancing together, update by update.
+
+Everything lives in memory here; files, clocks and signals are `life.py`'s. No number of a cell depends on its
+mates: random draws and prompts are functions of its own seed, losses and steps run on its own slice. So a pack may
+lose a member at any update, or be taken apart into packs of one, and nobody's bits change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+
+from harness.policy.decoder import Decoder
+from harness.policy.policy import Policy
+from harness.training.checkpoint import State
+from harness.training.evaluation import Examination, evaluate, prepare
+from harness.training.member import Member
+from harness.training.metrics import Row
+from harness.training.minibatch import minibatch, select
+from harness.training.optimizer import StackedAdamW
+from harness.training.outcome import DIVERGED_AFTER
+from harness.training.rollouts import Experience, collect
+from harness.training.stopwatch import Stopwatch
+from harness.training.update import update
+
+
+class Pack:
+    """Members of one shape at the same update.
+
+    Attributes:
+        members: the cells.
+        policy: their stacked policies, in training.
+        reference: their starting policies, frozen.
+        done: updates made.
+        pending: rollouts drawn and not used up; one entry per rollout, each with one experience per member.
+        streaks: non-finite updates in a row, per member.
+        evaluated: updates made at the last evaluation, -1 before the first.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        self.policy: Policy = _stack(self.members)
+        self.reference: Policy = self.policy.frozen()
+        self.optimizer = StackedAdamW(self.policy.parameters, [member.cell.training for member in self.members])
+        self.done = 0
+        self.evaluated = -1
+        self.pending: list[list[Experience]] = []
+        self.streaks = [0] * len(self.members)
+        self._timetable = self.members[0].timetable
+        self._watch = Stopwatch()
+        self._examinations: list[Examination] = []
+
+    @property
+    def over(self) -> bool:
+        """Whether all planned updates have been made."""
+        return self.done >= self._timetable.updates
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Before the first update, every `evaluate_every` updates, and after the last."""
+        every = self.members[0].cell.training.evaluate_every
+        return self.evaluated < self.done and (self.over or self.done % every == 0)
+
+    def advance(self) -> list[Row]:
+        """One update of every member; one row of metrics each.
+
+        Raises:
+            CellFailure: where one member's reward or objective raises. The pack is then as it was before the call.
+        """
+        number, epoch, part = self._timetable.place(self.done)
+        self._draw()
+        current = self.pending[0]
+        training = self.members[0].cell.training
+        chosen = [
+            select(
+                experience,
+                minibatch(training.prompts, training.minibatches, part, member.cell.seed, number, epoch),
+            )
+            for member, experience in zip(self.members, current, strict=True)
+        ]
+        rows = update(self.policy, self.reference, self.optimizer, self.members, chosen, self.done + 1, self._watch)
+        self.done += 1
+        if self.done % self._timetable.span == 0:
+            self.pending.pop(0)
+        seconds = self._watch.take(len(self.members))
+        for c, row in enumerate(rows):
+            self.streaks[c] = self.streaks[c] + 1 if row["nonfinite"] else 0
+            row.update(seconds)
+        return rows
+
+    def _draw(self) -> None:
+        """Draw the rollouts that are to come from the policy as it is now."""
+        behaviour = self.policy
+        if self.members[0].cell.training.behaviour == "reference":
+            behaviour = self.reference
+        first = self.done // self._timetable.span
+        for number in range(first + len(self.pending), self._timetable.drawn(self.done)):
+            with torch.no_grad():
+                self.pending.append(collect(self.members, behaviour, self.reference, number, self._watch))
+
+    def evaluate(self) -> list[Row]:
+        """One row of evaluations per member, of the policies as they are. Training does not notice."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            if not self._examinations:
+                self._examinations = prepare(self.members, self.reference)
+            rows = evaluate(self.policy, self.reference, self.members, self._examinations, self.done)
+        self.evaluated = self.done
+        seconds = (time.perf_counter() - started) / len(self.members)
+        return [{**row, "seconds": seconds} for row in rows]
+
+    def diverged(self) -> list[int]:
+        """Positions of the members that cannot go on: too many non-finite updates in a row, or non-finite weights."""
+        sound = self.optimizer.finite()
+        return [c for c in range(len(self.members)) if self.streaks[c] >= DIVERGED_AFTER or not sound[c]]
+
+    def state(self, position: int) -> State:
+        """One member between two updates; `Pack.resumed` is the inverse."""
+        return State(
+            self.members[position].id,
+            self.done,
+            self.streaks[position],
+            self.optimizer.state(position),
+            [experiences[position] for experiences in self.pending],
+        )
+
+    @classmethod
+    def resumed(cls, members: Sequence[Member], states: Sequence[State]) -> Pack:
+        """The members as their states left them. All states must be of the same update."""
+        pack = cls(members)
+        pack.done = pack.evaluated = states[0].update
+        for position, state in enumerate(states):
+            pack.optimizer.restore(position, state.optimizer)
+        pack.streaks = [state.streak for state in states]
+        pack.pending = [list(each) for each in zip(*(state.pending for state in states), strict=True)]
+        return pack
+
+    def only(self, positions: Sequence[int]) -> Pack:
+        """A new pack of some of the members, where they are; without any it is the empty pack."""
+        if not positions:
+            empty = copy(self)
+            empty.members = []
+            return empty
+        pack = Pack.resumed([self.members[c] for c in positions], [self.state(c) for c in positions])
+        pack.evaluated = self.evaluated
+        return pack
+
+
+def _stack(members: Sequence[Member]) -> Decoder:
+    dtype = getattr(torch, members[0].cell.policy.dtype)
+    policy = Decoder.from_pretrained(members[0].start, cells=len(members), dtype=dtype)
+    for position, member in enumerate(members):
+        if member.start != members[0].start:
+            policy.load(member.start, position)
+    return policy

@@ -1,0 +1,39 @@
+"""Random draws as pure functions of (seed, purpose, number).
+
+Every draw of a cell's life has a generator of its own, seeded from what it is for: the prompts of rollout 7, the
+sampling of rollout 7, the evaluation after update 20. So no generator has a state that lives between updates:
+nothing has to be stored, evaluating cannot change training, and a phase that is repeated draws the same numbers.
+Cells that share a seed share these draws (common random numbers), which is what makes them comparable pairwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import torch
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A non-negative 63-bit seed that depends on every part and on their order, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
+    """A fresh torch generator on `device` for the draw named by `parts`."""
+    return torch.Generator(device=device).manual_seed(derived_seed(*parts))
+
+
+def choose(size: int, count: int, *parts: int | str) -> list[int]:
+    """`count` indices below `size`, drawn without replacement; where count > size, whole passes come first."""
+    if size < 1:
+        raise ValueError("cannot choose from an empty split")
+    passes, rest = divmod(count, size)
+    whole = [*range(size)] * passes if passes else []
+    return whole + random.Random(derived_seed(*parts)).sample(range(size), rest)
+
+
+def permutation(size: int, *parts: int | str) -> list[int]:
+    """A random order of 0 … size-1."""
+    return random.Random(derived_seed(*parts)).sample(range(size), size)

@@ -1,0 +1,217 @@
+"""One optimizer update of every cell of a pack: forward, loss, backward, clip, step.
+
+The loss is computed cell by cell on `[N, T]` log-probabilities, backward runs once for the whole pack, clipping and
+AdamW run on each cell's slice. Cutting a minibatch into micro-batches does not change the gradient: whatever
+belongs to the whole update (advantages, denominators, an adaptive exponent) is computed first, from
+log-probabilities obtained without a graph.
+
+Where every importance ratio is 1 by construction (one update per rollout, no lag), the behaviour policy's
+log-probabilities are the current ones, detached: the ratio is then exactly 1, not 1 up to the rounding between a
+cached decoding step and a full forward pass. Everywhere else they are those that the sampler kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.objective import Context, TokenBatch, objective_loss, update_context
+from harness.policy.logprobs import token_scores
+from harness.policy.policy import Policy
+from harness.policy.rollout import Rollout
+from harness.training.member import CellFailure, Member
+from harness.training.metrics import Row, update_row
+from harness.training.minibatch import micro_batches
+from harness.training.optimizer import StackedAdamW, norm
+from harness.training.rollouts import Experience
+from harness.training.schedule import learning_rate
+from harness.training.stopwatch import Stopwatch
+
+_ALL = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for
+    `full`."""
+
+    logp: Tensor
+    entropy: Tensor
+    logits: Tensor | None = None
+    logits_reference: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """One cell's loss, as a number, the objective's metrics, and the entropy [N, T] of the policy before the
+    update."""
+
+    loss: float
+    metrics: dict[str, float]
+    entropy: Tensor
+
+
+def update(
+    policy: Policy,
+    reference: Policy,
+    optimizer: StackedAdamW,
+    members: Sequence[Member],
+    minibatches: Sequence[Experience],
+    number: int,
+    watch: Stopwatch,
+) -> list[Row]:
+    """Update number `number` (1-based) of every cell on its minibatch, in place; one row of metrics per cell.
+
+    A cell whose loss or gradient is not finite keeps its weights and moments, and its row says `nonfinite`.
+
+    Raises:
+        CellFailure: where a cell's objective raises. Nothing has been changed then.
+    """
+    optimizer.clear()
+    limit = members[0].cell.training.micro_batch
+    if limit is None or limit >= len(minibatches[0].rewards):
+        results = _whole(policy, reference, members, minibatches, watch)
+    else:
+        results = _in_pieces(policy, reference, members, minibatches, limit, watch)
+    rows = []
+    with watch("step"):
+        gradients = optimizer.gradients()
+        norms = torch.stack([norm(slices) for slices in gradients]).tolist()
+        for c, (member, result) in enumerate(zip(members, results, strict=True)):
+            lr = learning_rate(member.cell.training, number)
+            sound = math.isfinite(result.loss) and math.isfinite(norms[c])
+            if sound:
+                optimizer.step(c, gradients[c], lr, norms[c])
+            rows.append(
+                update_row(
+                    update=number,
+                    experience=minibatches[c],
+                    entropy=result.entropy,
+                    loss=result.loss,
+                    metrics=result.metrics,
+                    gradient_norm=norms[c],
+                    lr=lr,
+                    nonfinite=not sound,
+                )
+            )
+        optimizer.clear()
+    return rows
+
+
+def _whole(
+    policy: Policy,
+    reference: Policy,
+    members: Sequence[Member],
+    minibatches: Sequence[Experience],
+    watch: Stopwatch,
+) -> list[Result]:
+    with watch("forward"):
+        passes = _forward(policy, reference, members, [m.rollout for m in minibatches])
+        losses, results = [], []
+        for c, member in enumerate(members):
+            batch = _batch(member, minibatches[c], passes[c])
+            loss, metrics = _loss(c, member, batch)
+            losses.append(loss)
+            results.append(Result(float(loss.detach()), metrics, passes[c].entropy.detach()))
+    with watch("backward"):
+        _backward(losses)
+    return results
+
+
+def _in_pieces(
+    policy: Policy,
+    reference: Policy,
+    members: Sequence[Member],
+    minibatches: Sequence[Experience],
+    limit: int,
+    watch: Stopwatch,
+) -> list[Result]:
+    pieces = [micro_batches(m.rollout, limit) for m in minibatches]
+    turns = list(zip(*pieces, strict=True))  # [micro-batch][cell]
+    with watch("forward"), torch.no_grad():
+        passes = [_forward(policy, reference, members, [rollout for rollout, _ in turn]) for turn in turns]
+        contexts, results = [], []
+        for c, member in enumerate(members):
+            joined = _join([turn[c] for turn in passes])
+            batch = _batch(member, minibatches[c], joined)
+            contexts.append(_context(c, member, batch))
+            loss, metrics = _loss(c, member, batch, contexts[c])
+            results.append(Result(float(loss), metrics, joined.entropy))
+        passes.clear()
+    for turn in turns:
+        with watch("forward"):
+            forwards = _forward(policy, reference, members, [rollout for rollout, _ in turn])
+            losses = []
+            for c, member in enumerate(members):
+                rows = turn[c][1]
+                batch = _batch(member, minibatches[c], forwards[c], rows)
+                losses.append(_loss(c, member, batch, contexts[c].rows(rows), measure=False)[0])
+        with watch("backward"):
+            _backward(losses)
+    return results
+
+
+def _forward(
+    policy: Policy, reference: Policy, members: Sequence[Member], rollouts: Sequence[Rollout]
+) -> list[Forward]:
+    temperature, full = members[0].cell.training.temperature, members[0].needs_logits
+    scores = token_scores(policy, list(rollouts), temperature=temperature, logits=full, entropy=True)
+    with torch.no_grad():
+        other = token_scores(reference, list(rollouts), temperature=temperature, logits=True) if full else None
+    found = []
+    for c, score in enumerate(scores):
+        assert score.entropy is not None
+        found.append(Forward(score.logp, score.entropy, score.logits, None if other is None else other[c].logits))
+    return found
+
+
+def _join(passes: Sequence[Forward]) -> Forward:
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present) if present else None
+
+    logits, others = joined([p.logits for p in passes]), joined([p.logits_reference for p in passes])
+    return Forward(torch.cat([p.logp for p in passes]), torch.cat([p.entropy for p in passes]), logits, others)
+
+
+def _batch(member: Member, experience: Experience, forward: Forward, rows: slice = _ALL) -> TokenBatch:
+    rollout = experience.rollout
+    return TokenBatch(
+        logp=forward.logp,
+        logp_behaviour=forward.logp.detach() if member.cell.training.on_policy else rollout.logp[rows],
+        logp_reference=experience.reference[rows],
+        mask=rollout.mask[rows],
+        rewards=experience.rewards[rows],
+        groups=rollout.groups[rows],
+        max_new_tokens=member.max_new_tokens,
+        logits=forward.logits,
+        logits_reference=forward.logits_reference,
+        greedy_rewards=None if experience.greedy is None else experience.greedy[rows],
+        values=None,
+    )
+
+
+def _loss(
+    position: int, member: Member, batch: TokenBatch, context: Context | None = None, measure: bool = True
+) -> tuple[Tensor, dict[str, float]]:
+    try:
+        out = objective_loss(member.cell.objective, batch, context)
+        return out.loss, out.metrics if measure else {}
+    except Exception as error:
+        raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
+
+
+def _context(position: int, member: Member, batch: TokenBatch) -> Context:
+    try:
+        return update_context(member.cell.objective, batch)
+    except Exception as error:
+        raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
+
+
+def _backward(losses: Sequence[Tensor]) -> None:
+    """One backward pass for all cells. A loss without a graph (no own tokens) has a gradient of zero."""
+    torch.autograd.backward([loss for loss in losses if loss.requires_grad])

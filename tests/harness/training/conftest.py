@@ -1,0 +1,79 @@
+"""A random tiny policy, and run folders made of a few lines of settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grid import load_grid
+from harness.policy.decoder import Decoder
+from harness.policy.start import tiny_config
+from harness.policy.tokenizer import character_tokenizer
+from harness.store import Run
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for `letters:Letters` in grid files
+
+TRAINING: dict[str, Any] = {
+    "updates": 6,
+    "prompts": 4,
+    "group_size": 4,
+    "lr": 0.01,
+    "evaluate_every": 3,
+    "evaluation_prompts": 6,
+    "evaluation_samples": 3,
+    "checkpoint_updates": 1,
+}
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a random Llama with 7 tokens and one layer."""
+    from grid.sections import TinyPolicy
+
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = character_tokenizer("abcd")
+    section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
+    config = tiny_config(section, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, 64)
+    Decoder.random(config, tokenizer, [3]).save(folder, 0)
+    return folder
+
+
+@pytest.fixture
+def make_run(start: Path, tmp_path: Path) -> MakeRun:
+    """`make_run(name, training={...}, objectives=[{...}, …], seeds=…, task={...})`: a run folder with one cell per objective and seed."""
+
+    def make(
+        name: str = "run",
+        training: Mapping[str, Any] | None = None,
+        objectives: list[dict[str, Any]] | None = None,
+        seeds: int | list[int] = 1,
+        task: Mapping[str, Any] | None = None,
+    ) -> Run:
+        grid = {
+            "name": name,
+            "task": {"name": "letters:Letters", **(task or {})},
+            "policy": {"name": "hf", "model": str(start)},
+            "training": {**TRAINING, **(training or {})},
+            "objective": {},
+            "design": "list",
+            "cells": objectives or [{}],
+            "seeds": seeds,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps(grid))
+        return Run.create(tmp_path / name, load_grid(file))
+
+    return make

@@ -1,0 +1,67 @@
+"""A task small enough to train on in seconds from random weights, and objectives and rewards that misbehave on demand."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+from tasks import Example, Score
+from torch import Tensor
+
+LETTERS = "abcd"
+
+
+class Letters:
+    """Prompt: three letters. Reward: the share of the four tokens that repeat the prompt's first letter.
+
+    Args:
+        fail_at: the reward raises for completions that begin with this letter.
+        reward: what to give instead of the share, as text ("nan", "inf").
+    """
+
+    name = "letters"
+    alphabet = LETTERS
+    max_new_tokens = 4
+    interactive = False
+
+    def __init__(self, fail_at: str = "", reward: str = "") -> None:
+        self.fail_at, self.instead = fail_at, reward
+
+    def split(self, name: Literal["train", "held_out"]) -> list[Example]:
+        words = ["".join(letters) for letters in product(LETTERS, repeat=3)]
+        chosen = words[::4] if name == "held_out" else [word for i, word in enumerate(words) if i % 4]
+        return [Example(word, word[0]) for word in chosen]
+
+    def score(self, example: Example, completion: str) -> Score:
+        if self.fail_at and completion.startswith(self.fail_at):
+            raise RuntimeError("the reward is broken")
+        share = completion.count(example.answer) / 4
+        return Score(float(self.instead) if self.instead else share, share >= 0.5, {"length": float(len(completion))})
+
+    def respond(self, example: Example, transcript: str) -> str | None:
+        return None
+
+
+class Echo(Letters):
+    """The environment repeats what the policy wrote, until it has written twice."""
+
+    interactive = True
+    max_new_tokens = 6
+
+    def respond(self, example: Example, transcript: str) -> str | None:
+        return None if len(transcript) > 3 else transcript + "a"
+
+
+def gentle(ratio: Tensor, advantage: Tensor, *, scale: float = 1.0) -> Tensor:
+    """A custom weight: scale·ρ/(1 + ρ)."""
+    return scale * ratio / (1 + ratio)
+
+
+def broken(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """A custom weight that raises."""
+    raise ZeroDivisionError("the weight is broken")
+
+
+def exploding(ratio: Tensor, advantage: Tensor) -> Tensor:
+    """A custom weight that is infinite."""
+    return ratio * float("inf")

@@ -1,0 +1,96 @@
+"""AdamW on slices against torch's, and a slice's independence of its mates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grid.sections import TrainingSection
+from harness.training.optimizer import StackedAdamW, norm
+
+SHAPES = {"matrix": (5, 3), "norm": (7,), "other": (3, 11)}
+
+
+def stack(cells: int) -> dict[str, torch.Tensor]:
+    drawn = {name: torch.randn(4, *shape, generator=torch.Generator().manual_seed(1)) for name, shape in SHAPES.items()}
+    return {name: value[:cells].clone().requires_grad_() for name, value in drawn.items()}
+
+
+def gradient(cell: int, step: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(100 * cell + step)
+    return {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+
+
+def run(optimizer: StackedAdamW, cells: list[int], steps: int, lr: float = 0.01) -> None:
+    for step in range(steps):
+        given = [gradient(cell, step) for cell in cells]
+        for name, parameter in optimizer.parameters.items():
+            parameter.grad = torch.stack([each[name] for each in given])
+        for c, slices in enumerate(optimizer.gradients()):
+            optimizer.step(c, slices, lr, float(norm(slices)))
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_it_is_torchs_adamw_with_gradient_clipping(clip: float | None) -> None:
+    settings = TrainingSection(clip_norm=clip, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-6)
+    ours = stack(1)
+    run(StackedAdamW(ours, [settings]), [0], steps=5)
+    theirs = {name: value[0].detach().clone().requires_grad_() for name, value in stack(1).items()}
+    adam = torch.optim.AdamW(theirs.values(), lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0)
+    for step in range(5):
+        for name, value in gradient(0, step).items():
+            theirs[name].grad = value
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+        adam.step()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name][0], value, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_shrinks_matrices_only() -> None:
+    decayed, plain = stack(1), stack(1)
+    run(StackedAdamW(decayed, [TrainingSection(weight_decay=0.5)]), [0], steps=1, lr=0.1)
+    run(StackedAdamW(plain, [TrainingSection()]), [0], steps=1, lr=0.1)
+    assert torch.equal(decayed["norm"], plain["norm"])
+    torch.testing.assert_close(decayed["matrix"], plain["matrix"] - 0.05 * stack(1)["matrix"])
+
+
+def test_a_cells_bits_do_not_depend_on_its_mates() -> None:
+    together, settings = stack(3), [TrainingSection(clip_norm=clip) for clip in (None, 0.1, 2.0)]
+    run(StackedAdamW(together, settings), [0, 1, 2], steps=4)
+    for c in range(3):
+        alone = {name: value[c : c + 1].detach().clone().requires_grad_() for name, value in stack(3).items()}
+        run(StackedAdamW(alone, [settings[c]]), [c], steps=4)
+        for name, value in alone.items():
+            assert torch.equal(together[name][c], value[0])
+
+
+def test_a_restored_state_goes_on_with_the_same_bits() -> None:
+    through, half, resumed = stack(2), stack(2), stack(2)
+    settings = [TrainingSection(), TrainingSection(clip_norm=0.2)]
+    run(StackedAdamW(through, settings), [0, 1], steps=3)
+    first = StackedAdamW(half, settings)
+    run(first, [0, 1], steps=3)
+    second = StackedAdamW(resumed, settings)
+    for c in range(2):
+        second.restore(c, first.state(c))
+    for optimizer in (first, second):
+        run(optimizer, [0, 1], steps=2)
+    for name in SHAPES:
+        assert torch.equal(half[name], resumed[name])
+        assert not torch.equal(half[name], through[name])
+
+
+def test_a_state_of_another_architecture_is_refused() -> None:
+    optimizer = StackedAdamW(stack(1), [TrainingSection()])
+    state = optimizer.state(0)
+    state["weight/matrix"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="matrix has shape"):
+        optimizer.restore(0, state)
+
+
+def test_only_the_cell_with_an_infinite_weight_is_not_finite() -> None:
+    weights = stack(3)
+    with torch.no_grad():
+        weights["other"][1, 0, 0] = float("inf")
+    assert StackedAdamW(weights, [TrainingSection()] * 3).finite() == [True, False, True]
