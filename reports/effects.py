@@ -2,8 +2,12 @@
 
 Model: score = block(seed) + Σ_axes effect(axis value) + error, one observation per (cell, seed). The error variance is the pure error
 of the design (`statistics.block_error`: every cell its own mean), not the residual of the model, so that an interaction that the
-model leaves out does not pass for noise. Where an axis is inactive in a cell (the estimator of a cell without KL) it counts as its
-reference value. What the design cannot separate is reported as confounded, with what it is confounded with.
+model leaves out does not pass for noise. A cell that lost seeds (their scores stand at the worst) has its own, larger variance, so
+that one diverging cell does not hide the differences between all others; intervals then use Satterthwaite's degrees of freedom and
+tests the ANOVA-type statistic of Brunner, Dette and Munk (1997). Without such cells both are the ordinary t and F.
+
+Where an axis is inactive in a cell (the estimator of a cell without KL) it counts as its reference value. What the design cannot
+separate is reported as confounded, with what it is confounded with.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
-from reports.statistics import Array, block_error, holm
+from reports.statistics import Array, block_error, finite, holm, seed_shifts
 
 _TOLERANCE = 1e-8
 
@@ -60,11 +65,16 @@ class Interaction(NamedTuple):
 
 
 class Design(NamedTuple):
-    """Observations of a design: scores `[cells, seeds]` (NaN missing) and, by axis, each cell's value (None where inactive)."""
+    """Observations of a design.
+
+    `scores` is `[cells, seeds]` (NaN missing); `values` has, by axis, each cell's value (None where inactive); `lost` marks the cells
+    that lost a seed.
+    """
 
     scores: Array
     values: Mapping[str, Sequence[str | None]]
     references: Mapping[str, str]
+    lost: Sequence[bool] = ()
 
 
 def main_effects(design: Design, level: float = 0.95) -> list[AxisEffect]:
@@ -72,12 +82,11 @@ def main_effects(design: Design, level: float = 0.95) -> list[AxisEffect]:
     fit = _Fit(design)
     found = []
     for axis in fit.axes:
-        others = fit.columns(without=(axis,))
-        freedom = fit.rank(fit.columns()) - fit.rank(others)
-        gain = fit.rss(others) - fit.rss(fit.columns())
-        f, p = fit.test(gain, freedom)
+        test = fit.test(fit.columns(without=(axis,)), fit.dummies[axis])
         found.append(
-            AxisEffect(axis, fit.reference(axis), fit.levels(axis, level), np.nan, fit.share(gain), f, p, np.nan, fit.confounded(axis))
+            AxisEffect(
+                axis, fit.reference(axis), fit.levels(axis, level), np.nan, test.share, test.f, test.p, np.nan, fit.confounded(axis)
+            )
         )
     adjusted = holm([effect.p for effect in found])
     complete = [
@@ -93,11 +102,8 @@ def interactions(design: Design) -> list[Interaction]:
     rows = []
     for first, second in combinations(fit.axes, 2):
         products = np.einsum("ni,nj->nij", fit.dummies[first], fit.dummies[second]).reshape(fit.y.size, -1)
-        both = np.hstack([base, products[:, np.abs(products).sum(0) > 0]])
-        freedom = fit.rank(both) - fit.rank(base)
-        gain = fit.rss(base) - fit.rss(both) if freedom else np.nan
-        f, p = fit.test(gain, freedom)
-        rows.append(Interaction(first, second, fit.share(gain), f, p, np.nan, freedom))
+        test = fit.test(base, products[:, np.abs(products).sum(0) > 0])
+        rows.append(Interaction(first, second, test.share, test.f, test.p, np.nan, test.freedom))
     adjusted = holm([row.p for row in rows])
     complete = [row._replace(p_holm=float(p)) for row, p in zip(rows, adjusted, strict=True)]
     return sorted(complete, key=lambda row: -np.nan_to_num(row.share, nan=-1.0))
@@ -108,23 +114,28 @@ def _spread(levels: Sequence[Level]) -> float:
     return float(max(estimates) - min(estimates)) if estimates else float("nan")
 
 
+class _Test(NamedTuple):
+    share: float
+    f: float
+    p: float
+    freedom: int
+
+
 class _Fit:
-    """The design matrix, one block of columns per axis and one for the seeds."""
+    """The design matrix, one block of columns per axis and one for the seeds, and the error variance of every observation."""
 
     def __init__(self, design: Design) -> None:
         scores = np.asarray(design.scores, dtype=np.float64)
         cell, seed = np.nonzero(np.isfinite(scores))
-        self.cell = cell
         observed = scores[cell, seed]
         self.y: Array = observed - observed.mean() if observed.size else observed
-        self.variance, self.freedom = block_error(scores)
         self.seeds = (seed[:, None] == np.unique(seed)[None, :]).astype(np.float64)
         self.values: dict[str, list[str]] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.dummies: dict[str, Array] = {}
+        present = np.unique(cell)
         for axis, written in design.values.items():
-            present = [written[i] for i in np.unique(cell)]
-            order = list(dict.fromkeys(value for value in written if value is not None and value in present))
+            order = list(dict.fromkeys(value for i in present if (value := written[i]) is not None))
             if len(order) < 2:
                 continue
             reference = design.references.get(axis)
@@ -132,10 +143,26 @@ class _Fit:
             order = [reference, *(value for value in order if value != reference)]
             column = np.asarray([str(written[i]) if written[i] is not None else reference for i in cell])
             self.values[axis] = order
-            self.counts[axis] = {value: sum(item == value for item in present) for value in order}
+            self.counts[axis] = {value: sum(written[i] == value for i in present) for value in order}
             self.dummies[axis] = (column[:, None] == np.asarray(order[1:])[None, :]).astype(np.float64)
         self.axes = list(self.values)
-        self._known: dict[bytes, tuple[int, float]] = {}
+        self._set_variances(scores, cell, np.asarray(design.lost or [False] * len(scores), dtype=bool))
+
+    def _set_variances(self, scores: Array, cell: NDArray[np.intp], lost: NDArray[np.bool_]) -> None:
+        # Component 0 is the pooled error; each cell that lost seeds is a component of its own.
+        kept = ~lost if np.isfinite(scores[~lost]).any() else np.ones_like(lost)
+        variance, freedom = block_error(scores[kept])
+        self.variances, self.freedoms = [variance], [freedom]
+        self.component = np.zeros(cell.size, dtype=np.intp)
+        if not np.isfinite(variance):
+            return
+        shift = seed_shifts(scores[kept])
+        for i in np.flatnonzero(~kept):
+            own = finite(scores[i] - shift)
+            if own.size > 1:
+                self.component[cell == i] = len(self.variances)
+                self.variances.append(max(float(own.var(ddof=1)), variance))
+                self.freedoms.append(own.size - 1)
 
     def reference(self, axis: str) -> str:
         return self.values[axis][0]
@@ -143,44 +170,37 @@ class _Fit:
     def columns(self, without: Sequence[str] = ()) -> Array:
         return np.hstack([self.seeds, *(self.dummies[axis] for axis in self.axes if axis not in without)])
 
-    def rank(self, x: Array) -> int:
-        return self._solve(x)[0]
+    def test(self, base: Array, extra: Array) -> _Test:
+        """What `extra` columns explain beyond `base`."""
+        basis = _new_directions(base, extra)
+        freedom = basis.shape[1]
+        if not freedom or not self.y.size:
+            return _Test(np.nan, np.nan, np.nan, 0)
+        gain = float(np.sum((basis.T @ self.y) ** 2))
+        total = float(np.sum((self.y - _projection(self.seeds, self.y)) ** 2))
+        share = gain / total if total > 0 else 0.0
+        if self.freedoms[0] <= 0:
+            return _Test(share, np.nan, np.nan, freedom)
+        variances = np.asarray(self.variances)
+        if variances.max() <= 1e-24 * float(np.abs(self.y).max()) ** 2:
+            return _Test(share, *((np.inf, 0.0) if share > 1e-12 else (0.0, 1.0)), freedom)
+        spread = basis.T @ (variances[self.component][:, None] * basis)
+        f = gain / float(np.trace(spread))
+        above = float(np.trace(spread)) ** 2 / float(np.sum(spread**2))
+        below = self._freedom(np.bincount(self.component, weights=np.sum(basis**2, axis=1), minlength=variances.size))
+        return _Test(share, float(f), float(stats.f.sf(f, above, below)), freedom)
 
-    def rss(self, x: Array) -> float:
-        return self._solve(x)[1]
-
-    def _solve(self, x: Array) -> tuple[int, float]:
-        # Few distinct rows: rank and residual from the Gram matrix, [columns, columns], are enough and fast.
-        if not self.y.size:
-            return 0, 0.0
-        key = x.shape[1].to_bytes(4, "little") + np.packbits(x.astype(bool)).tobytes()
-        if key not in self._known:
-            values, vectors = np.linalg.eigh(x.T @ x)
-            kept = values > _TOLERANCE * max(float(values.max(initial=0.0)), 1.0)
-            coefficients = vectors[:, kept] @ ((vectors[:, kept].T @ (x.T @ self.y)) / values[kept])
-            residual = self.y - x @ coefficients
-            self._known[key] = int(kept.sum()), float(residual @ residual)
-        return self._known[key]
-
-    def share(self, gain: float) -> float:
-        total = self.rss(self.seeds)
-        return float(gain / total) if total > 0 else float("nan")
-
-    def test(self, gain: float, freedom: int) -> tuple[float, float]:
-        if freedom <= 0 or self.freedom <= 0:
-            return float("nan"), float("nan")
-        if self.variance <= 1e-24 * float(np.abs(self.y).max()) ** 2:
-            return (float("inf"), 0.0) if gain > 1e-12 * self.rss(self.seeds) else (0.0, 1.0)
-        f = max(gain, 0.0) / freedom / self.variance
-        return float(f), float(stats.f.sf(f, freedom, self.freedom))
+    def _freedom(self, weights: Array) -> float:
+        """Satterthwaite's degrees of freedom of Σ weight·variance over the components."""
+        terms = weights * np.asarray(self.variances)
+        denominator = float(np.sum(terms**2 / np.asarray(self.freedoms)))
+        return float(np.sum(terms)) ** 2 / denominator if denominator > 0 else float(self.freedoms[0])
 
     def levels(self, axis: str, level: float) -> tuple[Level, ...]:
         x = self.columns()
         inverse = np.linalg.pinv(x.T @ x, rcond=_TOLERANCE, hermitian=True)
-        coefficients = inverse @ (x.T @ self.y)
         projector = inverse @ (x.T @ x)
         before = self.seeds.shape[1] + sum(self.dummies[other].shape[1] for other in self.axes[: self.axes.index(axis)])
-        quantile = float(stats.t.ppf(0.5 + level / 2, self.freedom)) if self.freedom > 0 else float("nan")
         found = [Level(self.reference(axis), 0.0, 0.0, 0.0, self.counts[axis][self.reference(axis)])]
         for position, value in enumerate(self.values[axis][1:]):
             contrast = np.zeros(x.shape[1])
@@ -188,20 +208,37 @@ class _Fit:
             if np.abs(contrast @ projector - contrast).max() > 1e-6:
                 found.append(Level(value, np.nan, np.nan, np.nan, self.counts[axis][value]))
                 continue
-            estimate = float(contrast @ coefficients)
-            half = quantile * float(np.sqrt(max(self.variance * (contrast @ inverse @ contrast), 0.0)))
+            influence = x @ (inverse @ contrast)
+            estimate, half = float(influence @ self.y), float("nan")
+            if self.freedoms[0] > 0:
+                weights = np.bincount(self.component, weights=influence**2, minlength=len(self.variances))
+                quantile = float(stats.t.ppf(0.5 + level / 2, self._freedom(weights)))
+                half = quantile * float(np.sqrt(weights @ np.asarray(self.variances)))
             found.append(Level(value, estimate, estimate - half, estimate + half, self.counts[axis][value]))
         return tuple(found)
 
     def confounded(self, axis: str) -> tuple[str, ...]:
         """The axes without which more of this axis could be estimated."""
-        missing = self.dummies[axis].shape[1] - (self.rank(self.columns()) - self.rank(self.columns((axis,))))
-        if missing == 0:
+        own = self.dummies[axis]
+
+        def estimable(without: Sequence[str]) -> int:
+            return _new_directions(self.columns(without), own).shape[1]
+
+        now = estimable((axis,))
+        if now == own.shape[1]:
             return ()
-        partners = [
-            other
-            for other in self.axes
-            if other != axis and self.rank(self.columns((other,))) - self.rank(self.columns((axis, other)))
-            > self.dummies[axis].shape[1] - missing
-        ]
+        partners = [other for other in self.axes if other != axis and estimable((axis, other)) > now]
         return tuple(partners) or ("a combination of other axes",)
+
+
+def _projection(x: Array, y: Array) -> Array:
+    # The Gram matrix is small and well scaled: columns are indicators.
+    return np.asarray(x @ (np.linalg.pinv(x.T @ x, rcond=_TOLERANCE, hermitian=True) @ (x.T @ y)), dtype=np.float64)
+
+
+def _new_directions(base: Array, extra: Array) -> Array:
+    """Orthonormal basis, `[observations, directions]`, of what `extra` spans beyond `base`."""
+    rest = extra - _projection(base, extra)
+    values, vectors = np.linalg.eigh(rest.T @ rest)
+    kept = values > _TOLERANCE * max(float(len(rest)), 1.0)
+    return np.asarray(rest @ (vectors[:, kept] / np.sqrt(values[kept])), dtype=np.float64)

@@ -160,23 +160,31 @@ def block_error(scores_cs: Array) -> tuple[float, int]:
     This is the pure error of the design: what is left when every cell has its own mean and every seed its own shift.
     """
     scores = np.asarray(scores_cs, dtype=np.float64)
-    cell, seed = np.nonzero(np.isfinite(scores))
-    if cell.size == 0:
+    present = np.isfinite(scores)
+    scores, present = scores[present.any(1)], present[present.any(1)]
+    if not scores.size:
         return float("nan"), 0
-    y = scores[cell, seed]
-    cells, cell = np.unique(cell, return_inverse=True)
-    seeds, seed = np.unique(seed, return_inverse=True)
-    # Eliminating the cell means leaves a small system in the seeds only, so that a thousand cells cost no thousand columns.
-    count = np.bincount(cell)
-    presence = np.zeros((cells.size, seeds.size))
-    presence[cell, seed] = 1.0
-    centred_design = presence.sum(0) * np.eye(seeds.size) - presence.T @ (presence / count[:, None])
-    means = np.bincount(cell, weights=y) / count
-    moment = np.bincount(seed, weights=y - means[cell], minlength=seeds.size)
-    shift = np.linalg.pinv(centred_design, hermitian=True) @ moment
-    residual = y - means[cell] - shift[seed] + (presence @ shift / count)[cell]
-    freedom = int(y.size - cells.size - np.linalg.matrix_rank(centred_design, hermitian=True))
+    system, shift = _seed_system(scores)
+    residual = np.where(present, scores - shift, np.nan)
+    residual = (residual - np.nanmean(residual, axis=1, keepdims=True))[present]
+    freedom = int(present.sum() - len(scores) - np.linalg.matrix_rank(system, hermitian=True))
     return (float(residual @ residual / freedom) if freedom > 0 else float("nan")), freedom
+
+
+def seed_shifts(scores_cs: Array) -> Array:
+    """How much each seed lies above the average seed in the additive model score = cell + seed, `[seeds]`."""
+    scores = np.asarray(scores_cs, dtype=np.float64)
+    return _seed_system(scores[np.isfinite(scores).any(1)])[1]
+
+
+def _seed_system(scores: Array) -> tuple[Array, Array]:
+    # The cells' means are eliminated, which leaves a small system in the seeds: a thousand cells cost no thousand columns.
+    present = np.isfinite(scores).astype(np.float64)
+    shares = present / np.maximum(present.sum(1, keepdims=True), 1.0)
+    system = np.diag(present.sum(0)) - present.T @ shares
+    filled = np.nan_to_num(scores)
+    moment = (present * (filled - (shares * filled).sum(1, keepdims=True))).sum(0)
+    return system, np.asarray(np.linalg.pinv(system, hermitian=True) @ moment, dtype=np.float64)
 
 
 def critical_difference(scores_cs: Array, level: float = 0.95) -> float:

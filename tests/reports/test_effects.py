@@ -13,11 +13,17 @@ A = {"k1": 0.0, "k2": 0.3, "k3": 0.5}
 B = {"loss": 0.0, "reward": -0.2}
 
 
-def _design(rows: list[tuple[str | None, str | None]], seeds: int = 4, noise: float = 0.0, crossed: float = 0.0) -> Design:
+def _design(
+    rows: list[tuple[str | None, str | None]], seeds: int = 4, noise: float = 0.0, crossed: float = 0.0
+) -> Design:
     generator = np.random.default_rng(0)
     shift = generator.normal(size=seeds)
     scores = [
-        A.get(a or "k3", 0) + B.get(b or "loss", 0) + crossed * (a == "k2" and b == "reward") + shift + noise * generator.normal(size=seeds)
+        A.get(a or "k3", 0)
+        + B.get(b or "loss", 0)
+        + crossed * (a == "k2" and b == "reward")
+        + shift
+        + noise * generator.normal(size=seeds)
         for a, b in rows
     ]
     values = {"estimator": [a for a, _ in rows], "placement": [b for _, b in rows]}
@@ -26,7 +32,9 @@ def _design(rows: list[tuple[str | None, str | None]], seeds: int = 4, noise: fl
 
 def test_a_product_gives_back_the_effects_that_made_it() -> None:
     effects = {effect.axis: effect for effect in main_effects(_design(list(product(A, B))))}
-    assert {level.value: level.estimate for level in effects["estimator"].levels} == pytest.approx({"k3": 0, "k1": -0.5, "k2": -0.2})
+    assert {level.value: level.estimate for level in effects["estimator"].levels} == pytest.approx(
+        {"k3": 0, "k1": -0.5, "k2": -0.2}
+    )
     assert effects["placement"].spread == pytest.approx(0.2)
     assert effects["estimator"].share + effects["placement"].share == pytest.approx(1.0)
     assert effects["estimator"].confounded == ()
@@ -69,7 +77,9 @@ def test_axes_that_vary_together_are_confounded_and_say_with_what() -> None:
 
 
 def test_an_inactive_axis_counts_as_its_reference() -> None:
-    effects = {effect.axis: effect for effect in main_effects(_design([("k3", "loss"), ("k1", "loss"), (None, "reward")]))}
+    effects = {
+        effect.axis: effect for effect in main_effects(_design([("k3", "loss"), ("k1", "loss"), (None, "reward")]))
+    }
     assert effects["placement"].levels[1].estimate == pytest.approx(-0.2)
     assert effects["placement"].confounded == ()
 
@@ -87,7 +97,10 @@ def test_an_axis_without_effect_is_called_one_at_the_nominal_rate() -> None:
     values = {"estimator": [a for a, _ in rows], "placement": [b for _, b in rows]}
     p = np.asarray(
         [
-            [effect.p for effect in main_effects(Design(generator.normal(size=(6, 3)) + generator.normal(size=3), values, {}))]
+            [
+                effect.p
+                for effect in main_effects(Design(generator.normal(size=(6, 3)) + generator.normal(size=3), values, {}))
+            ]
             for _ in range(300)
         ]
     )

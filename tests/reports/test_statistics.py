@@ -91,7 +91,9 @@ def test_bootstrap_covers_and_needs_five_runs_on_three_tasks() -> None:
     generator = np.random.default_rng(2)
     covered = 0
     for trial in range(60):
-        found = s.bootstrap_interval(generator.normal(size=(20, 4)), lambda x: float(x.mean()), replicates=200, seed=trial)
+        found = s.bootstrap_interval(
+            generator.normal(size=(20, 4)), lambda x: float(x.mean()), replicates=200, seed=trial
+        )
         covered += found.low <= 0.0 <= found.high
     assert 51 <= covered <= 60
     assert np.isnan(s.bootstrap_interval(X, s.interquartile_mean).low)

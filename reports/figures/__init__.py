@@ -1,0 +1,52 @@
+"""All figures of a report, and their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from reports.comparison import Comparison
+from reports.figures.curves import axis_curves, cell_curves, curve_cubes
+from reports.figures.effects import interaction_maps, main_effect_plot
+from reports.figures.plane import bias_variance_plane
+from reports.figures.ranking import ranking, seed_lines
+from reports.figures.stability import stability_panel, stability_table
+from reports.figures.style import Drawing, styled
+from reports.figures.svg import inline_svg
+from reports.figures.tradeoff import tradeoff
+from reports.study import Study
+
+__all__ = ["Drawing", "draw", "inline_svg", "save"]
+
+FORMATS = ("pdf", "svg", "png")
+
+
+def draw(study: Study, comparison: Comparison, gradients: pd.DataFrame | None = None) -> list[Drawing]:
+    """Every figure that the data of this task allow, in the order of the page."""
+    cubes = curve_cubes(study, comparison)
+    found = [
+        tradeoff(study, comparison),
+        ranking(comparison),
+        main_effect_plot(study, comparison),
+        interaction_maps(study, comparison),
+        *(axis_curves(study, comparison, axis, i, cubes) for i, axis in enumerate(study.axes)),
+        cell_curves(study, comparison, cubes),
+        seed_lines(comparison),
+        stability_panel(study, comparison, stability_table(study, comparison.task)),
+        bias_variance_plane(comparison, gradients),
+    ]
+    return [drawing for drawing in found if drawing is not None]
+
+
+def save(drawing: Drawing, folder: Path, prefix: str = "") -> list[Path]:
+    """The figure as PDF, SVG and PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with styled():
+        for suffix in FORMATS:
+            path = folder / f"{prefix}{drawing.name}.{suffix}"
+            metadata = {"CreationDate": None} if suffix == "pdf" else {"Date": None} if suffix == "svg" else None
+            drawing.figure.savefig(path, dpi=200, metadata=metadata)
+            paths.append(path)
+    return paths

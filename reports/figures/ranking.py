@@ -1,0 +1,129 @@
+"""Cells ranked with intervals and critical groups, and every seed of the main cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from reports.comparison import Comparison
+from reports.figures.style import INK, MUTED, NARROW, SERIES, WIDE, Drawing, canvas, look, shortened, spread_labels, styled
+
+MOST = 30
+
+
+def ranking(comparison: Comparison) -> Drawing | None:
+    """The best cells (and always the baseline and the last), best on top; cells joined by a bar cannot be told apart."""
+    table = comparison.table
+    rows = [i for i in range(len(table)) if np.isfinite(table["mean"][i])]
+    if not rows:
+        return None
+    chosen = rows if len(rows) <= MOST else rows[: MOST - 2]
+    if len(rows) > MOST:
+        base = [i for i in rows if table["group"][i] == comparison.baseline]
+        chosen = sorted({*chosen, *base, rows[-1]})
+    place = {row: -rank for rank, row in enumerate(chosen)}
+    column = {group: i for i, group in enumerate(comparison.groups)}
+    with styled():
+        figure, (axes,) = canvas(WIDE, 0.55 + 0.19 * len(chosen))
+        left_out = len(rows) - len(chosen)
+        drawing = Drawing(
+            "ranking",
+            "Cells ranked",
+            "Dots are means, bars 95% t-intervals over seeds, small marks single seeds. Hollow: a seed was lost and counts at the worst score "
+            f"({comparison.worst:.3g}). Cells joined by a vertical bar cannot be told apart by Tukey's test at 5% with seeds as blocks"
+            + (f" (critical difference {comparison.critical:.3f})." if np.isfinite(comparison.critical) else "; with one seed nothing can be.")
+            + (f" {left_out} cells between are left out; the table has them." if left_out else ""),
+            "Best first: " + ", ".join(table["label"].iloc[chosen[:5]]) + ".",
+            figure,
+        )
+        for row in chosen:
+            record = table.loc[row]
+            base = record["group"] == comparison.baseline
+            color = SERIES[1] if base else SERIES[0] if record["best_group"] else MUTED
+            y = place[row]
+            seeds = comparison.scores[column[record["group"]]]
+            axes.plot(seeds, np.full(seeds.shape, y + 0.24), linestyle="none", marker="|", markersize=3.5, color=color, alpha=0.6)
+            axes.plot([record["low"], record["high"]], [y, y], color=color, linewidth=2.2, alpha=0.5)
+            (point,) = axes.plot(
+                record["mean"], y, linestyle="none", marker="D" if base else "o", markersize=5, color=color,
+                markerfacecolor=color if record["stable"] else "none",
+            )  # fmt: skip
+            lost = record["diverged"] + record["failed"]
+            words = f", {lost} of {record['seeds']} seeds lost" if lost else ""
+            point.set_gid(
+                drawing.tip(f"{record['label']}: {record['mean']:.3f} [{record['low']:.3f}, {record['high']:.3f}], n = {record['n']}{words}")
+            )
+        axes.set_yticks([place[row] for row in chosen], [shortened(_name(table.loc[row]), 44) for row in chosen])
+        for label, row in zip(axes.get_yticklabels(), chosen, strict=True):
+            label.set_color(INK if table["best_group"][row] or table["group"][row] == comparison.baseline else MUTED)
+        axes.set_xlabel(comparison.metric.replace("_", " "))
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-len(chosen) + 0.4, 0.6)
+        _critical_bars(axes, comparison, place)
+    return drawing
+
+
+def _name(record: pd.Series) -> str:  # type: ignore[type-arg]
+    lost = record["diverged"] + record["failed"]
+    return f"{record['label']}  ({record['finished']}/{record['seeds']} finished)" if lost else str(record["label"])
+
+
+def _critical_bars(axes: object, comparison: Comparison, place: dict[int, int]) -> None:
+    spans = [(first, last) for first, last in comparison.tied if last > first and first in place]
+    for k, (first, last) in enumerate(spans[:12]):
+        visible = [row for row in place if first <= row <= last]
+        x = 1.012 + 0.014 * k
+        axes.plot(  # type: ignore[attr-defined]
+            [x, x], [place[min(visible)] + 0.25, place[max(visible)] - 0.25], color=SERIES[0] if k == 0 else MUTED, linewidth=2.4 if k == 0 else 1.6,
+            transform=axes.get_yaxis_transform(), clip_on=False, solid_capstyle="butt",  # type: ignore[attr-defined]
+        )  # fmt: skip
+
+
+def seed_lines(comparison: Comparison) -> Drawing | None:
+    """The scores of the main cells by seed: parallel lines mean that a seed shifts all cells alike, which pairing removes."""
+    if len(comparison.seeds) < 2 or not comparison.comparable:
+        return None
+    groups = list(comparison.table["group"])
+    chosen = list(dict.fromkeys([*groups[:4], *([comparison.baseline] if comparison.baseline else []), *groups[-1:]]))
+    labels = dict(zip(comparison.table["group"], comparison.table["label"], strict=True))
+    seeds = comparison.seeds[:40]
+    with styled():
+        figure, (axes,) = canvas(WIDE, NARROW * 0.8)
+        drawing = Drawing(
+            "seeds",
+            "Seed by seed",
+            "Final score of the best cells, the baseline and the last one, by training seed. Hollow marks are lost seeds at the worst score. "
+            "Where lines run in parallel a seed shifts all cells alike, and the paired differences of the table are sharper than the intervals suggest.",
+            "Scores by seed for " + ", ".join(labels[group] for group in chosen if group in labels) + ".",
+            figure,
+        )
+        ends = []
+        for k, group in enumerate(group for group in chosen if group in labels):
+            row = comparison.groups.index(group)
+            values = comparison.scores[row][: len(seeds)]
+            style = look(k)
+            axes.plot(range(len(seeds)), values, color=style["color"], linewidth=1.0, alpha=0.7, linestyle=style["linestyle"])  # type: ignore[arg-type]
+            for s, value in enumerate(values):
+                if np.isfinite(value):
+                    done = comparison.states[row][s] == "finished"
+                    (point,) = axes.plot(
+                        s, value, marker=style["marker"], color=style["color"], markersize=4.5, linestyle="none",
+                        markerfacecolor=style["color"] if done else "none",
+                    )  # type: ignore[arg-type]  # fmt: skip
+                    point.set_gid(drawing.tip(f"{labels[group]}, seed {seeds[s]}: {value:.3f} ({comparison.states[row][s]})"))
+            present = np.flatnonzero(np.isfinite(values))
+            if present.size:
+                ends.append((labels[group], float(values[present[-1]]), style["color"]))
+        axes.set_xticks(range(len(seeds)), [str(seed) for seed in seeds])
+        axes.set_xlabel("training seed")
+        axes.set_ylabel(comparison.metric.replace("_", " "))
+        low, high = axes.get_ylim()
+        for (label, _, color), y in zip(ends, spread_labels([value for _, value, _ in ends], (high - low) * 0.07), strict=True):
+            axes.annotate(
+                shortened(label, 26), (len(seeds) - 1, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=7, color=color,
+                annotation_clip=False,
+            )  # type: ignore[arg-type]  # fmt: skip
+        axes.set_ylim(low, high)
+    return drawing

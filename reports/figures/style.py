@@ -1,0 +1,132 @@
+"""One look for all figures: sizes, colours that colour-blind readers can tell apart, and markers that repeat what colour says.
+
+Colours of ink, rules and series are fixed here and nowhere else; on the page they become variables, so that figures follow light and
+dark mode (see `svg`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, RULE, PAPER = "#1b1d21", "#6a6f78", "#dfe2e6", "#fffffd"
+SERIES = ("#0065a8", "#d1480a", "#00866a", "#8a3fa0", "#a87400", "#3a97d4", "#c6527f", "#6b6b6d")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
+WIDE, NARROW = 6.9, 3.4
+"""Widths in inches: two columns and one column of a paper."""
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "text.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "klab",
+    "pdf.fonttype": 42,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "text.parse_math": False,
+}
+
+
+@dataclass
+class Drawing:
+    """A figure with the words that belong to it.
+
+    Attributes:
+        name: file name without suffix.
+        title: a short heading.
+        caption: what is drawn, what the bars mean, how many seeds.
+        alt: the message, for readers who do not see it.
+        tips: by id of a drawn group, what to say when a reader points at it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)
+
+    def tip(self, text: str) -> str:
+        """Registers `text` and returns the id to give the artist."""
+        key = f"tip{len(self.tips)}"
+        self.tips[key] = text
+        return key
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Drawing and saving happen inside."""
+    with mpl.rc_context(_SETTINGS):
+        yield
+
+
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, list[Axes]]:
+    """An empty figure (not registered with pyplot) and its axes in reading order."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+    return figure, list(axes.ravel())
+
+
+def look(position: int) -> Mapping[str, object]:
+    """Colour, marker and dash of the value at `position` on its axis."""
+    return {
+        "color": SERIES[position % len(SERIES)],
+        "marker": MARKERS[position % len(MARKERS)],
+        "linestyle": DASHES[position // len(SERIES) % len(DASHES)],
+    }
+
+
+def spread_labels(positions: Sequence[float], gap: float) -> list[float]:
+    """Label positions near `positions` that are at least `gap` apart, order kept."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    placed = [positions[i] for i in order]
+    for _ in range(50):
+        moved = False
+        for i in range(len(placed) - 1):
+            overlap = gap - (placed[i + 1] - placed[i])
+            if overlap > 1e-9 * gap:
+                placed[i] -= overlap / 2
+                placed[i + 1] += overlap / 2
+                moved = True
+        if not moved:
+            break
+    result = [0.0] * len(positions)
+    for rank, i in enumerate(order):
+        result[i] = placed[rank]
+    return result
+
+
+def shortened(text: str, length: int = 34) -> str:
+    """`text` cut to `length` characters, for labels inside figures."""
+    return text if len(text) <= length else text[: length - 1] + "…"

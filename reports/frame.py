@@ -1,0 +1,204 @@
+"""A run as tidy frames: one row per cell, per (cell, update) and per (cell, evaluation), read once and kept in a columnar cache.
+
+The cache lies in the run's report folder and holds, per cell, a fingerprint of the files in the cell's folder; only cells whose
+fingerprint changed are read again. Deleting the cache loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from grid import Mistake
+from harness.store import CellFolder, Run
+from reports.columns import EVALUATIONS, METRICS, RESULTS
+
+_VERSION = 1
+_QUIET = ("heartbeat", "claim")
+_SAMPLES = ("cell", "update", "prompt", "completion", "reward")
+_ENDED = ("finished", "diverged", "failed", "damaged")
+_ERROR_TAIL = 4000
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The tidy frames of one run; `metrics`, `evaluations` and `samples` name their cell in the column ``cell``.
+
+    `samples` holds the completions stored at each cell's first and last evaluation.
+    """
+
+    cells: pd.DataFrame
+    metrics: pd.DataFrame
+    evaluations: pd.DataFrame
+    samples: pd.DataFrame
+
+
+def read_frames(run: Run, cache: bool = True) -> Frames:
+    """The frames of a run, from the cache where that is current."""
+    marks = {identity: fingerprint(run.cell(identity)) for identity in run.cells}
+    folder = run.report / "cache"
+    old = _load(folder) if cache else None
+    known = dict(zip(old.cells["cell"], old.cells["mark"], strict=True)) if old is not None else {}
+    changed = [identity for identity, mark in marks.items() if known.get(identity) != mark]
+    frames = old
+    if old is None or changed or len(known) != len(marks):
+        fresh = _read(run, changed, marks)
+        frames = fresh if old is None else _merge(old, fresh, set(marks) - set(changed))
+        if cache:
+            _save(folder, frames)
+    assert frames is not None
+    order = pd.DataFrame({"cell": list(marks)})
+    cells = order.merge(frames.cells, on="cell", how="left")
+    cells["state"] = [
+        state if state in _ENDED else _alive(run.cell(identity), updates)
+        for identity, state, updates in zip(cells["cell"], cells["state"], cells["updates"], strict=True)
+    ]
+    return Frames(cells.drop(columns="mark"), frames.metrics, frames.evaluations, frames.samples)
+
+
+def fingerprint(folder: CellFolder) -> str:
+    """Names, sizes and times of the files directly in the cell's folder; equal as long as nothing was written there."""
+    try:
+        with os.scandir(folder.path) as entries:
+            found = [(entry.name, entry.stat()) for entry in entries if entry.name not in _QUIET and entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    return ";".join(f"{name}:{status.st_size}:{status.st_mtime_ns}" for name, status in sorted(found, key=lambda item: item[0]))
+
+
+def _alive(folder: CellFolder, updates: float) -> str:
+    try:
+        if folder.claimed() is not None:
+            return "running"
+    except Mistake:
+        return "damaged"
+    return "stopped" if updates > 0 else "missing"
+
+
+def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
+    cells: list[dict[str, Any]] = []
+    metrics, evaluations = _Columns(METRICS), _Columns(EVALUATIONS)
+    samples: list[tuple[Any, ...]] = []
+    for identity in identities:
+        folder = run.cell(identity)
+        row: dict[str, Any] = {"cell": identity, "mark": marks[identity], "state": "missing", "error": None}
+        row.update(dict.fromkeys(RESULTS, np.nan))
+        cells.append(row)
+        if not marks[identity]:
+            continue
+        try:
+            result, error = folder.result(), folder.error()
+            measured, evaluated = folder.metrics(), folder.evaluations()
+        except Mistake as mistake:
+            row.update(state="damaged", error=str(mistake))
+            continue
+        row["updates"] = float(measured[-1]["update"]) if measured else 0.0
+        if result is not None:
+            row.update({name: _number(result.get(name)) for name in RESULTS}, state=result["state"])
+        elif error is not None:
+            row.update(state="failed", error=error[-_ERROR_TAIL:])
+        metrics.add(identity, measured)
+        evaluations.add(identity, evaluated)
+        for evaluation in [evaluated[i] for i in sorted({0, len(evaluated) - 1})] if evaluated else []:
+            samples += [_sample(identity, evaluation["update"], item) for item in evaluation.get("samples") or ()]
+    columns = ["cell", "mark", "state", "error", *RESULTS]
+    table = pd.DataFrame(cells, columns=columns).astype({"error": "str"} if cells else {})
+    return Frames(table, metrics.frame(), evaluations.frame(), pd.DataFrame(samples, columns=list(_SAMPLES)))
+
+
+def _sample(identity: str, update: int, item: object) -> tuple[Any, ...]:
+    part = item if isinstance(item, dict) else {}
+    prompt, completion = str(part.get("prompt", "")), str(part.get("completion", ""))
+    return identity, update, prompt[:2000], completion[:2000], _number(part.get("reward"))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+class _Columns:
+    """Rows of many cells, gathered column by column: a million small dictionaries would not fit."""
+
+    def __init__(self, known: Mapping[str, str]) -> None:
+        self.arrays: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in known}
+        self.identities: list[str] = []
+        self.lengths: list[int] = []
+
+    def add(self, identity: str, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        for row in (rows[0], rows[-1]):
+            for name, value in row.items():
+                if name not in self.arrays and isinstance(value, int | float):
+                    self.arrays[name] = [np.full(length, np.nan) for length in self.lengths]
+        self.identities.append(identity)
+        self.lengths.append(len(rows))
+        for name, parts in self.arrays.items():
+            values = [row.get(name) for row in rows]
+            try:
+                column = np.asarray(values, dtype=np.float64)
+            except (TypeError, ValueError):
+                column = np.asarray([_number(value) for value in values])
+            parts.append(column)
+
+    def frame(self) -> pd.DataFrame:
+        codes = np.repeat(np.arange(len(self.identities)), self.lengths)
+        data: dict[str, Any] = {"cell": pd.Categorical.from_codes(codes, categories=self.identities)}
+        for name, parts in self.arrays.items():
+            data[name] = np.concatenate(parts) if parts else np.empty(0)
+        data["update"] = data["update"].astype(np.int64)
+        return pd.DataFrame(data)
+
+
+def _merge(old: Frames, fresh: Frames, kept: set[str]) -> Frames:
+    def both(name: str) -> pd.DataFrame:
+        before, after = getattr(old, name), getattr(fresh, name)
+        before = before[before["cell"].isin(kept)]
+        if before.empty or after.empty:
+            return after if before.empty else before
+        if isinstance(after["cell"].dtype, pd.CategoricalDtype):
+            names = [*before["cell"].cat.categories, *after["cell"].cat.categories]
+            kind = pd.CategoricalDtype(list(dict.fromkeys(names)))
+            before, after = before.astype({"cell": kind}), after.astype({"cell": kind})
+        return pd.concat([before, after], ignore_index=True)
+
+    return Frames(both("cells"), both("metrics"), both("evaluations"), both("samples"))
+
+
+_NAMES = ("cells", "metrics", "evaluations", "samples")
+
+
+def _load(folder: Path) -> Frames | None:
+    """The cached frames; None when there are none, or they are of another version or damaged (they are only a cache)."""
+    try:
+        head = json.loads((folder / "head.json").read_text())
+        if head["version"] != _VERSION:
+            return None
+        return Frames(*(pd.read_parquet(folder / f"{name}-{head['token']}.parquet") for name in _NAMES))
+    except Exception:
+        return None
+
+
+def _save(folder: Path, frames: Frames) -> None:
+    """Replaces the cache; a run folder that cannot be written goes without."""
+    token = secrets.token_hex(6)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _NAMES:
+            getattr(frames, name).to_parquet(folder / f"{name}-{token}.parquet", compression="lz4")
+        temporary = folder / f"head-{token}.tmp"
+        temporary.write_text(json.dumps({"schema": 1, "version": _VERSION, "token": token}))
+        os.replace(temporary, folder / "head.json")
+        for stale in folder.glob("*.parquet"):
+            if token not in stale.name:
+                stale.unlink(missing_ok=True)
+

@@ -1,0 +1,213 @@
+"""One or several runs side by side: their frames joined, the axes that vary over all of them, and what to beware of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from grid import Cell, Mistake
+from harness.store import Run
+from reports.axes import VariedAxis, axis_table, group_labels, task_label
+from reports.columns import CELLS, SUMMARY
+from reports.frame import Frames, read_frames
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the report is about.
+
+    Attributes:
+        runs: the runs, in the order given.
+        names: a distinct name for each.
+        cells: one row per cell and seed; columns are documented in `columns.CELLS`.
+        metrics: one row per (cell, update); `columns.METRICS`.
+        evaluations: one row per (cell, evaluation); `columns.EVALUATIONS`.
+        samples: stored completions of each cell's first and last evaluation.
+        axes: the fields that differ between configurations.
+        values: by group, its value on each axis (None: inactive there).
+        configurations: by group, one of its cells.
+        baselines: by task, the group that others are compared with; tasks without one are absent.
+        notes: what a reader should know before comparing.
+    """
+
+    runs: tuple[Run, ...]
+    names: tuple[str, ...]
+    cells: pd.DataFrame
+    metrics: pd.DataFrame
+    evaluations: pd.DataFrame
+    samples: pd.DataFrame
+    axes: tuple[VariedAxis, ...]
+    values: Mapping[str, Mapping[str, str | None]]
+    configurations: Mapping[str, Cell]
+    baselines: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.names)
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.cells["task"]))
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """A short name per configuration, unique within its task."""
+        return dict(zip(self.cells["group"], self.cells["label"], strict=True))
+
+    @property
+    def factorial(self) -> bool:
+        """Whether axes were crossed, so that an axis' value is best shown as the average over the cells that have it."""
+        return all(run.manifest.get("design") == "product" for run in self.runs) and len(self.runs) == 1
+
+    def summary(self, metric: str = "reward_final") -> pd.DataFrame:
+        """One row per configuration, best first; columns are documented in `columns.SUMMARY`.
+
+        Args:
+            metric: a column of `cells` that results have, for example ``accuracy_final``.
+        """
+        from reports.comparison import compare
+
+        tables = [compare(self, task, metric).table for task in self.tasks]
+        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY))
+        return table.drop(columns="group", errors="ignore")
+
+
+def load_run(path: str | Path, *, baseline: str | None = None, cache: bool = True) -> Study:
+    """The study of one run folder: ``load_run("runs/a").summary()``."""
+    return load_runs([path], baseline=baseline, cache=cache)
+
+
+def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache: bool = True) -> Study:
+    """The study of several run folders together; a cell that stands in two of them is taken from the first that finished it.
+
+    Args:
+        baseline: id (or its beginning) of a cell or configuration to compare with, instead of the grid file's.
+
+    Raises:
+        Mistake: when a folder is not a run, is of another schema, or the baseline is not in it.
+    """
+    if not paths:
+        raise Mistake("nothing to report: name at least one run folder")
+    runs = tuple(Run.open(path) for path in dict.fromkeys(Path(path).resolve() for path in paths))
+    names = _distinct([run.name for run in runs])
+    parts = [read_frames(run, cache) for run in runs]
+    configurations: dict[str, Cell] = {}
+    tables, notes = [], []
+    for run, name, frames in zip(runs, names, parts, strict=True):
+        tables.append(_described(run, name, frames.cells, configurations))
+    cells = pd.concat(tables, ignore_index=True)
+    cells, dropped = _unique(cells)
+    if dropped:
+        notes.append(f"{dropped} cells stand in more than one run; each is counted once.")
+    joined = _joined(parts, names, cells)
+    written = {str(key) for run in runs for key in run.manifest["axes"]}
+    baselines = _baselines(runs, configurations, cells, baseline, notes)
+    axes, values = axis_table(configurations, written)
+    labels: dict[str, str] = {}
+    for task in dict.fromkeys(cells["task"]):
+        groups = dict.fromkeys(cells.loc[cells["task"] == task, "group"])
+        labels.update(group_labels(axes, {group: values[group] for group in groups}, baselines.get(task)))
+    cells["label"] = [labels[group] for group in cells["group"]]
+    notes += _warnings(cells, runs)
+    return Study(runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes))
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names))
+
+
+def _described(run: Run, name: str, cells: pd.DataFrame, configurations: dict[str, Cell]) -> pd.DataFrame:
+    """The cells of a run with what the manifest says of them."""
+    rows: list[dict[str, Any]] = []
+    for identity in cells["cell"]:
+        resolved = run.resolved(identity)
+        group = str(resolved["group"])
+        if group not in configurations:
+            configurations[group] = run.cell(identity).cell()
+        rows.append(
+            {
+                "run": name,
+                "group": group,
+                "task": task_label(configurations[group]),
+                "algorithm": resolved.get("algorithm"),
+                "seed": int(resolved["seed"]),
+                "updates_planned": float(configurations[group].training.updates),
+            }
+        )
+    head = pd.DataFrame(rows, columns=["run", "group", "task", "algorithm", "seed", "updates_planned"])
+    return pd.concat([head, cells.reset_index(drop=True)], axis=1)
+
+
+def _unique(cells: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    if not cells["cell"].duplicated().any():
+        return cells, 0
+    ended = cells["state"].isin(["finished", "diverged"])
+    order = (~ended).sort_values(kind="stable").index
+    kept = cells.loc[order].drop_duplicates("cell").sort_index()
+    return kept.reset_index(drop=True), len(cells) - len(kept)
+
+
+def _joined(parts: Sequence[Frames], names: Sequence[str], cells: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+    result = []
+    for kind in ("metrics", "evaluations", "samples"):
+        frames = []
+        for name, part in zip(names, parts, strict=True):
+            frame: pd.DataFrame = getattr(part, kind)
+            if len(parts) > 1:
+                frame = frame[frame["cell"].isin(cells.loc[cells["run"] == name, "cell"])].astype({"cell": "str"})
+            frames.append(frame)
+        joined = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+        result.append(joined.astype({"cell": "category"}))
+    return tuple(result)
+
+
+def _baselines(
+    runs: Sequence[Run], configurations: Mapping[str, Cell], cells: pd.DataFrame, wanted: str | None, notes: list[str]
+) -> dict[str, str]:
+    if wanted is not None:
+        pairs = zip(cells["cell"], cells["group"], strict=True)
+        found = {group for identity, group in pairs if identity.startswith(wanted) or group.startswith(wanted)}
+        if len(found) != 1:
+            problem = "no such cell" if not found else f"{len(found)} configurations fit"
+            raise Mistake(problem, key="baseline", value=wanted, allowed=list(configurations))
+        group = found.pop()
+        return {task_label(configurations[group]): group}
+    candidates: dict[str, list[str]] = {}
+    for run in runs:
+        group = run.baseline
+        if group in configurations:
+            candidates.setdefault(task_label(configurations[group]), []).append(group)
+    baselines: dict[str, str] = {}
+    for task in dict.fromkeys(cells["task"]):
+        groups = list(dict.fromkeys(candidates.get(task, ())))
+        if len(groups) == 1:
+            baselines[task] = groups[0]
+        elif groups:
+            notes.append(f"The runs have different baselines on {task}: nothing is compared with a baseline there (--baseline chooses one).")
+        else:
+            notes.append(f"No run has a baseline cell on {task}: nothing is compared with a baseline there (--baseline chooses one).")
+    return baselines
+
+
+def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
+    notes = []
+    for task, part in cells.groupby("task", sort=False):
+        budgets = sorted(part["updates_planned"].unique())
+        if len(budgets) > 1:
+            shown = ", ".join(f"{budget:g}" for budget in budgets)
+            notes.append(f"Cells on {task} were given different budgets ({shown} updates): their scores are not at equal effort.")
+        if part.groupby("group")["seed"].nunique().max() == 1:
+            notes.append(f"One seed per cell on {task}: there are no intervals, and no difference here is evidence.")
+    if cells["task"].nunique() > 1:
+        notes.append("The cells belong to different tasks; cells are compared within a task only.")
+    if (open_ := int(cells["state"].isin(["running", "stopped", "missing"]).sum())) > 0:
+        notes.append(f"{open_} of {len(cells)} cells have not ended: this is an interim report.")
+    if len({str(run.manifest["versions"]) for run in runs}) > 1 or len({str(run.manifest.get("commit")) for run in runs}) > 1:
+        notes.append("The runs were made with different versions of klab or its libraries; see provenance.")
+    return notes
