@@ -20,7 +20,7 @@ _TOKENS: dict[Path, Lock] = {}
 """The claims of this process: cell folder -> lock."""
 
 
-class Evicted(RuntimeError):  # noqa: N818 - an event, not an error
+class Evicted(RuntimeError):
     """The cell was cancelled, or taken over by another process: this one must not write to it any more."""
 
 

@@ -139,10 +139,9 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: b
     data = b"".join(seal(record) + b"\n" for record in records)
     if not data:
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = _whole_size(descriptor)
-        os.lseek(descriptor, size, os.SEEK_SET)
         try:
             _write_all(descriptor, data)
         except OSError:

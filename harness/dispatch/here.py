@@ -1,0 +1,57 @@
+"""Cells in this process, one pack after the other, in the foreground."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.dispatch.executor import Pack, SchedulerState
+from harness.dispatch.job import Interruption, limit_threads, work
+from harness.store import Run, machine
+
+if TYPE_CHECKING:
+    from harness.training.life import Progress
+
+
+class Here:
+    """This process as a backend. The first Ctrl-C saves after the current update and ends; the second ends at once.
+
+    Args:
+        progress: told about every update of every cell.
+        device: `cpu` to leave GPUs alone.
+    """
+
+    name = "here"
+
+    def __init__(self, progress: Callable[[Progress], None] | None = None, device: str | None = None) -> None:
+        self.progress = progress
+        self.device = device
+        self.interrupted = False
+
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
+        """Train all packs; returns when they are done, failed, or interrupted (then `interrupted` is set)."""
+        threads = max(1, min(int(resources.cpus), machine.cores()))
+        limit_threads(threads)
+        if self.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        with Interruption(signal.SIGINT, signal.SIGTERM) as interruption:
+            for pack in packs:
+                work(
+                    run.path,
+                    pack.cells,
+                    executor=self.name,
+                    threads=threads,
+                    progress=self.progress,
+                    stop=interruption.asked,
+                )
+                if interruption.asked():
+                    self.interrupted = True
+                    return
+
+    def states(self, run: Run) -> dict[str, SchedulerState]:
+        return {}
+
+    def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Nothing to do: the process notices after its current update that the cell is no longer its own."""

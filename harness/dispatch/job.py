@@ -1,0 +1,214 @@
+"""What a job does: claim its cells, train them, and leave word of how each attempt ended.
+
+The object that travels through submitit holds a path and ids only; everything else is read from the run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from harness.store import CellFolder, Held, Holder, Run
+from harness.store.lock import TOUCH_SECONDS
+
+if TYPE_CHECKING:
+    from harness.training.life import Progress
+
+HOLD_SECONDS = 150.0
+"""How long a job that a scheduler told to end waits, with its checkpoints saved, before it goes on after all."""
+
+GRACE_SECONDS = 40.0
+"""How long a scheduler's signal waits for the end of an update before the job gives way without a fresh checkpoint."""
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """The callable that submitit pickles.
+
+    `gpu` is the device that the local pool handed out (None leaves the environment as it is), `threads` the number of
+    threads of the process.
+    """
+
+    run: str
+    cells: tuple[str, ...]
+    executor: str = "local"
+    threads: int = 1
+    gpu: str | None = None
+
+    def __call__(self) -> dict[str, str]:
+        limit_threads(self.threads)
+        if self.gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
+        while True:
+            with Interruption() as interruption:
+                states = work(
+                    self.run, self.cells, executor=self.executor, threads=self.threads, stop=interruption.asked
+                )
+            interruption.give_way()
+            if self.executor == "local" or "interrupted" not in states.values():
+                return states
+            # SIGTERM from a scheduler: the kill follows soon, and a job that ended by itself would not be requeued.
+            time.sleep(HOLD_SECONDS)
+
+    def checkpoint(self) -> Any:
+        """submitit calls this when it requeues the job: the same again, which finds the checkpoints."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def work(
+    run_path: str | Path,
+    cells: tuple[str, ...],
+    *,
+    executor: str,
+    threads: int = 1,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, str]:
+    """Train those of the cells that have no result and no other living worker; how each one ended."""
+    run = Run.open(run_path)
+    place = {"executor": executor, **_place(run)}
+    claimed = [folder for folder in map(run.cell, cells) if _claim(folder, place)]
+    states: dict[str, str] = {}
+    try:
+        with _keep_touching(claimed):
+            try:
+                from harness.training import run_cells
+
+                ids = [folder.id for folder in claimed]
+                states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads) if ids else {}
+            except Exception:
+                for folder in claimed:
+                    _fail(folder, traceback.format_exc())
+                raise
+    finally:
+        for folder in claimed:
+            _leave(folder, states.get(folder.id, "failed" if folder.error() is not None else "interrupted"))
+    return states
+
+
+def limit_threads(threads: int) -> None:
+    """Keep numerical libraries that are loaded from now on to this many threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class Interruption:
+    """Turns a request to stop (SIGTERM, and submitit's SIGUSR2) into a flag that training looks at after every update.
+
+    submitit's own handler requeues and exits at whatever point the signal finds the program; here it runs when the
+    update is done and saved, or after `grace` seconds, whichever is first.
+    """
+
+    def __init__(self, *numbers: int, grace: float = GRACE_SECONDS) -> None:
+        self._numbers = numbers or (signal.SIGTERM, signal.SIGUSR2)
+        self._grace = grace
+        self._asked = threading.Event()
+        self._requeue = False
+        self._before: dict[int, Any] = {}
+
+    def asked(self) -> bool:
+        return self._asked.is_set()
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def give_way(self) -> None:
+        """After a SIGUSR2: let submitit requeue the job and end the process."""
+        handler = self._before.get(signal.SIGUSR2)
+        if self._requeue and callable(handler):
+            handler(signal.SIGUSR2, None)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2 and self._requeue:  # the second one, after the grace
+            self.give_way()
+            return
+        if number == signal.SIGINT and self.asked():  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self._asked.set()
+        if number == signal.SIGUSR2:
+            self._requeue = True
+            timer = threading.Timer(self._grace, os.kill, (os.getpid(), signal.SIGUSR2))
+            timer.daemon = True
+            timer.start()
+
+
+def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
+    """Whether the cell is now this process's to train."""
+    if folder.result() is not None:
+        return False
+    try:
+        folder.claim(details=place)
+    except Held:
+        return False
+    if folder.result() is not None:
+        folder.unclaim()
+        return False
+    holder = Holder.here()
+    attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
+    folder.append_attempt(
+        {"event": "started", "at": time.time(), "attempt": attempt, "host": holder.host, "pid": holder.pid, **place}
+    )
+    return True
+
+
+def _leave(folder: CellFolder, state: str) -> None:
+    with suppress(OSError):
+        if state != "cancelled" and (folder.last_attempt() or {}).get("event") != "cancelled":
+            folder.append_attempt({"event": "ended", "at": time.time(), "state": state})
+    folder.unclaim()
+
+
+def _fail(folder: CellFolder, text: str) -> None:
+    with suppress(OSError):  # where even this cannot be written, the job's log has it
+        if folder.result() is None and folder.error() is None:
+            folder.fail(text)
+
+
+def _place(run: Run) -> dict[str, Any]:
+    """Job id, log (relative to the run folder) and devices of this process."""
+    place: dict[str, Any] = {"job": "", "log": "", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    if os.environ.get("SUBMITIT_FOLDER"):
+        from submitit import JobEnvironment
+
+        environment = JobEnvironment()
+        place["job"] = environment.job_id
+        with suppress(ValueError):
+            place["log"] = str(environment.paths.stderr.resolve().relative_to(run.path))
+    return place
+
+
+@contextmanager
+def _keep_touching(folders: list[CellFolder]) -> Iterator[None]:
+    """Show other machines that this process lives, however long an update takes."""
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(TOUCH_SECONDS):
+            for folder in folders:
+                folder.touch()
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -1,0 +1,66 @@
+"""From a run to submitted packs. Launching again continues: what is done stays, what runs is left alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.dispatch.executor import Executor, Pack
+from harness.dispatch.packs import make_packs
+from harness.dispatch.status import CellStatus, statuses
+from harness.store import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a launch did: the packs handed over, and the states of all cells just before."""
+
+    packs: tuple[Pack, ...]
+    before: tuple[CellStatus, ...]
+
+
+def launch(
+    run: Run,
+    executor: Executor,
+    *,
+    workers: int,
+    retry_failed: bool = False,
+    cells_per_job: int | None = None,
+    others: Iterable[Executor] | None = None,
+) -> Launch:
+    """Submit every cell that has no result, no worker and no place in a queue.
+
+    Args:
+        workers: jobs that will run at the same time; decides how cells are packed.
+        retry_failed: also take up cells that failed.
+        cells_per_job: overrides the grid file's `resources.cells_per_job`.
+        others: backends to ask about queued cells; None: those of the run.
+    """
+    with run.lock("launching"):
+        before = statuses(run, others)
+        chosen = [row for row in before if wanted(row, executor.name, retry_failed)]
+        for row in chosen:
+            if row.state in ("failed", "cancelled"):
+                folder = run.cell(row.id)
+                folder.forgive()
+                folder.append_attempt({"event": "relaunched", "at": time.time(), "was": row.state})
+        packs = plan(run, [row.id for row in chosen], workers, cells_per_job)
+        if packs:
+            executor.submit(run, packs, run.resources)
+    return Launch(tuple(packs), tuple(before))
+
+
+def wanted(row: CellStatus, executor: str, retry_failed: bool) -> bool:
+    """Whether a launch takes the cell up. It rebuilds the local queue, and leaves a scheduler's queue alone."""
+    if row.state == "failed":
+        return retry_failed
+    if row.state == "queued":
+        return executor == "local" and row.executor == "local" and not row.job
+    return row.state in ("waiting", "lost", "cancelled", "preempted") and not row.job
+
+
+def plan(run: Run, cells: Sequence[str], workers: int, cells_per_job: int | None = None) -> list[Pack]:
+    """The packs for these cells."""
+    size = cells_per_job or run.resources.cells_per_job
+    return make_packs({identity: run.resolved(identity) for identity in cells}, size, workers)

@@ -1,0 +1,119 @@
+"""Jobs on this machine, through a detached controller that keeps a bounded number of them running."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from grid import Mistake
+from harness.dispatch.controller import lock_path, request_path, state_path
+from harness.dispatch.executor import Pack, SchedulerState
+from harness.store import Holder, Run, files, machine, scan
+from harness.store.lock import read_lock, stale
+
+
+class Local:
+    """The local pool as a backend.
+
+    Args:
+        max_parallel: jobs at a time; None: one per GPU where there are any, else one per core.
+        device: `cpu` to leave GPUs alone, None or `cuda` to use those there are.
+    """
+
+    name = "local"
+
+    def __init__(self, max_parallel: int | None = None, device: str | None = None) -> None:
+        self.max_parallel = max_parallel
+        self.device = device
+
+    def gpus(self) -> list[str]:
+        """The devices to hand out, as CUDA names them."""
+        if self.device == "cpu":
+            return []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            found = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+        else:
+            found = [str(number) for number in range(len(machine.gpus()))]
+        if self.device == "cuda" and not found:
+            raise Mistake("there is no NVIDIA device here", key="--device", value="cuda", allowed=["cpu"])
+        return found
+
+    def slots(self, threads: int = 1) -> int:
+        """Jobs at a time."""
+        return self.max_parallel or len(self.gpus()) or max(1, machine.cores() // threads)
+
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
+        """Make these packs the controller's queue and see that there is a controller."""
+        threads = min(int(resources.cpus), machine.cores())
+        run.jobs.mkdir(parents=True, exist_ok=True)
+        request = {
+            "ticket": secrets.token_hex(8),
+            "at": time.time(),
+            "packs": [list(pack.cells) for pack in packs],
+            "slots": self.slots(threads),
+            "threads": threads,
+            "gpus": self.gpus(),
+        }
+        files.replace(request_path(run), files.seal(request))
+        if not controller_lives(run):
+            start_controller(run)
+
+    def states(self, run: Run) -> dict[str, SchedulerState]:
+        """Cells in the controller's queue; running cells speak for themselves."""
+        if not controller_lives(run):
+            return {}
+        found: dict[str, SchedulerState] = {}
+        try:
+            request = files.read_record(request_path(run)) or {}
+            state = files.read_record(state_path(run)) or {}
+        except Mistake:
+            return {}
+        for cells in request.get("packs", []):  # what the controller has not looked at yet
+            found.update({cell: SchedulerState("queued", reason="waiting for a free worker") for cell in cells})
+        if state.get("ticket") == request.get("ticket"):
+            found = {
+                cell: SchedulerState("queued", reason="waiting for a free worker")
+                for cells in state.get("waiting", [])
+                for cell in cells
+            }
+        for flight in state.get("flying", []):
+            found.update({cell: SchedulerState("queued", str(flight["job"]), "starting") for cell in flight["cells"]})
+        return found
+
+    def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """End processes all of whose cells are cancelled; a process with other cells notices by itself."""
+        chosen = set(cell_ids)
+        cells_of: dict[int, set[str]] = {}
+        for snapshot in scan(run).values():
+            holder = Holder.read(snapshot.claim or {})
+            if snapshot.alive and holder is not None and holder.alive():
+                cells_of.setdefault(holder.pid, set()).add(snapshot.id)
+        for pid, cells in cells_of.items():
+            if cells <= chosen:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGTERM)
+
+
+def controller_lives(run: Run) -> bool:
+    record = read_lock(lock_path(run))
+    return record is not None and not stale(lock_path(run), record)
+
+
+def start_controller(run: Run) -> None:
+    """Start a controller that outlives this process and its terminal."""
+    with (run.jobs / "controller.log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "harness.dispatch.controller", str(run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )

@@ -1,0 +1,55 @@
+"""Cells into packs: which cells one job trains together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from harness.dispatch.executor import Pack
+
+PACK_SIZE = 8
+"""Cells per job unless the grid file says otherwise: stacking gains nothing beyond, and a killed job costs more."""
+
+_FREE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
+"""Training settings that may differ between stacked cells, because they act on one cell's slice only."""
+
+
+def shape(resolved: Mapping[str, Any]) -> str:
+    """Cells with equal shapes can be stacked; seeds, objectives and optimizer settings may differ."""
+    training = {key: value for key, value in resolved["training"].items() if key not in _FREE}
+    return json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
+
+
+def make_packs(cells: Mapping[str, Mapping[str, Any]], size: int | None = None, workers: int = 1) -> list[Pack]:
+    """Packs of cells of equal shape, in the given order.
+
+    Args:
+        cells: id -> resolved cell.
+        size: cells per pack at most; None chooses so that the workers end together and no pack exceeds `PACK_SIZE`.
+        workers: jobs that run at the same time.
+    """
+    alike: dict[str, list[str]] = {}
+    for identity, resolved in cells.items():
+        alike.setdefault(shape(resolved), []).append(identity)
+    packs = []
+    for members in alike.values():
+        packs += [Pack(tuple(part)) for part in _split(members, size, share(len(members), len(cells), workers))]
+    return packs
+
+
+def share(members: int, total: int, workers: int) -> int:
+    """How many of the workers a group of `members` out of `total` cells keeps busy; at least one."""
+    return max(1, round(workers * members / total))
+
+
+def _split(members: list[str], size: int | None, workers: int) -> Iterable[list[str]]:
+    if size is not None:
+        return [members[start : start + size] for start in range(0, len(members), size)]
+    rounds = math.ceil(len(members) / (PACK_SIZE * workers))
+    count = min(len(members), rounds * workers)
+    small, larger = divmod(len(members), count)
+    starts = [position * small + min(position, larger) for position in range(count + 1)]
+    return [members[begin:end] for begin, end in pairwise(starts)]

@@ -1,0 +1,147 @@
+"""The local pool: a bounded number of jobs at a time over submitit's local executor, which has no queue of its own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.dispatch.executor import Pack
+from harness.dispatch.job import PackJob, limit_threads
+from harness.store import Holder, Run, Snapshot, scan
+
+LOSSES = 3
+"""Times in a row that a cell's process may vanish without progress before the cell counts as failed."""
+
+_MINUTES = 60 * 24 * 365
+"""submitit wants a time limit; on one's own machine there is none."""
+
+
+@dataclass
+class InFlight:
+    """A job that was started, by this controller (`job`) or by one before it (`pid`)."""
+
+    cells: tuple[str, ...]
+    job: Any = None
+    pid: int | None = None
+    gpu: str | None = None
+    started: float = field(default_factory=time.time)
+
+
+class Pool:
+    """Jobs in flight and packs in waiting of one run, on this machine."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.waiting: deque[Pack] = deque()
+        self.flying: list[InFlight] = []
+        self.slots = 1
+        self.threads = 1
+        self.gpus: list[str] = []
+        self._losses: dict[str, tuple[int, int]] = {}
+        self._folder: Path | None = None
+
+    def renew(self, packs: Iterable[Pack], *, slots: int, threads: int, gpus: list[str]) -> None:
+        """Replace what is waiting; cells in flight stay where they are."""
+        flying = {cell for flight in self.flying for cell in flight.cells}
+        left = (tuple(cell for cell in pack.cells if cell not in flying) for pack in packs)
+        self.waiting = deque(Pack(cells) for cells in left if cells)
+        self.slots, self.threads, self.gpus = slots, threads, gpus
+        self._losses.clear()
+
+    def adopt(self) -> None:
+        """Find the jobs that an earlier controller of this machine left running."""
+        by_process: dict[int, InFlight] = {}
+        for snapshot in scan(self.run).values():
+            claim = snapshot.claim or {}
+            holder = Holder.read(claim)
+            if snapshot.alive and holder is not None and holder.alive() and claim.get("executor") == "local":
+                flight = by_process.setdefault(holder.pid, InFlight((), pid=holder.pid, gpu=claim.get("gpu") or None))
+                flight.cells += (snapshot.id,)
+        self.flying += by_process.values()
+
+    def step(self) -> bool:
+        """Look after ended jobs and start new ones; whether anything changed."""
+        ended = [flight for flight in self.flying if self._ended(flight)]
+        for flight in ended:
+            self.flying.remove(flight)
+            self._after(flight)
+        started = False
+        while self.waiting and len(self.flying) < self.slots:
+            pack = self._wanted(self.waiting.popleft())
+            if pack.cells:
+                self._start(pack)
+            started = True
+        return bool(ended) or started
+
+    def _start(self, pack: Pack) -> None:
+        gpu = None
+        if self.gpus:
+            used = {flight.gpu for flight in self.flying}
+            gpu = next((device for device in self.gpus if device not in used), self.gpus[0])
+        job = PackJob(str(self.run.path), pack.cells, executor="local", threads=self.threads, gpu=gpu)
+        limit_threads(self.threads)
+        self.flying.append(InFlight(pack.cells, job=self._executor().submit(job), gpu=gpu))
+
+    def _executor(self) -> Any:
+        """A folder of its own for each controller: submitit names files by process number, and numbers come back."""
+        from submitit.local.local import LocalExecutor
+
+        if self._folder is None:
+            self._folder = self.run.jobs / f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        executor = LocalExecutor(self._folder)
+        executor.update_parameters(timeout_min=_MINUTES, stderr_to_stdout=False)
+        return executor
+
+    def _ended(self, flight: InFlight) -> bool:
+        if flight.job is not None and not flight.job.done():
+            return False
+        return not any(snapshot.alive for snapshot in scan(self.run, flight.cells).values())
+
+    def _after(self, flight: InFlight) -> None:
+        """Put cells whose process vanished back in front of the queue, or fail them when that keeps happening."""
+        lost = []
+        for snapshot in scan(self.run, flight.cells).values():
+            if not _open(snapshot) or _event(snapshot) == "cancelled":
+                continue
+            update = int((snapshot.heartbeat or {}).get("update") or 0)
+            count, before = self._losses.get(snapshot.id, (0, -1))
+            count = 1 if update > before else count + 1
+            self._losses[snapshot.id] = (count, max(update, before))
+            if count <= LOSSES:
+                lost.append(snapshot.id)
+            else:
+                self.run.cell(snapshot.id).fail(
+                    f"its process vanished {count} times in a row without progress (killed, or out of memory?)"
+                )
+        if lost:
+            self.waiting.appendleft(Pack(tuple(lost)))
+        self._tidy(flight)
+
+    def _tidy(self, flight: InFlight) -> None:
+        """Drop the pickles of an ended job, so that a later process of the same number cannot find them."""
+        if flight.job is not None:
+            for path in (flight.job.paths.submitted_pickle, flight.job.paths.result_pickle):
+                with suppress(OSError):
+                    os.unlink(path)
+
+    def _wanted(self, pack: Pack) -> Pack:
+        """The pack without cells that were finished, failed, cancelled or taken up by somebody else meanwhile."""
+        snapshots = scan(self.run, pack.cells).values()
+        return Pack(
+            tuple(each.id for each in snapshots if _open(each) and not each.alive and _event(each) != "cancelled")
+        )
+
+
+def _open(snapshot: Snapshot) -> bool:
+    return snapshot.result is None and not snapshot.failed and snapshot.problem is None
+
+
+def _event(snapshot: Snapshot) -> str:
+    return str((snapshot.event or {}).get("event", ""))

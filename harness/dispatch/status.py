@@ -1,0 +1,180 @@
+"""The state of every cell, from the best witness there is: result > living worker > scheduler > lost."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.dispatch.executor import Executor, SchedulerState
+from harness.store import Run, Snapshot, scan
+
+State = Literal[
+    "waiting", "queued", "running", "preempted", "finished", "diverged", "failed", "cancelled", "lost", "unknown"
+]
+STATES: tuple[State, ...] = (
+    "finished",
+    "diverged",
+    "running",
+    "queued",
+    "waiting",
+    "preempted",
+    "unknown",
+    "lost",
+    "cancelled",
+    "failed",
+)
+OVER: tuple[State, ...] = ("finished", "diverged", "failed", "cancelled")
+"""States that nothing but a new launch changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellStatus:
+    """One line of the status table.
+
+    Attributes:
+        update, updates: optimizer updates done, and all.
+        reward: the mean reward of the newest update, or of the last tenth for a cell with a result.
+        detail: the scheduler's reason, the error's last line, the host.
+        seconds_left: of the time limit, where a scheduler says so.
+        since: seconds since the newest sign of life, None where there was none.
+    """
+
+    id: str
+    state: State
+    update: int = 0
+    updates: int = 0
+    reward: float | None = None
+    detail: str = ""
+    executor: str = ""
+    job: str = ""
+    seconds_left: float | None = None
+    since: float | None = None
+
+
+def statuses(
+    run: Run, executors: Iterable[Executor] | None = None, cells: Iterable[str] | None = None
+) -> list[CellStatus]:
+    """The state of each cell, in the grid's order; every scheduler is asked at most once, and only about open cells."""
+    snapshots = scan(run, cells)
+    words: dict[str, tuple[str, SchedulerState]] = {}
+    if any(each.result is None for each in snapshots.values()):
+        for executor in backends(run) if executors is None else executors:
+            words.update({identity: (executor.name, word) for identity, word in executor.states(run).items()})
+    return [_status(run, each, *words.get(each.id, ("", None))) for each in snapshots.values()]
+
+
+def count(rows: Iterable[CellStatus]) -> dict[State, int]:
+    """How many cells are in each state, in the order of `STATES`, without empty ones."""
+    found = Counter(row.state for row in rows)
+    return {state: found[state] for state in STATES if found[state]}
+
+
+def backends(run: Run) -> list[Executor]:
+    """The backends that have something to say about this run."""
+    from harness.dispatch.local import Local
+
+    found: list[Executor] = [Local()]
+    if (run.jobs / "slurm").exists():
+        from harness.dispatch.slurm import Slurm
+
+        found.append(Slurm())
+    return found
+
+
+def _status(run: Run, snapshot: Snapshot, executor: str, word: SchedulerState | None) -> CellStatus:
+    updates = _updates(run.resolved(snapshot.id))
+    if snapshot.problem is not None:
+        return CellStatus(snapshot.id, "failed", updates=updates, detail=snapshot.problem)
+    if snapshot.result is not None:
+        return _over(snapshot, updates)
+    claim, beat = snapshot.claim or {}, snapshot.heartbeat or {}
+    state, detail = _state(run, snapshot, word)
+    return CellStatus(
+        snapshot.id,
+        state,
+        update=_whole(beat.get("update")),
+        updates=updates,
+        reward=_number(beat.get("reward")),
+        detail=detail,
+        executor=executor or str(claim.get("executor", "") if snapshot.alive else ""),
+        job=word.job if word else str(claim.get("job", "") if snapshot.alive else ""),
+        seconds_left=word.seconds_left if word else None,
+        since=max(0.0, time.time() - beat["at"]) if _number(beat.get("at")) is not None else None,
+    )
+
+
+def _over(snapshot: Snapshot, updates: int) -> CellStatus:
+    result = snapshot.result or {}
+    return CellStatus(
+        snapshot.id,
+        "diverged" if result["state"] == "diverged" else "finished",
+        update=_whole(result.get("updates")),
+        updates=updates,
+        reward=_number(result.get("reward_final")),
+    )
+
+
+def _state(run: Run, snapshot: Snapshot, word: SchedulerState | None) -> tuple[State, str]:
+    event = str((snapshot.event or {}).get("event", ""))
+    if snapshot.alive:
+        host = str((snapshot.claim or {}).get("host", ""))
+        if snapshot.heartbeat is None or (snapshot.heartbeat.get("pid") != (snapshot.claim or {}).get("pid")):
+            return "running", f"starting on {host}"
+        return "running", f"on {host}"
+    if event == "cancelled":
+        return "cancelled", ""
+    if snapshot.failed:
+        return "failed", last_line(run.cell(snapshot.id).error() or "")
+    if word is not None:
+        return _by_scheduler(word, snapshot)
+    if event == "started":
+        return "lost", "its process is gone without a word; launch again to continue from the last checkpoint"
+    if event == "ended" and (snapshot.event or {}).get("state") == "interrupted":
+        return "preempted", "stopped with a checkpoint; launch again to continue"
+    return "waiting", ""
+
+
+def _by_scheduler(word: SchedulerState, snapshot: Snapshot) -> tuple[State, str]:
+    if word.word in ("queued", "preempted"):
+        begun = snapshot.event is not None and word.word == "preempted"
+        return ("preempted" if begun else "queued"), word.reason
+    if word.word == "running":
+        return "running", word.reason or "starting"
+    if word.word == "unknown":
+        return "unknown", word.reason or "the scheduler does not answer"
+    if word.word == "cancelled":
+        return "cancelled", word.reason
+    if word.word == "failed":
+        return "failed", _blame(word)
+    return ("lost" if snapshot.event is not None else "waiting"), word.reason
+
+
+def _blame(word: SchedulerState) -> str:
+    parts = [word.reason] if word.reason else []
+    if word.signal:
+        parts.append(f"signal {word.signal}")
+    elif word.exit_code:
+        parts.append(f"exit code {word.exit_code}")
+    return ", ".join(parts) or "the job failed"
+
+
+def last_line(text: str) -> str:
+    """The line of a traceback that says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _updates(resolved: Mapping[str, Any]) -> int:
+    training = resolved.get("training")
+    return _whole(training.get("updates")) if isinstance(training, Mapping) else 0
+
+
+def _whole(value: object) -> int:
+    return value if type(value) is int else 0
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
