@@ -42,13 +42,17 @@ _COMB = 96
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """One probe update: the batch, the tokens behind its log-probabilities, and the blocks that are compared apart.
+    """One probe update, and the blocks of it that are compared apart.
 
-    `tokens` long `[N, T]`; `blocks` are the row ranges; `directions` `[PROJECTIONS, N, T, V]`.
+    Attributes:
+        batch: the update; its log-probabilities belong to its logits.
+        scores: gradient of each token's log-probability with respect to its logits, `[N, T, V]`.
+        blocks: the row ranges.
+        directions: `[PROJECTIONS, N, T, V]`.
     """
 
     batch: TokenBatch
-    tokens: Tensor
+    scores: Tensor
     blocks: tuple[slice, ...]
     directions: Tensor
 
@@ -104,7 +108,8 @@ def probe(on_policy: bool) -> Probe:
         greedy_rewards=normal(rows // GROUP_SIZE)[groups],
         values=0.5 * normal(rows, POSITIONS) * mask,
     )
-    return Probe(batch, tokens, tuple(blocks), normal(PROJECTIONS, rows, POSITIONS, VOCABULARY))
+    scores = torch.nn.functional.one_hot(tokens, VOCABULARY) - torch.softmax(logits, -1)
+    return Probe(batch, scores, tuple(blocks), normal(PROJECTIONS, rows, POSITIONS, VOCABULARY))
 
 
 def _ragged_mask(lengths: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -129,9 +134,7 @@ def probe_gradient(objective: Objective, on_policy: bool) -> Tensor:
     if objective.estimator != "full":
         batch = batch.replace(logits=None, logits_reference=None)
     logp_gradient, logits_gradient, _ = loss_gradients(objective, batch)
-    chosen = torch.nn.functional.one_hot(lab.tokens, VOCABULARY)
-    assert lab.batch.logits is not None
-    total = logp_gradient[..., None] * (chosen - torch.softmax(lab.batch.logits, -1))
+    total = logp_gradient[..., None] * lab.scores
     return total if logits_gradient is None else total + logits_gradient
 
 

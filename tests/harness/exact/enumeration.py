@@ -1,14 +1,14 @@
 """The lab written a second time, differently: plain Python over prefixes as tuples, no tensors, no shared code.
 
-A policy is a dict from prefix to the list of next-symbol probabilities; a gradient is a dict from (prefix, symbol) to float.
+A policy is a dict from prefix to the next symbol's probabilities; a gradient is a dict from (prefix, symbol) to float.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 Policy = dict[tuple[int, ...], list[float]]
 Gradient = dict[tuple[tuple[int, ...], int], float]

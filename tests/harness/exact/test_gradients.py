@@ -60,10 +60,7 @@ def test_gradient_of_the_regularised_reward_against_finite_differences(end: int 
     def value(moved: Policy, sequence: tuple[int, ...]) -> float:
         ratio = sum(log_probs(moved, sequence)) - sum(log_probs(anchor, sequence))
         share = probability(moved, sequence)
-        if kl == "forward":
-            penalty = -probability(anchor, sequence) * ratio
-        else:
-            penalty = share * ratio
+        penalty = -probability(anchor, sequence) * ratio if kl == "forward" else share * ratio
         return share * task(sequence) - 0.4 * penalty / (len(sequence) if scale == "mean" else 1)
 
     every = policy.trajectories
