@@ -77,6 +77,18 @@ EVALUATIONS = {
 RESULTS = tuple(name for name in list(CELLS)[list(CELLS).index("updates") : list(CELLS).index("error")])
 """Numbers of result.json."""
 
+TITLES = {name: name.replace("_", " ") for name in RESULTS} | {
+    "reward_final": "final reward",
+    "reward_best": "best reward",
+    "gap": "gap from best to final reward",
+    "accuracy_final": "held-out accuracy",
+    "accuracy_best": "best held-out accuracy",
+    "reverse_kl_final": "KL to the reference",
+    "reverse_kl_max": "largest KL to the reference",
+    "ess_min": "smallest effective sample size",
+}
+"""What a result is called in figures and sentences."""
+
 LOWER_IS_BETTER = (
     "gap", "reverse_kl_final", "reverse_kl_max", "collapsed", "nonfinite_updates", "gradient_spikes", "seconds", "tokens",
 )  # fmt: skip

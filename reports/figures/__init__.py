@@ -36,7 +36,17 @@ def draw(study: Study, comparison: Comparison, gradients: pd.DataFrame | None = 
         stability_panel(study, comparison, stability_table(study, comparison.task)),
         bias_variance_plane(comparison, gradients),
     ]
-    return [drawing for drawing in found if drawing is not None]
+    kept = [drawing for drawing in found if drawing is not None]
+    for drawing in kept:
+        freeze(drawing)
+    return kept
+
+
+def freeze(drawing: Drawing) -> None:
+    """Computes the layout once; saving in four formats would compute it four times."""
+    with styled():
+        drawing.figure.draw_without_rendering()
+        drawing.figure.set_layout_engine("none")
 
 
 def save(drawing: Drawing, folder: Path, prefix: str = "") -> list[Path]:

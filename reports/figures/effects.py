@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from reports.columns import TITLES
 from reports.comparison import Comparison
 from reports.figures.style import INK, MUTED, RULE, WIDE, Drawing, canvas, look, shortened, styled
 from reports.study import Study
@@ -60,7 +61,7 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"change of {comparison.metric.replace('_', ' ')}")
+        axes.set_xlabel(f"change of {TITLES[comparison.metric]}")
         for at, title, note in headings:
             axes.text(0.0, at, title, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
             axes.text(1.0, at, note, ha="right", va="center", fontsize=7, color=MUTED, transform=axes.get_yaxis_transform())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from reports.columns import TITLES
 from reports.comparison import Comparison
 from reports.figures.style import NARROW, WIDE, Drawing, canvas, shortened, styled
 
@@ -33,7 +34,7 @@ def bias_variance_plane(comparison: Comparison, gradients: pd.DataFrame | None) 
             figure,
         )
         points = axes.scatter(rows["variance"], rows["bias"], c=table["mean"], cmap="viridis", s=26, zorder=3)
-        figure.colorbar(points, ax=axes, label=comparison.metric.replace("_", " "), pad=0.01).outline.set_visible(False)  # type: ignore[operator]
+        figure.colorbar(points, ax=axes, label=TITLES[comparison.metric], pad=0.01).outline.set_visible(False)  # type: ignore[operator]
         for label, (_, row) in zip(table["label"], rows.iterrows(), strict=True):
             (point,) = axes.plot(row["variance"], row["bias"], marker="o", markersize=6, alpha=0.0, linestyle="none")
             point.set_gid(drawing.tip(f"{label}: bias {row['bias']:.3g}, variance {row['variance']:.3g}, cosine {row['cosine']:.3g}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from reports.columns import TITLES
 from reports.comparison import Comparison
 from reports.figures.style import INK, MUTED, NARROW, SERIES, WIDE, Drawing, canvas, look, shortened, spread_labels, styled
 
@@ -56,7 +57,7 @@ def ranking(comparison: Comparison) -> Drawing | None:
         axes.set_yticks([place[row] for row in chosen], [shortened(_name(table.loc[row]), 44) for row in chosen])
         for label, row in zip(axes.get_yticklabels(), chosen, strict=True):
             label.set_color(INK if table["best_group"][row] or table["group"][row] == comparison.baseline else MUTED)
-        axes.set_xlabel(comparison.metric.replace("_", " "))
+        axes.set_xlabel(TITLES[comparison.metric])
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -118,7 +119,7 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
                 ends.append((labels[group], float(values[present[-1]]), style["color"]))
         axes.set_xticks(range(len(seeds)), [str(seed) for seed in seeds])
         axes.set_xlabel("training seed")
-        axes.set_ylabel(comparison.metric.replace("_", " "))
+        axes.set_ylabel(TITLES[comparison.metric])
         low, high = axes.get_ylim()
         for (label, _, color), y in zip(ends, spread_labels([value for _, value, _ in ends], (high - low) * 0.07), strict=True):
             axes.annotate(

@@ -75,9 +75,9 @@ def stability_panel(study: Study, comparison: Comparison, table: pd.DataFrame) -
 
 
 def _shade(column: Array, high_is_warning: bool) -> Array:
-    """0 … 1 within the column, 1 the worst; a constant column has no shade, a missing number none."""
+    """0 … 1 within the column, 1 the worst; a nearly constant column has no shade, a missing number none."""
     low, high = np.nanmin(column), np.nanmax(column)
-    if high - low <= 1e-9 * max(abs(high), abs(low), 1e-300):
+    if high - low <= 0.05 * max(abs(high), abs(low), 1e-300):
         return np.where(np.isfinite(column), 0.0, np.nan)
     share = (column - low) / (high - low)
     return share if high_is_warning else 1.0 - share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from reports.columns import TITLES
 from reports.comparison import Comparison
 from reports.figures.style import WIDE, Drawing, canvas, look, shortened, styled
 from reports.statistics import Array, bootstrap_interval, interquartile_mean, optimality_gap, performance_profile
@@ -61,7 +62,7 @@ def profiles(comparisons: list[Comparison]) -> Drawing | None:
                 thresholds, performance_profile(common[label], thresholds), color=style["color"], linestyle=style["linestyle"],
                 label=shortened(label),
             )  # type: ignore[arg-type]  # fmt: skip
-        axes.set_xlabel(f"{comparisons[0].metric.replace('_', ' ')} above")
+        axes.set_xlabel(f"{TITLES[comparisons[0].metric]} above")
         axes.set_ylabel("share of runs")
         axes.legend(loc="lower left")
     return drawing

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from reports.columns import TITLES
 from reports.comparison import Comparison
 from reports.figures.style import INK, MUTED, NARROW, RULE, SERIES, WIDE, Drawing, canvas, shortened, styled
 from reports.statistics import t_interval
@@ -51,14 +52,14 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             "Pareto front of reward against KL: " + ", ".join(table["label"].iloc[i] for i in front[:6]) + ".",
             figure,
         )
-        label = "final training reward" if comparison.metric == "reward_final" else comparison.metric.replace("_", " ")
+        label = TITLES[comparison.metric]
         axes.set_xlabel("KL(policy ‖ reference), nats per trajectory")
         axes.set_ylabel(label)
         for i, row in enumerate(table.itertuples()):
             base = row.group == comparison.baseline
             color = SERIES[1] if base else SERIES[0] if i in front else MUTED
             interval = kl[str(row.group)]
-            if len(x) <= _WITH_BARS:
+            if len(x) <= _WITH_BARS and stable[i]:
                 axes.plot([x[i], x[i]], [row.low, row.high], color=color, linewidth=0.9, alpha=0.55)  # type: ignore[list-item]
                 axes.plot([interval.low, interval.high], [y[i], y[i]], color=color, linewidth=0.9, alpha=0.55)
             (point,) = axes.plot(
@@ -68,6 +69,7 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             point.set_gid(drawing.tip(f"{row.label}: {label} {y[i]:.3f}, KL {x[i]:.3g} nats, n = {row.n}"))
         if len(front) > 1:
             axes.step([x[i] for i in front], [y[i] for i in front], where="post", color=SERIES[0], linewidth=1.0, alpha=0.6)
+        axes.set_xlim(left=max(axes.get_xlim()[0], -0.03 * axes.get_xlim()[1]))
         if beta and comparison.higher:
             _iso_lines(axes, beta)
         base_at = [i for i, group in enumerate(table["group"]) if group == comparison.baseline]

@@ -1,0 +1,161 @@
+"""The page within the page: everything about one configuration."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from grid import Cell
+from reports.comparison import Comparison
+from reports.figures.series import Cube, average, cube, over_seeds, smoothed
+from reports.statistics import Array
+from reports.study import Study
+
+_WIDTH, _HEIGHT, _PAD = 220.0, 90.0, 4.0
+_BUDGET = 24_000
+_QUANTITIES = (
+    ("metrics", "reward_mean", "training reward"),
+    ("evaluations", "reverse_kl", "KL to the reference"),
+    ("metrics", "entropy", "entropy"),
+    ("metrics", "ess", "effective sample size"),
+)
+
+
+class Panel(NamedTuple):
+    """A small curve: SVG path data of the mean, of the band and of each seed; the range of the vertical axis; the last mean."""
+
+    title: str
+    mean: str
+    band: str
+    seeds: list[str]
+    low: str
+    high: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Detail:
+    """One configuration; texts are untrusted."""
+
+    group: str
+    label: str
+    spellings: list[str]
+    settings: list[tuple[str, str, bool]]
+    runs: list[dict[str, Any]]
+    panels: list[Panel]
+    samples: list[tuple[str, list[dict[str, Any]]]]
+    errors: list[tuple[int, str]]
+    command: str
+    algorithm: str
+
+
+def details(study: Study, comparison: Comparison) -> list[Detail]:
+    """Every configuration of a task, in the order of the ranking. Curves get coarser as configurations get many."""
+    cells = study.cells[study.cells["task"] == comparison.task]
+    by_group = dict(list(cells.groupby("group", sort=False)))
+    cubes = [(title, cube(study, comparison, getattr(study, source), column)) for source, column, title in _QUANTITIES]
+    points = int(np.clip(_BUDGET // max(len(by_group), 1), 14, 60))
+    shown = 8 if len(by_group) <= 100 else 0
+    position = {group: i for i, group in enumerate(comparison.groups)}
+    kept = 2 if len(by_group) <= 200 else 1
+    samples = dict(list(study.samples.groupby("cell", observed=True)))
+    base = _settings(study.configurations[comparison.baseline]) if comparison.baseline else {}
+    found = []
+    for group in comparison.table["group"]:
+        part = by_group[group]
+        cell = study.configurations[group]
+        own = _settings(cell)
+        found.append(
+            Detail(
+                group=group,
+                label=study.labels[group],
+                spellings=[text for text in cell.spellings if text != "baseline"],
+                settings=[(key, value, bool(base) and base.get(key) != value) for key, value in own.items()],
+                runs=[{str(key): value for key, value in row.items()} for row in part.to_dict("records")],
+                panels=[
+                    panel for title, data in cubes if (panel := _panel(title, data, position[group], points, shown)) is not None
+                ],
+                samples=_samples(part, samples, kept),
+                errors=[(int(row.seed), str(row.error)) for row in part.itertuples() if isinstance(row.error, str) and row.error],
+                command=rerun_command(study, str(part["run"].iloc[0]), str(part["cell"].iloc[0])),
+                algorithm=cell.algorithm or "",
+            )
+        )
+    return found
+
+
+def rerun_command(study: Study, name: str, identity: str) -> str:
+    """What to type to repeat a cell."""
+    path = study.runs[study.names.index(name)].path
+    near = os.path.relpath(path)
+    shown = near if not near.startswith("..") else str(path)
+    return f"klab rerun {shlex.quote(shown)} {shlex.quote(identity)}"
+
+
+def _settings(cell: Cell) -> dict[str, str]:
+    """The resolved configuration, active settings only, as dotted keys."""
+    flat: dict[str, str] = {}
+    for section, values in cell.canonical().items():
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                flat[f"{section}.{key}"] = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return flat
+
+
+def _samples(part: pd.DataFrame, samples: Mapping[str, pd.DataFrame], kept: int) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Completions at the start and at the end of the first seed that has any."""
+    for identity in part["cell"]:
+        rows = samples.get(identity)
+        if rows is None or rows.empty:
+            continue
+        first, last = rows["update"].min(), rows["update"].max()
+        moments = [("at the start", first), (f"after {last} updates", last)] if last > first else [(f"after {first} updates", first)]
+        return [
+            (name, [{str(k): v for k, v in row.items()} for row in rows[rows["update"] == at].head(kept + 1).to_dict("records")])
+            for name, at in moments
+        ]
+    return []
+
+
+def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel | None:
+    values = data.values[row]
+    present = np.isfinite(values).any(0)
+    if not present.any():
+        return None
+    updates, values = data.updates[present], values[:, present]
+    values = smoothed(values, max(updates.size // 20, 1) | 1) if updates.size > 40 else values
+    if updates.size > points:
+        kept = np.unique(np.linspace(0, updates.size - 1, points).astype(int))
+        updates, values = updates[kept], values[:, kept]
+    curve = over_seeds(updates, values)
+    edges = [curve.mean, *(edge[np.isfinite(edge)] for edge in (curve.low, curve.high)), values[np.isfinite(values)]]
+    spread = np.concatenate([edges[0], edges[3]])
+    low, high = float(spread.min()), float(spread.max())
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    x = _PAD + (_WIDTH - 2 * _PAD) * (updates - updates[0]) / max(int(updates[-1] - updates[0]), 1)
+
+    def y(heights: Array) -> Array:
+        return np.asarray(np.clip(_HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (heights - low) / (high - low), 0.0, _HEIGHT))
+
+    band = np.isfinite(curve.low) & np.isfinite(curve.high)
+    outline = ""
+    if band.sum() > 1:
+        outline = _path(
+            np.concatenate([x[band], x[band][::-1]]), np.concatenate([y(curve.high)[band], y(curve.low)[band][::-1]])
+        ) + "Z"
+    lines = [
+        _path(x[finite], y(seed)[finite]) for seed in values[:shown] if (finite := np.isfinite(seed)).sum() > 1
+    ] if len(values) > 1 else []
+    last = average(values, 0)[-1]
+    return Panel(title, _path(x, y(curve.mean)), outline, lines, f"{low:.3g}", f"{high:.3g}", f"{last:.3g}")
+
+
+def _path(x: Array, y: Array) -> str:
+    return "M" + "L".join(f"{a:.0f},{b:.1f}" for a, b in zip(x, y, strict=True))

@@ -1,0 +1,176 @@
+"""The answer in words: what is best, which axes matter, what was lost, and how much evidence there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from reports.columns import TITLES
+from reports.comparison import Comparison
+from reports.effects import AxisEffect
+from reports.study import Study
+
+LEVEL = 0.05
+
+
+class AxisFinding(NamedTuple):
+    """An axis with its verdict: its title, best value, worst value, spread, p, whether that is beyond chance, and lost seeds."""
+
+    effect: AxisEffect
+    title: str
+    best: str
+    worst: str
+    matters: bool
+    clear_values: tuple[str, ...]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The first screen of one task."""
+
+    headline: str
+    best: list[dict[str, object]]
+    ties: str
+    axes: list[AxisFinding]
+    lost: list[dict[str, object]]
+    lost_words: str
+    evidence: list[tuple[str, str]]
+    cautions: list[str]
+
+
+def find(study: Study, comparison: Comparison) -> Findings:
+    """Everything that the first screen says, from the comparison alone."""
+    axes = [_axis(study, comparison, effect) for effect in comparison.effects]
+    best = comparison.best.head(4).to_dict("records") if comparison.comparable else []
+    return Findings(
+        headline=_headline(comparison, axes),
+        best=[{str(key): value for key, value in row.items()} for row in best],
+        ties=_ties(comparison),
+        axes=axes,
+        lost=_lost(study, comparison),
+        lost_words=_lost_words(comparison),
+        evidence=_evidence(study, comparison),
+        cautions=_cautions(comparison, axes),
+    )
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A score for a sentence; a dash where there is none."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+
+
+def p_words(p: float) -> str:
+    if not np.isfinite(p):
+        return "no test possible"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _axis(study: Study, comparison: Comparison, effect: AxisEffect) -> AxisFinding:
+    title = next(axis.title for axis in study.axes if axis.key == effect.axis)
+    known = [level for level in effect.levels if np.isfinite(level.estimate)]
+    ordered = sorted(known, key=lambda level: level.estimate, reverse=comparison.higher)
+    best, worst = (ordered[0].value, ordered[-1].value) if len(known) > 1 else ("", "")
+    clear = tuple(level.value for level in known if level.low > 0 or level.high < 0)
+    matters = bool(np.isfinite(effect.p_holm) and effect.p_holm < LEVEL)
+    if effect.confounded:
+        verdict = "cannot be told from " + ", ".join(effect.confounded)
+    elif not np.isfinite(effect.p_holm):
+        verdict = "too few seeds to tell"
+    elif matters:
+        verdict = "matters"
+    elif clear:
+        verdict = f"only {', '.join(clear)} stands out"
+    else:
+        verdict = "no effect beyond seed noise"
+    return AxisFinding(effect, title, best, worst, matters, clear, verdict)
+
+
+def _headline(comparison: Comparison, axes: list[AxisFinding]) -> str:
+    name = TITLES[comparison.metric]
+    if not comparison.comparable:
+        states = comparison.table[["diverged", "failed", "unfinished"]].sum()
+        if states["unfinished"] and not states["diverged"] + states["failed"]:
+            return f"No cell has ended yet: there is no {name} to compare."
+        return f"No cell has a {name}: all {int(states['diverged'] + states['failed'])} ended runs diverged or failed."
+    finished = comparison.table["finished"].sum()
+    if not finished:
+        return "Every ended seed diverged or failed: no cell of this study trains."
+    if np.nanmax(comparison.scores) == np.nanmin(comparison.scores):
+        return f"Every seed of every cell ended with the same {name}, {number(comparison.worst)}: nothing here separates the cells."
+    top = comparison.best.iloc[0]
+    mattering = [axis for axis in axes if axis.matters]
+    if mattering:
+        lead = f"{_and([axis.title for axis in mattering[:3]])} made the difference"
+    elif axes and all(np.isnan(axis.effect.p_holm) for axis in axes):
+        lead = f"With this many seeds no axis can be tested; the largest change comes with {axes[0].title}"
+    elif axes:
+        lead = "No axis moved the score beyond seed noise"
+    else:
+        lead = "No axis varies in this study"
+    sentence = f"{lead[0].upper()}{lead[1:]}. Best is {top['label']} with a {name} of {number(top['mean'])}"
+    if np.isfinite(top["low"]):
+        sentence += f" [{number(top['low'])}, {number(top['high'])}]"
+    if np.isfinite(top["difference"]):
+        sentence += f", {top['difference']:+.3f} against the baseline"
+    return sentence + "."
+
+
+def _ties(comparison: Comparison) -> str:
+    if not comparison.comparable:
+        return ""
+    count = len(comparison.best)
+    if not np.isfinite(comparison.critical):
+        return "One seed per cell, or too few: nothing can be called different."
+    if count == 1:
+        return f"No other stable cell is within the critical difference of {number(comparison.critical)}."
+    return f"{count} cells cannot be told apart (critical difference {number(comparison.critical)})."
+
+
+def _lost(study: Study, comparison: Comparison) -> list[dict[str, object]]:
+    table = comparison.table[comparison.table["diverged"] + comparison.table["failed"] > 0]
+    table = table.assign(lost=table["diverged"] + table["failed"]).sort_values("lost", ascending=False, kind="stable")
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _lost_words(comparison: Comparison) -> str:
+    sums = comparison.table[["diverged", "failed", "unfinished", "seeds"]].sum()
+    parts = [f"{int(sums[key])} {key}" for key in ("diverged", "failed", "unfinished") if sums[key]]
+    if not parts:
+        return f"All {int(sums['seeds'])} runs finished."
+    return f"{', '.join(parts)} of {int(sums['seeds'])} runs."
+
+
+def _evidence(study: Study, comparison: Comparison) -> list[tuple[str, str]]:
+    cells = study.cells[study.cells["task"] == comparison.task]
+    seeds = comparison.table["seeds"]
+    budgets = sorted(cells["updates_planned"].unique())
+    hours = float(np.nansum(cells["seconds"])) / 3600
+    return [
+        ("cells", str(len(comparison.table))),
+        ("seeds each", str(seeds.min()) if seeds.min() == seeds.max() else f"{seeds.min()}–{seeds.max()}"),
+        ("runs", str(int(seeds.sum()))),
+        ("updates", "–".join(f"{value:g}" for value in dict.fromkeys((budgets[0], budgets[-1])))),
+        ("worker-hours", f"{hours:.2g}" if hours < 10 else f"{hours:.0f}"),
+    ]
+
+
+def _cautions(comparison: Comparison, axes: list[AxisFinding]) -> list[str]:
+    found = []
+    pairs = int(comparison.table["pairs"].max()) if len(comparison.table) else 0
+    if 1 < pairs <= 5:
+        found.append(
+            f"With {pairs} seed pairs the sign-flip test cannot give p below {2.0 ** (1 - pairs):g}; intervals and Tukey's test carry the comparison."
+        )
+    if len(axes) > 1 and not any(pair.freedom for pair in comparison.interactions):
+        found.append("The design changes one axis at a time: whether axes act together cannot be seen here (a product of axes shows it).")
+    for axis in axes:
+        if axis.effect.confounded:
+            found.append(f"{axis.title} changes together with {', '.join(axis.effect.confounded)}: their effects cannot be separated.")
+    return found
+
+
+def _and(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,0 +1,208 @@
+"""The report: one self-contained page, a folder of figures and a folder of tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from grid.catalogue import AXES, PARAMETERS
+from reports.columns import SUMMARY, TITLES
+from reports.comparison import Comparison, compare
+from reports.details import Detail, details
+from reports.figures import Drawing, draw, inline_svg, save
+from reports.figures.tasks import across_tasks, profiles
+from reports.findings import Findings, find, number, p_words
+from reports.legend import AxisLegend, legend
+from reports.methods import methods
+from reports.provenance import provenance
+from reports.study import Study, load_runs
+from reports.tables import write_tables
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TaskSection:
+    """What the page says about one task; `figures` maps a drawing's name to its inline SVG."""
+
+    key: str
+    task: str
+    comparison: Comparison
+    findings: Findings
+    drawings: dict[str, Drawing]
+    figures: dict[str, Markup]
+    axes: list[AxisLegend]
+    rows: list[dict[str, Any]]
+    details: list[Detail]
+
+
+def render(
+    paths: Sequence[str | Path] | str | Path,
+    out: str | Path | None = None,
+    *,
+    metric: str = "reward_final",
+    baseline: str | None = None,
+    figures: bool = True,
+    gradients: pd.DataFrame | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the report of one or several runs.
+
+    Args:
+        paths: run folders.
+        out: folder for the report; by default the first run's own ``report``.
+        metric: the result that cells are ranked by, see `columns.RESULTS`.
+        baseline: id of the cell to compare with, instead of the grid file's.
+        figures: also write each figure as PDF, SVG and PNG.
+        gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by default read from
+            ``gradients.json`` in the first run's report folder, where there is one.
+        progress: is told what is being done.
+
+    Returns:
+        The page, ``index.html`` in `out`; beside it ``figures/`` and ``tables/``.
+
+    Raises:
+        Mistake: when a folder is not a run, or the metric or the baseline does not exist.
+        OSError: when the folder cannot be written.
+    """
+    tell = progress or (lambda text: None)
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    tell("reading")
+    study = load_runs(listed, baseline=baseline)
+    folder = Path(out) if out is not None else _default_folder(study)
+    gradients = gradients if gradients is not None else _gradients(study)
+    tell("comparing")
+    comparisons = [compare(study, task, metric) for task in study.tasks]
+    folder.mkdir(parents=True, exist_ok=True)
+    tell("tables")
+    write_tables(study, comparisons, folder / "tables")
+    sections = []
+    for position, comparison in enumerate(comparisons):
+        prefix = f"task{position + 1}-" if len(comparisons) > 1 else ""
+        sections.append(_section(study, comparison, prefix, gradients, folder / "figures" if figures else None, tell))
+    over = profiles(comparisons)
+    if over is not None and figures:
+        save(over, folder / "figures")
+    tell("page")
+    text = _environment().get_template("page.html.j2").render(
+        study=study,
+        sections=sections,
+        over=over,
+        over_svg=Markup(inline_svg(over)) if over is not None else "",
+        over_table=across_tasks(comparisons)[0],
+        metric=TITLES[metric],
+        methods=methods(study, comparisons),
+        provenance=provenance(study),
+        summary_columns=SUMMARY,
+        parameters=PARAMETERS,
+        catalogue=AXES,
+        style=Markup(_asset("page.css")),
+        script=Markup(_asset("page.js")),
+    )
+    page = folder / "index.html"
+    temporary = folder / f".index.{secrets.token_hex(4)}.tmp"
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(temporary, page)
+    return page
+
+
+def _section(
+    study: Study, comparison: Comparison, prefix: str, gradients: pd.DataFrame | None, figures: Path | None, tell: Progress
+) -> TaskSection:
+    tell("figures")
+    drawings = draw(study, comparison, gradients)
+    inline: dict[str, Markup] = {}
+    for drawing in drawings:
+        if figures is not None:
+            save(drawing, figures, prefix)
+        name, drawing.name = drawing.name, prefix + drawing.name
+        # The SVG is built by ElementTree, which escapes every text in it.
+        inline[name] = Markup(inline_svg(drawing))
+        drawing.name = name
+    return TaskSection(
+        key=prefix.rstrip("-") or "task",
+        task=comparison.task,
+        comparison=comparison,
+        findings=find(study, comparison),
+        drawings={drawing.name: drawing for drawing in drawings},
+        figures=inline,
+        axes=legend(study, comparison),
+        rows=_rows(study, comparison),
+        details=details(study, comparison),
+    )
+
+
+def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
+    """The table of cells, with what filters need and the place of the interval on a common scale."""
+    table = comparison.table
+    ends = table.loc[table["stable"], ["low", "high", "mean"]] if table["stable"].any() else table[["low", "high", "mean"]]
+    values = ends.to_numpy(dtype=np.float64)
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    width = high - low or 1.0
+
+    def at(value: float) -> float:
+        return round(float(np.clip((value - low) / width, 0.0, 1.0)) * 100, 1)
+
+    rows = []
+    for record in table.to_dict("records"):
+        row = {str(key): value for key, value in record.items()}
+        lost = row["diverged"] + row["failed"]
+        state = "unfinished" if row["unfinished"] else "lost seeds" if lost else "finished"
+        interval = np.isfinite(row["low"])
+        row |= {
+            "state": state,
+            "axes": [study.values[row["group"]][axis.key] for axis in study.axes],
+            "baseline": row["group"] == comparison.baseline,
+            "mark": None
+            if not np.isfinite(row["mean"])
+            else {"at": at(row["mean"]), "low": at(row["low"]) if interval else None, "high": at(row["high"]) if interval else None},
+        }
+        rows.append(row)
+    return rows
+
+
+def _default_folder(study: Study) -> Path:
+    first = study.runs[0].report
+    if len(study.runs) == 1:
+        return first
+    return first / ("with-" + "-".join(run.path.name for run in study.runs[1:]))[:120]
+
+
+def _gradients(study: Study) -> pd.DataFrame | None:
+    """The exact lab's results, left in the run's report folder as a list of rows."""
+    try:
+        data = json.loads((study.runs[0].report / "gradients.json").read_text())
+        rows = data["rows"] if isinstance(data, dict) else data
+        frame = pd.DataFrame(rows)
+    except (OSError, ValueError, KeyError):
+        return None
+    return frame if {"group", "bias", "variance", "cosine"} <= set(frame.columns) else None
+
+
+def _asset(name: str) -> str:
+    return files("reports").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("reports", "templates"),
+        autoescape=select_autoescape(["j2", "html"], default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "p": p_words, "signed": lambda value: f"{value:+.3f}" if np.isfinite(value) else "–"}
+    environment.tests |= {"finite": lambda value: bool(np.isfinite(value))}
+    return environment
