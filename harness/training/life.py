@@ -146,7 +146,7 @@ class _Life:
                 pack, rows = self._compute(pack, Pack.evaluate)
                 pack = self._record(pack, rows, CellFolder.append_evaluations)
             if pack.over:
-                self._finish(pack, list(range(len(pack.members))), "finished")
+                self._finish(pack, range(len(pack.members)))
                 return
             pack = self._without_diverged(pack)
             self._beat(pack)
@@ -210,15 +210,15 @@ class _Life:
         lost = pack.diverged()
         if not lost:
             return pack
-        self._finish(pack, lost, "diverged")
+        self._finish(pack, lost, stopped=True)
         return pack.only([c for c in range(len(pack.members)) if c not in lost])
 
-    def _finish(self, pack: Pack, positions: Sequence[int], state: str) -> None:
+    def _finish(self, pack: Pack, positions: Sequence[int], stopped: bool = False) -> None:
         for position in positions:
             with self.blaming(pack.members[position].id):
-                self._conclude(self._run.cell(pack.members[position].id), pack, position, state)
+                self._conclude(self._run.cell(pack.members[position].id), pack, position, stopped)
 
-    def _conclude(self, folder: CellFolder, pack: Pack, position: int, state: str) -> None:
+    def _conclude(self, folder: CellFolder, pack: Pack, position: int, stopped: bool) -> None:
         """Save the policy, write the result, remove the checkpoint that is no longer needed; in this order."""
         folder.guard()
         partial = folder.path / "policy.partial"
@@ -227,9 +227,9 @@ class _Life:
         shutil.rmtree(folder.policy, ignore_errors=True)
         partial.rename(folder.policy)
         planned = pack.members[position].cell.training.updates
-        found = outcome(state, planned, folder.metrics(), folder.evaluations())
+        found = outcome(planned, folder.metrics(), folder.evaluations(), stopped)
         folder.finish({**found, "versions": _versions(), "hardware": _hardware()})
-        self.states[folder.id] = state
+        self.states[folder.id] = found["state"]
         shutil.rmtree(folder.checkpoint, ignore_errors=True)
 
     def _beat(self, pack: Pack) -> None:

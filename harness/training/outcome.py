@@ -17,15 +17,19 @@ _SPIKE_LEAST = 5
 
 
 def outcome(
-    state: str, planned: int, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+    planned: int,
+    rows: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    stopped: bool = False,
 ) -> dict[str, Any]:
     """The measured part of a cell's result.
 
     Args:
-        state: `finished` or `diverged`.
         planned: the updates that the cell was to make; its tenth is the window of all smoothed rewards.
         rows, evaluations: in order of updates.
+        stopped: the cell could not go on. It has diverged then, and also where no update was finite.
     """
+    diverged = stopped or (bool(rows) and all(row["nonfinite"] for row in rows))
     window = max(1, math.ceil(planned / 10))
     smooth = trailing_mean([row["reward_mean"] for row in rows], window)
     known = [value for value in smooth if value is not None]
@@ -34,7 +38,7 @@ def outcome(
     accuracies = _known(evaluations, "accuracy")
     divergences = _known(evaluations, "reverse_kl")
     return {
-        "state": state,
+        "state": "diverged" if diverged else "finished",
         "updates": rows[-1]["update"] if rows else 0,
         "reward_final": final,
         "reward_best": best,

@@ -30,7 +30,6 @@ TRAINING: dict[str, Any] = {
     "evaluation_samples": 3,
     "checkpoint_updates": 1,
 }
-MakeRun = Callable[..., Run]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,8 +51,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_run(start: Path, tmp_path: Path) -> MakeRun:
-    """`make_run(name, training={...}, objectives=[{...}, …], seeds=…, task={...})`: a run folder with one cell per objective and seed."""
+def make_run(start: Path, tmp_path: Path) -> Callable[..., Run]:
+    """A run folder with one cell per objective (the changes of a cell in a list design) and seed."""
 
     def make(
         name: str = "run",

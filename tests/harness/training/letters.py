@@ -1,12 +1,13 @@
-"""A task small enough to train on in seconds from random weights, and objectives and rewards that misbehave on demand."""
+"""A task that is learned in seconds from random weights; rewards and objectives that misbehave on demand."""
 
 from __future__ import annotations
 
 from itertools import product
 from typing import Literal
 
-from tasks import Example, Score
 from torch import Tensor
+
+from tasks import Example, Score
 
 LETTERS = "abcd"
 

@@ -19,20 +19,20 @@ def evaluation(update: int, accuracy: float, kl: float | None) -> dict[str, Any]
 
 
 def test_final_reward_is_the_mean_of_the_last_tenth() -> None:
-    found = outcome("finished", 20, [row(u, u / 20) for u in range(1, 21)], [])
+    found = outcome(20, [row(u, u / 20) for u in range(1, 21)], [])
     assert found["reward_final"] == pytest.approx((19 / 20 + 1) / 2)
     assert found["gap"] == 0.0
 
 
 def test_the_gap_is_best_minus_final() -> None:
-    found = outcome("finished", 4, [row(1, 0.2), row(2, 0.8), row(3, 0.6), row(4, 0.5)], [])
+    found = outcome(4, [row(1, 0.2), row(2, 0.8), row(3, 0.6), row(4, 0.5)], [])
     assert (found["reward_best"], found["reward_final"]) == (0.8, 0.5)
     assert found["gap"] == pytest.approx(0.3)
 
 
 def test_counts_and_extremes() -> None:
     rows = [row(1, 0.5, ess=0.7), row(2, None, ess=None), row(3, 0.5, tokens=7)]
-    found = outcome("diverged", 3, rows, [evaluation(0, 0.3, 0.0), evaluation(2, 0.6, 1.5), evaluation(3, 0.4, None)])
+    found = outcome(3, rows, [evaluation(0, 0.3, 0.0), evaluation(2, 0.6, 1.5), evaluation(3, 0.4, None)], True)
     assert found["state"] == "diverged"
     assert found["updates"] == 3
     assert found["nonfinite_updates"] == 1
@@ -45,7 +45,8 @@ def test_counts_and_extremes() -> None:
 
 
 def test_a_cell_whose_every_reward_is_nan_has_no_reward() -> None:
-    found = outcome("diverged", 10, [row(u, None) for u in range(1, 11)], [])
+    found = outcome(10, [row(u, None) for u in range(1, 11)], [])
+    assert found["state"] == "diverged"
     assert found["reward_final"] is None
     assert found["gap"] is None
     assert not found["collapsed"]

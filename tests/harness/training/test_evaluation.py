@@ -1,0 +1,118 @@
+"""Evaluation: pass@k by enumeration, divergences by brute force, and the same prompts for every cell."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from training_records import MakeRun, finished, numbers
+
+import harness.training.evaluation as module
+from harness.policy.logprobs import token_scores
+from harness.training.evaluation import divergence, held_out, pass_at
+from harness.training.life import _prepared
+from harness.training.pack import Pack
+from harness.training.rollouts import draw, training_examples
+
+
+def trained(make_run: MakeRun, updates: int = 3, **settings: Any) -> Pack:
+    run = make_run(training={"lr": 0.03}, **settings)
+    pack = Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    for _ in range(updates):
+        pack.advance()
+    return pack
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(n: int) -> None:
+    for correct in range(n + 1):
+        for k in range(1, n + 1):
+            draws = list(combinations([True] * correct + [False] * (n - correct), k))
+            assert pass_at(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_more_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="k = 5"):
+        pass_at(4, 1, 5)
+
+
+def test_divergences_are_zero_before_the_first_update(make_run: MakeRun) -> None:
+    row = trained(make_run, updates=0).evaluate()[0]
+    assert row["reverse_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert row["forward_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_divergence_is_the_sum_of_exact_conditional_ones(make_run: MakeRun) -> None:
+    pack = trained(make_run)
+    rollouts = draw(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
+    found, entropy = divergence(pack.policy, pack.reference, pack.members, rollouts)
+    p, q = (token_scores(each, rollouts, logits=True, plain=True)[0].logits for each in (pack.policy, pack.reference))
+    assert p is not None
+    assert q is not None
+    mine, other = (torch.distributions.Categorical(logits=each.detach()) for each in (p, q))
+    mask = rollouts[0].mask
+    expected = (torch.distributions.kl_divergence(mine, other) * mask).sum(1)
+    torch.testing.assert_close(found[0].float(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy[0].float(), (mine.entropy() * mask).sum(1), rtol=1e-4, atol=1e-5)
+    assert float(found[0].mean()) > 0.01
+
+
+def test_the_divergence_agrees_with_the_sampled_estimate(make_run: MakeRun) -> None:
+    """k1 summed over own tokens has the same mean (Rao-Blackwell); 6,000 samples, five standard errors."""
+    pack = trained(make_run)
+    rollouts = draw(pack.policy, pack.members, [held_out(pack.members[0])], 1000, ("test",))
+    exact = divergence(pack.policy, pack.reference, pack.members, rollouts)[0][0]
+    with torch.no_grad():
+        mine, other = (token_scores(each, rollouts)[0].logp for each in (pack.policy, pack.reference))
+    sampled = (mine - other).double().sum(1)
+    error = float(sampled.std()) / len(sampled) ** 0.5
+    assert abs(float(exact.mean() - sampled.mean())) < 5 * error
+    assert float(exact.std()) < float(sampled.std())
+
+
+def test_chunks_do_not_change_the_divergence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = trained(make_run)
+    rollouts = draw(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
+    whole = divergence(pack.policy, pack.reference, pack.members, rollouts)
+    monkeypatch.setattr(module, "_LOGITS", 200)
+    pieces = divergence(pack.policy, pack.reference, pack.members, rollouts)
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(other[0], one[0], rtol=1e-4, atol=1e-6)
+
+
+def test_logits_that_are_not_numbers_are_not_a_small_divergence(make_run: MakeRun) -> None:
+    pack = trained(make_run)
+    with torch.no_grad():
+        next(iter(pack.policy.parameters.values())).fill_(float("nan"))
+    row = pack.evaluate()[0]
+    assert (row["reverse_kl"], row["forward_kl"], row["entropy"]) == (None, None, None)
+
+
+def test_every_cell_is_examined_on_the_same_held_out_prompts(make_run: MakeRun) -> None:
+    pack = trained(make_run, updates=0, seeds=3)
+    asked = [[example.prompt for example in held_out(member)] for member in pack.members]
+    assert asked[0] == asked[1] == asked[2]
+    assert len(set(asked[0])) == 6
+    learned = {example.prompt for example in pack.members[0].task.split("train")}
+    assert not learned & set(asked[0])
+
+
+def test_training_prompts_depend_on_seed_and_rollout(make_run: MakeRun) -> None:
+    first, second = trained(make_run, updates=0, seeds=2).members
+    asked = [[e.prompt for e in training_examples(m, n)] for m, n in [(first, 0), (first, 0), (first, 1), (second, 0)]]
+    assert asked[0] == asked[1]
+    assert asked[0] != asked[2]
+    assert asked[0] != asked[3]
+    assert len(set(asked[0])) == len(asked[0])
+
+
+def test_a_row_shows_completions_with_their_rewards(make_run: MakeRun) -> None:
+    run = finished(make_run())
+    row = numbers(run, run.cells[0])["evaluations"][-1]
+    assert len(row["samples"]) == 4
+    for sample in row["samples"]:
+        assert sample["reward"] == sample["completion"].count(sample["prompt"][0]) / 4
+    assert row["k"] == 3
+    assert set(row["parts"]) == {"length"}

@@ -1,0 +1,71 @@
+"""Minibatches cover an epoch, micro-batches cover a minibatch, and neither mixes up who belongs to which prompt."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.policy.rollout import Rollout
+from harness.training.minibatch import micro_batches, minibatch, select
+from harness.training.rollouts import Experience
+
+
+def experience(prompts: int, group_size: int) -> Experience:
+    """Trajectory i has the single token i, reward i, and prompt [i // group_size]."""
+    n = prompts * group_size
+    rollout = Rollout(
+        prompts=[[p] for p in range(prompts)],
+        group_size=group_size,
+        tokens=torch.arange(n)[:, None],
+        mask=torch.ones(n, 1, dtype=torch.bool),
+        present=torch.ones(n, 1, dtype=torch.bool),
+        logp=-torch.arange(n, dtype=torch.float32)[:, None],
+        truncated=torch.zeros(n, dtype=torch.bool),
+        texts=[str(i) for i in range(n)],
+    )
+    column = torch.arange(n, dtype=torch.float32)
+    return Experience(0, rollout, column, column, column[:, None], column)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9))
+def test_an_epoch_visits_every_group_once(parts: int, size: int, epoch: int) -> None:
+    count = parts * size
+    seen = [group for part in range(parts) for group in minibatch(count, parts, part, 7, 0, epoch)]
+    assert sorted(seen) == list(range(count))
+
+
+def test_epochs_are_cut_differently_and_always_alike() -> None:
+    cuts = [minibatch(16, 4, 0, 7, 0, epoch) for epoch in range(3)]
+    assert cuts == [minibatch(16, 4, 0, 7, 0, epoch) for epoch in range(3)]
+    assert cuts[0] != cuts[1] != cuts[2]
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_an_epoch_visits_every_trajectory_once(parts: int, group_size: int) -> None:
+    whole = experience(parts * 2, group_size)
+    seen = []
+    for part in range(parts):
+        chosen = select(whole, minibatch(parts * 2, parts, part, 1))
+        tokens = chosen.rollout.tokens[:, 0].tolist()
+        seen += tokens
+        assert chosen.rewards.tolist() == chosen.correct.tolist() == chosen.reference[:, 0].tolist() == tokens
+        assert chosen.greedy is not None
+        assert chosen.greedy.tolist() == tokens
+        prompts = [chosen.rollout.prompts[g][0] for g in chosen.rollout.groups.tolist()]
+        assert prompts == [token // group_size for token in tokens]
+    assert sorted(seen) == list(range(len(whole.rewards)))
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 5), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 40)))
+def test_micro_batches_cover_every_row_once_in_order(prompts: int, group_size: int, limit: int | None) -> None:
+    whole = experience(prompts, group_size).rollout
+    pieces = micro_batches(whole, limit)
+    assert [row for _, rows in pieces for row in range(rows.start, rows.stop)] == list(range(prompts * group_size))
+    for piece, rows in pieces:
+        assert limit is None or len(piece.tokens) <= limit
+        assert piece.tokens[:, 0].tolist() == list(range(rows.start, rows.stop))
+        assert piece.texts == whole.texts[rows]
+        answered = [piece.prompts[g][0] for g in piece.groups.tolist()]
+        assert answered == [row // group_size for row in range(rows.start, rows.stop)]
