@@ -47,7 +47,7 @@ def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
     mask = seen.mask
     names = [*losses, *_NAMES]
     if not bool(mask.any()):
-        return dict.fromkeys(names, 0.0) | {name: float(value) for name, value in losses.items()}
+        return dict.fromkeys(names, 0.0) | {name: float(value.detach()) for name, value in losses.items()}
     kappa, ratio, weight, advantage = (
         values[mask] for values in (seen.log_ratio_reference, seen.ratio, seen.weight, seen.advantage)
     )

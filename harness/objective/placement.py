@@ -46,8 +46,9 @@ class Placement:
     relative: bool = False
 
 
-def _scale(kl_scale: str, mask: Tensor) -> Tensor | float:
-    return 1 / lengths(mask).clamp(min=1) if kl_scale == "mean" else 1.0
+def _scaled(phi: Tensor, mask: Tensor, kl_scale: str) -> Tensor:
+    """c·φ."""
+    return phi / lengths(mask).clamp(min=1) if kl_scale == "mean" else phi
 
 
 @PLACEMENTS
@@ -61,8 +62,8 @@ def reward(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) 
     """r_j = R − β·c·Σ_i φ_i for every j (S2 "in reward"; RLOO)."""
 
     def charge(phi: Tensor, mask: Tensor) -> Tensor:
-        total = beta * _scale(kl_scale, mask) * phi.sum(1, keepdim=True)
-        return torch.where(last_own(mask), total, 0.0)
+        total = _scaled(phi.sum(1, keepdim=True), mask, kl_scale)
+        return torch.where(last_own(mask), beta * total, 0.0)
 
     return Placement(reward=charge, kl_at=kl_at)
 
@@ -70,7 +71,7 @@ def reward(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) 
 @PLACEMENTS
 def reward_to_go(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
     """r_j = R − β·c·Σ_{i≥j} φ_i (S1's token-level reward)."""
-    return Placement(reward=lambda phi, mask: beta * _scale(kl_scale, mask) * phi, kl_at=kl_at)
+    return Placement(reward=lambda phi, mask: beta * _scaled(phi, mask, kl_scale), kl_at=kl_at)
 
 
 @PLACEMENTS

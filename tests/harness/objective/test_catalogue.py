@@ -1,0 +1,41 @@
+"""The functions behind the axes are exactly those that the catalogue lists, with its parameters."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from grid import Mistake, Objective
+from grid.catalogue import AXES
+from harness.objective import parts
+from harness.objective.advantage import ADVANTAGES
+from harness.objective.aggregate import AGGREGATIONS
+from harness.objective.kl import ESTIMATORS
+from harness.objective.loss import PATHS
+from harness.objective.placement import PLACEMENTS
+from harness.objective.ratio import RATIOS
+from harness.objective.registry import Registry
+from harness.objective.weight import SOLVERS, WEIGHTS
+
+REGISTRIES = (ESTIMATORS, PLACEMENTS, RATIOS, WEIGHTS, ADVANTAGES, AGGREGATIONS, PATHS)
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.axis)
+def test_every_axis_has_the_values_and_parameters_of_the_catalogue(registry: Registry) -> None:
+    values = AXES[registry.axis].values
+    assert set(registry) == set(values)
+    for name, function in registry.items():
+        taken = inspect.signature(SOLVERS.get(name, function)).parameters.values()
+        keywords = [parameter.name for parameter in taken if parameter.kind is parameter.KEYWORD_ONLY]
+        assert sorted(keywords) == sorted(values[name].parameters), name
+
+
+def test_an_unknown_value_names_the_nearest() -> None:
+    with pytest.raises(Mistake, match="did you mean 'group_norm'"):
+        ADVANTAGES.bound("grup_norm", {})
+
+
+def test_an_objective_is_composed_once() -> None:
+    assert parts(Objective(beta=0.3)) is parts(Objective(beta=0.3))
+    assert parts(Objective(beta=0.3)) is not parts(Objective(beta=0.4))

@@ -1,0 +1,75 @@
+"""The metrics of a small update, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from grid import Objective
+from harness.objective import objective_loss
+from tests.harness.objective.batches import tokens
+
+LOG2 = math.log(2.0)
+
+BATCH = tokens(
+    [[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]],
+    behaviour=[[-1.0 - LOG2, -1.0], [-1.0 + LOG2, -50.0], [-1.0, -1.0]],  # ρ: 2, 1 | ½, · | 1, 1
+    reference=[[-1.0 - LOG2, -1.0], [-1.0, -50.0], [-1.0, -1.0]],  # κ: log 2, 0 | 0, · | 0, 0
+    mask=[[True, True], [True, False], [True, True]],
+    rewards=[1.0, 0.0, 5.0],
+    groups=[0, 0, 1],
+)
+OBJECTIVE = Objective(estimator="k3", beta=0.1, weight="ppo_clip", advantage="group_center")
+
+
+def test_every_number() -> None:
+    metrics = objective_loss(OBJECTIVE, BATCH).metrics
+    # A: ½, ½ | −½ | 0, 0; clipped are ρ = 2 with A > 0 and ρ = ½ with A < 0, so that w: 0, 1 | 0 | 1, 1
+    k3 = 0.5 - 1 + LOG2
+    policy_loss = -(0.5 * (1 * 0.5 * -1.0)) / 3  # the surrogate is w·A·ℓ
+    kl_loss = 0.1 * (k3 / 2) / 3
+    assert metrics == pytest.approx(
+        {
+            "loss": policy_loss + kl_loss,
+            "policy_loss": policy_loss,
+            "kl_loss": kl_loss,
+            "k1": LOG2 / 5,
+            "k2": LOG2**2 / 2 / 5,
+            "k3": k3 / 5,
+            "kl_behaviour": ((2 - 1 - LOG2) + (0.5 - 1 + LOG2)) / 5,
+            "ratio_mean": (2 + 1 + 0.5 + 1 + 1) / 5,
+            "ratio_max": 2.0,
+            "ess": 3**2 / (5 * 3),
+            "weight_mean": 3 / 5,
+            "clip_fraction": 2 / 5,
+            "informative_groups": 1 / 2,
+            "advantage_mean": 0.1,
+            "advantage_std": math.sqrt((0.25 * 3) / 5 - 0.01),
+        },
+        abs=1e-12,
+    )
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_weights_that_are_all_zero_have_no_effective_sample() -> None:
+    metrics = objective_loss(Objective(weight="mask", low=1.5, high=1.6, advantage="raw"), BATCH).metrics
+    assert metrics["ess"] == 0.0
+    assert metrics["clip_fraction"] == 1.0
+    assert metrics["informative_groups"] == 1.0
+
+
+def test_the_two_terms_add_up_and_only_the_loss_placements_have_the_second() -> None:
+    for placement in ("loss", "loss_corrected", "reward", "none"):
+        out = objective_loss(Objective(placement=placement, advantage="raw"), BATCH)
+        assert torch.equal(out.loss, out.policy_loss + out.kl_loss)
+        assert (float(out.kl_loss.detach()) != 0.0) == placement.startswith("loss")
+
+
+def test_metrics_do_not_touch_the_graph() -> None:
+    out = objective_loss(OBJECTIVE, BATCH)
+    assert out.metrics is out.metrics
+    out.loss.backward()
+    assert BATCH.logp.grad is not None
+    assert BATCH.logp.grad.any()

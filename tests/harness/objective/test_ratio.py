@@ -1,0 +1,44 @@
+"""Importance ratios along a trajectory with gaps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grid.catalogue import AXES
+from harness.objective.positions import compact, expand, last_own
+from harness.objective.ratio import RATIOS
+
+MASK = torch.tensor([[False, True, True, False, True, False], [True, False, False, False, False, False]])
+LOG_RATIO = torch.tensor([[0.0, 0.1, -0.4, 0.0, 0.9, 0.0], [0.3, 0, 0, 0, 0, 0]], dtype=torch.float64)
+
+GOLDEN = {
+    "none": ([0.0, 0.0, 0.0], 0.0),
+    "token": ([0.1, -0.4, 0.9], 0.3),
+    "sequence_mean": ([0.2, 0.2, 0.2], 0.3),
+    "future_mean": ([0.2, 0.25, 0.9], 0.3),
+    "sequence_product": ([0.6, 0.6, 0.6], 0.3),
+    "future_product": ([0.6, 0.5, 0.9], 0.3),
+    "prefix_product": ([0.1, -0.3, 0.6], 0.3),
+}
+"""By hand: log ρ at the three own tokens of the first trajectory, and at the one of the second."""
+
+
+@pytest.mark.parametrize("name", list(AXES["ratio"].values))
+def test_log_rho_by_hand(name: str) -> None:
+    first, second = GOLDEN[name]
+    assert RATIOS[name](LOG_RATIO, MASK)[MASK].tolist() == pytest.approx([*first, second], abs=1e-15)
+
+
+def test_future_mean_ends_as_token_and_starts_as_sequence_mean() -> None:
+    future = RATIOS["future_mean"](LOG_RATIO, MASK)
+    last = last_own(MASK)
+    assert torch.equal(future[last], RATIOS["token"](LOG_RATIO, MASK)[last])
+    first = last_own(MASK.flip(1)).flip(1)
+    torch.testing.assert_close(future[first], RATIOS["sequence_mean"](LOG_RATIO, MASK)[first], rtol=0, atol=1e-16)
+
+
+def test_compact_moves_own_tokens_to_the_front_and_expand_moves_them_back() -> None:
+    front = compact(LOG_RATIO, MASK)
+    assert front.tolist() == [[0.1, -0.4, 0.9, 0, 0, 0], [0.3, 0, 0, 0, 0, 0]]
+    assert torch.equal(expand(front, MASK)[MASK], LOG_RATIO[MASK])
