@@ -77,7 +77,8 @@ def submit(order: Order) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     executor = _executor(order)
-    tasks = [Task(str(order.run.path), cells, order.resources.cpus) for cells in order.cells]
+    grace = signal_delay(order.resources.minutes) / 2
+    tasks = [Task(str(order.run.path), cells, order.resources.cpus, grace) for cells in order.cells]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
             jobs = executor.submit_array(tasks)

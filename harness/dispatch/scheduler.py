@@ -93,7 +93,7 @@ def find(names: Iterable[str]) -> dict[str, str]:
         except NoAccounting:
             return found
         for line in text.splitlines():
-            name, job = line.split("|", 1)
+            name, _, job = line.partition("|")
             found[name] = job.split("_")[0]
     return found
 
@@ -110,6 +110,8 @@ def accounts(jobs: Sequence[str]) -> dict[str, SchedulerState]:
         return found
     text = tell("sacct", "-n", "-P", "-X", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,Reason")
     for line in text.splitlines():
+        if line.count("|") < 3:
+            continue
         identity, word, code, reason = line.split("|", 3)
         exit_code, _, number = code.partition(":")
         state = state_of(word, job=identity, reason=reason, exit_code=_number(exit_code), signal=_number(number))

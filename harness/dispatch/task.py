@@ -32,11 +32,15 @@ _PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """The callable that submitit pickles: a run folder and the cells to train there."""
+    """The callable that submitit pickles: a run folder and the cells to train there.
+
+    `grace`: seconds after a signal at which the job gives way even in the middle of an update.
+    """
 
     run: str
     cells: tuple[str, ...]
     threads: int = 1
+    grace: float = 40.0
 
     def __call__(self) -> dict[str, str]:
         if int(os.environ.get("SLURM_PROCID", "0")):
@@ -44,7 +48,7 @@ class Task:
         limit_threads(self.threads)
         signal.signal(signal.SIGUSR2, _requeue)  # what `Interruption` falls back to; submitit's own until here
         while True:
-            with Interruption() as interruption:
+            with Interruption(grace=self.grace) as interruption:
                 states = work(self.run, self.cells, executor="slurm", threads=self.threads, stop=interruption.asked)
             if not interruption.asked():
                 return states

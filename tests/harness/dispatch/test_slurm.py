@@ -1,0 +1,282 @@
+"""Slurm through stand-ins for its commands: what is asked, what is understood, what is never submitted twice.
+
+The stand-ins are programs on PATH that replay what a real Slurm answers; `tests/slurm` asks a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grid import Mistake, load_grid
+from harness.dispatch import scheduler
+from harness.dispatch.executor import Pack
+from harness.dispatch.slurm import Slurm
+from harness.dispatch.submission import intend, submissions
+from harness.store import Run
+
+COMMAND = """#!/bin/sh
+echo "$0 $*" >> "$FAKE/calls"
+name=$(basename "$0")
+case "$*" in *--name=*) test "$name" = sacct && name=sacct-by-name ;; esac
+test -e "$FAKE/${name%-by-name}.err" && name=${name%-by-name} && cat "$FAKE/$name.err" >&2 && exit 1
+test "$name" != sbatch && cat "$FAKE/$name.out" 2>/dev/null && exit 0
+test "$name" = sbatch || exit 0
+count=$(($(cat "$FAKE/count" 2>/dev/null || echo 0) + 1))
+limit=$(cat "$FAKE/limit" 2>/dev/null || echo 100000)
+size=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
+used=$(($(cat "$FAKE/used" 2>/dev/null || echo 0) + ${size:-0} + 1))
+test "$used" -gt "$limit" && echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2 && exit 1
+echo $used > "$FAKE/used"; echo $count > "$FAKE/count"; cp "$1" "$FAKE/script.$count"
+echo "Submitted batch job $((100 + count))"
+"""
+DISABLED = "Slurm accounting storage is disabled"
+
+
+class Fake:
+    """The stand-ins' folder: what they answer, and what they were asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def answers(self, command: str, text: str) -> None:
+        (self.folder / f"{command}.err").unlink(missing_ok=True)
+        (self.folder / f"{command}.out").write_text(text)
+
+    def fails(self, command: str, text: str) -> None:
+        (self.folder / f"{command}.err").write_text(text)
+
+    def calls(self, command: str) -> list[str]:
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if line.split()[0].endswith(f"/{command}")]
+
+    def script(self, number: int) -> str:
+        return (self.folder / f"script.{number}").read_text()
+
+    def queue(self, *rows: tuple[str, str, str, str, str, str, str, str]) -> None:
+        """What squeue says: job, index, state, reason, time left, raw exit status, restarts, name."""
+        widths = [20, 20, 24, 64, 20, 12, 10, 256]
+        self.answers(
+            "squeue", "".join("".join(f"{v:<{w}}" for v, w in zip(row, widths, strict=True)) + "\n" for row in rows)
+        )
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    folder = tmp_path / "fake"
+    (folder / "bin").mkdir(parents=True)
+    for name in ("squeue", "sacct", "scontrol", "scancel", "sbatch", "srun"):
+        path = folder / "bin" / name
+        path.write_text(COMMAND)
+        path.chmod(0o755)
+    monkeypatch.setenv("FAKE", str(folder))
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    found = Fake(folder)
+    found.answers("scontrol", "ClusterName = lab\nMaxArraySize = 1001\nSchedulerParameters = (null)\n")
+    found.answers("squeue", "")
+    found.answers("sacct", "")
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of six cells."""
+    grid: dict[str, Any] = {"name": "six", "task": {"name": "addition"}, "policy": {"name": "tiny"}, "objective": {}}
+    grid |= {"training": {"updates": 2}, "seeds": 6}
+    file = tmp_path / "six.yaml"
+    file.write_text(json.dumps(grid))
+    return Run.create(tmp_path / "runs" / "six", load_grid(file))
+
+
+def packs(run: Run, size: int = 1) -> list[Pack]:
+    return [Pack(tuple(run.cells[i : i + size])) for i in range(0, len(run.cells), size)]
+
+
+def submit(run: Run, **flags: Any) -> None:
+    with run.lock():
+        Slurm(flags).submit(run, packs(run), run.resources)
+
+
+def words(run: Run) -> list[str]:
+    states = Slurm().states(run)
+    return [states[cell].word if cell in states else "none" for cell in run.cells]
+
+
+def test_one_array_with_its_resources(fake: Fake, run: Run) -> None:
+    submit(
+        run, partition="gpu", gpus=1, max_parallel=2, minutes=30, sbatch={"mail-type": "END"}, setup=["module load x"]
+    )
+    script = fake.script(1)
+    for line in ("--array=0-5%2", "--partition=gpu", "--gpus-per-node=1", "--time=30", "--mail-type=END", "--mem=4G"):
+        assert f"#SBATCH {line}\n" in script
+    assert "#SBATCH --requeue\n" in script
+    assert script.index("module load x") < script.index("srun ")
+    assert [each.job for each in submissions(run)] == ["101"]
+
+
+def test_a_dry_run_shows_the_very_script(fake: Fake, run: Run) -> None:
+    def plain(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("#SBATCH --job-name=klab-six-001-")]
+
+    shown = Slurm({"max_parallel": 2}).scripts(run, packs(run), run.resources)
+    assert not fake.calls("sbatch")
+    assert not run.jobs.exists()
+    submit(run, max_parallel=2)
+    assert [plain(text) for text in shown] == [plain(fake.script(1))]
+
+
+def test_arrays_stay_below_the_clusters_limit_and_share_the_cap(fake: Fake, run: Run) -> None:
+    fake.answers("scontrol", "MaxArraySize            = 2\nClusterName = lab\n")
+    submit(run, max_parallel=2)
+    assert ["--array=0-1%1" in fake.script(n) for n in (1, 2, 3)] == [True] * 3
+    assert "#SBATCH --dependency=afterany:101\n" in fake.script(3)
+    assert "dependency" not in fake.script(1) + fake.script(2)
+    shown = Slurm({"max_parallel": 2}).scripts(run, packs(run), run.resources)
+    assert "afterany:<job of script 1>" in shown[2]
+
+
+def test_a_submit_limit_is_filled_and_the_rest_is_told(fake: Fake, run: Run) -> None:
+    (fake.folder / "limit").write_text("5")
+    with pytest.raises(Mistake, match=r"QOSMaxSubmitJobPerUserLimit.*5 of 6 jobs were submitted; launch again"):
+        submit(run, max_parallel=2)
+    assert sum(len(each.cells) for each in submissions(run)) == 5
+    assert all(each.job for each in submissions(run))
+    assert [f"afterany:{100 + n}" in fake.script(n + 1) for n in range(1, len(submissions(run)))] == [True] * 2
+
+
+def test_a_refusal_leaves_nothing_behind(fake: Fake, run: Run) -> None:
+    fake.fails("sbatch", "sbatch: error: invalid partition specified: gpo")
+    with pytest.raises(Mistake, match="Slurm refused the job: invalid partition specified: gpo"):
+        submit(run)
+    assert submissions(run) == []
+
+
+def test_states_of_all_cells_come_from_one_query(fake: Fake, run: Run) -> None:
+    submit(run)
+    name = submissions(run)[0].name
+    fake.queue(
+        ("101", "0", "RUNNING", "None", "1:00:00", "0", "0", name),
+        ("101", "1", "PENDING", "Resources", "4:00:00", "0", "0", name),
+        ("101", "2", "PENDING", "BeginTime", "4:00:00", "0", "1", name),
+        ("101", "3", "FAILED", "NonZeroExitCode", "4:00:00", "768", "0", name),
+        ("101", "4", "TIMEOUT", "TimeLimit", "0:00", "0", "0", name),
+    )
+    fake.answers("sacct", "101_5|COMPLETED|0:0|None\n")
+    before = len(fake.calls("squeue"))
+    states = Slurm().states(run)
+    assert (len(fake.calls("squeue")) - before, len(fake.calls("sacct"))) == (1, 1)
+    found = [states[cell] for cell in run.cells]
+    assert [state.word for state in found] == ["running", "queued", "preempted", "failed", "failed", "ended"]
+    assert found[0].seconds_left == 3600
+    assert (found[1].reason, found[1].job) == ("Resources", "101_1")
+    assert (found[3].exit_code, found[4].reason) == (3, "TIMEOUT")
+
+
+def test_no_answer_is_unknown(fake: Fake, run: Run) -> None:
+    submit(run)
+    fake.fails("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    assert words(run) == ["unknown"] * 6
+    fake.answers("squeue", "")
+    fake.fails("sacct", "sacct: error: Problem talking to the database: Connection refused")
+    assert words(run) == ["unknown"] * 6
+
+
+def test_without_accounting_what_squeue_forgot_has_no_state(fake: Fake, run: Run) -> None:
+    submit(run)
+    fake.fails("sacct", DISABLED)
+    assert words(run) == ["none"] * 6
+
+
+def test_a_task_that_slurm_forgot_while_its_array_waited_was_cancelled(fake: Fake, run: Run) -> None:
+    submit(run)
+    fake.answers("sacct", "101_[0-3,5]|PENDING|0:0|Resources\n")
+    assert words(run) == ["queued"] * 4 + ["cancelled"] + ["queued"]
+
+
+def test_a_silent_query_takes_no_time(fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit(run)
+    (fake.folder / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(scheduler, "ANSWER_SECONDS", 0.2)
+    assert words(run) == ["unknown"] * 6
+
+
+def test_an_orphan_is_adopted_and_not_submitted_again(fake: Fake, run: Run) -> None:
+    intent = intend(run, packs(run)[:4], cluster="lab", threads=1)  # and then the launcher died, after sbatch
+    rows = [("77", str(n), "PENDING", "Priority", "1:00:00", "0", "0", intent.name) for n in range(4)]
+    fake.queue(*rows)
+    assert words(run) == ["queued"] * 4 + ["none"] * 2
+    submit(run)
+    assert [(each.job, len(each.cells)) for each in submissions(run)] == [("77", 4), ("101", 2)]
+
+
+def test_an_orphan_that_only_the_accounts_know_is_adopted(fake: Fake, run: Run) -> None:
+    intent = intend(run, packs(run), cluster="lab", threads=1)
+    fake.answers("sacct-by-name", f"{intent.name}|77_0\n{intent.name}|77_1\n")
+    fake.answers("sacct", "77_[0-5]|PENDING|0:0|Priority\n")
+    submit(run)
+    assert [each.job for each in submissions(run)] == ["77"]
+
+
+def test_an_intent_without_a_job_is_dropped(fake: Fake, run: Run) -> None:
+    intend(run, packs(run), cluster="lab", threads=1)  # and then the launcher died, before sbatch
+    submit(run)
+    assert [each.job for each in submissions(run)] == ["101"]
+
+
+def test_nothing_is_submitted_while_slurm_is_silent(fake: Fake, run: Run) -> None:
+    intend(run, packs(run), cluster="lab", threads=1)
+    fake.fails("squeue", "Unable to contact slurm controller")
+    with pytest.raises(Mistake, match="Slurm does not answer"):
+        submit(run)
+    assert not fake.calls("sbatch")
+    assert len(submissions(run)) == 1
+
+
+def test_a_lost_answer_of_sbatch_keeps_the_intent(fake: Fake, run: Run) -> None:
+    fake.fails("sbatch", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    fake.fails("sacct", "sacct: error: slurmdbd: Connection refused")
+    with pytest.raises(Mistake, match="does not answer"):
+        submit(run)
+    assert [each.job for each in submissions(run)] == [None]
+
+
+def test_cancel_ends_only_jobs_without_other_cells(fake: Fake, run: Run) -> None:
+    with run.lock():
+        Slurm().submit(run, packs(run, 2), run.resources)
+    name = submissions(run)[0].name
+    fake.queue(*[("101", str(n), "RUNNING", "None", "1:00", "0", "0", name) for n in range(3)])
+    Slurm().cancel(run, [run.cells[0], run.cells[1], run.cells[2]])
+    assert [call.split()[2:] for call in fake.calls("scancel")] == [["101_0"]]
+
+
+def test_cancel_says_when_slurm_is_silent(fake: Fake, run: Run) -> None:
+    submit(run)
+    fake.fails("squeue", "Unable to contact slurm controller")
+    with pytest.raises(Mistake, match="Slurm does not answer"):
+        Slurm().cancel(run, run.cells)
+
+
+@pytest.mark.parametrize(
+    "record", ['{"schema":1}', "", "null", '{"schema":1,"name":"x","cells":[["../.."]],"job":"$(reboot)"}']
+)
+def test_a_damaged_record_is_a_mistake(fake: Fake, run: Run, record: str) -> None:
+    submit(run)
+    (submissions(run)[0].folder / "submission.json").write_text(record)
+    with pytest.raises(Mistake, match=r"submission\.json"):
+        Slurm().states(run)
+
+
+def test_klabs_own_options_are_refused(run: Run) -> None:
+    with pytest.raises(Mistake, match=r"resources\.sbatch\.array: is set by klab"):
+        Slurm({"sbatch": {"array": "0-3"}}).resources(run.resources)
+
+
+def test_without_slurm_it_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Mistake, match="there is no scontrol here"):
+        submit(run)
