@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from grid import Objective
 from grid.catalogue import AXES
 from harness.exact import TabularPolicy, estimator_report, exact_gradient
 from harness.exact.bench import Instance
-from harness.exact.estimators import update_gradients
+from harness.exact.estimators import loss_gradients, update_gradients
 from harness.exact.kl_errors import ESTIMATORS, PLACEMENTS, kl_errors
 from harness.exact.report import EstimatorReport
 from harness.exact.setting import Setting
@@ -58,11 +59,11 @@ def sequences(seed: int, drift: float = 0.0, end: int | None = None) -> Setting:
 @pytest.mark.parametrize("seed", range(3))
 def test_on_policy_every_ratio_and_weight_gives_the_same_bits(seed: int) -> None:
     setting = Instance(3, 3, seed).perturbed(0.0)
-    expected = per_sample(Objective(advantage="raw", weight="one"), setting)
-    for ratio in RATIOS:
-        for weight in AXES["weight"].values:
-            objective = Objective(advantage="raw", ratio=ratio, weight=weight)
-            assert torch.equal(per_sample(objective, setting), expected), (ratio, weight)
+    batch = setting.batch(torch.arange(27), torch.arange(27) // 3, with_logits=False)
+    expected, _, _ = loss_gradients(Objective(weight="one"), batch)
+    for ratio, weight in itertools.product(RATIOS, AXES["weight"].values):
+        found, _, _ = loss_gradients(Objective(ratio=ratio, weight=weight), batch)
+        assert torch.equal(found, expected), (ratio, weight)
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.5])
@@ -248,7 +249,7 @@ def test_token_ratios_are_exact_where_prefixes_and_rewards_do_not_interact() -> 
 
 
 def test_per_token_mean_with_an_end_symbol_has_a_hidden_length_incentive() -> None:
-    """C40: with 1/H(trajectory) the estimator misses E[score / H], a term as large as the gradient; not with 1/H_max."""
+    """C40: with 1/H(trajectory) E[score / H] is missing, a term as large as the gradient; with 1/H_max it is not."""
     causal = kl_cell("k1", "reward_to_go", kl_scale="mean")
     misses = []
     for seed in range(6):
@@ -306,12 +307,9 @@ def test_group_normalisation_scales_the_gradient_by_the_difficulty() -> None:
 def test_the_kl_table_covers_every_entry_and_knows_the_exact_ones() -> None:
     table = {(e.estimator, e.placement, e.ratio, e.drift): e for e in kl_errors(Instance(seed=1))}
     assert len(table) == 3 * 8 * 7 * 2
-    assert {key[:2] for key in table} == {
-        (estimator, placement) for estimator in ESTIMATORS for placement in PLACEMENTS
-    }
-    exact_on_policy = {
-        key[:2] for key, entry in table.items() if key[3] == 0.0 and key[2] == "none" and entry.error < TINY
-    }
+    assert {key[:2] for key in table} == set(itertools.product(ESTIMATORS, PLACEMENTS))
+    plain = {key[:2]: entry.error for key, entry in table.items() if key[2:] == ("none", 0.0)}
+    exact_on_policy = {key for key, error in plain.items() if error < TINY}
     assert exact_on_policy == {
         ("k1", "reward"), ("k1", "reward_to_go"), ("k1", "advantage_to_go"), ("k1", "reward_and_loss"),
         ("k3", "reward_and_loss"),

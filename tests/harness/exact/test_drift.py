@@ -1,0 +1,63 @@
+"""Drift by random perturbation and by the cell's own inner updates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grid import Objective
+from harness.exact.bench import Instance
+from harness.exact.drift import STEP, drift_size, inner_updates, random_drift
+from harness.exact.estimators import update_gradients
+from harness.exact.gradients import expected_reward
+from harness.exact.tabular import TabularPolicy
+from harness.exact.updates import sampled_updates
+
+GRPO = Objective(advantage="group_norm", weight="ppo_clip", placement="none")
+
+
+def walk(objective: Objective, updates: int, seed: int = 0) -> list[TabularPolicy]:
+    lab = Instance(seed=seed)
+    return inner_updates(objective, lab.behaviour, lab.reference, lab.reward, 8, updates)
+
+
+def test_the_first_inner_update_is_the_on_policy_gradient_of_the_rollout() -> None:
+    lab = Instance()
+    (first,) = walk(GRPO, 1)
+    rollout = sampled_updates(lab.behaviour, 8, 1, torch.Generator().manual_seed(0), 16)
+    gradient = update_gradients(GRPO, lab.at(lab.behaviour), rollout).ascent[0]
+    moved = (first.logits - lab.behaviour.logits).flatten()
+    assert float(moved.norm()) == pytest.approx(STEP, rel=1e-12)
+    assert torch.allclose(moved, STEP * gradient / gradient.norm(), atol=1e-15)
+
+
+def test_inner_updates_drift_away_and_raise_the_reward_of_the_rollout() -> None:
+    lab = Instance()
+    policies = walk(GRPO, 6)
+    sizes = [drift_size(lab.behaviour, policy) for policy in policies]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 0
+    assert float(expected_reward(policies[-1], lab.reward)) > float(expected_reward(lab.behaviour, lab.reward))
+
+
+def test_cells_drift_apart_only_once_they_are_off_policy() -> None:
+    """The first inner update is on-policy: weights and ratios cannot matter before the second."""
+    unclipped = Objective(advantage="group_norm", weight="ratio", ratio="sequence_product", placement="none")
+    here, there = walk(GRPO, 12), walk(unclipped, 12)
+    assert torch.allclose(here[0].logits, there[0].logits, atol=1e-14)
+    assert float((here[-1].logits - there[-1].logits).norm()) > 1e-3
+
+
+def test_a_cell_without_gradient_does_not_drift() -> None:
+    lab = Instance()
+    constant = torch.ones(27)
+    policies = inner_updates(GRPO, lab.behaviour, lab.reference, constant, 8, 3)
+    assert [drift_size(lab.behaviour, policy) for policy in policies] == [0.0] * 3
+
+
+def test_random_drift_is_reproducible_and_scales() -> None:
+    behaviour = Instance().behaviour
+    small, large = random_drift(behaviour, 0.1), random_drift(behaviour, 1.0)
+    assert torch.equal(random_drift(behaviour, 0.1).logits, small.logits)
+    assert torch.allclose(10 * (small.logits - behaviour.logits), large.logits - behaviour.logits, atol=1e-12)
+    assert 0 < drift_size(behaviour, small) < drift_size(behaviour, large)
