@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from grid.sections import Resources
 
 if TYPE_CHECKING:
     from harness.store import Run
@@ -49,7 +51,7 @@ class Executor(Protocol):
     @property
     def name(self) -> str: ...
 
-    def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
         """Hand the packs over and return. Called under the run's lock; safe to repeat after a crash at any point."""
         ...
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from grid.sections import Resources
 from harness.dispatch.executor import Pack, SchedulerState
 from harness.dispatch.job import Interruption, limit_threads, work
 from harness.store import Run, machine
@@ -30,9 +31,9 @@ class Here:
         self.device = device
         self.interrupted = False
 
-    def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
         """Train all packs; returns when they are done, failed, or interrupted (then `interrupted` is set)."""
-        threads = max(1, min(int(resources.cpus), machine.cores()))
+        threads = max(1, min(resources.cpus, machine.cores()))
         limit_threads(threads)
         if self.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -23,16 +23,13 @@ from harness.store.lock import TOUCH_SECONDS
 if TYPE_CHECKING:
     from harness.training.life import Progress
 
-HOLD_SECONDS = 150.0
-"""How long a job that a scheduler told to end waits, with its checkpoints saved, before it goes on after all."""
-
 GRACE_SECONDS = 40.0
 """How long a scheduler's signal waits for the end of an update before the job gives way without a fresh checkpoint."""
 
 
 @dataclass(frozen=True)
 class PackJob:
-    """The callable that submitit pickles.
+    """The callable that submitit pickles for the local pool.
 
     `gpu` is the device that the local pool handed out (None leaves the environment as it is), `threads` the number of
     threads of the process.
@@ -40,7 +37,6 @@ class PackJob:
 
     run: str
     cells: tuple[str, ...]
-    executor: str = "local"
     threads: int = 1
     gpu: str | None = None
 
@@ -48,16 +44,10 @@ class PackJob:
         limit_threads(self.threads)
         if self.gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
-        while True:
-            with Interruption() as interruption:
-                states = work(
-                    self.run, self.cells, executor=self.executor, threads=self.threads, stop=interruption.asked
-                )
-            interruption.give_way()
-            if self.executor == "local" or "interrupted" not in states.values():
-                return states
-            # SIGTERM from a scheduler: the kill follows soon, and a job that ended by itself would not be requeued.
-            time.sleep(HOLD_SECONDS)
+        with Interruption() as interruption:
+            states = work(self.run, self.cells, executor="local", threads=self.threads, stop=interruption.asked)
+        interruption.give_way()
+        return states
 
     def checkpoint(self) -> Any:
         """submitit calls this when it requeues the job: the same again, which finds the checkpoints."""
@@ -153,8 +143,10 @@ class Interruption:
 
 def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
     """Whether the cell is now this process's to train."""
-    if folder.result() is not None:
+    if folder.result() is not None or (folder.last_attempt() or {}).get("event") == "cancelled":
         return False
+    if place["job"] and (folder.claimed() or {}).get("job") == place["job"]:
+        folder.evict()  # a scheduler runs a job once at a time: that was this job before it was requeued
     try:
         folder.claim(details=place)
     except Held:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from grid.sections import Resources
 from harness.dispatch.executor import Executor, Pack
 from harness.dispatch.packs import make_packs
 from harness.dispatch.status import CellStatus, statuses
@@ -27,6 +28,7 @@ def launch(
     workers: int,
     retry_failed: bool = False,
     cells_per_job: int | None = None,
+    resources: Resources | None = None,
     others: Iterable[Executor] | None = None,
 ) -> Launch:
     """Submit every cell that has no result, no worker and no place in a queue.
@@ -35,6 +37,7 @@ def launch(
         workers: jobs that will run at the same time; decides how cells are packed.
         retry_failed: also take up cells that failed.
         cells_per_job: overrides the grid file's `resources.cells_per_job`.
+        resources: what each job gets; None: what the grid file asks for.
         others: backends to ask about queued cells; None: those of the run.
     """
     with run.lock("launching"):
@@ -47,7 +50,7 @@ def launch(
                 folder.append_attempt({"event": "relaunched", "at": time.time(), "was": row.state})
         packs = plan(run, [row.id for row in chosen], workers, cells_per_job)
         if packs:
-            executor.submit(run, packs, run.resources)
+            executor.submit(run, packs, resources or run.resources)
     return Launch(tuple(packs), tuple(before))
 
 
@@ -57,7 +60,9 @@ def wanted(row: CellStatus, executor: str, retry_failed: bool) -> bool:
         return retry_failed
     if row.state == "queued":
         return executor == "local" and row.executor == "local" and not row.job
-    return row.state in ("waiting", "lost", "cancelled", "preempted") and not row.job
+    if row.state == "preempted":
+        return not row.job  # with a job it is in a scheduler's queue again
+    return row.state in ("waiting", "lost", "cancelled")
 
 
 def plan(run: Run, cells: Sequence[str], workers: int, cells_per_job: int | None = None) -> list[Pack]:

@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from grid import Mistake
+from grid.sections import Resources
 from harness.dispatch.controller import lock_path, request_path, state_path
 from harness.dispatch.executor import Pack, SchedulerState
 from harness.store import Holder, Run, files, machine, scan
 from harness.store.lock import read_lock, stale
+
+_START_SECONDS = 60.0
 
 
 class Local:
@@ -50,9 +52,9 @@ class Local:
         """Jobs at a time."""
         return self.max_parallel or len(self.gpus()) or max(1, machine.cores() // threads)
 
-    def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
         """Make these packs the controller's queue and see that there is a controller."""
-        threads = min(int(resources.cpus), machine.cores())
+        threads = min(resources.cpus, machine.cores())
         run.jobs.mkdir(parents=True, exist_ok=True)
         request = {
             "ticket": secrets.token_hex(8),
@@ -108,12 +110,25 @@ def controller_lives(run: Run) -> bool:
 
 
 def start_controller(run: Run) -> None:
-    """Start a controller that outlives this process and its terminal."""
-    with (run.jobs / "controller.log").open("ab") as log:
-        subprocess.Popen(
+    """Start a controller that outlives this process and its terminal, and see that it takes over.
+
+    Raises:
+        OSError: when it ends at once; its log is named.
+    """
+    path = run.jobs / "controller.log"
+    with path.open("ab") as log:
+        process = subprocess.Popen(
             [sys.executable, "-m", "harness.dispatch.controller", str(run.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
+    deadline = time.monotonic() + _START_SECONDS
+    while not controller_lives(run) and time.monotonic() < deadline:
+        code = process.poll()
+        if code == 0:
+            return  # nothing was left to do
+        if code is not None:
+            raise OSError(f"the local controller ended at once with code {code}; see {path}")
+        time.sleep(0.05)

@@ -85,7 +85,7 @@ class Pool:
         if self.gpus:
             used = {flight.gpu for flight in self.flying}
             gpu = next((device for device in self.gpus if device not in used), self.gpus[0])
-        job = PackJob(str(self.run.path), pack.cells, executor="local", threads=self.threads, gpu=gpu)
+        job = PackJob(str(self.run.path), pack.cells, threads=self.threads, gpu=gpu)
         limit_threads(self.threads)
         self.flying.append(InFlight(pack.cells, job=self._executor().submit(job), gpu=gpu))
 

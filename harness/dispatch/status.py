@@ -26,6 +26,9 @@ STATES: tuple[State, ...] = (
     "cancelled",
     "failed",
 )
+INTERRUPTIONS = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
+"""Ends of a job that say nothing about its cells: a launch takes them up again."""
+
 OVER: tuple[State, ...] = ("finished", "diverged", "failed", "cancelled")
 """States that nothing but a new launch changes."""
 
@@ -147,6 +150,8 @@ def _by_scheduler(word: SchedulerState, snapshot: Snapshot) -> tuple[State, str]
         return "unknown", word.reason or "the scheduler does not answer"
     if word.word == "cancelled":
         return "cancelled", word.reason
+    if word.word == "failed" and word.reason in INTERRUPTIONS:
+        return "lost", f"{word.reason}; launch again to continue from the last checkpoint"
     if word.word == "failed":
         return "failed", _blame(word)
     return ("lost" if snapshot.event is not None else "waiting"), word.reason

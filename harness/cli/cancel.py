@@ -1,0 +1,41 @@
+"""`klab cancel`: stop cells."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from grid import Mistake
+from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from harness.cli.table import show_json
+from harness.dispatch.cancel import cancel as stop
+from harness.dispatch.status import OVER, statuses
+
+
+def cancel(
+    run: RunArgument,
+    cells: Annotated[
+        list[str] | None, typer.Argument(metavar="[CELL]...", help="Ids, or their beginnings or ends; default: all.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop cells and take them out of the queue. What they measured stays; launching again takes them up."""
+    opened = run_of(run, runs)
+    named = {opened.cell(cell).id for cell in cells or []}
+    chosen = [row for row in statuses(opened) if row.state not in OVER and (not named or row.id in named)]
+    running = [row for row in chosen if row.state == "running"]
+    if len(running) > 1 and not yes:
+        if not sys.stdin.isatty():
+            raise Mistake(f"this stops {len(running)} running cells", hint="Say --yes to do so.")
+        if not typer.confirm(f"Stop {len(running)} running cells?"):
+            typer.echo("nothing was stopped")
+            return
+    stop(opened, [row.id for row in chosen])
+    if as_json:
+        show_json({"run": str(opened.path), "cancelled": [row.id for row in chosen], "running": len(running)})
+    else:
+        typer.echo(f"{len(chosen)} cells cancelled, {len(running)} of them were running")

@@ -1,0 +1,110 @@
+"""`klab doctor`: is this machine fit to run klab?"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from grid import Mistake
+from harness.cli.places import RUNS, JsonOption, RunsOption
+from harness.cli.table import show, show_json
+from harness.store import Lock, files, machine
+
+Verdict = Literal["ok", "note", "problem"]
+
+_FREE_GB = 1.0
+_IMPORT_SECONDS = 180
+_TORCH = (
+    "import torch; c = torch.cuda.is_available(); "
+    "print(torch.__version__, '; CUDA', torch.version.cuda, ';', "
+    "', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if c else 'no GPU')"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    verdict: Verdict
+    detail: str
+
+
+def doctor(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
+    """Check versions, torch and its devices, Slurm, folders, locks and disk space. Exit code 1: there is a problem."""
+    findings = list(examine(runs))
+    if as_json:
+        show_json([asdict(finding) for finding in findings])
+    else:
+        show(("what", "", "details"), [(each.what, each.verdict, each.detail) for each in findings])
+    if any(finding.verdict == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine(runs: Path) -> Iterator[Finding]:
+    """All findings, quick ones first."""
+    for package, version in machine.versions().items():
+        yield Finding(package, "ok" if version else "problem", version or "is not installed")
+    hardware = machine.hardware()
+    yield Finding("cores", "ok", f"{hardware['cores']}, {hardware['processor']}")
+    yield Finding("memory", "ok", f"{hardware['memory_gb']} GB")
+    yield _torch()
+    yield _slurm()
+    yield _git()
+    yield from _folder(runs)
+
+
+def _torch() -> Finding:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        return Finding("torch works", "problem", lines[-1] if lines else "cannot be imported")
+    except subprocess.TimeoutExpired:
+        return Finding("torch works", "problem", f"was not imported within {_IMPORT_SECONDS} s")
+    return Finding("torch works", "ok", done.stdout.strip())
+
+
+def _slurm() -> Finding:
+    if shutil.which("sbatch") is None:
+        return Finding("Slurm", "note", "not on this machine (--on slurm needs it)")
+    try:
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=15)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("Slurm", "note", f"is installed, but its controller does not answer ({error})")
+    text = " ".join((done.stdout or done.stderr).split())
+    if done.returncode == 0 and "UP" in text:
+        return Finding("Slurm", "ok", text)
+    return Finding("Slurm", "note", f"is installed, but its controller does not answer: {text}")
+
+
+def _git() -> Finding:
+    commit = machine.commit(Path.cwd())
+    return Finding("git commit", "ok" if commit else "note", commit or "this folder is not a git repository")
+
+
+def _folder(runs: Path) -> Iterator[Finding]:
+    existing = runs.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        probe = existing / ".klab-doctor"
+        files.replace(probe, b"klab\n")
+        probe.unlink()
+        lock = Lock(existing / ".klab-doctor.lock", purpose="doctor")
+        lock.acquire()
+        lock.release()
+        yield Finding("run folders", "ok", f"{existing} can be written, locks work")
+    except (OSError, Mistake) as error:
+        yield Finding("run folders", "problem", str(error))
+    free = shutil.disk_usage(existing).free / 2**30
+    yield Finding("disk space", "ok" if free >= _FREE_GB else "problem", f"{free:.1f} GB free")

@@ -1,0 +1,186 @@
+"""`klab launch`: run a grid file's cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grid import Grid, Mistake
+from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
+from harness.cli.table import console, show_json
+from harness.cli.watch import Board, watch
+from harness.dispatch.executor import Executor, Pack
+from harness.dispatch.launch import Launch
+from harness.dispatch.launch import launch as submit
+from harness.dispatch.local import Local
+from harness.dispatch.packs import make_packs
+from harness.dispatch.status import count, statuses
+from harness.store import Run
+
+
+class Where(StrEnum):
+    local = "local"
+    here = "here"
+    slurm = "slurm"
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def launch(
+    grid: GridArgument,
+    on: Annotated[Where, typer.Option("--on", help="Where: this machine's cores or GPUs, this process, or Slurm.")] = (
+        Where.local
+    ),
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once; watch with `klab status --watch`.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted; write nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run failed cells again.")] = False,
+    max_parallel: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")] = None,
+    cells_per_job: Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")] = None,
+    device: Annotated[Device | None, typer.Option(help="cpu leaves GPUs alone; cuda insists on one.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Slurm: node features.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Slurm: nodes not to use.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Slurm: nodes per job.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="Slurm: GPUs per job.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Cores, hence threads, per job.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Slurm: memory per job.")] = None,
+    minutes: Annotated[int | None, typer.Option(min=1, help="Slurm: time limit of a job.")] = None,
+    setup: Annotated[list[str] | None, typer.Option(help="Slurm: shell line before the job; may be repeated.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Slurm: further option as name=value; may be repeated.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")] = None,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a grid file's cells. Launching again continues: results stay, running cells go on, the rest is run."""
+    study = grid_of(grid)
+    flags = {
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "constraint": constraint,
+        "exclude": exclude,
+        "nodes": nodes,
+        "gpus": gpus,
+        "cpus": cpus,
+        "memory_gb": memory_gb,
+        "minutes": minutes,
+        "max_parallel": max_parallel,
+        "cells_per_job": cells_per_job,
+        "setup": setup or None,
+        "sbatch": _pairs(sbatch or []) or None,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    board = Board() if on is Where.here else None
+    executor, workers, resources = _backend(on, study, given, device, profile, board)
+    size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
+    if dry_run:
+        _rehearse(study, executor, workers, size, runs, as_json)
+        return
+    run = Run.create(runs / study.name, study)
+    if board is not None:
+        with board.live(run, retry_failed):
+            submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
+        _end(run, as_json)
+        return
+    done = submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
+    if not as_json:
+        _announce(run, done, on, workers)
+    if not detach and on is Where.local and not watch(run, quiet=as_json):
+        return
+    if detach or on is Where.slurm:
+        if as_json:
+            show_json({"run": str(run.path), "jobs": [list(pack.cells) for pack in done.packs]})
+        return
+    _end(run, as_json)
+
+
+def _backend(
+    on: Where, study: Grid, flags: dict[str, Any], device: Device | None, profile: str | None, board: Board | None
+) -> tuple[Executor, int, Any]:
+    """The backend, how many jobs it runs at a time, and what each gets."""
+    choice = device.value if device else None
+    if on is Where.slurm:
+        from harness.dispatch.slurm import Slurm
+
+        slurm = Slurm(flags, profile)
+        resources = slurm.resources(study.resources)
+        return slurm, resources.max_parallel or len(study.cells), resources
+    for option in ("partition", "account", "qos", "constraint", "exclude", "nodes", "setup", "sbatch"):
+        if option in flags:
+            raise Mistake("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
+    resources = study.resources.model_copy(update=flags)
+    if on is Where.here:
+        from harness.dispatch.here import Here
+
+        return Here(progress=board.tell if board else None, device=choice), 1, resources
+    local = Local(max_parallel=resources.max_parallel, device=choice)
+    return local, local.slots(resources.cpus), resources
+
+
+def _rehearse(study: Grid, executor: Executor, workers: int, size: int | None, runs: Path, as_json: bool) -> None:
+    packs = make_packs({cell.id: cell.resolved() for cell in study.cells}, size, workers)
+    scripts = getattr(executor, "scripts", None)
+    planned = Run((runs / study.name).resolve(), {"name": study.name})
+    text = "\n".join(scripts(planned, packs, study.resources)) if scripts is not None else None
+    if as_json:
+        show_json({"packs": [list(pack.cells) for pack in packs], "workers": workers, "script": text})
+        return
+    if text is not None:
+        print(text)
+        return
+    screen = console()
+    screen.print(f"{len(study.cells)} cells in {len(packs)} jobs, {workers} at a time, on {executor.name}")
+    for number, pack in enumerate(packs, 1):
+        screen.print(f"  job {number}: {', '.join(_shortened(pack))}")
+
+
+def _shortened(pack: Pack, shown: int = 4) -> Sequence[str]:
+    more = len(pack.cells) - shown
+    return [*pack.cells[:shown], *([f"… {more} more"] if more > 0 else [])]
+
+
+def _announce(run: Run, done: Launch, on: Where, workers: int) -> None:
+    submitted = sum(len(pack.cells) for pack in done.packs)
+    left = {
+        state: number for state, number in count(done.before).items() if state in ("finished", "diverged", "failed")
+    }
+    known = "".join(f"; {number} {state} before" for state, number in left.items())
+    screen = console()
+    screen.print(f"{submitted} cells in {len(done.packs)} jobs on {on.value}, {workers} at a time{known}")
+    screen.print(f"run folder: {run.path}")
+
+
+def _end(run: Run, as_json: bool) -> None:
+    rows = statuses(run)
+    states = count(rows)
+    if as_json:
+        show_json({"run": str(run.path), "states": states})
+    else:
+        screen = console()
+        screen.print(", ".join(f"{number} {state}" for state, number in states.items()))
+        if states.get("failed"):
+            screen.print("why cells failed: klab logs RUN CELL; run them again: klab launch … --retry-failed")
+        screen.print(f"next: klab report {run.path}")
+    if states.get("failed"):
+        raise typer.Exit(1)
+
+
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise Mistake("is not name=value", key="--sbatch", value=word)
+        pairs[name.lstrip("-")] = value
+    return pairs

@@ -1,0 +1,118 @@
+"""`klab plan`: what a grid file would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grid import Cell, Grid
+from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
+from harness.cli.table import console, duration, show, show_json
+from harness.dispatch.estimate import Estimate, estimate
+from harness.dispatch.executor import Pack
+from harness.dispatch.local import Local
+from harness.dispatch.packs import make_packs
+from harness.store import Run, scan
+
+_SHOWN = 40
+
+
+def plan(
+    grid: GridArgument,
+    runs: RunsOption = RUNS,
+    max_parallel: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")] = None,
+    cells_per_job: Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every configuration.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a grid file would run: cells, merged spellings, packs, estimated time. Writes nothing."""
+    study = grid_of(grid)
+    folder = runs / study.name
+    resolved = {cell.id: cell.resolved() for cell in study.cells}
+    done = _done(folder, list(resolved))
+    left = {identity: settings for identity, settings in resolved.items() if identity not in done}
+    workers = max_parallel or study.resources.max_parallel or Local().slots()
+    packs = make_packs(left, cells_per_job or study.resources.cells_per_job, workers)
+    times = estimate(left, packs, runs, workers)
+    if as_json:
+        show_json(_record(study, folder, resolved, done, packs, workers, times))
+        return
+    screen = console()
+    screen.print(
+        f"[bold]{study.name}[/]: {len(study.cells)} cells = {len(study.groups)} configurations × "
+        f"{len(study.seeds)} seeds, design {study.design}"
+    )
+    if done:
+        screen.print(f"{len(done)} of them have a result in {folder}")
+    first = {cell.group: cell for cell in reversed(study.cells)}
+    groups = study.groups if everything else study.groups[:_SHOWN]
+    show(("configuration", "stands for"), [_line(first[group], study) for group in groups])
+    if len(groups) < len(study.groups):
+        screen.print(f"… and {len(study.groups) - len(groups)} more (--all)")
+    if not packs:
+        screen.print("nothing is left to run")
+        return
+    screen.print(f"{len(packs)} jobs of {_sizes(packs)} cells, {workers} at a time; estimated time {_time(times)}")
+
+
+def _line(cell: Cell, study: Grid) -> tuple[str, str]:
+    mark = "  (baseline)" if cell.group == study.baseline else ""
+    merged = " = ".join(cell.spellings) if len(cell.spellings) > 1 else (cell.spellings or (cell.algorithm or "",))[0]
+    return cell.group + mark, merged
+
+
+def _done(folder: Path, identities: Sequence[str]) -> set[str]:
+    if not (folder / "manifest.json").exists():
+        return set()
+    run = Run.open(folder)
+    known = set(run.cells)
+    shared = [identity for identity in identities if identity in known]
+    return {each.id for each in scan(run, shared).values() if each.result is not None}
+
+
+def _sizes(packs: Sequence[Pack]) -> str:
+    sizes = sorted({len(pack.cells) for pack in packs})
+    if not sizes:
+        return "0"
+    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def _time(times: Estimate | None) -> str:
+    if times is None:
+        return "unknown: no cell of this shape was measured yet"
+    return (
+        f"{duration(times.seconds)} ({times.updates_per_second:.3g} updates/s per worker, measured in {times.source})"
+    )
+
+
+def _record(
+    study: Grid,
+    folder: Path,
+    resolved: dict[str, dict[str, Any]],
+    done: set[str],
+    packs: Sequence[Pack],
+    workers: int,
+    times: Estimate | None,
+) -> dict[str, Any]:
+    return {
+        "name": study.name,
+        "run": str(folder),
+        "baseline": study.baseline,
+        "cells": [
+            {
+                "id": cell.id,
+                "group": cell.group,
+                "spellings": list(cell.spellings),
+                "done": cell.id in done,
+                "resolved": resolved[cell.id],
+            }
+            for cell in study.cells
+        ],
+        "packs": [list(pack.cells) for pack in packs],
+        "workers": workers,
+        "estimated_seconds": times.seconds if times else None,
+        "measured_in": times.source if times else None,
+    }

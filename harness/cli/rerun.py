@@ -1,0 +1,240 @@
+"""`klab rerun`: repeat one cell in the foreground and compare its numbers with the stored ones."""
+
+from __future__ import annotations
+
+import math
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from grid import Cell, Grid, Mistake, catalogue
+from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from harness.cli.table import console, show_json
+from harness.store import CellFolder, Run, machine
+
+if TYPE_CHECKING:
+    from harness.training.life import Progress as Told
+
+_SECTIONS = ("objective", "task", "policy", "training")
+_SHOWN = ("reward_final", "accuracy_final", "reverse_kl_final", "updates")
+
+
+def rerun(
+    run: RunArgument,
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="A cell's id, or its beginning or end.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting, as training.lr=1e-3; may be repeated.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", help="Keep the repetition as a run folder here; default: a scratch folder.")
+    ] = None,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Repeat one cell in the foreground, and say whether its numbers are those that were stored, bit for bit.
+
+    Timings are not compared. With --set it is another cell: its main numbers are shown beside the stored ones. Exit
+    code 1: the cell failed or the numbers differ.
+    """
+    opened = run_of(run, runs)
+    stored = opened.cell(cell)
+    repeated = changed(stored, settings or [])
+    with tempfile.TemporaryDirectory(prefix="klab-rerun-") as scratch:
+        folder = _repeat(opened, repeated, keep or Path(scratch) / "run", quiet=as_json)
+        error = folder.error()
+        difference = None if settings else compare(stored, folder)
+        results = {"stored": _main_numbers(stored), "repeated": _main_numbers(folder)}
+    same = error is None and difference is None
+    if as_json:
+        verdict = None if settings else same
+        show_json({"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results})
+    else:
+        _say(stored, repeated, results, error, difference, compared=not settings)
+    if not same:
+        raise typer.Exit(1)
+
+
+def changed(folder: CellFolder, settings: Sequence[str]) -> Cell:
+    """The cell with dotted settings replaced.
+
+    Raises:
+        Mistake: for a setting that does not exist or is not valid.
+    """
+    if not settings:
+        return folder.cell()
+    resolved = {key: dict(value) if isinstance(value, Mapping) else value for key, value in folder.resolved().items()}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, dot, name = key.partition(".")
+        value = _value(setting, text)
+        if key == "seed" and equals:
+            resolved["seed"] = value
+        elif not equals or not dot or section not in _SECTIONS:
+            allowed = ["seed", *(f"{each}.{field}" for each in _SECTIONS for field in resolved[each])]
+            raise Mistake("is not section.name=value", key="--set", value=key, allowed=allowed)
+        elif name not in resolved[section] and section != "objective":
+            allowed = [f"{section}.{field}" for field in resolved[section]]
+            raise Mistake("there is no such setting", key="--set", value=key, allowed=allowed)
+        else:
+            resolved[section][name] = value
+    _drop_unused(resolved["objective"], {setting.partition("=")[0] for setting in settings})
+    for stale in ("id", "id_version", "spellings", "algorithm"):
+        resolved.pop(stale, None)
+    try:
+        return Cell.from_resolved(resolved)
+    except Mistake as mistake:
+        raise mistake.located(prefix="--set") from None
+
+
+def _value(setting: str, text: str) -> object:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Mistake("is not a value in YAML", key="--set", value=setting) from error
+    if isinstance(value, str):  # YAML reads 1e-3 as a text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _drop_unused(objective: dict[str, Any], named: set[str]) -> None:
+    """Leave out parameters of values that --set replaced."""
+    used = {
+        parameter
+        for axis in catalogue.AXES.values()
+        if (value := axis.values.get(str(objective.get(axis.name)))) is not None
+        for parameter in value.parameters
+    }
+    for name in [name for name in objective if name in catalogue.PARAMETERS]:
+        if name not in used and f"objective.{name}" not in named:
+            del objective[name]
+
+
+def compare(stored: CellFolder, repeated: CellFolder) -> str | None:
+    """The first number in which two runs of a cell differ, in words; None when all have the same bits."""
+    for name, before, after in (
+        ("metrics", stored.metrics(), repeated.metrics()),
+        ("evaluations", stored.evaluations(), repeated.evaluations()),
+    ):
+        for row, (old, new) in enumerate(zip(before, after, strict=False)):
+            found = _first_difference(old, new)
+            if found is not None:
+                return f"{name}, update {old.get('update', row)}, {found}"
+        if len(before) > len(after):
+            return f"{name}: {len(before)} rows were stored, the repetition has {len(after)}"
+    if stored.result() is not None and len(stored.metrics()) != len(repeated.metrics()):
+        return f"metrics: {len(stored.metrics())} rows were stored, the repetition has {len(repeated.metrics())}"
+    return None
+
+
+def _first_difference(old: object, new: object, where: str = "") -> str | None:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if str(key).startswith("seconds"):
+                continue
+            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            if found is not None:
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        found_in = (_first_difference(left, right, f"{where}[{place}]") for place, (left, right) in pairs)
+        return next((found for found in found_in if found is not None), None)
+    return None if _same_bits(old, new) else f"{where}: {old!r} was stored, now {new!r}"
+
+
+def _same_bits(old: object, new: object) -> bool:
+    if isinstance(old, float) and isinstance(new, float):
+        return struct.pack("d", old) == struct.pack("d", new) or (math.isnan(old) and math.isnan(new))
+    return type(old) is type(new) and old == new
+
+
+def _repeat(origin: Run, cell: Cell, place: Path, quiet: bool) -> CellFolder:
+    """Train the cell in a run folder of its own, with the original's starting policies."""
+    from harness.dispatch.job import limit_threads, work
+
+    place.mkdir(parents=True, exist_ok=True)
+    policies = place / "policies"
+    if origin.policies.is_dir() and not policies.exists():
+        policies.symlink_to(origin.policies)
+    scratch = Run.create(place, _alone(origin, cell))
+    limit_threads(1)
+    with _bar(cell, quiet) as tell:
+        work(scratch.path, (cell.id,), executor="here", progress=tell)
+    return scratch.cell(cell.id)
+
+
+def _alone(origin: Run, cell: Cell) -> Grid:
+    return Grid(
+        name=f"{origin.name}-rerun",
+        description=f"one cell of {origin.name}, repeated",
+        cells=(cell,),
+        axes={},
+        design="list",
+        seeds=(cell.seed,),
+        baseline=None,
+        resources=origin.resources,
+        track=(),
+        file=str(origin.path / "grid.yaml"),
+        text=yaml.safe_dump(cell.resolved(), sort_keys=False),
+    )
+
+
+@contextmanager
+def _bar(cell: Cell, quiet: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), disable=quiet) as bar:
+        task = bar.add_task("starting", total=cell.training.updates)
+
+        def tell(told: Told) -> None:
+            reward = "" if told.reward is None else f"reward {told.reward:.3f}"
+            bar.update(task, completed=told.update, description=reward or "starting")
+
+        yield tell
+
+
+def _main_numbers(folder: CellFolder) -> dict[str, Any] | None:
+    result = folder.result()
+    return None if result is None else {key: result.get(key) for key in ("state", *_SHOWN)}
+
+
+def _other_versions(stored: CellFolder) -> str:
+    """What may explain a difference: the software that the stored numbers were made with."""
+    before, now = (stored.result() or {}).get("versions"), machine.versions()
+    before = before if isinstance(before, Mapping) else {}
+    changes = [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
+    return f"The stored ones were made with {'; '.join(changes)}." if changes else "Recorded versions are the same."
+
+
+def _say(
+    stored: CellFolder,
+    repeated: Cell,
+    results: Mapping[str, Mapping[str, Any] | None],
+    error: str | None,
+    difference: str | None,
+    compared: bool,
+) -> None:
+    screen = console()
+    for name, numbers in results.items():
+        text = ", ".join(f"{key} {value}" for key, value in numbers.items()) if numbers else "no result"
+        screen.print(f"{name}: {text}", highlight=False)
+    if error is not None:
+        screen.print(error, markup=False, soft_wrap=True)
+    elif not compared:
+        screen.print(f"another cell: {repeated.id}", soft_wrap=True)
+    elif difference is not None:
+        screen.print(f"[red]The numbers differ[/]: {difference}", soft_wrap=True)
+        screen.print(_other_versions(stored), soft_wrap=True)
+    elif stored.result() is None:
+        screen.print("[green]Same bits[/] as far as the stored cell got.")
+    else:
+        screen.print("[green]The numbers match the stored ones bit for bit[/] (timings excluded).")

@@ -1,0 +1,60 @@
+"""`klab status`: where every cell of a run stands."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from harness.cli.table import console, duration, show, show_json, state_text
+from harness.cli.watch import watch as follow
+from harness.dispatch.status import CellStatus, count, statuses
+
+_SHOWN = 40
+
+
+def status(
+    run: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until nothing runs any more.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List finished and waiting cells too.")] = False,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the state of every cell of a run. Exit code 1 when cells failed."""
+    opened = run_of(run, runs)
+    if watch and not follow(opened, quiet=as_json):
+        return
+    rows = statuses(opened)
+    states = count(rows)
+    if as_json:
+        show_json({"run": str(opened.path), "states": states, "cells": [asdict(row) for row in rows]})
+    else:
+        screen = console()
+        screen.print(f"[bold]{opened.name}[/]: " + ", ".join(f"{n} {state_text(state)}" for state, n in states.items()))
+        _list([row for row in rows if everything or row.state not in ("finished", "waiting")], everything)
+        if states.get("lost") or states.get("preempted"):
+            screen.print("Launching the same grid again continues lost and preempted cells.")
+    if states.get("failed"):
+        raise typer.Exit(1)
+
+
+def _list(rows: list[CellStatus], everything: bool) -> None:
+    if not rows:
+        return
+    shown = rows if everything else rows[:_SHOWN]
+    lines = [
+        (row.id, row.state, f"{row.update}/{row.updates}", row.reward, _time(row), row.job, row.detail) for row in shown
+    ]
+    show(("cell", "state", "update", "reward", "time", "job", ""), lines)
+    if len(shown) < len(rows):
+        console().print(f"… and {len(rows) - len(shown)} more (--all)")
+
+
+def _time(row: CellStatus) -> str:
+    if row.seconds_left is not None:
+        return f"{duration(row.seconds_left)} left"
+    if row.since is not None and row.state not in ("finished", "diverged"):
+        return f"{duration(row.since)} ago"
+    return ""

@@ -1,0 +1,84 @@
+"""How long cells will take, from cells of the same shape that were measured before."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from grid import Mistake
+from harness.dispatch.executor import Pack
+from harness.dispatch.packs import shape
+from harness.store import Run, scan
+
+START_SECONDS = 6.0
+"""Start of a job's process: imports and loading."""
+
+_RUNS = 12
+_LARGEST = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Wall-clock seconds until the last worker is done; the median speed behind it, and the run it was measured in."""
+
+    seconds: float
+    updates_per_second: float
+    source: str
+
+
+def estimate(
+    cells: Mapping[str, Mapping[str, Any]], packs: Sequence[Pack], runs: Path, workers: int
+) -> Estimate | None:
+    """The time for these packs on so many workers; None where no cell of some shape was measured under `runs`."""
+    shapes = {identity: shape(resolved) for identity, resolved in cells.items()}
+    measured, source = _measured(set(shapes.values()), runs)
+    if not cells or any(each not in measured for each in shapes.values()):
+        return None
+    lengths = []
+    for pack in packs:
+        work = (measured[shapes[identity]] * int(cells[identity]["training"]["updates"]) for identity in pack.cells)
+        lengths.append(START_SECONDS + sum(work))
+    return Estimate(_makespan(lengths, workers), 1 / max(1e-9, median(measured.values())), source)
+
+
+def _measured(wanted: set[str], runs: Path) -> tuple[dict[str, float], str]:
+    """Seconds per update and cell for the wanted shapes, and the newest run that had any of them."""
+    found: dict[str, float] = {}
+    source = ""
+    for path in _newest(runs):
+        try:
+            run = Run.open(path)
+            times: dict[str, list[float]] = {}
+            for identity, snapshot in scan(run).items():
+                seconds = (snapshot.result or {}).get("seconds")
+                updates = (snapshot.result or {}).get("updates")
+                if isinstance(seconds, int | float) and isinstance(updates, int) and updates > 0 and seconds > 0:
+                    times.setdefault(shape(run.resolved(identity)), []).append(seconds / updates)
+        except (Mistake, OSError, KeyError):
+            continue
+        fresh = {each: median(values) for each, values in times.items() if each in wanted and each not in found}
+        source = source or (run.name if fresh else "")
+        found |= fresh
+        if wanted <= found.keys():
+            break
+    return found, source
+
+
+def _newest(runs: Path) -> Iterable[Path]:
+    manifests = []
+    for path in runs.glob("*/manifest.json") if runs.is_dir() else ():
+        status = path.stat()
+        if status.st_size <= _LARGEST:
+            manifests.append((status.st_mtime, path.parent))
+    return [path for _, path in heapq.nlargest(_RUNS, manifests)]
+
+
+def _makespan(lengths: Iterable[float], workers: int) -> float:
+    ends = [0.0] * max(1, workers)
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
