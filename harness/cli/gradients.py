@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from grid import Cell, Mistake, Objective, load_grid
-
-if TYPE_CHECKING:
-    from harness.exact.survey import Entry
+from grid import Cell, Mistake, Objective
+from harness.cli.places import STUDIES, JsonOption, grid_of, run_of
+from harness.cli.table import show, show_json
+from harness.store import Run, files
 
 COLUMNS = (
     "group",
@@ -29,94 +29,103 @@ COLUMNS = (
     "standard_error",
     "method",
 )
-"""Columns of the terminal table; --json and --csv have all of `Entry.row`."""
+"""Columns on the screen; --json and --csv have all of `Entry.row`."""
+
+Rows = list[dict[str, Any]]
 
 
 def gradients(
     target: Annotated[
-        str | None, typer.Argument(metavar="GRID|ALGORITHM", help="A grid file, or the name of an algorithm.")
+        str | None,
+        typer.Argument(metavar="GRID|ALGORITHM|RUN", help="A grid file or study, a named algorithm, or a run."),
     ] = None,
     kl_table: Annotated[
-        bool, typer.Option("--kl-table", help="Instead: exact relative errors of k1, k2, k3 by placement and ratio.")
+        bool, typer.Option("--kl-table", help="Instead: exact errors of k1, k2, k3 by placement and ratio.")
     ] = False,
     product: Annotated[
         Path | None,
         typer.Option(
-            "--product", help="Instead: measure all 55,440 combinations of the main axes into this jsonl file."
+            "--product", metavar="FILE", help="Instead: all 55 440 combinations, into a resumable jsonl file."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random state of policies, reward, drift and draws.")] = 0,
     vocabulary: Annotated[int, typer.Option(min=2, help="Symbols V of the tabular policy.")] = 3,
     horizon: Annotated[int, typer.Option(min=1, help="Steps H of the tabular policy.")] = 3,
     group_size: Annotated[
-        int | None, typer.Option(min=1, help="Trajectories of a group; default: the cell's own (4 with --product).")
+        int | None, typer.Option(min=1, help="Trajectories of a group; default: the cell's (4 with --product).")
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Trajectories of each Monte Carlo estimate.")] = 8_000,
     drift: Annotated[
-        list[float] | None, typer.Option(help="Standard deviation of a random drift; may be repeated.")
+        list[float] | None, typer.Option(min=0.0, help="Standard deviation of a random drift; may be repeated.")
     ] = None,
     updates: Annotated[
         list[int] | None, typer.Option(min=1, help="Number of inner updates of the cell; may be repeated.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of --product.")] = 1,
-    run: Annotated[Path | None, typer.Option(help="Run folder that gets gradients.json for its report.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    run: Annotated[str | None, typer.Option(help="The run whose report gets these rows.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write them as CSV.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print bias, cosine, variance, effective sample size and error of each cell's gradient, with and without drift."""
+    """Measure bias, cosine, variance, effective sample size and error of cells' gradients, exactly where feasible."""
     import torch
 
     torch.set_num_threads(1)
     if kl_table:
         rows = _kl_rows(seed, vocabulary, horizon, drift)
-        columns: Sequence[str] = ("estimator", "placement", "ratio", "drift", "error", "cosine")
     elif product is not None:
         rows = _product_rows(product, seed, vocabulary, horizon, drift, group_size, samples, workers)
-        columns = ()
+    elif target is not None:
+        cells, owner = _cells(target)
+        sizes = {name: (objective, group_size or size) for name, (objective, size, _) in cells.items()}
+        rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples)
+        owner = run_of(run) if run is not None else owner
+        if owner is not None:
+            _keep(owner, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
     else:
-        if target is None:
-            raise Mistake("name a grid file or an algorithm, or ask for --kl-table or --product FILE")
-        rows = _survey_rows(target, seed, vocabulary, horizon, drift, updates, group_size, samples)
-        columns = COLUMNS
-    if run is not None:
-        _write_run(run, rows)
+        raise Mistake("name a grid file, an algorithm or a run, or ask for --kl-table or --product FILE")
     if csv_file is not None:
         _write_csv(csv_file, rows)
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "rows": rows}))
+        show_json({"schema": 1, "rows": rows})
     elif kl_table:
-        _print_kl(rows)
-    elif columns:
-        _print(rows, columns)
-    else:
+        _show_kl(rows)
+    elif product is not None:
         typer.echo(f"{len(rows)} combinations measured; one line per canonical form in {product}")
+    else:
+        show(COLUMNS, [[row[column] for column in COLUMNS] for row in rows], "Against the gradient of E[R] − β·KL")
 
 
-def configurations(target: str, group_size: int | None = None) -> dict[str, tuple[Objective, int]]:
-    """Objective and group size of each configuration of a grid file, or of one named algorithm.
+def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | None]:
+    """Objective, group size and whether the schedule is on-policy, by configuration; and the run, if it is one."""
+    from grid.algorithms import algorithm_names, load_algorithm
 
-    Raises:
-        Mistake: `target` is neither a file nor an algorithm.
-    """
-    if Path(target).suffix in (".yaml", ".yml") or Path(target).exists():
-        found: dict[str, Cell] = {}
-        for cell in load_grid(target).cells:
-            found.setdefault(cell.group, cell)
-        return {group: (cell.objective, group_size or cell.training.group_size) for group, cell in found.items()}
-    from grid.algorithms import load_algorithm
+    if (Path(target) / "manifest.json").exists():
+        run = Run.open(target)
+        return _by_group([Cell.from_resolved(run.resolved(identity)) for identity in run.cells]), run
+    if Path(target).exists() or (STUDIES / f"{target}.yaml").exists():
+        return _by_group(grid_of(target).cells), None
+    if target in algorithm_names():
+        return {target: (Objective(**load_algorithm(target).objective), 8, False)}, None
+    studies = [path.stem for path in STUDIES.glob("*.yaml")]
+    raise Mistake(
+        "neither a file, a study, an algorithm nor a run", key="GRID|ALGORITHM|RUN", value=target,
+        allowed=sorted({*algorithm_names(), *studies}),
+    )  # fmt: skip
 
-    return {target: (Objective(**load_algorithm(target).objective), group_size or 8)}
+
+def _by_group(cells: Sequence[Cell]) -> dict[str, tuple[Objective, int, bool]]:
+    return {cell.group: (cell.objective, cell.training.group_size, cell.training.on_policy) for cell in reversed(cells)}
 
 
 def _survey_rows(
-    target: str, seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None,
-    updates: Sequence[int] | None, group_size: int | None, samples: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    configurations: dict[str, tuple[Objective, int]], seed: int, vocabulary: int, horizon: int,
+    drifts: Sequence[float] | None, updates: Sequence[int] | None, samples: int,
+) -> Rows:  # fmt: skip
     from harness.exact.bench import Instance
     from harness.exact.survey import INNER_UPDATES, RANDOM_DRIFTS, survey
 
-    entries: list[Entry] = survey(
-        configurations(target, group_size),
+    entries = survey(
+        dict(reversed(configurations.items())),
         instance=Instance(vocabulary, horizon, seed),
         random_drifts=RANDOM_DRIFTS if drifts is None else drifts,
         inner_updates=INNER_UPDATES if updates is None else updates,
@@ -126,9 +135,7 @@ def _survey_rows(
     return [entry.row() for entry in entries]
 
 
-def _kl_rows(seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
+def _kl_rows(seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None) -> Rows:
     from harness.exact.bench import Instance
     from harness.exact.kl_errors import kl_errors
 
@@ -138,7 +145,7 @@ def _kl_rows(seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] |
 def _product_rows(
     file: Path, seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None, group_size: int | None,
     samples: int, workers: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Rows:  # fmt: skip
     from harness.exact.sweep import Plan, sweep
 
     size = group_size or 4
@@ -148,51 +155,42 @@ def _product_rows(
 
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r{done}/{total}" + ("\n" if done == total else ""))
+        sys.stderr.write(f"\r{done} of {total}" + ("\n" if done == total else ""))
         sys.stderr.flush()
 
 
-def _write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _keep(run: Run, rows: Rows, on_policy: set[str]) -> None:
+    """Leave the rows for the run's report, which reads the first of each configuration: that of its own schedule."""
+
+    def distance(row: dict[str, Any]) -> int:
+        wanted = row["drift"] == "on-policy" if row["group"] in on_policy else str(row["drift"]).endswith("updates")
+        return 0 if wanted else 1
+
+    run.report.mkdir(exist_ok=True)
+    files.replace(run.report / "gradients.json", files.seal({"rows": sorted(rows, key=distance)}))
+
+
+def _write_csv(file: Path, rows: Rows) -> None:
     with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else [])
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _write_run(run: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from harness.store import Run, files
-
-    files.replace(Run.open(run).path / "gradients.json", files.seal({"rows": list(rows)}))
-
-
-def _print(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title="Gradient of each cell against the gradient of E[R] − β·KL", row_styles=("", "dim"))
-    for row in rows:
-        table.add_row(*(_shown(row[column]) for column in columns))
-    Console().print(table)
-
-
-def _print_kl(rows: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _show_kl(rows: Rows) -> None:
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))
     for drift in dict.fromkeys(row["drift"] for row in rows):
-        name = "on-policy" if drift == 0 else f"random drift {drift:g}"
-        table = Table("estimator", "placement", *ratios, title=f"Relative error of the KL gradient, exact, {name}")
-        here = [row for row in rows if row["drift"] == drift]
-        for estimator, placement in dict.fromkeys((row["estimator"], row["placement"]) for row in here):
-            errors = {
-                r["ratio"]: r["error"] for r in here if (r["estimator"], r["placement"]) == (estimator, placement)
-            }
-            table.add_row(estimator, placement, *(_shown(errors[ratio]) for ratio in ratios))
-        Console().print(table)
+        errors = {
+            (row["estimator"], row["placement"], row["ratio"]): row["error"] for row in rows if row["drift"] == drift
+        }
+        lines = [
+            (estimator, placement, *(_rounded(errors[estimator, placement, ratio]) for ratio in ratios))
+            for estimator, placement in dict.fromkeys(key[:2] for key in errors)
+        ]
+        where = "on-policy" if drift == 0 else f"after random drift of {drift:g}"
+        title = f"Relative error of the expected gradient of the KL term against ∇KL(π‖π_ref), {where}; 0 is exact"
+        show(("estimator", "placement", *ratios), lines, title)
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return "0" if abs(value) < 1e-12 else f"{value:.3g}"
-    return "–" if value is None else str(value)
+def _rounded(error: float) -> float:
+    return 0.0 if error < 1e-12 else error
