@@ -13,6 +13,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: b
         try:
             _write_all(descriptor, data)
         except OSError:
-            os.ftruncate(descriptor, size)
+            with suppress(OSError):  # the first error is the one to tell; a torn end is dropped by whoever reads
+                os.ftruncate(descriptor, size)
             raise
         if durable:
             os.fsync(descriptor)
