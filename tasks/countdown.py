@@ -16,7 +16,7 @@ ATTEMPTS = 10_000
 
 
 class Countdown:
-    """Prompt `3,5,7:22=`, a solution `5*3+7`. Reward 1 for an expression of value 22 that uses each number at most once.
+    """Prompt `3,5,7:22=`, a solution `5*3+7`. Reward 1 for an expression of that value using each number at most once.
 
     Every problem has a solution, because it was made from one: a random expression over all of its numbers, with every
     intermediate value positive. Two problems with the same numbers in another order are in the same split.
@@ -46,7 +46,7 @@ class Countdown:
         return Drawn(f"countdown/{self.numbers}/{self.largest}/{self.target_max}", name, length, self._draw)
 
     def score(self, example: Example, completion: str) -> Score:
-        """Parts: `valid` is 1 for a well-formed expression that uses each given number at most once, whatever its value."""
+        """Parts: `valid` is 1 for an expression that uses each given number at most once, whatever its value."""
         given, _, target = example.prompt.rstrip("=").partition(":")
         try:
             value, used = evaluate(completion)
@@ -84,7 +84,7 @@ def _combined(numbers: list[int], target_max: int, generator: random.Random) -> 
         left = terms.pop(generator.randrange(len(terms)))
         right = terms.pop(generator.randrange(len(terms)))
         operator = generator.choice("+-*")
-        if operator == "-" and left[0] <= right[0]:
+        if left[0] < right[0]:  # one order per pair, the same for every operator, is easier to learn
             left, right = right, left
         value = {"+": left[0] + right[0], "-": left[0] - right[0], "*": left[0] * right[0]}[operator]
         if value <= 0:

@@ -1,8 +1,8 @@
 """A parser for integer expressions with + − × and parentheses, safe on anything that a policy may write.
 
-    sum     = product { ("+" | "-") product }
-    product = factor { "*" factor }
-    factor  = digits | "(" sum ")"
+sum     = product { ("+" | "-") product }
+product = factor { "*" factor }
+factor  = digits | "(" sum ")"
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def evaluate(text: str) -> tuple[int, list[int]]:
     """Value of an expression, and the numbers written in it from left to right.
 
     Raises:
-        Malformed: not an expression, longer than 256 characters, nested deeper than 32, or with a number of over 9 digits.
+        Malformed: not an expression, over 256 characters, nested deeper than 32, or a number of over 9 digits.
     """
     if len(text) > MAX_LENGTH:
         raise Malformed(f"longer than {MAX_LENGTH} characters")

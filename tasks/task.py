@@ -72,8 +72,8 @@ def load_task(section: Any) -> Task:
     """The task that a grid's task section describes.
 
     Args:
-        section: has `name` and the task's parameters; either a pydantic model (`model_dump`) or any object with attributes.
-            A name `package.module:Class` is imported and called with the parameters.
+        section: has `name` and the task's parameters; a pydantic model (`model_dump`) or any object with attributes. A
+            name `package.module:Class` is imported and called with the parameters.
 
     Raises:
         Mistake: unknown task, or one that cannot be imported or constructed with these parameters.

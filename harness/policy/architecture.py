@@ -50,7 +50,7 @@ class Architecture:
         """
         family = str(config.model_type)
         if family not in FAMILIES:
-            raise Mistake("not an architecture of the stacked decoder", key="model_type", value=family, allowed=FAMILIES)
+            raise Mistake("not in the stacked decoder", key="model_type", value=family, allowed=FAMILIES)
         if config.hidden_act != "silu":
             raise Mistake("unsupported activation", key="hidden_act", value=config.hidden_act, allowed=("silu",))
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -105,7 +105,7 @@ class Architecture:
 
 
 class Rotary:
-    """Cosines and sines of the rotary position embedding, float32 like transformers', in every static scaling that it knows.
+    """Cosines and sines of the rotary position embedding, in float32 like transformers', for every static scaling.
 
     Raises:
         Mistake: a scaling whose frequencies depend on the length of the input (`dynamic`, `longrope`).
@@ -132,13 +132,17 @@ class Rotary:
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype, limit: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [..., head_size / 2] at `positions` (all below `limit`)."""
+        """Factors [..., head_size] at `positions` (all below `limit`): cosines twice, and sines with the first half negated.
+
+        With swap(x) the vector with its halves exchanged, the embedding of x is x · cosines + swap(x) · sines.
+        """
         key = (dtype, positions.device)
         cosines, sines = self._tables.get(key, (None, None))
         if cosines is None or sines is None or len(cosines) < limit:
             angles = torch.arange(max(limit, 64)).float()[:, None] * self.frequencies[None, :]
-            cosines = (angles.cos() * self.scaling).to(positions.device, dtype)
-            sines = (angles.sin() * self.scaling).to(positions.device, dtype)
+            cosine, sine = angles.cos() * self.scaling, angles.sin() * self.scaling
+            cosines = torch.cat((cosine, cosine), -1).to(positions.device, dtype)
+            sines = torch.cat((-sine, sine), -1).to(positions.device, dtype)
             self._tables[key] = (cosines, sines)
         flat = positions.reshape(-1)
         shape = (*positions.shape, cosines.shape[-1])

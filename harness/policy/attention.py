@@ -1,7 +1,7 @@
-"""Attention, and the arrangements that decide which token sees which.
+"""Attention, and where tokens stand for it.
 
-A forward pass holds its tokens in one flat axis. For attention they are spread over lanes of equal length, `[lanes, slots]`:
-a lane is a trajectory, a group's prefix tree, or a group's cached sequence during decoding.
+A forward pass holds its tokens in one flat axis. For attention they are spread over lanes of equal length: a lane is a
+trajectory, a group's prefix tree, or the newest tokens of a cached one.
 """
 
 from __future__ import annotations
@@ -9,38 +9,32 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 EXPLICIT_SLOTS = 96
-"""Up to this many keys two batched products and a softmax are faster on a CPU than the fused kernel (measured)."""
+"""Up to this many keys, two batched products and a softmax are faster on a CPU than the fused kernel (measured)."""
 
 
 class Arrangement(Protocol):
-    """Where tokens stand for attention.
+    """Where A cells' M tokens stand: A·L lanes (L per cell) of S slots. Tokens and slots are numbered through all cells.
 
     Attributes:
-        positions: int64 [lanes or 1, slots], the position of every slot in its sequence, for the rotary embedding.
+        positions: int64 [A·L or 1, S], each slot's position in its sequence, for the rotary embedding.
         limit: one more than the largest position.
+        slots: int64 [A·L·S], the token in each slot.
+        places: int64 [A·M], a slot in which each token stands.
+        kept: int64 [A·K], the tokens that the caller wants states of; None for all.
     """
 
     positions: Tensor
     limit: int
-
-    def spread(self, flat: Tensor) -> Tensor:
-        """[A, M, width] -> [lanes, slots, width]."""
-        ...
+    slots: Tensor
+    places: Tensor
+    kept: Tensor | None
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[lanes, heads, slots, size] of queries, keys and values -> the same shape as the queries."""
-        ...
-
-    def collect(self, mixed: Tensor, cells: int, last: bool) -> Tensor:
-        """[lanes, slots, width] -> [A, M, width], or [A, K, width] of the kept tokens in the last layer."""
-        ...
-
-    def kept(self, flat: Tensor) -> Tensor:
-        """[A, M, width] -> [A, K, width]."""
+        """[heads, A·L, S, size] of queries, keys and values -> the same shape as the queries."""
         ...
 
 
@@ -48,24 +42,21 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
     """Scaled dot-product attention with grouped key-value heads.
 
     Args:
-        queries: [L, heads, Q, size].
-        keys, values: [L, kv_heads, K, size].
+        queries: [heads, L, Q, size].
+        keys, values: [kv_heads, L, K, size].
         bias: [L or 1, Q, K], 0 where a query sees a key and −inf where not; None: causal, Q = K.
 
     Returns:
-        [L, heads, Q, size].
+        [heads, L, Q, size].
     """
-    L, H, Q, size = queries.shape
-    N, K = keys.shape[1:3]
-    if bias is not None and K <= EXPLICIT_SLOTS and queries.device.type == "cpu":
-        scores = torch.bmm(
-            queries.reshape(L * N, (H // N) * Q, size), keys.reshape(L * N, K, size).transpose(1, 2)
-        ).view(L, H, Q, K)
-        shares = torch.add(bias.unsqueeze(1), scores, alpha=size**-0.5).softmax(-1)
-        mixed = torch.bmm(shares.view(L * N, (H // N) * Q, K), values.reshape(L * N, K, size))
-        return mixed.view(L, H, Q, size)
+    H, L, Q, size = queries.shape
+    N, _, K, _ = keys.shape
     if H != N:
-        keys, values = (x.repeat_interleave(H // N, 1) for x in (keys, values))
+        keys, values = (x.repeat_interleave(H // N, 0) for x in (keys, values))
     if bias is None:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.unsqueeze(1))
+        return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    if K > EXPLICIT_SLOTS or queries.device.type != "cpu":
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+    scores = torch.bmm(queries.reshape(H * L, Q, size), keys.reshape(H * L, K, size).transpose(1, 2))
+    shares = torch.add(bias, scores.view(H, L, Q, K), alpha=size**-0.5).softmax(-1)
+    return torch.bmm(shares.view(H * L, Q, K), values.reshape(H * L, K, size)).view(H, L, Q, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))  # type: ignore[no-any-return]
+        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(str(folder)))
     except (OSError, ValueError) as error:
         raise Mistake(f"no readable tokenizer: {_first_line(error)}", file=folder) from error
 
@@ -72,7 +72,7 @@ def write_checkpoint(
     for name, value in weights.items():
         sources = _sources(name)
         sizes = _sizes(name, architecture) if len(sources) > 1 else [value.shape[-1]]
-        for source, part in zip(sources, value.split(sizes, -1), strict=True):
+        for source, part in zip(sources, torch.split(value, sizes, -1), strict=True):
             transposed = part.t() if value.dim() == 2 and name != "embedding" else part
             state[source] = transposed.contiguous()
     config = copy.deepcopy(config)

@@ -1,17 +1,16 @@
 """The stacked decoder: C models of one architecture (Llama, Qwen2, Qwen3) whose weights carry a leading cell axis.
 
-Everything but attention works on single tokens, so tokens stand in one flat axis without padding, `[C, M, hidden]`; which token
-sees which is the business of the arrangement that a forward pass is given (`harness.policy.attention`).
+Everything but attention works on single tokens, so tokens stand in one flat axis without padding, `[C, M, hidden]`; which
+token sees which is the business of the arrangement that a forward pass is given (`harness.policy.attention`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -19,8 +18,12 @@ from grid.mistake import Mistake
 from harness.policy.architecture import Architecture, Rotary
 from harness.policy.attention import Arrangement
 from harness.policy.checkpoint import read_config, read_tokenizer, read_weights, write_checkpoint
+from harness.policy.layer import embedded, gated, linear, normed, rotated
 
 Weights = dict[str, Tensor]
+
+JOINED_SIZE = 300_000
+"""Up to this many parameters per cell, copying the weights of some cells of a pack together costs less than it saves."""
 
 
 class Decoder:
@@ -77,7 +80,7 @@ class Decoder:
         """`cells` copies of a Hugging Face checkpoint (a folder or a hub id).
 
         Raises:
-            Mistake: no such checkpoint, an architecture outside the three families, or a tokenizer without an end token.
+            Mistake: no such checkpoint, another architecture, or a tokenizer without an end token.
         """
         config = read_config(folder)
         architecture = Architecture.of(config)
@@ -126,13 +129,24 @@ class Decoder:
         copies = {name: value.detach().clone() for name, value in self.parameters.items()}
         return Decoder(self.config, self.tokenizer, copies)
 
-    def weights(self, cells: Sequence[int]) -> Weights:
-        """The weights of some cells, stacked: the parameters themselves where all are asked for, else joined slices."""
-        if list(cells) == list(range(self.cells)):
-            return self.parameters
-        if len(cells) == 1:
-            return {name: value[cells[0]].unsqueeze(0) for name, value in self.parameters.items()}
-        return {name: torch.stack([value[c] for c in cells]) for name, value in self.parameters.items()}
+    def weights(self, stacks: Sequence[Sequence[int]]) -> list[Weights]:
+        """Weights of several stacks of cells: the parameters themselves where one stack holds all, else joined slices."""
+        if len(stacks) == 1 and list(stacks[0]) == list(range(self.cells)):
+            return [self.parameters]
+        slices = {name: value.unbind(0) for name, value in self.parameters.items()}
+        return [{name: _joined([each[c] for c in stack]) for name, each in slices.items()} for stack in stacks]
+
+    def stacks(self, shapes: Sequence[Hashable]) -> list[list[int]]:
+        """Cells to compute together: those with equal shapes, unless joining their slices costs more than it saves."""
+        together = equal_shapes(shapes)
+        if len(together) == 1 or self.size <= JOINED_SIZE:
+            return together
+        return [[cell] for cells in together for cell in cells]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of one cell."""
+        return sum(value[0].numel() for value in self.parameters.values())
 
     def hidden(self, weights: Weights, tokens: Tensor, arrangement: Arrangement) -> Tensor:
         """Final, normalised hidden states [A, K, hidden] of the kept tokens.
@@ -143,42 +157,45 @@ class Decoder:
             arrangement: who sees whom; also which tokens' states are kept after the last layer (K ≤ M).
         """
         a = self.architecture
-        A, M = tokens.shape
-        limit = arrangement.limit
-        if limit > a.context:
-            raise Mistake(f"sequences of {limit} tokens exceed the model's context", value=a.context)
-        cosines, sines = self.rotary(arrangement.positions, self.dtype, limit)
-        x = _embedded(weights["embedding"], tokens)
+        A, heads, turning = len(tokens), a.heads + 2 * a.kv_heads, a.heads + a.kv_heads
+        S = arrangement.positions.shape[1]
+        if arrangement.limit > a.context:
+            raise Mistake(f"sequences of {arrangement.limit} tokens exceed the model's context", value=a.context)
+        cosines, sines = self.rotary(arrangement.positions, self.dtype, arrangement.limit)
+        # one gather takes tokens to (head, lane, slot), one takes the mixed values back
+        head = torch.arange(heads, device=tokens.device)[:, None]
+        spread = (arrangement.slots * heads + head).view(-1)
+        head, stride = head[: a.heads, 0], len(arrangement.slots)
+        collect = (arrangement.places[:, None] + head * stride).view(-1)
+        kept = arrangement.kept
+        collect_kept = collect if kept is None else (arrangement.places[kept][:, None] + head * stride).view(-1)
+        x = embedded(weights["embedding"], tokens)
         for layer in range(a.layers):
             at = f"layers.{layer}."
-            last = layer == a.layers - 1
-            h = _normed(x, weights[at + "input_norm"], a.norm_eps)
-            qkv = _linear(h, weights[at + "qkv"], weights.get(at + "qkv_bias"))
-            slots = arrangement.spread(qkv)  # [L, S, (heads + 2 kv_heads) * head_size]
-            L, S = slots.shape[:2]
-            slots = slots.view(L, S, a.heads + 2 * a.kv_heads, a.head_size)
-            turned, values = slots.split((a.heads + a.kv_heads, a.kv_heads), 2)
+            h = normed(x, weights[at + "input_norm"].unsqueeze(1), a.norm_eps)
+            qkv = linear(h, weights[at + "qkv"], weights.get(at + "qkv_bias")).view(-1, a.head_size)
+            slots = qkv.index_select(0, spread).view(heads, -1, S, a.head_size)
+            turned, values = torch.split(slots, (turning, a.kv_heads))
             if a.qk_norm:
-                scale = torch.cat(
-                    (
-                        weights[at + "q_norm"][:, None].expand(A, a.heads, a.head_size),
-                        weights[at + "k_norm"][:, None].expand(A, a.kv_heads, a.head_size),
-                    ),
-                    1,
-                )
-                shape = turned.shape
-                turned = _normed(turned.reshape(A, -1, *shape[2:]), scale, a.norm_eps).view(shape)
-            turned = _rotated(turned, cosines, sines)
-            queries, keys = turned.split((a.heads, a.kv_heads), 2)
-            mixed = arrangement.attend(layer, queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-            mixed = arrangement.collect(mixed.transpose(1, 2).reshape(L, S, a.heads * a.head_size), A, last)
-            if last:
-                x = arrangement.kept(x)
-            x = x + _linear(mixed, weights[at + "out"], weights.get(at + "out_bias"))
-            h = _normed(x, weights[at + "mlp_norm"], a.norm_eps)
-            gate, up = _linear(h, weights[at + "gate_up"], weights.get(at + "gate_up_bias")).chunk(2, -1)
-            x = x + _linear(F.silu(gate) * up, weights[at + "down"], weights.get(at + "down_bias"))
-        return _normed(x, weights["norm"], a.norm_eps)
+                turned = self._head_normed(turned, weights[at + "q_norm"], weights[at + "k_norm"])
+            queries, keys = torch.split(rotated(turned, cosines, sines), (a.heads, a.kv_heads))
+            mixed = arrangement.attend(layer, queries, keys, values).reshape(-1, a.head_size)
+            if layer == a.layers - 1 and kept is not None:
+                collect = collect_kept
+                x = x.flatten(0, 1).index_select(0, kept).view(A, -1, a.hidden)
+            mixed = mixed.index_select(0, collect).view(A, -1, a.heads * a.head_size)
+            x = x + linear(mixed, weights[at + "out"], weights.get(at + "out_bias"))
+            h = normed(x, weights[at + "mlp_norm"].unsqueeze(1), a.norm_eps)
+            h = gated(linear(h, weights[at + "gate_up"], weights.get(at + "gate_up_bias")))
+            x = x + linear(h, weights[at + "down"], weights.get(at + "down_bias"))
+        return normed(x, weights["norm"].unsqueeze(1), a.norm_eps)
+
+    def _head_normed(self, turned: Tensor, query_scale: Tensor, key_scale: Tensor) -> Tensor:
+        """Norm of each head's queries and keys [heads + kv_heads, A·L, S, size] with scales [A, size]."""
+        a, A = self.architecture, len(query_scale)
+        scale = torch.cat((query_scale.expand(a.heads, A, -1), key_scale.expand(a.kv_heads, A, -1))).unsqueeze(2)
+        by_cell = turned.reshape(len(turned), A, -1, a.head_size)
+        return normed(by_cell, scale, a.norm_eps).view(turned.shape)
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """[A, K, V] of hidden states [A, K, hidden]."""
@@ -187,35 +204,21 @@ class Decoder:
         return torch.bmm(hidden, weights["head"])
 
 
+def equal_shapes(shapes: Sequence[Hashable]) -> list[list[int]]:
+    """Indices with equal shapes together, in order of first appearance."""
+    found: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(index)
+    return list(found.values())
+
+
+def _joined(slices: Sequence[Tensor]) -> Tensor:
+    return slices[0].unsqueeze(0) if len(slices) == 1 else torch.stack(list(slices))
+
+
 def _stacked(cells: Sequence[Weights], dtype: torch.dtype, device: torch.device | str) -> Weights:
     found = {}
     for name in cells[0]:
         stack = torch.stack([cell[name].to(dtype) for cell in cells]).to(device)
         found[name] = stack.requires_grad_()
     return found
-
-
-def _embedded(table: Tensor, tokens: Tensor) -> Tensor:
-    """Rows of each cell's table [A, V, hidden] at tokens [A, M]."""
-    A, V, D = table.shape
-    offsets = torch.arange(A, device=tokens.device)[:, None] * V
-    return F.embedding((tokens + offsets).view(-1), table.reshape(A * V, D)).view(A, -1, D)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
-
-
-def _normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last axis of [A, M, …], scaled by [A, …]; at least in float32, like transformers."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return scale.unsqueeze(1) * wide.to(x.dtype)
-
-
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of [L, S, heads, size] with tables [L, S, size / 2] (L may be 1)."""
-    c, s = cosines.unsqueeze(2), sines.unsqueeze(2)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * c - second * s, second * c + first * s), -1)
-

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from harness.policy.decoder import Decoder
+from harness.policy.decoder import Decoder, Weights
 from harness.policy.prefixes import Forest, Grove
 from harness.policy.rollout import Rollout
 
@@ -39,8 +39,8 @@ def token_scores(
 ) -> list[Scores]:
     """Score every cell's rollout under its policy, one per cell.
 
-    Cells whose trajectories give equal shapes are stacked, the others run apart, so that what is computed for a cell depends on
-    that cell alone. Logits are divided by `temperature`, as the sampler does; top-p does not enter.
+    Cells whose trajectories give equal shapes are stacked, the others run apart, so that what is computed for a cell
+    depends on that cell alone. Logits are divided by `temperature`, as the sampler does; top-p does not enter.
 
     Args:
         rollouts: one per cell of the policy.
@@ -50,24 +50,16 @@ def token_scores(
         raise ValueError(f"{len(rollouts)} rollouts for {policy.cells} cells")
     forests = [rollout.forest(plain) for rollout in rollouts]
     found: list[Scores | None] = [None] * policy.cells
-    for cells in equal_shapes([f.shape for f in forests]):
-        scored = _scored(policy, cells, [forests[c] for c in cells], temperature)
+    stacks = policy.stacks([f.shape for f in forests])
+    for cells, weights in zip(stacks, policy.weights(stacks), strict=True):
+        scored = _scored(policy, weights, [forests[c] for c in cells], temperature)
         for c, tempered in zip(cells, scored, strict=True):
             found[c] = _gathered(rollouts[c], forests[c], tempered, logits, entropy)
     return [scores for scores in found if scores is not None]
 
 
-def equal_shapes(shapes: Sequence[Hashable]) -> list[list[int]]:
-    """Indices with equal shapes together, in order of first appearance."""
-    found: dict[Hashable, list[int]] = {}
-    for index, shape in enumerate(shapes):
-        found.setdefault(shape, []).append(index)
-    return list(found.values())
-
-
-def _scored(policy: Decoder, cells: list[int], forests: list[Forest], temperature: float) -> tuple[Tensor, ...]:
+def _scored(policy: Decoder, weights: Weights, forests: list[Forest], temperature: float) -> tuple[Tensor, ...]:
     """Tempered logits [K, V] of each cell's kept tokens, at least in float32."""
-    weights = policy.weights(cells)
     grove = Grove(forests, policy.device, policy.dtype)
     values = policy.logits(weights, policy.hidden(weights, grove.tokens, grove))
     if values.dtype in (torch.float16, torch.bfloat16):

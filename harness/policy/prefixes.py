@@ -1,8 +1,8 @@
 """One cell's trajectories as a forest of prefixes: every distinct (prompt, prefix) is one token of the forward pass.
 
-Trajectories of a group share their prompt, identical trajectories share everything, and others share as long as they agree.
-Logits after a prefix depend on the prefix alone, so forwarding each once is exact, and gathering them back to the trajectories
-sums their gradients exactly.
+Trajectories of a group share their prompt, identical trajectories share everything, and others share as long as they
+agree. Logits after a prefix depend on the prefix alone, so forwarding each once is exact, and gathering them back to the
+trajectories sums their gradients exactly.
 """
 
 from __future__ import annotations
@@ -53,40 +53,28 @@ class Grove:
 
     def __init__(self, forests: Sequence[Forest], device: torch.device, dtype: torch.dtype) -> None:
         first = forests[0]
-        M, self.S = len(first.tokens), first.slots.shape[1]
-        self.lanes = len(first.slots)
+        M, standing = len(first.tokens), first.slots.numel()
         self.tokens = torch.stack([f.tokens for f in forests]).to(device)
         self.positions = torch.cat([f.positions for f in forests]).to(device)
         self.limit = int(self.positions.max()) + 1
         self.slots = _offset([f.slots.reshape(-1) for f in forests], M).to(device)
-        self.places = _offset([f.places for f in forests], self.lanes * self.S).to(device)
-        self.keep = _offset([f.kept for f in forests], M).to(device)
-        self.last_places = _offset([f.places[f.kept] for f in forests], self.lanes * self.S).to(device)
+        self.places = _offset([f.places for f in forests], standing).to(device)
+        self.kept: Tensor | None = _offset([f.kept for f in forests], M).to(device)
         self.bias = None
         if first.bias is not None:
             self.bias = torch.cat([f.bias for f in forests if f.bias is not None]).to(device, dtype)
 
-    def spread(self, flat: Tensor) -> Tensor:
-        return flat.flatten(0, 1).index_select(0, self.slots).view(-1, self.S, flat.shape[-1])
-
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return attention(queries, keys, values, self.bias)
-
-    def collect(self, mixed: Tensor, cells: int, last: bool) -> Tensor:
-        places = self.last_places if last else self.places
-        return mixed.flatten(0, 1).index_select(0, places).view(cells, -1, mixed.shape[-1])
-
-    def kept(self, flat: Tensor) -> Tensor:
-        return flat.flatten(0, 1).index_select(0, self.keep).view(len(flat), -1, flat.shape[-1])
 
 
 def _offset(indices: list[Tensor], size: int) -> Tensor:
     return torch.cat([index + size * cell for cell, index in enumerate(indices)])
 
 
-def bucket(count: int) -> int:
-    """`count` rounded up by at most an eighth (to a multiple of 4 at least), so that cells of a pack agree more often."""
-    step = max(4, 1 << max(count.bit_length() - 4, 0))
+def bucket(count: int, least: int = 4) -> int:
+    """`count` rounded up by at most a quarter (to a multiple of `least` at least): cells of a pack agree more often."""
+    step = max(least, 1 << max(count.bit_length() - 4, 0))
     return -(-count // step) * step
 
 
@@ -104,7 +92,7 @@ def forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, len
 
 
 def plain_forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, lengths: Tensor) -> Forest:
-    """The same trajectories with nothing shared: one causal lane per trajectory, prompt and completion, padded at the right."""
+    """The same with nothing shared: a causal lane per trajectory, prompt and completion, padded at the right."""
     N, T = tokens.shape
     starts = np.array([len(prompts[g]) for g in groups.tolist()])
     S = int(starts.max()) + max(T - 1, 0)
@@ -129,9 +117,7 @@ def plain_forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tenso
 class _Tree:
     """Prefixes numbered: 0..P-1 stand for the prompts (their last tokens), then the completions' prefixes by depth."""
 
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], groups: Indices, tokens: Indices, lengths: Indices
-    ) -> None:
+    def __init__(self, prompts: Sequence[Sequence[int]], groups: Indices, tokens: Indices, lengths: Indices) -> None:
         self.groups = groups
         self.starts = np.array([len(prompt) for prompt in prompts])
         self.offsets = np.concatenate(([0], np.cumsum(self.starts)[:-1]))
@@ -195,7 +181,7 @@ class _Tree:
         return self._forest(slots, positions, places, visible)
 
     def by_trajectory(self) -> Forest:
-        """A causal lane per distinct trajectory; a token that several lanes share stands in each, and is computed once."""
+        """A causal lane per distinct trajectory; a token that lanes share stands in each, and is computed once."""
         P = len(self.starts)
         inner = np.zeros(P + len(self.ids), dtype=bool)
         inner[self.parents] = True
@@ -222,9 +208,7 @@ class _Tree:
         prompt = self.offsets[prefix] + np.arange(self.starts[prefix])
         return np.concatenate([prompt, np.array(steps[::-1], dtype=np.int64)])
 
-    def _forest(
-        self, slots: Indices, positions: Indices, places: Indices, visible: NDArray[np.bool_] | None
-    ) -> Forest:
+    def _forest(self, slots: Indices, positions: Indices, places: Indices, visible: NDArray[np.bool_] | None) -> Forest:
         P, n, total = len(self.starts), len(self.ids), len(self.prompt_tokens)
         M, K = bucket(total + n), bucket(P + n)
         tokens = np.zeros(M, dtype=np.int64)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from grid.mistake import Mistake
 from harness.policy.decoder import Decoder
-from harness.policy.decoding import Decoding
+from harness.policy.decoding import Decoding, PlainDecoding
 from harness.policy.prefixes import Forest, forest, plain_forest
 
 Environment = Callable[[int, int, str], str | None]
-"""`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far (both sides,
-without end tokens), called when the policy has ended its turn; None ends the episode."""
+"""`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far (both
+sides, without end tokens), called when the policy has ended its turn; None ends the episode."""
 
 
 @dataclass(slots=True)
@@ -28,8 +28,8 @@ class Rollout:
         tokens: int64 [N, T], 0 after a trajectory's end.
         mask: bool [N, T], the policy's own tokens (its end tokens among them).
         present: bool [N, T], own and environment tokens: all but padding.
-        logp: float [N, T], the sampler's log-probabilities of own tokens under the tempered, full distribution (top-p restricts
-            what is drawn, not what is recorded); 0 elsewhere.
+        logp: float [N, T], the sampler's log-probabilities of own tokens under the tempered, full distribution (top-p
+            restricts what is drawn, not what is recorded); 0 elsewhere.
         truncated: bool [N], the budget of own tokens ended it.
         texts: N texts of own tokens, without end tokens.
     """
@@ -51,16 +51,21 @@ class Rollout:
         return torch.arange(count, device=self.tokens.device).repeat_interleave(self.group_size)
 
     def rows(self, groups: Sequence[int] | slice) -> Rollout:
-        """The trajectories of some prompts (whole groups), trimmed to the longest of them is NOT done: T stays."""
+        """The trajectories of some prompts, whole groups; T stays, even where the longest of them is shorter."""
         every = range(len(self.prompts))
         chosen = list(every[groups]) if isinstance(groups, slice) else [every[g] for g in groups]
         G = self.group_size
         index = [g * G + i for g in chosen for i in range(G)]
         at = torch.tensor(index, dtype=torch.long, device=self.tokens.device)
-        parts = (value.index_select(0, at) for value in (self.tokens, self.mask, self.present, self.logp, self.truncated))
-        tokens, mask, present, logp, truncated = parts
         return Rollout(
-            [self.prompts[g] for g in chosen], G, tokens, mask, present, logp, truncated, [self.texts[i] for i in index]
+            prompts=[self.prompts[g] for g in chosen],
+            group_size=G,
+            tokens=self.tokens[at],
+            mask=self.mask[at],
+            present=self.present[at],
+            logp=self.logp[at],
+            truncated=self.truncated[at],
+            texts=[self.texts[i] for i in index],
         )
 
     def forest(self, plain: bool = False) -> Forest:
@@ -91,9 +96,17 @@ class Rollout:
         """The inverse of `to_dict`."""
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         texts = [str(text) for text in values["texts"]]
-        prompts = [part.tolist() for part in tensors["prompt_tokens"].split(tensors["prompt_lengths"].tolist())]
-        fields = (tensors[name].to(device) for name in ("tokens", "mask", "present", "logp", "truncated"))
-        return cls(prompts, int(tensors["group_size"]), *fields, texts)
+        parts = torch.split(tensors["prompt_tokens"], tensors["prompt_lengths"].tolist())
+        return cls(
+            prompts=[part.tolist() for part in parts],
+            group_size=int(tensors["group_size"]),
+            tokens=tensors["tokens"].to(device),
+            mask=tensors["mask"].to(device),
+            present=tensors["present"].to(device),
+            logp=tensors["logp"].to(device),
+            truncated=tensors["truncated"].to(device),
+            texts=texts,
+        )
 
 
 def sample(
@@ -136,7 +149,7 @@ def sample(
         for cell in range(policy.cells)
     ]
     with torch.no_grad():
-        decoding = Decoding(policy, [draft.prompts for draft in drafts], group_size, max_new_tokens, plain=plain)
+        decoding = (PlainDecoding if plain else Decoding)(policy, [draft.prompts for draft in drafts], group_size)
         active = list(range(policy.cells))
         logits = decoding.start()
         while active:
@@ -146,7 +159,8 @@ def sample(
                 drafts[cell].write(chosen, logp)
             active = [cell for cell in active if not drafts[cell].finished]
             if active:
-                logits = decoding.step({cell: drafts[cell].newest for cell in active})
+                newest = {cell: drafts[cell].newest for cell in active}
+                logits = decoding.step(newest, {cell: drafts[cell].open for cell in active})
     return [draft.rollout() for draft in drafts]
 
 
@@ -162,7 +176,7 @@ def draw(logits: Tensor, generator: torch.Generator | None, top_p: float) -> tup
     uniform = torch.rand(len(logp), 1, generator=generator, device=logp.device, dtype=torch.float64)
     probabilities = logp.exp().double()
     if top_p < 1.0:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = probabilities.sort(stable=True, dim=-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the most likely token is never outside
         probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
     cumulative = probabilities.cumsum(-1)

@@ -1,4 +1,4 @@
-"""The policy that cells start from, which is also their reference: a pretrained checkpoint, or a tiny one warmed up here."""
+"""The policy that cells start from, also their reference: a pretrained checkpoint, or a tiny one warmed up here."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ VERSION = 1
 """Of the warm-up procedure; part of every policy's address."""
 
 
-def starting_policy(
-    section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None
-) -> Path:
+def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None) -> Path:
     """Folder of the checkpoint that a cell starts from.
 
-    A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built under a file
-    lock and renamed into place when complete, so that any number of processes may ask for it at once.
+    A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built under a
+    file lock and renamed into place when complete, so that any number of processes may ask for it at once.
 
     Args:
         section: the grid's policy section, `tiny` or `hf`.
@@ -41,7 +39,7 @@ def starting_policy(
         progress: called as `progress(update, updates_max, accuracy)` after each evaluation of a warm-up.
 
     Raises:
-        Mistake: no such checkpoint; a task without alphabet or reference solutions; a warm-up that ends outside 0.2..0.5.
+        Mistake: no such checkpoint; a task without alphabet or solutions; a warm-up that ends outside 0.2..0.5.
     """
     if section.name != "tiny":
         return _pretrained(section.model)
@@ -93,13 +91,14 @@ def _pretrained(model: str) -> Path:
         return Path(snapshot_download(model))
     except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
         reason = str(error).strip().splitlines()[0]
-        raise Mistake(f"neither a folder nor a model that can be downloaded: {reason}", key="policy.model", value=model) from error
+        problem = f"neither a folder nor a model that can be downloaded: {reason}"
+        raise Mistake(problem, key="policy.model", value=model) from error
 
 
 def _build(folder: Path, section: Any, task: Task, identity: Mapping[str, Any], progress: Progress | None) -> None:
     if task.alphabet is None:
         raise Mistake(
-            "a tiny policy needs a task with an alphabet", key="policy.name", value="tiny", hint=f"Task {task.name!r} has none."
+            f"a tiny policy needs an alphabet, which task {task.name!r} does not have", key="policy.name", value="tiny"
         )
     tokenizer = character_tokenizer(task.alphabet)
     longest = max(len(example.prompt) for example in task.split("train")[:256])
@@ -133,6 +132,3 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-

@@ -26,12 +26,12 @@ def character_tokenizer(alphabet: str, size: int | None = None) -> PreTrainedTok
         raise Mistake("an alphabet needs at least one character, each once", key="task.alphabet", value=alphabet)
     words = [PAD, END, UNKNOWN, *alphabet]
     if size is not None and size < len(words):
-        raise Mistake(f"{len(words)} tokens do not fit into a vocabulary of {size}", key="task.alphabet", value=alphabet)
+        raise Mistake(f"{len(words)} tokens exceed a vocabulary of {size}", key="task.alphabet", value=alphabet)
     words += [f"<unused{i}>" for i in range(0 if size is None else size - len(words))]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=END,

@@ -1,4 +1,4 @@
-"""Supervised warm-up: train on reference solutions until the held-out sampled accuracy is where reinforcement can begin."""
+"""Supervised warm-up: train on reference solutions until the held-out accuracy is where reinforcement can begin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.task import Example, Task
 
 LOW, HIGH = 0.2, 0.5
 BATCH, LEARNING_RATE, RAMP = 128, 3e-3, 50
-EVALUATE_EVERY, EVALUATION_EXAMPLES = 20, 256
+EVALUATE_EVERY, EVALUATION_EXAMPLES, PATIENCE = 10, 256, 40
 
 Progress = Callable[[int, int, float], None]
 """`progress(update, updates_max, accuracy)`."""
@@ -28,8 +28,9 @@ def warm_up(
 ) -> dict[str, Any]:
     """Train a policy of one cell in place until its accuracy first reaches `target`.
 
-    Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn for each of
-    256 held-out examples. A step over the upper limit is undone, and repeated at a quarter of the learning rate.
+    Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn for each
+    of 256 held-out examples. A step over the upper limit is undone, and repeated at a quarter of the learning rate. An
+    accuracy inside 0.2..0.5 that has not improved for 40 evaluations is taken as it is.
 
     Returns:
         a record: updates, accuracy, examples seen.
@@ -39,13 +40,14 @@ def warm_up(
     """
     train, held_out = task.split("train"), task.split("held_out")
     if not train[0].solution:
-        raise Mistake("a tiny policy is warmed up on reference solutions", key="task.name", hint=f"{task.name} has none.")
+        raise Mistake("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
     chooser = random.Random(f"warm-up {seed}")
     examples = [held_out[i] for i in range(min(EVALUATION_EXAMPLES, len(held_out)))]
     optimizer = torch.optim.Adam(list(policy.parameters.values()), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
     rate, update, accuracy = LEARNING_RATE, 0, 0.0
+    best, waited = 0.0, 0
     kept = _snapshot(policy)
-    while accuracy < target and update < updates_max:
+    while accuracy < target and update < updates_max and not (waited >= PATIENCE and accuracy >= LOW):
         for _ in range(min(EVALUATE_EVERY, updates_max - update)):
             update += 1
             for group in optimizer.param_groups:
@@ -53,7 +55,7 @@ def warm_up(
             batch = [train[chooser.randrange(len(train))] for _ in range(BATCH)]
             optimizer.zero_grad()
             rollout = solved(policy, batch)
-            (-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum()).backward()
+            torch.autograd.backward(-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum())
             optimizer.step()
         accuracy = sampled_accuracy(policy, task, examples, seed)
         if progress is not None:
@@ -63,6 +65,7 @@ def warm_up(
             accuracy, rate = 0.0, rate / 4
         else:
             kept = _snapshot(policy)
+        best, waited = max(best, accuracy), 0 if accuracy > best else waited + 1
     if not LOW <= accuracy <= HIGH:
         raise Mistake(
             f"the warm-up ended at an accuracy of {accuracy:.2f} after {update} updates, outside {LOW}..{HIGH}",
