@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 """Okabe and Ito's palette and two more: distinguishable without red-green vision."""
 MARKERS = "osD^vP*X<>"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -155,7 +155,7 @@ def product_variance() -> Figure:
     for (name, values), colour in zip(samples, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True):
         right.hist(
             values / math.log(10),
-            bins=bins / math.log(10),
+            bins=(bins / math.log(10)).tolist(),
             density=True,
             histtype="stepfilled",
             alpha=0.45,
