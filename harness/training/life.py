@@ -30,7 +30,7 @@ from harness.training.checkpoint import State, UnusableCheckpoint
 from harness.training.member import CellFailure, Member
 from harness.training.metrics import Row
 from harness.training.outcome import outcome
-from harness.training.pack import Pack
+from harness.training.pack import Pack, device
 from tasks import load_task
 
 BEAT_SECONDS = 2.0
@@ -100,7 +100,7 @@ def _resume(folder: CellFolder) -> State | None:
     state = None
     if file.exists():
         try:
-            state = checkpoint.read(file, folder.id, torch.device("cpu"))
+            state = checkpoint.read(file, folder.id, device())
         except UnusableCheckpoint:
             state = None
     if state is not None and folder.keep_metrics(state.update) == state.update:

@@ -71,7 +71,7 @@ class Pack:
             CellFailure: where one member's reward or objective raises. The pack is then as it was before the call.
         """
         number, epoch, part = self._timetable.place(self.done)
-        self._draw()
+        self.draw()
         current = self.pending[0]
         training = self.members[0].cell.training
         chosen = [
@@ -91,7 +91,7 @@ class Pack:
             row.update(seconds)
         return rows
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """Draw the rollouts that are to come from the policy as it is now."""
         behaviour = self.policy
         if self.members[0].cell.training.behaviour == "reference":
@@ -149,9 +149,14 @@ class Pack:
         return pack
 
 
+def device() -> torch.device:
+    """Where cells train: the first GPU that this process may see (CUDA_VISIBLE_DEVICES), else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _stack(members: Sequence[Member]) -> Decoder:
     dtype = getattr(torch, members[0].cell.policy.dtype)
-    policy = Decoder.from_pretrained(members[0].start, cells=len(members), dtype=dtype)
+    policy = Decoder.from_pretrained(members[0].start, cells=len(members), dtype=dtype, device=device())
     for position, member in enumerate(members):
         if member.start != members[0].start:
             policy.load(member.start, position)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from harness.policy.logprobs import token_scores
 from harness.policy.policy import Policy
@@ -127,8 +129,12 @@ def _environment(
 
 def encode(policy: Policy, examples: Sequence[Example]) -> list[list[int]]:
     """Token ids of the examples' prompts."""
-    encoded = policy.tokenizer([example.prompt for example in examples], add_special_tokens=False)
-    return [list(ids) for ids in encoded["input_ids"]]
+    return [list(_ids(policy.tokenizer, example.prompt)) for example in examples]
+
+
+@lru_cache(maxsize=16384)
+def _ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, ...]:
+    return tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def score(members: Sequence[Member], position: int, examples: Sequence[Example], rollout: Rollout) -> list[Score]:

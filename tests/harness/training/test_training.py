@@ -119,7 +119,7 @@ def test_a_lagged_rollout_comes_from_the_policy_of_that_many_updates_ago(
     for done in range(6):
         past.append({name: value.detach().clone() for name, value in trained.policy.parameters.items()})
         number, epoch, _ = Timetable(6, epochs, 1, lag).place(done)
-        trained._draw()
+        trained.draw()
         if epoch == 0:
             member, experience = trained.members[0], trained.pending[0][0]
             old = Decoder(trained.policy.config, trained.policy.tokenizer, past[max(0, done - lag)])
@@ -141,14 +141,14 @@ def test_samples_of_the_reference_have_its_log_probabilities(make_run: MakeRun) 
     trained = pack(make_run(training={"behaviour": "reference"}))
     for _ in range(3):
         trained.advance()
-    trained._draw()
+    trained.draw()
     experience = trained.pending[0][0]
     torch.testing.assert_close(experience.rollout.logp, experience.reference, rtol=0, atol=1e-5)
 
 
 def test_greedy_baseline_scores_one_greedy_completion_per_prompt(make_run: MakeRun) -> None:
     trained = pack(make_run(objectives=[{"advantage": "greedy_baseline"}]))
-    trained._draw()
+    trained.draw()
     experience, member = trained.pending[0][0], trained.members[0]
     examples = training_examples(member, 0)
     greedy = sample(
@@ -168,7 +168,7 @@ def test_environment_tokens_are_nobodys_own(make_run: MakeRun) -> None:
     trained = pack(make_run(task={"name": "letters:Echo"}))
     rows = [trained.advance()[0] for _ in range(2)]
     assert not any(row["nonfinite"] for row in rows)
-    trained._draw()
+    trained.draw()
     rollout = trained.pending[0][0].rollout
     assert bool((rollout.present & ~rollout.mask).any()), "no trajectory had a second turn"
     assert int(rollout.mask.sum(1).max()) <= 6
