@@ -55,6 +55,8 @@ class TokenBatch:
         if self.logp.dim() != 2 or not self.logp.is_floating_point():
             raise ValueError(f"logp must be floating point [N, T], not {self.logp.dtype} {list(self.logp.shape)}")
         n, t = self.logp.shape
+        if n == 0 or t == 0:
+            raise ValueError(f"a batch needs a trajectory and a position, not [{n}, {t}]")
         for name in ("logp_behaviour", "logp_reference", "values"):
             _expect(name, getattr(self, name), (n, t))
         for name in ("rewards", "greedy_rewards"):

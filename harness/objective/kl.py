@@ -63,5 +63,5 @@ def full(logits: Tensor, logits_reference: Tensor) -> Tensor:
     """
     logp = logits.log_softmax(-1)
     probability = logp.exp()
-    difference = torch.where(probability > 0, logp - logits_reference.log_softmax(-1).detach(), 0.0)
+    difference = torch.where(probability > 0, logp - logits_reference.log_softmax(-1), 0.0)
     return (probability * difference).sum(-1)

@@ -17,6 +17,7 @@ from tests.harness.objective.batches import tokens
     [
         ({"logp": torch.zeros(2)}, r"logp must be floating point \[N, T\], not torch.float32 \[2\]"),
         ({"logp": torch.zeros(2, 3, dtype=torch.long)}, "logp must be floating point"),
+        ({"logp": torch.zeros(2, 0)}, r"a batch needs a trajectory and a position, not \[2, 0\]"),
         ({"logp_behaviour": torch.zeros(2, 4)}, r"logp_behaviour must have the shape \[2, 3\], not \[2, 4\]"),
         ({"logp_reference": torch.zeros(3, 3)}, "logp_reference must have"),
         ({"mask": torch.ones(2, 3)}, "mask must be bool, not torch.float32"),

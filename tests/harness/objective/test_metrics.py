@@ -15,7 +15,7 @@ LOG2 = math.log(2.0)
 
 BATCH = tokens(
     [[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]],
-    behaviour=[[-1.0 - LOG2, -1.0], [-1.0 + LOG2, -50.0], [-1.0, -1.0]],  # ρ: 2, 1 | ½, · | 1, 1
+    behaviour=[[-1.0 - 2 * LOG2, -1.0], [-1.0 + LOG2, -50.0], [-1.0, -1.0]],  # ρ: 4, 1 | ½, · | 1, 1
     reference=[[-1.0 - LOG2, -1.0], [-1.0, -50.0], [-1.0, -1.0]],  # κ: log 2, 0 | 0, · | 0, 0
     mask=[[True, True], [True, False], [True, True]],
     rewards=[1.0, 0.0, 5.0],
@@ -26,7 +26,7 @@ OBJECTIVE = Objective(estimator="k3", beta=0.1, weight="ppo_clip", advantage="gr
 
 def test_every_number() -> None:
     metrics = objective_loss(OBJECTIVE, BATCH).metrics
-    # A: ½, ½ | −½ | 0, 0; clipped are ρ = 2 with A > 0 and ρ = ½ with A < 0, so that w: 0, 1 | 0 | 1, 1
+    # A: ½, ½ | −½ | 0, 0; clipped are ρ = 4 with A > 0 and ρ = ½ with A < 0, so that w: 0, 1 | 0 | 1, 1
     k3 = 0.5 - 1 + LOG2
     policy_loss = -(0.5 * (1 * 0.5 * -1.0)) / 3  # the surrogate is w·A·ℓ
     kl_loss = 0.1 * (k3 / 2) / 3
@@ -38,9 +38,9 @@ def test_every_number() -> None:
             "k1": LOG2 / 5,
             "k2": LOG2**2 / 2 / 5,
             "k3": k3 / 5,
-            "kl_behaviour": ((2 - 1 - LOG2) + (0.5 - 1 + LOG2)) / 5,
-            "ratio_mean": (2 + 1 + 0.5 + 1 + 1) / 5,
-            "ratio_max": 2.0,
+            "kl_behaviour": ((4 - 1 - 2 * LOG2) + (0.5 - 1 + LOG2)) / 5,
+            "ratio_mean": (4 + 1 + 0.5 + 1 + 1) / 5,
+            "ratio_max": 4.0,
             "ess": 3**2 / (5 * 3),
             "weight_mean": 3 / 5,
             "clip_fraction": 2 / 5,
@@ -70,6 +70,7 @@ def test_the_two_terms_add_up_and_only_the_loss_placements_have_the_second() -> 
 def test_metrics_do_not_touch_the_graph() -> None:
     out = objective_loss(OBJECTIVE, BATCH)
     assert out.metrics is out.metrics
+    assert not any(value.requires_grad for value in vars(out.observation).values())
     out.loss.backward()
     assert BATCH.logp.grad is not None
     assert BATCH.logp.grad.any()
