@@ -11,6 +11,7 @@ from grid.catalogue import AXES, PARAMETERS, is_import_path
 
 _NEUTRAL = ("none", "one")
 _OUTSIDE = ("task",)
+_TITLES = {"training.lr": "learning rate", "policy.name": "policy", "beta": "KL coefficient β"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,8 @@ def _title(key: str) -> str:
     if key in AXES:
         return AXES[key].title
     if key in PARAMETERS:
-        return PARAMETERS[key].meaning
-    return key.removeprefix("training.").replace("_", " ")
+        return _TITLES.get(key, key)
+    return _TITLES.get(key) or key.removeprefix("training.").replace("_", " ")
 
 
 def _rank(key: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from grid import Cell
 from reports.comparison import Comparison
-from reports.figures.series import Cube, average, cube, over_seeds, smoothed
+from reports.figures.series import Cube, cube, over_seeds, smoothed
 from reports.statistics import Array
 from reports.study import Study
 
@@ -65,12 +65,12 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
     position = {group: i for i, group in enumerate(comparison.groups)}
     kept = 2 if len(by_group) <= 200 else 1
     samples = dict(list(study.samples.groupby("cell", observed=True)))
-    base = _settings(study.configurations[comparison.baseline]) if comparison.baseline else {}
+    base = settings(study.configurations[comparison.baseline]) if comparison.baseline else {}
     found = []
     for group in comparison.table["group"]:
         part = by_group[group]
         cell = study.configurations[group]
-        own = _settings(cell)
+        own = settings(cell)
         found.append(
             Detail(
                 group=group,
@@ -98,7 +98,7 @@ def rerun_command(study: Study, name: str, identity: str) -> str:
     return f"klab rerun {shlex.quote(shown)} {shlex.quote(identity)}"
 
 
-def _settings(cell: Cell) -> dict[str, str]:
+def settings(cell: Cell) -> dict[str, str]:
     """The resolved configuration, active settings only, as dotted keys."""
     flat: dict[str, str] = {}
     for section, values in cell.canonical().items():
@@ -134,12 +134,13 @@ def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel |
         kept = np.unique(np.linspace(0, updates.size - 1, points).astype(int))
         updates, values = updates[kept], values[:, kept]
     curve = over_seeds(updates, values)
-    edges = [curve.mean, *(edge[np.isfinite(edge)] for edge in (curve.low, curve.high)), values[np.isfinite(values)]]
-    spread = np.concatenate([edges[0], edges[3]])
+    spread = values[np.isfinite(values)]
     low, high = float(spread.min()), float(spread.max())
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    x = _PAD + (_WIDTH - 2 * _PAD) * (updates - updates[0]) / max(int(updates[-1] - updates[0]), 1)
+    length = max(int(updates[-1] - updates[0]), 1)
+    x = _PAD + (_WIDTH - 2 * _PAD) * (updates - updates[0]) / length
+    at = _PAD + (_WIDTH - 2 * _PAD) * (curve.updates - updates[0]) / length
 
     def y(heights: Array) -> Array:
         return np.asarray(np.clip(_HEIGHT - _PAD - (_HEIGHT - 2 * _PAD) * (heights - low) / (high - low), 0.0, _HEIGHT))
@@ -148,13 +149,12 @@ def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel |
     outline = ""
     if band.sum() > 1:
         outline = _path(
-            np.concatenate([x[band], x[band][::-1]]), np.concatenate([y(curve.high)[band], y(curve.low)[band][::-1]])
+            np.concatenate([at[band], at[band][::-1]]), np.concatenate([y(curve.high)[band], y(curve.low)[band][::-1]])
         ) + "Z"
     lines = [
         _path(x[finite], y(seed)[finite]) for seed in values[:shown] if (finite := np.isfinite(seed)).sum() > 1
     ] if len(values) > 1 else []
-    last = average(values, 0)[-1]
-    return Panel(title, _path(x, y(curve.mean)), outline, lines, f"{low:.3g}", f"{high:.3g}", f"{last:.3g}")
+    return Panel(title, _path(at, y(curve.mean)), outline, lines, f"{low:.3g}", f"{high:.3g}", f"{curve.mean[-1]:.3g}")
 
 
 def _path(x: Array, y: Array) -> str:

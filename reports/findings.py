@@ -44,6 +44,7 @@ class Findings:
 def find(study: Study, comparison: Comparison) -> Findings:
     """Everything that the first screen says, from the comparison alone."""
     axes = [_axis(study, comparison, effect) for effect in comparison.effects]
+    axes.sort(key=lambda axis: not axis.matters)
     best = comparison.best.head(4).to_dict("records") if comparison.comparable else []
     return Findings(
         headline=_headline(comparison, axes),
@@ -60,6 +61,11 @@ def find(study: Study, comparison: Comparison) -> Findings:
 def number(value: float, digits: int = 3) -> str:
     """A score for a sentence; a dash where there is none."""
     return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference for a sentence, with its sign; a dash where there is none."""
+    return f"{value:+.{digits}f}".replace("-", "−") if np.isfinite(value) else "–"
 
 
 def p_words(p: float) -> str:
@@ -82,7 +88,7 @@ def _axis(study: Study, comparison: Comparison, effect: AxisEffect) -> AxisFindi
     elif matters:
         verdict = "matters"
     elif clear:
-        verdict = f"only {', '.join(clear)} stands out"
+        verdict = f"only {', '.join(clear)} differs from {effect.reference}"
     else:
         verdict = "no effect beyond seed noise"
     return AxisFinding(effect, title, best, worst, matters, clear, verdict)
@@ -114,7 +120,7 @@ def _headline(comparison: Comparison, axes: list[AxisFinding]) -> str:
     if np.isfinite(top["low"]):
         sentence += f" [{number(top['low'])}, {number(top['high'])}]"
     if np.isfinite(top["difference"]):
-        sentence += f", {top['difference']:+.3f} against the baseline"
+        sentence += f", {signed(top['difference'])} against the baseline"
     return sentence + "."
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import re
+
 import numpy as np
+from markupsafe import Markup, escape
 
 from grid.catalogue import AXES, PARAMETERS
 from reports.axes import VariedAxis
 from reports.comparison import Comparison
 from reports.effects import AxisEffect, Level
-from reports.findings import p_words
+from reports.findings import p_words, signed
 from reports.study import Study
 
 
@@ -36,6 +39,16 @@ class AxisLegend:
     effect: AxisEffect | None
     sentence: str
     values: list[ValueLegend]
+
+
+_SUPERSCRIPT = re.compile(r"\^(?:\{([^}]*)\}|(\w))")
+_SUBSCRIPT = re.compile(r"(?<![A-Za-z_])((?:mean|std|log π|[A-Za-zℓ∇\u0370-\u03ff]))_(?:\{([^}]*)\}|([A-Za-z]+|≥))")
+
+
+def formula(text: str) -> Markup:
+    """A formula of the catalogue with its indices set as such."""
+    marked = _SUPERSCRIPT.sub(lambda found: f"<sup>{found[1] or found[2]}</sup>", str(escape(text)))
+    return Markup(_SUBSCRIPT.sub(lambda found: f"{found[1]}<sub>{found[2] or found[3]}</sub>", marked))
 
 
 def legend(study: Study, comparison: Comparison) -> list[AxisLegend]:
@@ -70,6 +83,6 @@ def _sentence(effect: AxisEffect | None) -> str:
     if effect.confounded:
         return f"Changes together with {', '.join(effect.confounded)}; its effect cannot be separated from theirs."
     moved = [level for level in effect.levels if level.low > 0 or level.high < 0]
-    parts = [f"{level.value} {level.estimate:+.3f} [{level.low:+.3f}, {level.high:+.3f}]" for level in moved]
+    parts = [f"{level.value} {signed(level.estimate)} [{signed(level.low)}, {signed(level.high)}]" for level in moved]
     found = "; ".join(parts) if parts else "no value differs from it beyond seed noise"
     return f"Against {effect.reference}: {found}. Whole axis: {p_words(effect.p_holm)} (Holm)."

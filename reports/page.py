@@ -20,10 +20,10 @@ from grid.catalogue import AXES, PARAMETERS
 from reports.columns import SUMMARY, TITLES
 from reports.comparison import Comparison, compare
 from reports.details import Detail, details
-from reports.figures import Drawing, draw, inline_svg, save
+from reports.figures import Drawing, draw, inline_svg, save, svg_text
 from reports.figures.tasks import across_tasks, profiles
-from reports.findings import Findings, find, number, p_words
-from reports.legend import AxisLegend, legend
+from reports.findings import Findings, find, number, p_words, signed
+from reports.legend import AxisLegend, formula, legend
 from reports.methods import methods
 from reports.provenance import provenance
 from reports.study import Study, load_runs
@@ -92,14 +92,13 @@ def render(
         prefix = f"task{position + 1}-" if len(comparisons) > 1 else ""
         sections.append(_section(study, comparison, prefix, gradients, folder / "figures" if figures else None, tell))
     over = profiles(comparisons)
-    if over is not None and figures:
-        save(over, folder / "figures")
+    over_svg = _figure(over, folder / "figures" if figures else None) if over is not None else Markup("")
     tell("page")
     text = _environment().get_template("page.html.j2").render(
         study=study,
         sections=sections,
         over=over,
-        over_svg=Markup(inline_svg(over)) if over is not None else "",
+        over_svg=over_svg,
         over_table=across_tasks(comparisons)[0],
         metric=TITLES[metric],
         methods=methods(study, comparisons),
@@ -124,23 +123,26 @@ def _section(
     drawings = draw(study, comparison, gradients)
     inline: dict[str, Markup] = {}
     for drawing in drawings:
-        if figures is not None:
-            save(drawing, figures, prefix)
         name, drawing.name = drawing.name, prefix + drawing.name
-        # The SVG is built by ElementTree, which escapes every text in it.
-        inline[name] = Markup(inline_svg(drawing))
-        drawing.name = name
+        inline[name] = _figure(drawing, figures)
     return TaskSection(
         key=prefix.rstrip("-") or "task",
         task=comparison.task,
         comparison=comparison,
         findings=find(study, comparison),
-        drawings={drawing.name: drawing for drawing in drawings},
+        drawings=dict(zip(inline, drawings, strict=True)),
         figures=inline,
         axes=legend(study, comparison),
         rows=_rows(study, comparison),
         details=details(study, comparison),
     )
+
+
+def _figure(drawing: Drawing, folder: Path | None) -> Markup:
+    text = svg_text(drawing)
+    if folder is not None:
+        save(drawing, text, folder)
+    return Markup(inline_svg(drawing, text))  # ElementTree escapes every text in it
 
 
 def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
@@ -203,6 +205,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "p": p_words, "signed": lambda value: f"{value:+.3f}" if np.isfinite(value) else "–"}
+    environment.filters |= {"number": number, "p": p_words, "signed": signed, "formula": formula}
     environment.tests |= {"finite": lambda value: bool(np.isfinite(value))}
     return environment

@@ -84,7 +84,8 @@ def markdown(comparison: Comparison) -> str:
     lines = [f"**{_md(comparison.task)}**, {TITLES[comparison.metric]}, 95% intervals over seeds", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
     for record in comparison.table.to_dict("records"):
-        lines.append("| " + " | ".join(_md(text) for text in _texts({str(k): v for k, v in record.items()})) + " |")
+        label, *numbers = _texts({str(k): v for k, v in record.items()})
+        lines.append("| " + " | ".join([_md(label), *numbers]) + " |")
     return "\n".join(lines)
 
 
@@ -140,7 +141,8 @@ def _md(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text.replace("\n", " ")).replace("–", "--")
+    text = "".join(_LATEX.get(letter, letter) for letter in text.replace("\n", " ")).replace("–", "--")
+    return "{[}" + text[1:] if text.startswith("[") else text  # a row that begins with [ would be an argument of \\
 
 
 def write_tables(study: Study, comparisons: Sequence[Comparison], folder: Path) -> None:

@@ -21,6 +21,8 @@ COMMANDS = {
     "rerun": "Repeat one cell in the foreground and compare its numbers with the stored ones.",
     "cancel": "Stop cells and take them out of the queue.",
     "report": "Write tables, figures and one page about one run or several.",
+    "compare": "Compare two cells over their seeds.",
+    "watch": "Watch a run live: every open cell with its curves.",
     "gradients": "Measure bias, variance and cosine of cells' gradient estimators by enumeration.",
     "claims": "Check the book of claims.",
     "axes": "List the axes and values of the objective, with formulas and sources.",
@@ -28,6 +30,9 @@ COMMANDS = {
     "doctor": "Check versions, devices, Slurm, folders and disk space.",
 }
 """Name -> one line of help. The module `harness.cli.<name>` holds a function of that name."""
+
+_ELSEWHERE = {"watch": "live"}
+"""Commands whose module has another name."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -90,7 +95,7 @@ def _version(on: bool) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"harness.cli.{name}"), name)
+    function: Callable[..., Any] = getattr(importlib.import_module(f"harness.cli.{_ELSEWHERE.get(name, name)}"), name)
     return function
 
 

@@ -2,29 +2,104 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grid import Mistake
 from harness.cli.places import RUNS, JsonOption, RunsOption, run_of
-from harness.cli.table import show_json
+from harness.cli.table import console, show, show_json
+
+if TYPE_CHECKING:
+    from reports.comparison import Comparison
+
+FORMATS = ("md", "latex", "csv", "json")
+_LINES = 20
 
 
 def report(
     runs_given: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names under --runs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the page and tables; default: RUN/report.")
+        Path | None, typer.Option("--out", help="Folder for the page, figures and tables; default: RUN/report.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option("--metric", help="The result to rank by, as reward_final, accuracy_final, reverse_kl_final.")
+    ] = "reward_final",
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Cell to compare with; default: the grid file's baseline.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="Print the table as md, latex, csv or json, and write nothing.")
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures/--no-figures", help="Also write each figure as PDF, SVG and PNG.")
+    ] = True,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="Also send the curves to tensorboard or wandb; may be repeated.")
     ] = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Write tables, figures and one page about one run or several; failed and missing cells are listed."""
+    if form is not None and form not in FORMATS:
+        raise Mistake("unknown format", key="--format", value=form, allowed=FORMATS)
     opened = [run_of(name, runs) for name in runs_given]
-    from reports import render
+    from reports.comparison import compare
+    from reports.study import load_runs
+    from reports.tables import formatted
 
-    page = render([run.path for run in opened], out or opened[0].report)
+    paths = [run.path for run in opened]
+    if form is not None:
+        study = load_runs(paths, baseline=baseline)
+        typer.echo(formatted([compare(study, task, metric) for task in study.tasks], form), nl=False)
+        return
+    from reports.page import render
+
+    with console().status("report") as status:
+        page = render(
+            paths, out, metric=metric, baseline=baseline, figures=figures, progress=lambda text: status.update(f"report: {text}")
+        )
+    for name in track or ():
+        from reports.track import follow
+
+        for run in opened:
+            follow(run, name)
     if as_json:
         show_json({"page": str(page)})
-    else:
-        typer.echo(str(page))
+        return
+    study = load_runs(paths, baseline=baseline)
+    for task in study.tasks:
+        _show(compare(study, task, metric))
+    for note in study.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(str(page))
+
+
+def _show(comparison: Comparison) -> None:
+    from reports.columns import TITLES
+
+    rows = []
+    for record in comparison.table.head(_LINES).to_dict("records"):
+        rows.append(
+            (
+                record["label"],
+                span(record["mean"], record["low"], record["high"]),
+                span(record["difference"], record["difference_low"], record["difference_high"], sign=True),
+                record["reverse_kl_final"] if math.isfinite(record["reverse_kl_final"]) else None,
+                f"{record['finished']}/{record['seeds']}",
+                "best" if record["best_group"] else "",
+            )
+        )
+    show(("cell", TITLES[comparison.metric], "against the baseline", "KL", "finished", ""), rows, title=comparison.task)
+    if (rest := len(comparison.table) - _LINES) > 0:
+        typer.echo(f"… and {rest} more cells; the page has them all.")
+
+
+def span(center: float, low: float, high: float, sign: bool = False) -> str:
+    """A mean with its interval, as text."""
+    if not math.isfinite(center):
+        return ""
+    form = "+.3f" if sign else ".3f"
+    return f"{center:{form}}" + (f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) else "")

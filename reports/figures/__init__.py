@@ -13,13 +13,11 @@ from reports.figures.plane import bias_variance_plane
 from reports.figures.ranking import ranking, seed_lines
 from reports.figures.stability import stability_panel, stability_table
 from reports.figures.style import Drawing, styled
-from reports.figures.svg import inline_svg
+from reports.figures.svg import inline_svg, svg_text
 from reports.figures.tradeoff import tradeoff
 from reports.study import Study
 
-__all__ = ["Drawing", "draw", "inline_svg", "save"]
-
-FORMATS = ("pdf", "svg", "png")
+__all__ = ["Drawing", "draw", "inline_svg", "save", "svg_text"]
 
 
 def draw(study: Study, comparison: Comparison, gradients: pd.DataFrame | None = None) -> list[Drawing]:
@@ -49,14 +47,10 @@ def freeze(drawing: Drawing) -> None:
         drawing.figure.set_layout_engine("none")
 
 
-def save(drawing: Drawing, folder: Path, prefix: str = "") -> list[Path]:
-    """The figure as PDF, SVG and PNG files."""
+def save(drawing: Drawing, svg: str, folder: Path) -> None:
+    """The figure as PDF, PNG and (from `svg_text`) SVG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    (folder / f"{drawing.name}.svg").write_text(svg, encoding="utf-8", errors="replace")
     with styled():
-        for suffix in FORMATS:
-            path = folder / f"{prefix}{drawing.name}.{suffix}"
-            metadata = {"CreationDate": None} if suffix == "pdf" else {"Date": None} if suffix == "svg" else None
-            drawing.figure.savefig(path, dpi=200, metadata=metadata)
-            paths.append(path)
-    return paths
+        drawing.figure.savefig(folder / f"{drawing.name}.pdf", metadata={"CreationDate": None})
+        drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=200)

@@ -58,8 +58,8 @@ def _draw(
         drawing = Drawing(
             name,
             title,
-            f"{words}. Lines are means over {len(comparison.seeds)} seeds, bands 95% t-intervals; a lost seed leaves the mean where it "
-            f"ends. The reward is a moving average over {window} update{'s' if window > 1 else ''}.",
+            f"{words}. Lines are means over {len(comparison.seeds)} seeds, bands 95% t-intervals. At a cross a seed ends early; "
+            f"the dotted rest is the mean of the others. The reward is a moving average over {window} update{'s' if window > 1 else ''}.",
             f"{title}: " + ", ".join(label for label, _, _ in labels) + ".",
             figure,
         )
@@ -76,11 +76,17 @@ def _draw(
                     continue
                 style = look(position)
                 marks = {"marker": style["marker"], "markersize": 3, "markevery": max(curve.updates.size // 6, 1)}
-                (line,) = axes.plot(curve.updates, curve.mean, color=style["color"], linestyle=style["linestyle"], **marks)  # type: ignore[arg-type]
-                low, high = np.nan_to_num(curve.low, nan=0) + 0, curve.high
-                band = np.isfinite(curve.low) & np.isfinite(high)
+                whole = curve.n == curve.n[0]
+                (line,) = axes.plot(curve.updates[whole], curve.mean[whole], color=style["color"], linestyle=style["linestyle"], **marks)  # type: ignore[arg-type]
+                band = whole & np.isfinite(curve.low) & np.isfinite(curve.high)
                 if band.any():
-                    axes.fill_between(curve.updates, low, high, where=band, color=style["color"], alpha=0.13, linewidth=0)  # type: ignore[arg-type]
+                    axes.fill_between(
+                        curve.updates[band], curve.low[band], curve.high[band], color=style["color"], alpha=0.13, linewidth=0
+                    )  # type: ignore[arg-type]  # fmt: skip
+                if not whole.all():
+                    end = int(np.flatnonzero(whole)[-1])
+                    axes.plot(curve.updates[end], curve.mean[end], marker="x", color=style["color"], markersize=6)  # type: ignore[arg-type]
+                    axes.plot(curve.updates[end:], curve.mean[end:], color=style["color"], linewidth=0.9, linestyle=":", alpha=0.8)  # type: ignore[arg-type]
                 line.set_gid(drawing.tip(f"{label}: {heading.lower()} {curve.mean[-1]:.3g} at update {curve.updates[-1]}"))
                 ends.append((label, float(curve.mean[-1]), style["color"]))
             _label_ends(axes, ends, int(data.updates[-1]) if data.updates.size else 1)

@@ -23,12 +23,13 @@ class Cube(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Mean over seeds with its 95% t-interval (NaN for one seed), `[updates]`."""
+    """Mean over seeds with its 95% t-interval (NaN for one seed), and how many seeds are present, `[updates]`."""
 
     updates: NDArray[np.int64]
     mean: Array
     low: Array
     high: Array
+    n: NDArray[np.int64]
 
 
 def cube(study: Study, comparison: Comparison, frame: pd.DataFrame, column: str) -> Cube:
@@ -73,6 +74,7 @@ def over_seeds(updates: NDArray[np.int64], by_seed: Array, level: float = 0.95) 
     """Mean and t-interval of `[seeds, updates]`, over the seeds that are present at each update."""
     present = np.isfinite(by_seed)
     n = present.sum(0)
+    n = np.where(n < np.maximum.accumulate(n[::-1])[::-1], 0, n)  # a last evaluation of a lost seed, between the others' ones
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(n > 0, np.where(present, by_seed, 0.0).sum(0) / n, np.nan)
         spread = np.where(present, (by_seed - mean) ** 2, 0.0).sum(0)
@@ -80,7 +82,7 @@ def over_seeds(updates: NDArray[np.int64], by_seed: Array, level: float = 0.95) 
         quantile = np.where(n > 1, stats.t.ppf(0.5 + level / 2, np.maximum(n - 1, 1)), np.nan)
         half = quantile * deviation / np.sqrt(n)
     kept = n > 0
-    return Curve(updates[kept], mean[kept], (mean - half)[kept], (mean + half)[kept])
+    return Curve(updates[kept], mean[kept], (mean - half)[kept], (mean + half)[kept], n[kept])
 
 
 def average(values: Array, axis: int) -> Array:

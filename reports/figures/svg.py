@@ -19,14 +19,19 @@ _FOCUSABLE = 80
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
-def inline_svg(drawing: Drawing) -> str:
-    """The figure as an `<svg>` element; every id begins with the drawing's name."""
+def svg_text(drawing: Drawing) -> str:
+    """The figure as an SVG document in the colours of print."""
     buffer = io.StringIO()
     with styled():
         drawing.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return buffer.getvalue()
+
+
+def inline_svg(drawing: Drawing, text: str) -> str:
+    """`text`, from `svg_text`, as an `<svg>` element of the page; every id begins with the drawing's name."""
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
-    root = ElementTree.fromstring(re.sub(r"<!DOCTYPE[^>]*>", "", buffer.getvalue()))
+    root = ElementTree.fromstring(re.sub(r"<!DOCTYPE[^>]*>", "", text))
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     used = _referenced(root)

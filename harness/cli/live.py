@@ -1,0 +1,103 @@
+"""`klab watch`: a live table of a run, with the curve of every cell that is shown."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+
+from grid import Mistake
+from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from harness.cli.table import console, show_json, table
+from harness.cli.watch import Pace, board, resting
+from harness.dispatch.status import CellStatus, statuses
+from harness.store import Run
+from reports.sparks import sparkline
+
+_ORDER = ("running", "failed", "diverged", "lost", "preempted", "finished", "queued", "unknown", "waiting", "cancelled")
+_TRACK_SECONDS = 15.0
+
+
+def watch(
+    run: RunArgument,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Cells to show.")] = 20,
+    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch a run until nothing runs any more: reward, KL and entropy of its cells as small curves. Ctrl-C leaves the jobs alone."""
+    opened = run_of(run, runs)
+    if as_json:
+        show_json([curves(opened, row) for row in chosen(statuses(opened), rows)])
+        return
+    pace, tracked = Pace(), -_TRACK_SECONDS
+    if once:
+        console().print(screen(opened, statuses(opened), pace, rows))
+        return
+    try:
+        with Live(console=console(), refresh_per_second=4) as live:
+            while True:
+                found = statuses(opened)
+                live.update(screen(opened, found, pace, rows))
+                over = resting(found)
+                if over or time.monotonic() - tracked > _TRACK_SECONDS:
+                    tracked = time.monotonic()
+                    _track(opened)
+                if over:
+                    return
+                time.sleep(every)
+    except KeyboardInterrupt:
+        console().print(f"\nThe jobs go on. Watch them again: klab watch {opened.path}")
+
+
+def chosen(found: list[CellStatus], most: int) -> list[CellStatus]:
+    """The cells to show: those that run or went wrong first."""
+    return sorted(found, key=lambda row: _ORDER.index(row.state))[:most]
+
+
+def curves(run: Run, row: CellStatus) -> dict[str, object]:
+    """What is known of a cell's way so far; a damaged file counts as no curve."""
+    try:
+        metrics = run.cell(row.id).metrics()
+    except Mistake:
+        metrics = []
+    keys = ("reward_mean", "k3", "entropy")
+    series = {key: [value if isinstance(value := line.get(key), int | float) else math.nan for line in metrics] for key in keys}
+    return {"id": row.id, "state": row.state, "update": row.update or len(metrics), "updates": row.updates, **series}
+
+
+def screen(run: Run, found: list[CellStatus], pace: Pace, most: int) -> RenderableType:
+    """The progress board and, under it, one line per shown cell."""
+    lines = []
+    for row in chosen(found, most):
+        known = curves(run, row)
+        reward, kl, entropy = (list(known[key]) for key in ("reward_mean", "k3", "entropy"))  # type: ignore[call-overload]
+        lines.append(
+            (
+                row.id,
+                row.state,
+                f"{known['update']}/{row.updates}",
+                sparkline(reward, 24, 0.0 if min(reward, default=0.0) >= 0 else None),
+                reward[-1] if reward else row.reward,
+                sparkline(kl, 12),
+                kl[-1] if kl else None,
+                sparkline(entropy, 12),
+            )
+        )
+    parts: list[RenderableType] = [board(run.name, found, pace.left(found))]
+    parts.append(table(("cell", "state", "update", "reward", "", "KL per token", "", "entropy"), lines))
+    if len(found) > most:
+        parts.append(f"… and {len(found) - most} more (--rows)")
+    return Group(*parts)
+
+
+def _track(run: Run) -> None:
+    for name in run.manifest.get("track", ()):
+        from reports.track import follow
+
+        follow(run, name)
