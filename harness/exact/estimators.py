@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch.func import grad, vmap
 
 from grid import Objective
 from grid.catalogue import AXES, is_import_path
-from harness.exact.setting import Setting
+from harness.exact.setting import Layout, Setting
+from harness.exact.tabular import Trajectories
 from harness.exact.updates import Updates
 from harness.objective import TokenBatch, objective_loss
 
@@ -74,13 +76,21 @@ def update_gradients(objective: Objective, setting: Setting, updates: Updates) -
     else:
         evaluate = _side_by_side
     parts = []
-    for members in torch.split(updates.members, max(1, ROWS_AT_ONCE // updates.trajectories)):
-        logp_gradient, logits_gradient, weight = evaluate(objective, setting, members, updates.group_size, with_logits)
-        ascent = -setting.parameter_gradients(members, logp_gradient, logits_gradient)
-        mask = setting.trajectories.mask[members]
-        own = torch.where(mask, weight, 0.0)
-        parts.append((ascent, own.sum((1, 2)), own.square().sum((1, 2)), mask.sum((1, 2))))
+    for layout in _layouts(updates, setting.trajectories, setting.policy.vocabulary):
+        logp_gradient, logits_gradient, weight = evaluate(
+            objective, setting, layout.members, updates.group_size, with_logits
+        )
+        ascent = setting.parameter_gradients(layout, logp_gradient, logits_gradient).neg_()
+        own = weight.flatten(1) * layout.own
+        parts.append((ascent, own.sum(1), own.square().sum(1), layout.tokens))
     return Gradients(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@lru_cache(maxsize=8)
+def _layouts(updates: Updates, trajectories: Trajectories, vocabulary: int) -> tuple[Layout, ...]:
+    """The updates in pieces of at most `ROWS_AT_ONCE` trajectories."""
+    pieces = torch.split(updates.members, max(1, ROWS_AT_ONCE // updates.trajectories))
+    return tuple(Layout.of(members, trajectories, vocabulary) for members in pieces)
 
 
 Evaluated = tuple[Tensor, Tensor | None, Tensor]

@@ -14,6 +14,29 @@ from harness.exact.tabular import Reward, TabularPolicy, Trajectories
 from harness.objective import TokenBatch
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where the tokens of U updates of N trajectories stand.
+
+    Attributes:
+        members: long `[U, N]`, indices of trajectories.
+        entries: long `[U, N * H]`, the entry (context * V + symbol) of the flattened logits that each token picks.
+        own: float64 `[U, N * H]`, 1 on own tokens.
+        tokens: `[U]`, own tokens of each update.
+    """
+
+    members: Tensor
+    entries: Tensor
+    own: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, members: Tensor, trajectories: Trajectories, vocabulary: int) -> Layout:
+        entries = (trajectories.contexts * vocabulary + trajectories.tokens)[members].flatten(1)
+        own = trajectories.mask[members].flatten(1).to(torch.float64)
+        return cls(members, entries, own, own.sum(1))
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """Three policies over the same trajectories and a reward (see `tabular.Reward`).
@@ -73,27 +96,25 @@ class Setting:
             greedy_rewards=self._greedy_reward.expand(members.shape),
         )
 
-    def parameter_gradients(self, members: Tensor, logp_gradient: Tensor, logits_gradient: Tensor | None) -> Tensor:
+    def parameter_gradients(self, layout: Layout, logp_gradient: Tensor, logits_gradient: Tensor | None) -> Tensor:
         """Chain per-token gradients of each update to the policy's logits.
 
         Args:
-            members: long `[U, N]`.
+            layout: U updates of N trajectories.
             logp_gradient: gradient with respect to each token's log-probability, `[U, N, H]`.
             logits_gradient: gradient with respect to the logits themselves, `[U, N, H, V]`.
 
         Returns:
             `[U, contexts * V]`, summed over the trajectories of each update.
         """
-        updates = members.shape[0]
         rows, vocabulary = self.policy.logits.shape
-        chosen = (self.trajectories.contexts * vocabulary + self.trajectories.tokens)[members].flatten(1)
-        picked = torch.zeros(updates, rows * vocabulary, dtype=torch.float64)
-        picked.scatter_add_(1, chosen, logp_gradient.flatten(1))
-        per_context = picked.view(updates, rows, vocabulary)
+        picked = torch.zeros(len(layout.members), rows * vocabulary, dtype=torch.float64)
+        picked.scatter_add_(1, layout.entries, logp_gradient.flatten(1))
+        per_context = picked.view(-1, rows, vocabulary)
         gradients = per_context - per_context.sum(-1, keepdim=True) * self._conditionals
         if logits_gradient is not None:
-            contexts = self.trajectories.contexts[members].flatten(1)[..., None].expand(-1, -1, vocabulary)
-            gradients = gradients.scatter_add(1, contexts, logits_gradient.flatten(1, 2))
+            contexts = (layout.entries // vocabulary)[..., None].expand(-1, -1, vocabulary)
+            gradients.scatter_add_(1, contexts, logits_gradient.flatten(1, 2))
         return gradients.flatten(1)
 
     def truth(self, objective: Objective) -> Tensor:

@@ -23,7 +23,7 @@ LARGEST_ENUMERATION = 2**22
 """Most token positions (trajectories x horizon) that are ever enumerated: 4 million, about 32 MB per float64 tensor."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Trajectories:
     """Every trajectory of a policy, in lexicographic order of its tokens.
 
