@@ -81,7 +81,8 @@ class TrainingSection(Section):
     """How a cell is trained.
 
     ``updates`` counts optimizer updates. A rollout of ``prompts`` × ``group_size`` trajectories serves
-    ``updates_per_rollout`` passes of ``minibatches`` updates each.
+    ``updates_per_rollout`` passes of ``minibatches`` updates each. One call of a task's reward may take
+    ``reward_seconds``.
     """
 
     updates: Count = 100
@@ -108,6 +109,7 @@ class TrainingSection(Section):
     evaluation_samples: Count = 4
     checkpoint_updates: Count = 50
     checkpoint_seconds: Positive = 60.0
+    reward_seconds: Positive = 60.0
 
     @property
     def on_policy(self) -> bool:
@@ -120,7 +122,7 @@ class TrainingSection(Section):
         return self.updates_per_rollout * self.minibatches
 
 
-NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds")
+NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds")
 """Training settings that cannot change any number of a cell, hence no part of its identity."""
 
 

@@ -69,7 +69,9 @@ class Lab:
         from harness.training import run_cells
 
         run = Run.create(self.folder / "quiet" / grid.stem, load_grid(grid))
-        assert set(run_cells(run.path, run.cells).values()) == {"finished"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KLAB_TEST_HURRY", "1")
+            assert set(run_cells(run.path, run.cells).values()) == {"finished"}
         return run
 
     def until(self, run: Run, done: Callable[[list[CellStatus]], bool], seconds: float = 120) -> list[CellStatus]:

@@ -1,0 +1,85 @@
+"""Rewards that take too long, and memory that does not suffice."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from training_records import MakeRun, finished, numbers
+
+from harness.training import pack as pack_module
+from harness.training import run_cells
+from harness.training.deadline import Overdue, deadline
+from harness.training.memory import out_of_memory
+from harness.training.update import update
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def test_a_deadline_interrupts_sleep_and_loops_and_leaves_no_alarm() -> None:
+    with pytest.raises(Overdue, match="no answer within"), deadline(0.05):
+        time.sleep(5)
+    with pytest.raises(Overdue), deadline(0.05):
+        spin()
+    with deadline(0.05):
+        pass
+    time.sleep(0.1)
+
+
+def test_a_reward_that_hangs_fails_its_cell(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    import letters
+
+    run = make_run(training={"reward_seconds": 0.1})
+    monkeypatch.setattr(letters.Letters, "score", lambda *_: time.sleep(5))
+    assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
+    assert "Overdue: no answer within 0.1 s (prompt" in str(run.cell(run.cells[0]).error())
+
+
+def test_the_time_limit_of_rewards_is_no_part_of_a_cells_identity(make_run: MakeRun) -> None:
+    assert make_run("a").cells == make_run("b", training={"reward_seconds": 3}).cells
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_tried_again_with_half_the_micro_batch(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory for 8 of the 16 rows of an update: the cell ends like one whose micro-batch was 8 from the beginning."""
+
+    def scarce(*arguments: Any) -> Any:
+        if arguments[-1] is None or arguments[-1] > 8:
+            raise error
+        return update(*arguments)
+
+    monkeypatch.setattr(pack_module, "update", scarce)
+    short = finished(make_run("short"))
+    assert "goes on with micro-batches of 8 rows" in capsys.readouterr().out
+    monkeypatch.undo()
+    small = finished(make_run("small", training={"micro_batch": 8}))
+    mine, theirs = numbers(short, short.cells[0]), numbers(small, small.cells[0])
+    assert (mine["metrics"], mine["evaluations"]) == (theirs["metrics"], theirs["evaluations"])
+
+
+def test_out_of_memory_twice_fails_with_the_reason(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def scarce(*arguments: Any) -> Any:
+        tried.append(arguments[-1])
+        raise MemoryError("nothing left")
+
+    monkeypatch.setattr(pack_module, "update", scarce)
+    run = make_run()
+    assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
+    assert tried == [None, 8]
+    assert "MemoryError: nothing left" in str(run.cell(run.cells[0]).error())
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    wrapped = RuntimeError("the objective raised")
+    wrapped.__cause__ = MemoryError()
+    assert out_of_memory(wrapped)
+    assert not out_of_memory(RuntimeError("shapes differ"))
+    assert not out_of_memory(None)
