@@ -11,7 +11,9 @@ only the guilty one fails.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +26,11 @@ from typing import Any
 import torch
 
 from harness.policy.start import starting_policy
-from harness.store import CellFolder, Evicted, Run, machine
+from harness.store import CellFolder, Evicted, Run, files, machine
 from harness.training import checkpoint
 from harness.training.checkpoint import State, UnusableCheckpoint
 from harness.training.member import CellFailure, Member
+from harness.training.memory import out_of_memory, release
 from harness.training.metrics import Row
 from harness.training.outcome import outcome
 from harness.training.pack import Pack, device
@@ -101,8 +104,8 @@ def _resume(folder: CellFolder) -> State | None:
     if file.exists():
         try:
             state = checkpoint.read(file, folder.id, device())
-        except UnusableCheckpoint:
-            state = None
+        except UnusableCheckpoint as problem:
+            print(f"{folder.id} starts again from its beginning: {problem}", file=sys.stderr)
     if state is not None and folder.keep_metrics(state.update) == state.update:
         folder.keep_evaluations(state.update)
         return state
@@ -167,22 +170,32 @@ class _Life:
     def _compute(self, pack: Pack, work: Callable[[Pack], list[Row]]) -> tuple[Pack, list[Row]]:
         """What `work` returns for the members that get through it, and the pack of those.
 
-        `work` leaves the pack as it was when it raises, so it is simply done again without the guilty cell.
+        `work` leaves the pack as it was when it raises, so it is simply done again: without the guilty cell, or, where
+        memory did not suffice for a cell alone, once more with half the micro-batch.
         """
         while pack.members:
             try:
                 return pack, work(pack)
-            except CellFailure as failure:
-                self._fail(pack.members[failure.position].id, failure)
-                pack = pack.only([c for c in range(len(pack.members)) if c != failure.position])
             except Exception as error:
-                if len(pack.members) == 1:
-                    self._fail(pack.members[0].id, error)
-                else:
-                    for c in range(len(pack.members)):
-                        self.live(pack.only([c]))
-                pack = pack.only([])
+                smaller = len(pack.members) == 1 and out_of_memory(error) and pack.halve()
+                if not smaller:
+                    pack = self._after(pack, error)
+            if smaller:  # here nothing holds the failed attempt's tensors any more
+                print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.micro_batch} rows")
+                release()
         return pack, []
+
+    def _after(self, pack: Pack, error: Exception) -> Pack:
+        """The pack with which to go on after an error, the blame put where it belongs."""
+        if isinstance(error, CellFailure) and not (len(pack.members) > 1 and out_of_memory(error.__cause__)):
+            self._fail(pack.members[error.position].id, error)
+            return pack.only([c for c in range(len(pack.members)) if c != error.position])
+        if len(pack.members) == 1:
+            self._fail(pack.members[0].id, error)
+        else:
+            for c in range(len(pack.members)):
+                self.live(pack.only([c]))
+        return pack.only([])
 
     def _each(self, pack: Pack, action: Callable[[CellFolder, int], None]) -> Pack:
         """Do something to every member's folder; the pack of those for which it worked."""
@@ -224,6 +237,7 @@ class _Life:
         partial = folder.path / "policy.partial"
         shutil.rmtree(partial, ignore_errors=True)
         pack.policy.save(partial, position)
+        _make_durable(partial)
         shutil.rmtree(folder.policy, ignore_errors=True)
         partial.rename(folder.policy)
         planned = pack.members[position].cell.training.updates
@@ -239,7 +253,7 @@ class _Life:
         self._beaten = time.monotonic()
         for member in pack.members:
             reward, updates = self._rewards.get(member.id), member.cell.training.updates
-            with suppress(OSError):  # a sign of life that cannot be written is no reason to die
+            with suppress(OSError, Evicted):  # the next row of metrics will tell whether this matters
                 self._run.cell(member.id).beat({"update": pack.done, "updates": updates, "reward": reward})
 
     def _tell(self, member: Member, update: int) -> None:
@@ -261,6 +275,14 @@ class _Life:
         traceback.print_exception(error)
         with suppress(OSError):  # a full disk: the job's log has the text
             self._run.cell(identity).fail("".join(traceback.format_exception(error)))
+
+
+def _make_durable(folder: Path) -> None:
+    """Make a folder's files survive a power cut."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    files.sync_folder(folder)
 
 
 @cache

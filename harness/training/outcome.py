@@ -52,7 +52,7 @@ def outcome(
         "nonfinite_updates": sum(bool(row["nonfinite"]) for row in rows),
         "gradient_spikes": gradient_spikes([row["gradient_norm"] for row in rows]),
         "ess_min": min(_known(rows, "ess"), default=None),
-        "seconds": sum(value for row in rows for key, value in row.items() if key.startswith("seconds")),
+        "seconds": _seconds(rows) + _seconds(evaluations),
         "tokens": sum(row["tokens"] for row in rows),
         "parts": evaluations[-1]["parts"] if evaluations else {},
     }
@@ -103,6 +103,10 @@ def gradient_spikes(norms: Sequence[float | None]) -> int:
             spikes += 1
         before.append(value)
     return spikes
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    return math.fsum(value for row in rows for key, value in row.items() if key.startswith("seconds"))
 
 
 def _known(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:

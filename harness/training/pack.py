@@ -38,6 +38,7 @@ class Pack:
         pending: rollouts drawn and not used up; one entry per rollout, each with one experience per member.
         streaks: non-finite updates in a row, per member.
         evaluated: updates made at the last evaluation, -1 before the first.
+        micro_batch: rows per forward and backward pass; None: all of an update's.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -49,6 +50,8 @@ class Pack:
         self.evaluated = -1
         self.pending: list[list[Experience]] = []
         self.streaks = [0] * len(self.members)
+        self.micro_batch = self.members[0].cell.training.micro_batch
+        self._halved = False
         self._timetable = self.members[0].timetable
         self._watch = Stopwatch()
         self._examinations: list[Examination] = []
@@ -81,7 +84,16 @@ class Pack:
             )
             for member, experience in zip(self.members, current, strict=True)
         ]
-        rows = update(self.policy, self.reference, self.optimizer, self.members, chosen, self.done + 1, self._watch)
+        rows = update(
+            self.policy,
+            self.reference,
+            self.optimizer,
+            self.members,
+            chosen,
+            self.done + 1,
+            self._watch,
+            self.micro_batch,
+        )
         self.done += 1
         if self.done % self._timetable.span == 0:
             self.pending.pop(0)
@@ -91,6 +103,16 @@ class Pack:
             row.update(seconds)
         return rows
 
+    def halve(self) -> bool:
+        """Make micro-batches half as large, which changes no gradient; False when that was done before or cannot be."""
+        training = self.members[0].cell.training
+        rows = training.prompts * training.group_size // training.minibatches
+        size = min(rows, self.micro_batch or rows)
+        if self._halved or size == 1:
+            return False
+        self.micro_batch, self._halved = size // 2, True
+        return True
+
     def draw(self) -> None:
         """Draw the rollouts that are to come from the policy as it is now."""
         behaviour = self.policy
@@ -99,7 +121,9 @@ class Pack:
         first = self.done // self._timetable.span
         for number in range(first + len(self.pending), self._timetable.drawn(self.done)):
             with torch.no_grad():
-                self.pending.append(collect(self.members, behaviour, self.reference, number, self._watch))
+                self.pending.append(
+                    collect(self.members, behaviour, self.reference, number, self._watch, self.micro_batch)
+                )
 
     def evaluate(self) -> list[Row]:
         """One row of evaluations per member, of the policies as they are. Training does not notice."""
@@ -146,6 +170,7 @@ class Pack:
             return empty
         pack = Pack.resumed([self.members[c] for c in positions], [self.state(c) for c in positions])
         pack.evaluated = self.evaluated
+        pack.micro_batch, pack._halved = self.micro_batch, self._halved
         return pack
 
 

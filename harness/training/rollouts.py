@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from harness.policy.logprobs import token_scores
 from harness.policy.policy import Policy
 from harness.policy.rollout import Environment, Rollout, sample
+from harness.training.deadline import deadline
 from harness.training.member import CellFailure, Member
+from harness.training.microbatch import micro_batches
 from harness.training.randomness import choose, generator
 from harness.training.stopwatch import Stopwatch
 from tasks.task import Example, Score
@@ -41,9 +43,16 @@ class Experience:
 
 
 def collect(
-    members: Sequence[Member], behaviour: Policy, reference: Policy, number: int, watch: Stopwatch
+    members: Sequence[Member],
+    behaviour: Policy,
+    reference: Policy,
+    number: int,
+    watch: Stopwatch,
+    micro_batch: int | None = None,
 ) -> list[Experience]:
     """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
+
+    The reference policy looks at `micro_batch` rows at a time, None is all of them.
 
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
@@ -57,8 +66,8 @@ def collect(
     with watch("reward"):
         scores = [score(members, c, examples[c], rollout) for c, rollout in enumerate(rollouts)]
         baselines = None if greedy is None else [score(members, c, examples[c], one) for c, one in enumerate(greedy)]
-    with watch("reference"), torch.no_grad():
-        looked_up = token_scores(reference, rollouts, temperature=training.temperature)
+    with watch("reference"):
+        looked_up = log_probabilities(reference, rollouts, training.temperature, micro_batch)
     found = []
     for c, rollout in enumerate(rollouts):
         rewards = _column(rollout, [s.reward for s in scores[c]])
@@ -66,8 +75,18 @@ def collect(
         baseline = None
         if baselines is not None:
             baseline = _column(rollout, [s.reward for s in baselines[c]]).repeat_interleave(size)
-        found.append(Experience(number, rollout, rewards, correct, looked_up[c].logp.detach(), baseline))
+        found.append(Experience(number, rollout, rewards, correct, looked_up[c], baseline))
     return found
+
+
+@torch.no_grad()
+def log_probabilities(
+    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: int | None
+) -> list[Tensor]:
+    """Per cell, log-probabilities [N, T] of its trajectories, at most `limit` rows at a time."""
+    turns = zip(*(micro_batches(rollout, limit) for rollout in rollouts), strict=True)
+    passes = [token_scores(policy, [piece for piece, _ in turn], temperature=temperature) for turn in turns]
+    return [torch.cat([scores[c].logp for scores in passes]) for c in range(len(rollouts))]
 
 
 def training_examples(member: Member, number: int) -> list[Example]:
@@ -141,13 +160,15 @@ def score(members: Sequence[Member], position: int, examples: Sequence[Example],
     """The task's score of every trajectory. Rewards may be NaN or infinite: the update they spoil is recorded so.
 
     Raises:
-        CellFailure: where the task raises or returns something else than a `Score`; the message shows the example.
+        CellFailure: where the task raises, takes longer than `training.reward_seconds`, or returns something else than
+            a `Score`; the message shows the example.
     """
-    task, found = members[position].task, []
+    task, found, limit = members[position].task, [], members[position].cell.training.reward_seconds
     for row, completion in enumerate(rollout.texts):
         example = examples[row // rollout.group_size]
         try:
-            value = task.score(example, completion)
+            with deadline(limit):
+                value = task.score(example, completion)
             if not isinstance(value, Score):
                 raise TypeError(f"a task's score is a tasks.Score, not {type(value).__name__}")
             float(value.reward)

@@ -25,7 +25,7 @@ from harness.policy.policy import Policy
 from harness.policy.rollout import Rollout
 from harness.training.member import CellFailure, Member
 from harness.training.metrics import Row, update_row
-from harness.training.minibatch import micro_batches
+from harness.training.microbatch import micro_batches
 from harness.training.optimizer import StackedAdamW, norm
 from harness.training.rollouts import Experience
 from harness.training.schedule import learning_rate
@@ -63,6 +63,7 @@ def update(
     minibatches: Sequence[Experience],
     number: int,
     watch: Stopwatch,
+    micro_batch: int | None = None,
 ) -> list[Row]:
     """Update number `number` (1-based) of every cell on its minibatch, in place; one row of metrics per cell.
 
@@ -72,11 +73,10 @@ def update(
         CellFailure: where a cell's objective raises. Nothing has been changed then.
     """
     optimizer.clear()
-    limit = members[0].cell.training.micro_batch
-    if limit is None or limit >= len(minibatches[0].rewards):
+    if micro_batch is None or micro_batch >= len(minibatches[0].rewards):
         results = _whole(policy, reference, members, minibatches, watch)
     else:
-        results = _in_pieces(policy, reference, members, minibatches, limit, watch)
+        results = _in_pieces(policy, reference, members, minibatches, micro_batch, watch)
     rows = []
     with watch("step"):
         gradients = optimizer.gradients()

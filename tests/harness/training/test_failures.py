@@ -165,7 +165,7 @@ _LIFE = "import sys; from harness.training import run_cells; print(run_cells(sys
 
 
 def test_killed_in_the_middle_and_resumed(make_run: MakeRun) -> None:
-    training = {"updates": 120, "updates_per_rollout": 2, "lag": 1, "checkpoint_updates": 7, "evaluate_every": 50}
+    training = {"updates": 60, "updates_per_rollout": 2, "lag": 1, "checkpoint_updates": 7, "evaluate_every": 50}
     training |= {"prompts": 2, "group_size": 2}
     killed = make_run("killed", training, seeds=2)
     here = Path(__file__).parent
@@ -173,7 +173,7 @@ def test_killed_in_the_middle_and_resumed(make_run: MakeRun) -> None:
     command = [sys.executable, "-c", _LIFE, str(killed.path), *killed.cells]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     folder, deadline = killed.cell(killed.cells[0]), time.monotonic() + 60
-    while (folder.last_metrics() or {"update": 0})["update"] < 20:
+    while (folder.last_metrics() or {"update": 0})["update"] < 12:
         assert process.poll() is None, "the process ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -184,4 +184,4 @@ def test_killed_in_the_middle_and_resumed(make_run: MakeRun) -> None:
     through = finished(make_run("through", training, seeds=2))
     for identity in killed.cells:
         assert_same(through, killed, identity)
-        assert [row["update"] for row in numbers(killed, identity)["metrics"]] == list(range(1, 121))
+        assert [row["update"] for row in numbers(killed, identity)["metrics"]] == list(range(1, 61))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.policy.rollout import Rollout
-from harness.training.minibatch import micro_batches, minibatch, select
+from harness.training.microbatch import micro_batches
+from harness.training.minibatch import minibatch, select
 from harness.training.rollouts import Experience
 
 

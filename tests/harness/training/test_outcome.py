@@ -15,7 +15,7 @@ def row(update: int, reward: float | None, **more: Any) -> dict[str, Any]:
 
 
 def evaluation(update: int, accuracy: float, kl: float | None) -> dict[str, Any]:
-    return {"update": update, "accuracy": accuracy, "reverse_kl": kl, "parts": {"format": accuracy}}
+    return {"update": update, "accuracy": accuracy, "reverse_kl": kl, "parts": {"format": accuracy}, "seconds": 2.0}
 
 
 def test_final_reward_is_the_mean_of_the_last_tenth() -> None:
@@ -38,7 +38,7 @@ def test_counts_and_extremes() -> None:
     assert found["nonfinite_updates"] == 1
     assert found["ess_min"] == 0.7
     assert found["tokens"] == 27
-    assert found["seconds"] == 1.5
+    assert found["seconds"] == 7.5
     assert (found["accuracy_final"], found["accuracy_best"]) == (0.4, 0.6)
     assert (found["reverse_kl_final"], found["reverse_kl_max"]) == (None, 1.5)
     assert found["parts"] == {"format": 0.4}
