@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -20,12 +21,13 @@ def sparkline(values: Sequence[float | None], width: int = 24, low: float | None
     columns = min(width, len(numbers))
     bins = [numbers[i * len(numbers) // columns : (i + 1) * len(numbers) // columns] for i in range(columns)]
     means = [sum(known) / len(known) if (known := [v for v in part if v is not None]) else None for part in bins]
+    means = [mean if mean is not None and math.isfinite(mean) else None for mean in means]  # sums may overflow
     present = [mean for mean in means if mean is not None]
     if not present:
         return " " * columns
     bottom = min(present) if low is None else low
     top = max(present) if high is None else high
-    height = top - bottom
+    height = min(top - bottom, sys.float_info.max)
     return "".join(
         " " if mean is None else BLOCKS[3] if height <= 0 else BLOCKS[max(0, min(7, int((mean - bottom) / height * 8)))]
         for mean in means

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from reports.comparison import Comparison
-from reports.figures.style import MUTED, WIDE, Drawing, canvas, shortened, styled
+from reports.figures.style import MUTED, PAPER, WIDE, Drawing, canvas, shortened, styled
 from reports.statistics import Array
 from reports.study import Study
 
@@ -57,7 +57,11 @@ def stability_panel(study: Study, comparison: Comparison, table: pd.DataFrame) -
             "Stability of each cell: " + ", ".join(title.replace("\n", " ") for _, title, *_ in columns) + ".",
             figure,
         )
-        axes.imshow(shades, aspect="auto", cmap="Oranges", vmin=0.0, vmax=1.6, interpolation="nearest", alpha=0.85)
+        axes.pcolormesh(
+            np.arange(len(columns) + 1) - 0.5, np.arange(len(groups) + 1) - 0.5, np.ma.masked_invalid(shades), cmap="Oranges", vmin=0.0,
+            vmax=1.6, edgecolors=PAPER, linewidth=1.0,
+        )  # fmt: skip
+        axes.invert_yaxis()
         names = study.labels
         for i in range(len(groups)):
             for j in range(len(columns)):

@@ -159,3 +159,34 @@ def _result(
         "ess_min": min(row["ess"] for row in rows), "seconds": 0.08 * done, "tokens": 540 * done, "parts": {},
         "versions": {"torch": "2.13.0"}, "hardware": {"processor": "synthetic"},
     }  # fmt: skip
+
+
+def large_grid(cells: int, seeds: int, updates: int) -> str:
+    """A product of axes with about `cells` configurations, for benchmarks."""
+    rates = max(cells // 125, 1)
+    learning_rates = [round(1e-4 * 1.02**i, 9) for i in range(rates)]
+    return f"""
+name: large
+task: {{name: addition, digits: 2}}
+training: {{updates: {updates}, updates_per_rollout: 2, evaluate_every: {max(updates // 10, 1)}}}
+objective: {{algorithm: grpo, beta: 0.05}}
+axes:
+  estimator: [k1, k2, k3, abs, full]
+  placement: [loss, reward, reward_to_go, advantage, loss_corrected]
+  weight: [ppo_clip, ratio, truncate, power, mask]
+  training.lr: {learning_rates}
+seeds: {seeds}
+"""
+
+
+def write_large_run(path: Path, cells: int, seeds: int, updates: int = 100) -> Run:
+    """A run of about `cells` configurations; without waiting for the disk, which would take longer than what is measured."""
+    from unittest.mock import patch
+
+    with patch("os.fsync", lambda descriptor: None):
+        return write_run(path, large_grid(cells, seeds, updates), outcome=_sometimes_lost, noise=0.03)
+
+
+def _sometimes_lost(cell: Cell) -> str:
+    roll = int(hashlib.sha256(cell.id.encode()).hexdigest()[:4], 16) % 200
+    return "diverged" if roll < 3 else "failed" if roll < 4 else "finished"

@@ -1,0 +1,88 @@
+"""`klab report`, `klab compare`, `klab watch`: what they print, and what they say to mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.cli.main import main
+from tests.reports.synthetic import QUICKSTART, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "quick", QUICKSTART.replace("updates: 60", "updates: 10").replace("seeds: 5", "seeds: 3"))
+    write_run(folder / "other", "name: other\ntask: {name: addition, digits: 3}\ntraining: {updates: 4}\nseeds: 2\n")
+    return folder
+
+
+def _klab(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize(("form", "expected"), [("md", "| weight power |"), ("latex", r"\toprule"), ("csv", "reverse_kl_final"), ("json", '"effects"')])
+def test_a_table_on_standard_output_and_nothing_written(
+    runs: Path, capsys: pytest.CaptureFixture[str], form: str, expected: str
+) -> None:
+    assert _klab("report", "quick", "--runs", runs, "--format", form) == 0
+    assert expected in capsys.readouterr().out
+    assert not (runs / "quick" / "report" / "index.html").exists()
+
+
+def test_report_writes_the_page_and_prints_the_table_and_its_path(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _klab("report", "other", "--runs", runs, "--out", tmp_path / "r", "--no-figures") == 0
+    out = capsys.readouterr().out
+    assert "baseline" in out
+    assert out.rstrip().endswith("index.html")
+    assert (tmp_path / "r" / "index.html").exists()
+    assert (tmp_path / "r" / "tables" / "summary.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("report", "quick", "--format", "pdf"), "'pdf'"),
+        (("report", "quick", "--metric", "reward"), "reward_final"),
+        (("report", "quick", "--baseline", "nothing"), "no such cell"),
+        (("report", "nothing"), "no such run"),
+        (("compare", "quick", "quick"), "RUN:CELL"),
+        (("compare", "quick:baseline", "quick:baseline"), "two configurations"),
+        (("compare", "quick:baseline", "quick:nothing"), "no such cell"),
+        (("compare", "quick:baseline", "other:baseline"), "different tasks"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    runs: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: str
+) -> None:
+    assert _klab(*words, "--runs", runs) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+
+
+def test_compare_in_words_and_as_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compare", "quick:baseline", "quick:weight power", "--runs", runs)
+    assert _klab(*words) == 0
+    out = capsys.readouterr().out
+    assert "objective.weight" in out
+    assert "P(better)" in out
+    assert _klab(*words, "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    by_seed = [row["second"] - row["first"] for row in data["seeds"]]
+    assert data["difference"]["estimate"] == pytest.approx(sum(by_seed) / 3)
+    assert data["difference"]["n"] == 3
+
+
+def test_watch_shows_curves_and_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _klab("watch", "quick", "--runs", runs, "--once", "--rows", 3) == 0
+    out = capsys.readouterr().out
+    assert "█" in out
+    assert "21 more" in out
+    assert _klab("watch", "other", "--runs", runs, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["reward_mean"]) == 4
+    assert _klab("watch", "other", "--runs", runs) == 0

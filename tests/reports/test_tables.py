@@ -1,0 +1,85 @@
+"""Tables: the same numbers in four formats, each readable by what reads that format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+
+from grid import Mistake
+from reports import Study
+from reports.comparison import Comparison, compare
+from reports.columns import SUMMARY
+from reports.tables import formatted
+
+
+@pytest.fixture(scope="module")
+def comparison(study: Study) -> Comparison:
+    return compare(study, study.tasks[0])
+
+
+def test_csv_has_every_column_at_full_precision(comparison: Comparison) -> None:
+    rows = list(csv.DictReader(io.StringIO(formatted([comparison], "csv"))))
+    assert list(rows[0]) == ["group", *SUMMARY]
+    assert [float(row["mean"]) for row in rows] == comparison.table["mean"].tolist()
+
+
+def test_json_is_strict_and_has_null_for_what_is_missing(comparison: Comparison) -> None:
+    data = json.loads(formatted([comparison], "json"), parse_constant=lambda name: pytest.fail(name))
+    cells = data["tasks"][0]["cells"]
+    baseline = next(cell for cell in cells if cell["label"] == "baseline")
+    assert baseline["p"] is None
+    assert {effect["axis"] for effect in data["tasks"][0]["effects"]} == {"estimator", "placement", "weight", "training.lr"}
+
+
+def test_markdown_is_one_table(comparison: Comparison) -> None:
+    lines = [line for line in formatted([comparison], "md").splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(comparison.table)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def _rows(text: str) -> list[list[str]]:
+    """A small LaTeX parser: balanced groups and environments, and a table's rows, split where TeX would."""
+    depth, stack = 0, []
+    for token in re.findall(r"\\begin\{(\w+)\}|\\end\{(\w+)\}|\\.|[{}]", re.sub(r"(?<!\\)%.*", "", text)):
+        begun, ended = token
+        if begun:
+            stack.append(begun)
+        elif ended:
+            assert stack.pop() == ended
+    for token in re.findall(r"\\.|[{}]", re.sub(r"(?<!\\)%.*", "", text)):
+        depth += (token == "{") - (token == "}")
+        assert depth >= 0
+    assert (depth, stack) == (0, [])
+    body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
+    assert not re.search(r"(?<!\\)[#_^$~]", re.sub(r"\$-\$|\$\\\w+\$", "", body))
+    return [re.split(r"(?<!\\)&", row) for row in re.split(r"\\\\\s*\n", body.strip() + "\n") if row.strip()]
+
+
+def test_latex_is_balanced_and_every_row_has_every_column(comparison: Comparison) -> None:
+    text = formatted([comparison], "latex")
+    columns = re.search(r"\\begin\{tabular\}\{(l?r*)\}", text)
+    assert columns is not None
+    rows = _rows(text)
+    assert len(rows) == len(comparison.table)
+    assert {len(row) for row in rows} == {len(columns[1])}
+    assert [row[0].strip() for row in rows] == [label.replace("_", r"\_") for label in comparison.table["label"]]
+
+
+def test_latex_escapes_what_a_name_may_hold(comparison: Comparison) -> None:
+    nasty = r"[a] 50% of $x_1^2$ & {b} \input{c} ~ # <d> | β"
+    table = comparison.table.assign(label=nasty)
+    from dataclasses import replace
+
+    rows = _rows(formatted([replace(comparison, table=table)], "latex"))
+    assert {len(row) for row in rows} == {7}
+    assert rows[0][0].startswith("{[}a]")
+    assert r"\input" not in rows[0][0]
+
+
+def test_an_unknown_format(comparison: Comparison) -> None:
+    with pytest.raises(Mistake, match="latex"):
+        formatted([comparison], "latec")
