@@ -34,11 +34,21 @@ _NAME_LIMIT = 80
 
 
 @dataclass(frozen=True)
+class Equality:
+    """Cells that proved to be the same algorithm: the one that runs, those that it stands for, and all their groups."""
+
+    runs: str
+    merged: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Grid:
     """A study: its cells in a deterministic order, and what is needed to run and to report them.
 
     ``axes`` maps each varied field (dotted) to its written values; ``baseline`` is the group of the cell without
-    changes, when that cell is part of the study; ``text`` is the file as given.
+    changes, when that cell is part of the study; ``text`` is the file as given; ``equalities`` are the cells that were
+    merged because their gradients are equal (see `harness.dispatch.merging`).
     """
 
     name: str
@@ -52,6 +62,7 @@ class Grid:
     track: tuple[str, ...]
     file: str
     text: str
+    equalities: tuple[Equality, ...] = ()
 
     @cached_property
     def groups(self) -> tuple[str, ...]:

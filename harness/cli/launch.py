@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from grid import Grid, Mistake
+from harness.cli.merged import MergeOption, merged_grid
 from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from harness.cli.table import console, show_json
 from harness.cli.watch import Board, watch
@@ -59,11 +60,14 @@ def launch(
         list[str] | None, typer.Option(help="Slurm: further option as name=value; may be repeated.")
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")] = None,
+    merge: MergeOption = True,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Run a grid file's cells. Launching again continues: results stay, running cells go on, the rest is run."""
     study = grid_of(grid)
+    if merge:
+        study = merged_grid(study, runs / study.name, quiet=as_json).grid
     flags = {
         "partition": partition,
         "account": account,

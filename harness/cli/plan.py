@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from grid import Cell, Grid
+from harness.cli.merged import AT_ONCE, MergeOption, merged_grid
 from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from harness.cli.table import console, duration, show, show_json
 from harness.dispatch.estimate import Estimate, estimate
@@ -26,11 +27,19 @@ def plan(
     max_parallel: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")] = None,
     cells_per_job: Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="List every configuration.")] = False,
+    merge: MergeOption = True,
+    measure: Annotated[
+        bool, typer.Option("--measure", help=f"Compare gradients even of more than {AT_ONCE} new objectives.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a grid file would run: cells, merged spellings, packs, estimated time. Writes nothing."""
     study = grid_of(grid)
     folder = runs / study.name
+    unmeasured = 0
+    if merge:
+        merged = merged_grid(study, folder, at_most=None if measure else AT_ONCE, quiet=as_json)
+        study, unmeasured = merged.grid, merged.unmeasured
     resolved = {cell.id: cell.resolved() for cell in study.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
@@ -52,10 +61,18 @@ def plan(
     show(("configuration", "stands for"), [_line(first[group], study) for group in groups])
     if len(groups) < len(study.groups):
         screen.print(f"… and {len(study.groups) - len(groups)} more (--all)")
+    for equality in _equalities(study):
+        screen.print(f"same algorithm, run once: {' = '.join(equality)} (measured: equal gradients)")
+    if unmeasured:
+        screen.print(f"{unmeasured} objectives were never compared by measurement; --measure does, and so does launch")
     if not packs:
         screen.print("nothing is left to run")
         return
     screen.print(f"{len(packs)} jobs of {_sizes(packs)} cells, {workers} at a time; estimated time {_time(times)}")
+
+
+def _equalities(study: Grid) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(equality.groups for equality in study.equalities))
 
 
 def _line(cell: Cell, study: Grid) -> tuple[str, str]:
@@ -111,6 +128,7 @@ def _record(
             }
             for cell in study.cells
         ],
+        "equalities": [{"runs": each.runs, "merged": list(each.merged)} for each in study.equalities],
         "packs": [list(pack.cells) for pack in packs],
         "workers": workers,
         "estimated_seconds": times.seconds if times else None,

@@ -168,6 +168,9 @@ def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[s
         "seeds": list(grid.seeds),
         "track": list(grid.track),
         "resources": grid.resources.model_dump(mode="json"),
+        "equalities": [
+            {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
+        ],
         "grid": grid.text,
         "cells": cells,
     }

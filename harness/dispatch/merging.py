@@ -1,0 +1,103 @@
+"""Cells that are the same algorithm under their training schedule are run once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from grid import Cell, Grid
+from grid.catalogue import AXES, is_import_path
+from grid.definition import Equality
+from harness.exact.equivalence import cache_folder, equivalence_classes, unknown_fingerprints
+
+Progress = Callable[[int, int], None]
+"""Called with (objectives measured so far, objectives to measure)."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A grid with one cell per algorithm, and how many objectives were left unmeasured."""
+
+    grid: Grid
+    unmeasured: int
+
+
+def merge_equal(
+    grid: Grid, *, keep: Collection[str] = (), at_most: int | None = None, progress: Progress | None = None
+) -> Merged:
+    """The grid with equivalent cells merged into one, the baseline where it is among them, else the first.
+
+    Objectives that were never measured on this machine are measured in a process of their own, so that this one stays
+    free of torch. Cells with the user's own functions are left alone.
+
+    Args:
+        grid: the grid as written.
+        keep: ids of cells that stay even so, because a run already has them.
+        at_most: measure only when no more objectives than this are unknown; None: always.
+        progress: called while objectives are measured.
+    """
+    own = [cell for cell in grid.cells if not _custom(cell)]
+    if len({(cell.group, cell.training.on_policy) for cell in own}) < 2:
+        return Merged(grid, 0)
+    with tempfile.TemporaryDirectory(prefix="klab-") as scratch:
+        cache = _writable(cache_folder(), Path(scratch))
+        unknown = unknown_fingerprints(own, cache=cache)
+        if at_most is not None and unknown > at_most:
+            return Merged(grid, unknown)
+        if unknown:
+            _measure(own, cache, progress)
+        classes = [found.members for found in equivalence_classes(own, cache=cache) if len(found.members) > 1]
+    return Merged(_with_one_of_each(grid, classes, keep), 0)
+
+
+def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Collection[str]) -> Grid:
+    gone: set[str] = set()
+    spellings: dict[str, tuple[str, ...]] = {}
+    equalities: list[Equality] = []
+    for members in classes:
+        first = next((cell for cell in members if cell.group == grid.baseline), members[0])
+        others = [cell for cell in members if cell.id != first.id]
+        gone.update(cell.id for cell in others if cell.id not in keep)
+        spellings[first.id] = first.spellings + tuple(word for cell in others for word in cell.spellings)
+        equalities.append(
+            Equality(first.id, tuple(cell.id for cell in others), tuple(cell.group for cell in (first, *others)))
+        )
+    cells = tuple(
+        replace(cell, spellings=spellings.get(cell.id, cell.spellings)) for cell in grid.cells if cell.id not in gone
+    )
+    return replace(grid, cells=cells, equalities=tuple(equalities))
+
+
+def _measure(cells: Sequence[Cell], cache: Path, progress: Progress | None) -> None:
+    """Run `python -m harness.exact.measure` on the distinct objectives of these cells."""
+    wanted = {json.dumps([cell.objective.settings(), cell.training.on_policy], sort_keys=True): None for cell in cells}
+    command = [sys.executable, "-m", "harness.exact.measure", str(cache)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(f"[{','.join(wanted)}]")
+        child.stdin.close()
+        for line in child.stdout:
+            done, _, total = line.partition("/")
+            if progress is not None and done.strip().isdigit() and total.strip().isdigit():
+                progress(int(done), int(total))
+    if child.returncode:
+        raise RuntimeError(f"measuring the objectives failed with exit code {child.returncode}")
+
+
+def _writable(folder: Path, scratch: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return scratch
+
+
+def _custom(cell: Cell) -> bool:
+    return any(is_import_path(getattr(cell.objective, axis)) for axis in AXES)
