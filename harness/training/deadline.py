@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -14,23 +14,26 @@ class Overdue(Exception):
 
 
 @contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Raises `Overdue` inside the block once it has taken `seconds`.
+def deadline(seconds: float) -> Iterator[Callable[[], None]]:
+    """Raises `Overdue` inside the block once it has taken `seconds`, counted anew from each call of what it yields.
 
     Works in the main thread, between two bytecodes or in a system call that a signal interrupts (sleeping, waiting for
     a lock or a socket); elsewhere, and inside a library's own loops, there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Overdue(f"no answer within {seconds:g} s")
 
+    def restart() -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    restart()
     try:
-        yield
+        yield restart
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -163,22 +163,24 @@ def score(members: Sequence[Member], position: int, examples: Sequence[Example],
         CellFailure: where the task raises, takes longer than `training.reward_seconds`, or returns something else than
             a `Score`; the message shows the example.
     """
-    task, found, limit = members[position].task, [], members[position].cell.training.reward_seconds
-    for row, completion in enumerate(rollout.texts):
-        example = examples[row // rollout.group_size]
-        try:
-            with deadline(limit):
+    task, limit = members[position].task, members[position].cell.training.reward_seconds
+    found: list[Score] = []
+    with deadline(limit) as restart:
+        for row, completion in enumerate(rollout.texts):
+            example = examples[row // rollout.group_size]
+            try:
+                restart()
                 value = task.score(example, completion)
-            if not isinstance(value, Score):
-                raise TypeError(f"a task's score is a tasks.Score, not {type(value).__name__}")
-            float(value.reward)
-        except Exception as error:
-            raise CellFailure(
-                position,
-                f"the reward of task {task.name!r} raised {type(error).__name__}: {error} "
-                f"(prompt {example.prompt!r}, answer {example.answer!r}, completion {completion!r})",
-            ) from error
-        found.append(value)
+                if not isinstance(value, Score):
+                    raise TypeError(f"a task's score is a tasks.Score, not {type(value).__name__}")
+                float(value.reward)
+            except Exception as error:
+                raise CellFailure(
+                    position,
+                    f"the reward of task {task.name!r} raised {type(error).__name__}: {error} "
+                    f"(prompt {example.prompt!r}, answer {example.answer!r}, completion {completion!r})",
+                ) from error
+            found.append(value)
     return found
 
 
