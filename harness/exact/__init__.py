@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from harness.exact.equivalence import equivalence_classes
     from harness.exact.gradients import exact_entropy, exact_gradient, exact_kl, expected_reward, gradient_of
     from harness.exact.report import EstimatorReport, estimator_report
     from harness.exact.tabular import TabularPolicy
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "TabularPolicy": "tabular",
     "EstimatorReport": "report",
+    "equivalence_classes": "equivalence",
     "estimator_report": "report",
     "exact_entropy": "gradients",
     "exact_gradient": "gradients",
@@ -27,6 +29,7 @@ _HOMES = {
 __all__ = [
     "EstimatorReport",
     "TabularPolicy",
+    "equivalence_classes",
     "estimator_report",
     "exact_entropy",
     "exact_gradient",

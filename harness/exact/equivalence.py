@@ -268,9 +268,9 @@ def _read(file: Path) -> dict[tuple[str, bool], list[float]]:
     for line in file.read_text().split("\n"):
         try:
             canonical, on_policy, mark = json.loads(line)
-        except ValueError:  # a line torn by a crash, or the empty one at the end
+            known[canonical, on_policy] = mark
+        except (ValueError, TypeError):  # a line torn by a crash, or the empty one at the end
             continue
-        known[canonical, on_policy] = mark
     return known
 
 

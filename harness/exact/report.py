@@ -36,6 +36,8 @@ class EstimatorReport:
     Every ratio below is relative to the norm of the true gradient g* (`Setting.truth`), so cells and aggregations
     compare.
 
+    Where gradients overflow the numbers are not finite.
+
     Attributes:
         bias: |E g - g*| / |g*|; with Monte Carlo the squared length of the noise is subtracted first, never below 0.
         cosine: cosine between E g and g*; 0 where one of them vanishes.
@@ -163,17 +165,18 @@ def report(objective: Objective, setting: Setting, updates: Updates) -> Estimato
     if not updates.exact:
         spread *= len(gradients) / (len(gradients) - 1)
         noise = spread / len(gradients)
-    length = float(truth.norm())
-    missed = math.sqrt(max(0.0, float((mean - truth).square().sum()) - noise))
-    cosine = _ratio(float(mean @ truth), float(mean.norm()) * length) if float(mean.norm()) * length > 0 else 0.0
-    cosine = max(-1.0, min(1.0, cosine))
+    length, product = float(truth.norm()), float(mean @ truth)
+    missed = _root(float((mean - truth).square().sum()) - noise)
+    cosine = (
+        float((mean @ truth / (mean.norm() * length)).clamp(-1.0, 1.0)) if length * float(mean.norm()) != 0.0 else 0.0
+    )
     bias, variance = _ratio(missed, length), updates.trajectories * spread
     relative = _ratio(variance, length**2)
     return EstimatorReport(
         bias=bias,
         cosine=cosine,
-        bias_fitted=math.sqrt(1.0 - max(0.0, cosine) ** 2),
-        fitted_scale=max(0.0, _ratio(float(mean @ truth), float(mean.square().sum()))),
+        bias_fitted=1.0 if cosine <= 0.0 else _root(1.0 - cosine**2),
+        fitted_scale=0.0 if cosine <= 0.0 else _ratio(product, float(mean.square().sum())),
         variance=variance,
         variance_relative=relative,
         ess=_effective_sample_size(found, updates.weights),
@@ -191,6 +194,11 @@ def _effective_sample_size(found: Gradients, weights: Tensor) -> float:
         float(weights @ sums.to(weights.dtype)) for sums in (found.weight, found.weight_square, found.tokens)
     )
     return weight**2 / (tokens * square) if square > 0 else 0.0
+
+
+def _root(square: float) -> float:
+    """Square root, where rounding below 0 is 0; what is undefined stays so."""
+    return 0.0 if square <= 0.0 else math.sqrt(square)
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -150,7 +150,7 @@ def test_fingerprints_are_cached_and_a_torn_cache_is_repaired(tmp_path: Path) ->
     again = fingerprints(objectives, cache=tmp_path, progress=lambda done, total: pytest.fail("computed again"))
     assert again == first
     (file,) = (tmp_path / "fingerprints").iterdir()
-    file.write_text(file.read_text().rstrip()[:-7])
+    file.write_text("0.25\n" + file.read_text().rstrip()[:-7])
     computed.clear()
     repaired = fingerprints(objectives, cache=tmp_path, progress=lambda done, total: computed.append((done, total)))
     assert repaired == first

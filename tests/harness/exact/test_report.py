@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -15,13 +16,17 @@ from harness.exact import TabularPolicy, estimator_report, exact_gradient
 from harness.exact.bench import Instance
 from harness.exact.setting import Setting
 from tests.harness.exact.enumeration import (
+    Gradient,
     Policy,
+    add_scores,
+    as_rows,
     coefficients,
     expected_group_update,
     expected_update,
     log_probs,
     policy_of,
     probability,
+    sequences,
 )
 
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k3_plus")
@@ -257,6 +262,39 @@ def test_nothing_to_learn_is_no_bias_and_something_learned_from_nothing_is_infin
     assert (report.bias, report.cosine, report.variance) == (0.0, 0.0, 0.0)
     drifted = Setting(policy, lab(13, 3, 1).policy, policy, torch.ones(3))
     assert measured(cell(advantage="raw"), drifted).bias == math.inf
+
+
+def test_overflow_is_reported_as_such_and_never_as_agreement() -> None:
+    far = TabularPolicy(torch.tensor([[800.0, 0.0, -800.0]]))
+    near = TabularPolicy(torch.zeros(1, 3))
+    report = estimator_report(cell(estimator="k3", placement="loss"), far, near, near, torch.arange(3.0), 2)
+    assert not math.isfinite(report.bias)
+    assert not math.isfinite(report.variance)
+    assert math.isnan(report.cosine)
+    assert not report.bias_fitted < 1
+
+
+def test_token_mean_divides_by_the_tokens_of_the_whole_update() -> None:
+    """Ordered pairs of trajectories of different lengths, one by one."""
+    setting = lab(15, horizon=3, end=1)
+    current, behaviour, reference = trees(setting)
+    reward = reward_of(setting)
+    walked = sequences(current, 1)
+    total: Gradient = defaultdict(float)
+    for first, second in itertools.product(walked, repeat=2):
+        share = probability(behaviour, first) * probability(behaviour, second) / (len(first) + len(second))
+        for sequence in (first, second):
+            parts = coefficients(
+                sequence, current, behaviour, reference, reward(sequence), 0.0,
+                estimator="k3", placement="loss_corrected", ratio="prefix_product", weight="ppo_clip", beta=0.3,
+            )  # fmt: skip
+            add_scores(total, current, sequence, [share * c for c in parts])
+    objective = cell(
+        aggregation="token_mean", estimator="k3", placement="loss_corrected", ratio="prefix_product", weight="ppo_clip"
+    )
+    found = measured(objective, setting)
+    assert found.method == "groups"
+    assert torch.allclose(found.expectation, as_tensor(as_rows(total, current)), rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize(("group_size", "groups"), [(0, 1), (2, 0)])
