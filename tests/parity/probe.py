@@ -1,0 +1,122 @@
+"""Batches on which klab and its peers are compared, and klab's gradient on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grid import Objective
+from harness.objective import TokenBatch, objective_loss
+
+GROUPS, SIZE, WIDTH, BUDGET = 13, 5, 8, 11
+"""Prompts, trajectories of each, padded length, completion budget. 5/4 and 65/64, the Bessel corrections that TRL
+computes in
+single precision, are exact there."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """N trajectories: three log-probabilities `[N, T]`, present tokens, own tokens, rewards, groups.
+
+    Attributes:
+        logp: under the current policy.
+        behaviour: under the policy that sampled.
+        reference: under the reference policy.
+        present: bool, tokens that exist: own and environment tokens.
+        own: bool, the policy's own tokens.
+        rewards: `[N]`.
+        greedy: `[N]`, the greedy completion's reward of the same prompt.
+        groups: int `[N]`.
+    """
+
+    logp: Tensor
+    behaviour: Tensor
+    reference: Tensor
+    present: Tensor
+    own: Tensor
+    rewards: Tensor
+    greedy: Tensor
+    groups: Tensor
+
+    @property
+    def size(self) -> int:
+        """Trajectories of each prompt."""
+        return int((self.groups == 0).sum())
+
+    def batch(self, logp: Tensor) -> TokenBatch:
+        """klab's batch of this probe."""
+        return TokenBatch(
+            logp,
+            self.behaviour,
+            self.reference,
+            mask=self.own,
+            rewards=self.rewards,
+            groups=self.groups,
+            max_new_tokens=BUDGET,
+            greedy_rewards=self.greedy,
+        )
+
+
+def probe(
+    *,
+    drift: float = 0.4,
+    gaps: bool = True,
+    binary: bool = True,
+    scale: float = 1.0,
+    equal_lengths: bool = False,
+    size: int = SIZE,
+) -> Probe:
+    """A probe with ragged lengths, a gap of environment tokens, mixed groups and one whose rewards are all equal.
+
+    Args:
+        drift: standard deviation of the log-ratios to the behaviour policy and to the reference.
+        gaps: whether some rows contain environment tokens.
+        binary: rewards 0 and 1, else normal.
+        scale: multiplies the rewards.
+        equal_lengths: every row has all its tokens.
+        size: trajectories of each prompt.
+    """
+    source = torch.Generator().manual_seed(7)
+    count = GROUPS * size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    logp = -normal(count, WIDTH).abs() - 0.05
+    behaviour = logp - drift * normal(count, WIDTH)
+    reference = logp - (drift * normal(count, WIDTH)).clamp(-2, 2)
+    lengths = torch.randint(3, WIDTH + 1, (count,), generator=source)
+    if equal_lengths:
+        lengths = torch.full((count,), WIDTH)
+    present = torch.arange(WIDTH) < lengths[:, None]
+    own = present.clone()
+    if gaps:
+        for row in range(0, count, 3):
+            own[row, 1] = False
+    rewards = (normal(count) > 0).to(torch.float64) if binary else normal(count)
+    rewards[size : 2 * size] = 1.0  # an uninformative group
+    rewards[0], rewards[1] = 0.0, 1.0
+    greedy = (normal(GROUPS) > 0).to(torch.float64).repeat_interleave(size)
+    groups = torch.arange(GROUPS).repeat_interleave(size)
+    return Probe(logp, behaviour, reference, present, own, scale * rewards, scale * greedy, groups)
+
+
+def klab_gradient(objective: Objective, data: Probe) -> Tensor:
+    """Gradient of klab's loss with respect to the log-probabilities of the tokens, `[N, T]`."""
+    logp = data.logp.clone().requires_grad_()
+    return torch.autograd.grad(objective_loss(objective, data.batch(logp)).loss, logp)[0]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference over the norm of the peer's gradient, which must not vanish."""
+    assert float(theirs.norm()) > 1e-6, "the peer's gradient vanishes: this probe compares nothing"
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def assert_same(name: str, objective: Objective, data: Probe, theirs: Tensor, tolerance: float = 1e-8) -> None:
+    """klab's gradient equals the peer's to the tolerance; prints the error (`pytest -s` or `-rP` shows the table)."""
+    error = relative_error(klab_gradient(objective, data), theirs)
+    print(f"{name:<60} {error:.2e}")
+    assert error <= tolerance, f"{name}: relative gradient error {error:.2e} > {tolerance:.0e}"

@@ -1,0 +1,243 @@
+"""klab's gradients are verl's, wherever the conventions can be set equal.
+
+verl's conventions, set on klab's side: group std with Bessel's correction and eps 1e-6, dual clip (c = 3) in every
+PPO loss.
+verl's sequence means divide by H + 1e-8, which leaves a relative difference below 1e-8 / 3 for the lengths of the
+probes.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pytest
+import torch
+
+from grid import Objective
+
+try:
+    installed = version("verl")
+except PackageNotFoundError:
+    pytest.skip(
+        "verl is not installed: `make parity-test` installs verl==0.9.1 into its own environment",
+        allow_module_level=True,
+    )
+if installed != "0.9.1":
+    pytest.skip(f"verl {installed} is installed; parity is with 0.9.1 (`make parity-test`)", allow_module_level=True)
+
+from harness.objective import update_context
+from tests.parity.probe import BUDGET, WIDTH, Probe, assert_same, klab_gradient, probe, relative_error
+from tests.parity.verl_peer import token_rewards, verl_advantages, verl_gradient
+
+pytestmark = pytest.mark.parity
+
+GROUP_NORM = {"name": "group_norm", "std": "sample", "eps": 1e-6}
+DUAL = {"name": "dual_clip", "c": 3.0}
+UNREACHABLE = 1e9
+"""A dual-clip bound that no ratio reaches: plain PPO clipping."""
+
+
+def verl(**values: Any) -> Objective:
+    return Objective(**{"placement": "none", "weight": DUAL, "advantage": GROUP_NORM, **values})
+
+
+CASES: dict[str, tuple[dict[str, Any], Objective]] = {
+    "GRPO": (
+        {"aggregation": "seq-mean-token-mean", "kl": "low_var_kl", "kl_coefficient": 0.04},
+        verl(estimator="k3", placement={"name": "loss", "beta": 0.04}),
+    ),
+    "GRPO without dual clip": (
+        {"aggregation": "seq-mean-token-mean", "clip_ratio_c": UNREACHABLE},
+        verl(weight="ppo_clip"),
+    ),
+    "Dr. GRPO": (
+        {"norm_adv_by_std_in_grpo": False, "aggregation": "seq-mean-token-sum-norm", "scale_factor": BUDGET},
+        verl(advantage="group_center", aggregation="constant"),
+    ),
+    "DAPO": (
+        {"clip_ratio_high": 0.28},
+        verl(weight={**DUAL, "eps_high": 0.28}, aggregation="token_mean"),
+    ),
+    "dual clip, c = 1.5": (
+        {"clip_ratio_c": 1.5},
+        verl(weight={"name": "dual_clip", "c": 1.5}, aggregation="token_mean"),
+    ),
+    "seq-mean-token-sum": (
+        {"aggregation": "seq-mean-token-sum"},
+        verl(aggregation="sequence_sum"),
+    ),
+    "GSPO": (
+        {"loss_mode": "gspo", "aggregation": "seq-mean-token-mean", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
+        verl(ratio="sequence_mean", weight={"name": "ppo_clip", "eps_low": 3e-4, "eps_high": 4e-4}),
+    ),
+    "GSPO, wide clip": (
+        {"loss_mode": "gspo", "aggregation": "seq-mean-token-mean", "clip_ratio_low": 0.1, "clip_ratio_high": 0.15},
+        verl(ratio="sequence_mean", weight={"name": "ppo_clip", "eps_low": 0.1, "eps_high": 0.15}),
+    ),
+    "GSPO, ratio path": (
+        {"loss_mode": "gspo", "aggregation": "seq-mean-token-mean", "clip_ratio_low": 0.1, "clip_ratio_high": 0.15},
+        verl(ratio="sequence_mean", weight={"name": "ppo_clip", "eps_low": 0.1, "eps_high": 0.15}, path="ratio"),
+    ),
+    "CISPO (1 - .2, 1 + .2)": (
+        {"loss_mode": "cispo"},
+        verl(weight="clamp", aggregation="token_mean"),
+    ),
+    "CISPO as MiniMax (cap 5)": (
+        {"loss_mode": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0},
+        verl(weight={"name": "truncate", "cap": 5.0}, aggregation="token_mean"),
+    ),
+    "SAPO": (
+        {"loss_mode": "sapo", "aggregation": "seq-mean-token-mean"},
+        verl(weight="sigmoid"),
+    ),
+}
+
+
+@pytest.mark.parametrize("drift", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("name", CASES)
+def test_a_named_algorithm_has_the_gradient_of_verl(name: str, drift: float) -> None:
+    settings, objective = CASES[name]
+    settings = dict(settings)
+    data = probe(drift=drift)
+    advantages = verl_advantages(data, "grpo", norm_adv_by_std_in_grpo=settings.pop("norm_adv_by_std_in_grpo", True))
+    assert_same(f"verl {name}, drift {drift:g}", objective, data, verl_gradient(data, advantages, **settings))
+
+
+AGGREGATIONS: dict[str, tuple[str, int | None]] = {
+    "sequence_mean": ("seq-mean-token-mean", None),
+    "token_mean": ("token-mean", None),
+    "constant": ("seq-mean-token-sum-norm", BUDGET),
+    "sequence_sum": ("seq-mean-token-sum", None),
+}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("estimator", "theirs"), {"k1": "k1", "k2": "k2", "k3": "k3", "abs": "abs", "k3_plus": "k3+"}.items()
+)
+def test_every_kl_loss_with_every_aggregation(estimator: str, theirs: str, aggregation: str) -> None:
+    mode, factor = AGGREGATIONS[aggregation]
+    data = probe(drift=0.4)
+    objective = verl(estimator=estimator, placement={"name": "loss", "beta": 0.5}, aggregation=aggregation)
+    gradient = verl_gradient(
+        data, verl_advantages(data, "grpo"), aggregation=mode, scale_factor=factor, kl=theirs, kl_coefficient=0.5
+    )
+    assert_same(f"verl {theirs} as loss, {mode}", objective, data, gradient)
+
+
+def in_reward(estimator: str, placement: str, advantage: Any, **values: Any) -> Objective:
+    charged = {"name": placement, "beta": 0.05, "kl_scale": "sum", "kl_at": "rollout"}
+    return verl(estimator=estimator, placement=charged, advantage=advantage, aggregation="token_mean", **values)
+
+
+@pytest.mark.parametrize(("estimator", "theirs"), {"k1": "kl", "k2": "mse", "k3": "low_var_kl", "abs": "abs"}.items())
+@pytest.mark.parametrize(
+    ("advantage", "name"),
+    [(GROUP_NORM, "grpo"), ("leave_one_out", "rloo"), ("greedy_baseline", "remax")],
+    ids=["grpo", "rloo", "remax"],
+)
+def test_kl_in_the_reward(advantage: Any, name: str, estimator: str, theirs: str) -> None:
+    data = probe(drift=0.3)
+    rewards = token_rewards(data, 0.05, theirs)
+    placement = "reward_to_go" if name == "remax" else "reward"
+    gradient = verl_gradient(data, verl_advantages(data, name, rewards))
+    assert_same(f"verl {name}, {theirs} in reward", in_reward(estimator, placement, advantage), data, gradient)
+
+
+def test_opo_has_the_gradient_of_verl() -> None:
+    data = probe(drift=0.3)
+    gradient = verl_gradient(data, verl_advantages(data, "opo"))
+    assert_same("verl OPO", verl(advantage="length_baseline", aggregation="token_mean"), data, gradient)
+
+
+def test_reinforce_pp_has_the_gradient_of_verl() -> None:
+    """verl whitens with rsqrt(var + 1e-8), klab divides by std + eps: with eps = 0 the two differ by 5e-9 / var, so that the
+    rewards here have a variance well above 1."""
+    data = probe(drift=0.3, binary=False, scale=10.0)
+    objective = in_reward("k1", "reward_to_go", {"name": "batch_norm", "std": "sample", "eps": 0.0})
+    gradient = verl_gradient(data, verl_advantages(data, "reinforce_plus_plus", token_rewards(data, 0.05)))
+    assert_same("verl REINFORCE++", objective, data, gradient)
+
+
+def test_reinforce_pp_with_small_rewards_differs_by_verls_epsilon() -> None:
+    data = probe(drift=0.3)
+    objective = in_reward("k1", "reward_to_go", {"name": "batch_norm", "std": "sample", "eps": 0.0})
+    gradient = verl_gradient(data, verl_advantages(data, "reinforce_plus_plus", token_rewards(data, 0.05)))
+    assert_same("verl REINFORCE++, 0/1 rewards (eps inside the root)", objective, data, gradient, 1e-7)
+
+
+def whitened_group_center(returns: Any) -> torch.Tensor:
+    """REINFORCE++-baseline as verl has it: r - mean_G, then whitened over all own tokens; a user's own axis value."""
+    mean, _ = returns.group_moments(returns.outcome, returns.present)
+    centred = (returns.outcome - mean).expand_as(returns.mask)
+    values = centred[returns.mask]
+    return (centred - values.mean()) / values.std()
+
+
+def test_reinforce_pp_baseline_has_the_gradient_of_verl_through_an_own_axis_value() -> None:
+    """klab's `group_center_batch_norm` divides by the std of the update's returns (Lite-PPO); verl's REINFORCE++-baseline
+    whitens the centred rewards over *tokens*, long trajectories weighing more. That is one function, named by its
+    import path."""
+    data = probe(drift=0.3, binary=False, scale=10.0)
+    objective = verl(advantage="tests.parity.test_verl:whitened_group_center", aggregation="token_mean")
+    gradient = verl_gradient(data, verl_advantages(data, "reinforce_plus_plus_baseline"))
+    assert_same("verl REINFORCE++-baseline (own axis value)", objective, data, gradient)
+
+
+def test_reinforce_pp_baseline_is_parallel_to_group_center_batch_norm_for_equal_lengths() -> None:
+    data = probe(drift=0.3, gaps=False, equal_lengths=True)
+    objective = verl(advantage={"name": "group_center_batch_norm", "eps": 0.0}, aggregation="token_mean")
+    ours, theirs = (
+        klab_gradient(objective, data),
+        verl_gradient(data, verl_advantages(data, "reinforce_plus_plus_baseline")),
+    )
+    scale = float((ours * theirs).sum() / theirs.square().sum())
+    error = relative_error(ours / scale, theirs)
+    print(f"{'verl REINFORCE++-baseline, equal lengths, up to scale':<60} {error:.2e}  (scale {scale:.4f})")
+    assert error < 1e-8
+    assert abs(scale - 1) > 1e-3
+
+
+def test_the_critics_advantages_are_verls_before_its_whitening() -> None:
+    """verl whitens GAE's advantages always; klab's `gae` does not whiten. verl's returns minus values are the
+    advantages before."""
+    from verl.trainer.ppo.core_algos import compute_gae_advantage_return
+
+    data = probe(drift=0.3)
+    values = torch.randn(data.logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rewards = token_rewards(data, 0.05)
+    mask = data.own.to(values.dtype)
+    returns = compute_gae_advantage_return(rewards, values, mask, 0.97, 0.9)[1]
+    placement = {"name": "reward_to_go", "beta": 0.05, "kl_scale": "sum"}
+    objective = verl(estimator="k1", placement=placement, advantage={"name": "gae", "gamma": 0.97, "lam": 0.9})
+    ours = update_context(objective, data.batch(data.logp).replace(values=values)).advantages
+    error = relative_error(ours, (returns - values) * mask)
+    print(f"{'verl GAE, advantages before whitening':<60} {error:.2e}")
+    assert error <= 1e-8
+
+
+def far_reference() -> Probe:
+    """A probe with one token whose reference probability is 40 times the policy's: k3 = 36 there."""
+    data = probe(drift=0.1)
+    data.reference[0, 0] = data.logp[0, 0] + 3.7
+    return data
+
+
+def test_verl_drops_the_gradient_of_a_large_k3_and_klab_does_not() -> None:
+    """No klab setting: verl clamps k3 at 10, so that its gradient vanishes once ref/pi exceeds about 13."""
+    data = far_reference()
+    objective = verl(estimator="k3", placement={"name": "loss", "beta": 0.5}, aggregation="token_mean")
+    theirs = verl_gradient(data, verl_advantages(data, "grpo"), kl="k3", kl_coefficient=0.5)
+    ours = klab_gradient(objective, data)
+    assert relative_error(ours, theirs) > 1e-2
+    ours[0, 0] = theirs[0, 0]
+    assert relative_error(ours, theirs) <= 1e-8
+
+
+def test_the_default_scale_of_verls_constant_is_the_padded_width() -> None:
+    data = probe()
+    objective = verl(advantage="group_center", aggregation="constant")
+    advantages = verl_advantages(data, "grpo", norm_adv_by_std_in_grpo=False)
+    theirs = verl_gradient(data, advantages, aggregation="seq-mean-token-sum-norm")
+    assert relative_error(klab_gradient(objective, data) * BUDGET / WIDTH, theirs) <= 1e-8
