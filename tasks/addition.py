@@ -1,7 +1,7 @@
 """Sums of two n-digit numbers, the answer written with its least significant digit first.
 
-In that order each digit depends on two digits of the prompt and on a carry that was just decided, which a transformer of a
-few layers learns within seconds (Lee et al. 2023, "Teaching Arithmetic to Small Transformers").
+In that order each digit depends on two digits of the prompt and on a carry that was just decided, which a transformer
+of a few layers learns within seconds (Lee et al. 2023, "Teaching Arithmetic to Small Transformers").
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TRAIN_LENGTH, HELD_OUT_LENGTH = 1_000_000, 4_096
 class Addition:
     """Prompt `12+34=`, answer `64`. Reward 1 for the exact answer, else 0.
 
-    `a+b` and `b+a` are in the same split. Up to two digits a split lists every sum once, in a shuffled order; above that,
-    sums are drawn.
+    `a+b` and `b+a` are in the same split. Up to two digits a split lists every sum once, in a shuffled order; above
+    that, sums are drawn.
 
     Args:
         digits: number of digits of both summands, without leading zeros; 0 counts as a one-digit number.

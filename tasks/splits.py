@@ -21,7 +21,8 @@ def split_of(key: str) -> SplitName:
 class Drawn(Sequence[Example]):
     """A lazy split of a space too large to list: example i is drawn with a generator seeded by (name, split, i).
 
-    Draws that belong to the other split are rejected, so no prompt is in both; one prompt may be drawn twice in one split.
+    Draws that belong to the other split are rejected, so no prompt is in both; one prompt may be drawn twice in one
+    split.
 
     Args:
         name: of the task with its parameters; part of every seed.

@@ -132,7 +132,8 @@ class Rotary:
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype, limit: int) -> tuple[Tensor, Tensor]:
-        """Factors [..., head_size] at `positions` (all below `limit`): cosines twice, and sines with the first half negated.
+        """Factors [..., head_size] at `positions` (below `limit`): cosines twice, and sines with the first half
+        negated.
 
         With swap(x) the vector with its halves exchanged, the embedding of x is x · cosines + swap(x) · sines.
         """

@@ -17,7 +17,7 @@ EXPLICIT_SLOTS = 96
 
 
 class Arrangement(Protocol):
-    """Where A cells' M tokens stand: A·L lanes (L per cell) of S slots. Tokens and slots are numbered through all cells.
+    """Where A cells' M tokens stand: A·L lanes of S slots. Tokens and slots are numbered through all cells.
 
     Attributes:
         positions: int64 [A·L or 1, S], each slot's position in its sequence, for the rotary embedding.

@@ -1,7 +1,7 @@
 """The stacked decoder: C models of one architecture (Llama, Qwen2, Qwen3) whose weights carry a leading cell axis.
 
-Everything but attention works on single tokens, so tokens stand in one flat axis without padding, `[C, M, hidden]`; which
-token sees which is the business of the arrangement that a forward pass is given (`harness.policy.attention`).
+Everything but attention works on single tokens, so tokens stand in one flat axis without padding, `[C, M, hidden]`;
+which token sees which is the business of the arrangement that a forward pass is given (`harness.policy.attention`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harness.policy.layer import embedded, gated, linear, normed, rotated
 Weights = dict[str, Tensor]
 
 JOINED_SIZE = 300_000
-"""Up to this many parameters per cell, copying the weights of some cells of a pack together costs less than it saves."""
+"""Up to this many parameters per cell, joining the weights of some cells of a pack costs less than it saves."""
 
 
 class Decoder:
@@ -130,7 +130,7 @@ class Decoder:
         return Decoder(self.config, self.tokenizer, copies)
 
     def weights(self, stacks: Sequence[Sequence[int]]) -> list[Weights]:
-        """Weights of several stacks of cells: the parameters themselves where one stack holds all, else joined slices."""
+        """Weights of several stacks of cells: the parameters themselves where one stack is all, else joined slices."""
         if len(stacks) == 1 and list(stacks[0]) == list(range(self.cells)):
             return [self.parameters]
         slices = {name: value.unbind(0) for name, value in self.parameters.items()}
@@ -175,10 +175,10 @@ class Decoder:
             h = normed(x, weights[at + "input_norm"].unsqueeze(1), a.norm_eps)
             qkv = linear(h, weights[at + "qkv"], weights.get(at + "qkv_bias")).view(-1, a.head_size)
             slots = qkv.index_select(0, spread).view(heads, -1, S, a.head_size)
-            turned, values = torch.split(slots, (turning, a.kv_heads))
+            turned, values = torch.split(slots, [turning, a.kv_heads])
             if a.qk_norm:
                 turned = self._head_normed(turned, weights[at + "q_norm"], weights[at + "k_norm"])
-            queries, keys = torch.split(rotated(turned, cosines, sines), (a.heads, a.kv_heads))
+            queries, keys = torch.split(rotated(turned, cosines, sines), [a.heads, a.kv_heads])
             mixed = arrangement.attend(layer, queries, keys, values).reshape(-1, a.head_size)
             if layer == a.layers - 1 and kept is not None:
                 collect = collect_kept

@@ -1,9 +1,10 @@
 """Step-by-step logits of growing trajectories, with cached keys and values.
 
-Each distinct prefix of a group is forwarded once, in the lane of its group, where it sees the prompt and its ancestors. Where a
-lane would become too long for that (long completions that share nothing any more), every trajectory gets a lane of its own.
-Trajectories that have ended leave. All of this depends on one cell's trajectories alone, so a cell's shapes, and with them its
-bits, are the same whatever it is packed with; cells whose shapes agree in a step are stacked in that step.
+Each distinct prefix of a group is forwarded once, in the lane of its group, where it sees the prompt and its
+ancestors. Where a lane would become too long for that (long completions that share nothing any more), every
+trajectory gets a lane of its own. Trajectories that have ended leave. All of this depends on one cell's trajectories
+alone, so a cell's shapes, and with them its bits, are the same whatever it is packed with; cells whose shapes agree
+in a step are stacked in that step.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ class Decoding:
         active = list(newest)
         plans = []
         for cell in active:
-            gathered = self.cells[cell].move()
+            going = np.array(open_rows[cell])
+            gathered = self.cells[cell].move(going)
             if gathered is not None:
                 lanes, slots = (torch.from_numpy(index).to(self.policy.device) for index in gathered)
-                moved = [(k[:, lanes, slots], v[:, lanes, slots]) for k, v in self._cache((cell,))]
-                self.caches = {(cell,): moved, **self.caches}  # found before the stack that it was part of
-            plans.append(self.cells[cell].grow(newest[cell].cpu().numpy(), np.array(open_rows[cell])))
+                self._part(cell)
+                self.caches[(cell,)] = [(k[:, lanes, slots], v[:, lanes, slots]) for k, v in self.caches[(cell,)]]
+            plans.append(self.cells[cell].grow(newest[cell].cpu().numpy(), going))
         found: dict[int, Tensor] = {}
         caches: dict[tuple[int, ...], Cache] = {}
         for members in self.policy.stacks([plan.shape for plan in plans]):
@@ -83,18 +85,24 @@ class Decoding:
     def _cache(self, cells: tuple[int, ...]) -> Cache:
         if cells in self.caches:
             return self.caches[cells]
-        parts = []
         for cell in cells:
-            holder = next(key for key in self.caches if cell in key)
-            at = holder.index(cell)
-            n = len(holder)
-            parts.append([(k.chunk(n, 1)[at], v.chunk(n, 1)[at]) for k, v in self.caches[holder]])
+            self._part(cell)
+        parts = [self.caches[(cell,)] for cell in cells]
         if len(parts) == 1:
             return parts[0]
         return [
             (torch.cat([k for k, _ in layer], 1), torch.cat([v for _, v in layer], 1))
             for layer in zip(*parts, strict=True)
         ]
+
+
+    def _part(self, cell: int) -> None:
+        """Take apart the stack whose cache a cell is part of."""
+        holder = next(key for key in self.caches if cell in key)
+        if len(holder) > 1:
+            cache, n = self.caches.pop(holder), len(holder)
+            for at, member in enumerate(holder):
+                self.caches[(member,)] = [(k.chunk(n, 1)[at], v.chunk(n, 1)[at]) for k, v in cache]
 
 
 @dataclass(slots=True)
@@ -132,12 +140,10 @@ class _Branches:
         self.visible = (np.arange(self.width)[None, :] < self.lengths[:, None])[self.lane]
         self.prefix = self.lane.copy()
         self.next_position = self.lengths[self.lane]
-        self.open = np.ones(len(self.lane), dtype=bool)
         self.apart = False
 
     def grow(self, tokens: Indices, open_rows: NDArray[np.bool_]) -> _Plan:
         """Append one token to each open trajectory."""
-        self.open = open_rows
         live = np.flatnonzero(open_rows)
         high = int(tokens.max()) + 1
         if self.apart:
@@ -173,13 +179,13 @@ class _Branches:
         self.next_position[live] += 1
         return _Plan(padded[0], slots, padded[1], positions, visible, rows)
 
-    def move(self) -> tuple[Indices, Indices] | None:
-        """Give every open trajectory a lane of its own once the lanes are too long, and fewer lanes once many have ended.
+    def move(self, open_rows: NDArray[np.bool_]) -> tuple[Indices, Indices] | None:
+        """Give every open trajectory its own lane once the lanes are too long, and fewer lanes once many have ended.
 
         Returns:
-            lanes [new lanes, 1] and slots [new lanes, new slots] from which the cache is to be gathered; None to leave it.
+            lanes [new lanes, 1] and slots [new lanes, new slots] from which to gather the cache; None to leave it.
         """
-        live = np.flatnonzero(self.open)
+        live = np.flatnonzero(open_rows)
         lanes = bucket(len(live))
         if not (self.visible.shape[1] > EXPLICIT_SLOTS and (not self.apart or lanes < self.lanes)):
             return None

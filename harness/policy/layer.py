@@ -31,7 +31,7 @@ def normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of [..., size]: `cosines` twice side by side, `sines` with the first half negated (see `Rotary`)."""
+    """Rotary embedding of [..., size] with the factors that `Rotary` gives."""
     out: Tensor = _Rotation.apply(x, cosines, sines)  # type: ignore[no-untyped-call]
     return out
 

@@ -1,8 +1,8 @@
 """One cell's trajectories as a forest of prefixes: every distinct (prompt, prefix) is one token of the forward pass.
 
 Trajectories of a group share their prompt, identical trajectories share everything, and others share as long as they
-agree. Logits after a prefix depend on the prefix alone, so forwarding each once is exact, and gathering them back to the
-trajectories sums their gradients exactly.
+agree. Logits after a prefix depend on the prefix alone, so forwarding each once is exact, and gathering them back to
+the trajectories sums their gradients exactly.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from harness.policy.decoding import Decoding, PlainDecoding
 from harness.policy.prefixes import Forest, forest, plain_forest
 
 Environment = Callable[[int, int, str], str | None]
-"""`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far (both
-sides, without end tokens), called when the policy has ended its turn; None ends the episode."""
+"""`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far
+(both sides, without end tokens), called when the policy has ended its turn; None ends the episode."""
 
 
 @dataclass(slots=True)

@@ -28,8 +28,8 @@ VERSION = 1
 def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None) -> Path:
     """Folder of the checkpoint that a cell starts from.
 
-    A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built under a
-    file lock and renamed into place when complete, so that any number of processes may ask for it at once.
+    A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built
+    under a file lock and renamed into place when complete, so that any number of processes may ask for it at once.
 
     Args:
         section: the grid's policy section, `tiny` or `hf`.

@@ -28,9 +28,9 @@ def warm_up(
 ) -> dict[str, Any]:
     """Train a policy of one cell in place until its accuracy first reaches `target`.
 
-    Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn for each
-    of 256 held-out examples. A step over the upper limit is undone, and repeated at a quarter of the learning rate. An
-    accuracy inside 0.2..0.5 that has not improved for 40 evaluations is taken as it is.
+    Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn
+    for each of 256 held-out examples. A step over the upper limit is undone, and repeated at a quarter of the
+    learning rate. An accuracy inside 0.2..0.5 that has not improved for 40 evaluations is taken as it is.
 
     Returns:
         a record: updates, accuracy, examples seen.

@@ -1,0 +1,156 @@
+"""Sampling: what is drawn, what is recorded, and that caching and merging change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grid.mistake import Mistake
+from harness.policy.logprobs import token_scores
+from harness.policy.rollout import Rollout, draw, sample
+from tests.harness.policy.tiny import decoder, generators
+
+PROMPTS = [[3, 4, 5, 13, 14], [6, 13, 7], [8, 9, 10, 3, 4, 13, 14]]
+
+
+def assert_same(first: Rollout, second: Rollout, atol: float = 0.0) -> None:
+    for name in ("tokens", "mask", "present", "truncated"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    torch.testing.assert_close(first.logp, second.logp, rtol=0, atol=atol)
+    assert first.texts == second.texts
+    assert first.prompts == second.prompts
+    assert first.group_size == second.group_size
+
+
+@pytest.mark.parametrize(("group_size", "budget"), [(4, 5), (6, 30), (1, 3)])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_caching_and_merging_draw_what_full_passes_draw(group_size: int, budget: int, family: str) -> None:
+    policy = decoder(1, family, torch.float64, num_key_value_heads=2)
+    found = [
+        sample(
+            policy, [PROMPTS], group_size=group_size, max_new_tokens=budget, generators=generators([7]), plain=plain
+        )[0]
+        for plain in (False, True)
+    ]
+    assert found[0].tokens.shape[1] == min(budget, int(found[0].present.sum(1).max()))
+    assert_same(*found, atol=1e-11)
+
+
+def test_recorded_log_probabilities_are_the_scores_of_the_tempered_policy() -> None:
+    policy = decoder(1, dtype=torch.float64)
+    rollout = sample(
+        policy, [PROMPTS], group_size=5, max_new_tokens=6, generators=generators([1]), temperature=0.8, top_p=0.6
+    )[0]
+    scores = token_scores(policy, [rollout], temperature=0.8)[0].logp
+    torch.testing.assert_close(rollout.logp, scores, rtol=0, atol=1e-11)
+    assert not rollout.logp[~rollout.mask].any()
+
+
+def test_a_trajectory_ends_with_its_end_token_or_its_budget() -> None:
+    rollout = sample(decoder(1), [PROMPTS], group_size=20, max_new_tokens=12, generators=generators([0]))[0]
+    for row in range(60):
+        tokens = rollout.tokens[row][rollout.present[row]].tolist()
+        assert (1 in tokens) != bool(rollout.truncated[row])
+        assert tokens.index(1) == len(tokens) - 1 if 1 in tokens else len(tokens) == 12
+        assert len(rollout.texts[row].replace("<pad>", "x").replace("<unk>", "x")) == len(tokens) - (1 in tokens)
+    assert 0 < rollout.truncated.sum() < 60
+    assert not rollout.tokens[~rollout.present].any()
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(40_000, -1)
+    chosen, logp = draw(logits, torch.Generator().manual_seed(0), 1.0)
+    shares = torch.bincount(chosen, minlength=4) / len(chosen)
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(logp, logits[0].log_softmax(0)[chosen])
+
+
+@pytest.mark.parametrize(("top_p", "allowed"), [(0.5, {2}), (0.7, {1, 2}), (0.95, {0, 1, 2}), (1e-9, {2})])
+def test_top_p_draws_from_the_smallest_likely_set_and_records_the_full_distribution(
+    top_p: float, allowed: set[int]
+) -> None:
+    logits = torch.tensor([[0.1, 0.25, 0.6, 0.05]]).log().expand(4000, -1)
+    chosen, logp = draw(logits, torch.Generator().manual_seed(0), top_p)
+    assert set(chosen.tolist()) == allowed
+    torch.testing.assert_close(logp, logits[0][chosen])
+
+
+def test_greedy_takes_the_most_likely_token_and_leaves_the_generator_alone() -> None:
+    policy, seeds = decoder(1), generators([3])
+    before = seeds[0].get_state()
+    rollout = sample(policy, [PROMPTS], group_size=2, max_new_tokens=6, generators=seeds, greedy=True)[0]
+    assert torch.equal(seeds[0].get_state(), before)
+    assert torch.equal(rollout.tokens[0::2], rollout.tokens[1::2])
+    logits = token_scores(policy, [rollout], logits=True)[0].logits
+    assert logits is not None
+    assert torch.equal(logits.argmax(-1)[rollout.mask], rollout.tokens[rollout.mask])
+
+
+def test_one_uniform_number_per_trajectory_and_step() -> None:
+    policy, seeds, expected = decoder(1), generators([3]), generators([3])
+    rollout = sample(policy, [PROMPTS], group_size=2, max_new_tokens=4, generators=seeds)[0]
+    for _ in range(rollout.tokens.shape[1]):
+        torch.rand(6, 1, generator=expected[0], dtype=torch.float64)
+    assert torch.equal(seeds[0].get_state(), expected[0].get_state())
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_environment_takes_turns_and_its_tokens_are_not_the_policys(plain: bool) -> None:
+    policy, seen = decoder(1, dtype=torch.float64), []
+
+    def environment(cell: int, trajectory: int, transcript: str) -> str | None:
+        seen.append((cell, trajectory, transcript))
+        return "7=" if "7=" not in transcript else None
+
+    rollout = sample(
+        policy,
+        [PROMPTS],
+        group_size=8,
+        max_new_tokens=10,
+        generators=generators([2]),
+        environment=environment,
+        plain=plain,
+    )[0]
+    answered = rollout.present & ~rollout.mask
+    assert answered.sum() > 0
+    assert set(answered.sum(1).tolist()) <= {0, 2}
+    for row in range(24):
+        written = rollout.tokens[row][rollout.present[row]].tolist()
+        own = rollout.mask[row][rollout.present[row]].tolist()
+        assert sum(own) <= 10
+        if False in own:
+            at = own.index(False)
+            assert written[at - 1] == 1
+            assert written[at : at + 2] == policy.tokenizer("7=")["input_ids"]
+            text = policy.tokenizer.decode([t for t, o in zip(written, own, strict=True) if o and t != 1])
+            assert rollout.texts[row] == text
+    assert {cell for cell, _, _ in seen} == {0}
+    scores = token_scores(policy, [rollout])[0].logp
+    torch.testing.assert_close(rollout.logp, scores, rtol=0, atol=1e-11)
+
+
+def test_a_rollout_survives_a_flat_dictionary() -> None:
+    rollout = sample(decoder(1), [PROMPTS], group_size=3, max_new_tokens=5, generators=generators([0]))[0]
+    again = Rollout.from_dict(rollout.to_dict())
+    assert_same(again, rollout)
+    assert all(isinstance(v, torch.Tensor | list) for v in rollout.to_dict().values())
+
+
+def test_rows_are_whole_groups() -> None:
+    rollout = sample(decoder(1), [PROMPTS], group_size=3, max_new_tokens=5, generators=generators([0]))[0]
+    assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    part = rollout.rows(slice(1, 3))
+    assert part.prompts == PROMPTS[1:]
+    assert torch.equal(part.tokens, rollout.tokens[3:])
+    assert part.texts == rollout.texts[3:]
+    assert part.groups.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_mistakes_are_named() -> None:
+    policy = decoder(1, max_position_embeddings=8)
+    with pytest.raises(Mistake, match="empty"):
+        sample(policy, [[[]]], group_size=1, max_new_tokens=2, generators=generators([0]))
+    with pytest.raises(Mistake, match="context"):
+        sample(policy, [PROMPTS], group_size=8, max_new_tokens=20, generators=generators([0]))
+    with pytest.raises(ValueError, match="1 cells"):
+        sample(policy, [PROMPTS, PROMPTS], group_size=1, max_new_tokens=2, generators=generators([0]))

@@ -1,0 +1,115 @@
+"""The starting policy: warmed up into its window, made once, found again by its content."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grid.mistake import Mistake
+from grid.sections import AdditionTask, HfPolicy, TinyPolicy
+from harness.policy.decoder import Decoder
+from harness.policy.start import starting_policy
+from harness.policy.warmup import sampled_accuracy
+from tasks import Example, Score, load_task
+from tests.harness.policy.tiny import decoder
+
+TASK = AdditionTask(digits=1)
+POLICY = TinyPolicy(hidden=32, layers=1, intermediate=64, heads=2, warmup_accuracy=0.3)
+
+
+def built(cache: Path, policy: TinyPolicy = POLICY) -> Path:
+    return starting_policy(policy, load_task(TASK), TASK, cache)
+
+
+def test_a_tiny_policy_ends_inside_its_window_and_is_made_once(tmp_path: Path) -> None:
+    steps: list[tuple[int, int, float]] = []
+    folder = starting_policy(POLICY, load_task(TASK), TASK, tmp_path, lambda *step: steps.append(step))
+    assert folder.parent == tmp_path
+    record = json.loads((folder / "warmup.json").read_text())
+    assert 0.3 <= record["accuracy"] <= 0.5
+    assert steps[-1] == (record["updates"], POLICY.warmup_updates_max, record["accuracy"])
+
+    policy, task = Decoder.from_pretrained(folder), load_task(TASK)
+    held_out = task.split("held_out")
+    assert sampled_accuracy(policy, task, held_out[:256], 0) == record["accuracy"]
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32
+
+    before = (folder / "model.safetensors").stat()
+    assert starting_policy(POLICY, load_task(TASK), TASK, tmp_path, lambda *step: pytest.fail("built again")) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_address_is_the_content(tmp_path: Path) -> None:
+    quick = POLICY.model_copy(update={"family": "qwen3"})
+    first = built(tmp_path / "a", quick)
+    assert built(tmp_path / "b", quick).name == first.name
+    weights = [Decoder.from_pretrained(tmp_path / side / first.name).parameters for side in ("a", "b")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    other = built(tmp_path / "a", quick.model_copy(update={"warmup_seed": 1}))
+    assert other.name != first.name
+
+
+def _build(cache: Path) -> str:
+    torch.set_num_threads(1)
+    return f"{os.getpid()} {built(cache)}"
+
+
+def test_processes_that_ask_at_once_get_one_policy(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        answers = pool.map(_build, [tmp_path, tmp_path], chunksize=1)
+    assert len({answer.split()[1] for answer in answers}) == 1
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [Path(answers[0].split()[1])]
+
+
+def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    def interrupt(*step: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        starting_policy(POLICY, load_task(TASK), TASK, tmp_path, interrupt)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert (built(tmp_path) / "config.json").exists()
+
+
+def test_a_warm_up_that_does_not_get_there_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match=r"warmup_updates_max.*accuracy of 0\.0.*after 5 updates"):
+        built(tmp_path, POLICY.model_copy(update={"warmup_updates_max": 5}))
+
+
+class Mute:
+    """A task without reference solutions, and, if so told, without an alphabet."""
+
+    name, max_new_tokens = "mute", 2
+
+    def __init__(self, alphabet: str | None) -> None:
+        self.alphabet = alphabet
+
+    def split(self, name: str) -> list[Example]:
+        return [Example("a", "a")]
+
+    def score(self, example: Example, completion: str) -> Score:
+        return Score(0.0, False)
+
+    def respond(self, example: Example, transcript: str) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize(("alphabet", "message"), [("a", "reference solutions"), (None, "alphabet")])
+def test_a_task_that_cannot_be_warmed_up_on_is_a_mistake(tmp_path: Path, alphabet: str | None, message: str) -> None:
+    with pytest.raises(Mistake, match=message):
+        starting_policy(POLICY, Mute(alphabet), TASK, tmp_path)
+
+
+def test_a_pretrained_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    decoder(1).save(tmp_path / "model", 0)
+    section = HfPolicy(model=str(tmp_path / "model"))
+    assert starting_policy(section, load_task(TASK), TASK, tmp_path / "cache") == tmp_path / "model"
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(Mistake, match=r"policy\.model"):
+        starting_policy(HfPolicy(model=str(tmp_path / "nowhere")), load_task(TASK), TASK, tmp_path)
