@@ -37,8 +37,9 @@ class InFlight:
 class Pool:
     """Jobs in flight and packs in waiting of one run, on this machine."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, losses: int = LOSSES) -> None:
         self.run = run
+        self.losses = losses
         self.waiting: deque[Pack] = deque()
         self.flying: list[InFlight] = []
         self.slots = 1
@@ -114,7 +115,7 @@ class Pool:
             count, before = self._losses.get(snapshot.id, (0, -1))
             count = 1 if update > before else count + 1
             self._losses[snapshot.id] = (count, max(update, before))
-            if count <= LOSSES:
+            if count < self.losses:
                 lost.append(snapshot.id)
             else:
                 self.run.cell(snapshot.id).fail(

@@ -1,0 +1,258 @@
+"""Each command answers as the README says: texts, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grid import Grid, catalogue
+from harness.cli.main import COMMANDS, main
+from harness.store import Run
+
+MakeGrid = Callable[..., Grid]
+Ask = Callable[..., Any]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+    """`ask(words…, code=0)` runs a command and gives what it printed; with `--json`, the value."""
+
+    def run(*words: str, code: int = 0) -> Any:
+        capsys.readouterr()
+        assert main(words) == code
+        out, err = capsys.readouterr()
+        if code == 2:
+            assert "Traceback" not in err
+            return err
+        return json.loads(out) if "--json" in words else out
+
+    return run
+
+
+@pytest.fixture
+def run(make_grid: MakeGrid, place: Path) -> Run:
+    """Four cells: finished, failed, lost, waiting."""
+    run = Run.create(place / "runs/little", make_grid(seeds=4))
+    finished, failed, lost, _ = (run.cell(identity) for identity in run.cells)
+    finished.finish({"state": "finished", "updates": 4, "reward_final": float("nan")})
+    for folder in (failed, lost):
+        folder.append_attempt({"event": "started", "at": time.time(), "pid": 1, "log": "jobs/local-1/7_0_log.err"})
+        folder.beat({"update": 2, "updates": 4, "reward": 0.5})
+    failed.fail("Traceback\nValueError: [red]no such thing[/red]")
+    (run.jobs / "local-1").mkdir(parents=True)
+    (run.jobs / "local-1/7_0_log.err").write_text("first\nsecond [bold]line[/]\n")
+    return run
+
+
+def test_plan_tells_cells_spellings_and_packs(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    grid = make_grid(cells=[{"estimator": "k1"}, {"estimator": "k3"}, {"beta": 0.04}], seeds=3)
+    text = ask("plan", "little.yaml", "--max-parallel", "2")
+    assert "6 cells = 2 configurations × 3 seeds" in text
+    assert "estimator=k3 = beta=0.04" in " ".join(text.split())
+    assert "2 jobs of 3 cells, 2 at a time" in text
+    assert "unknown" in text
+    found = ask("plan", "little.yaml", "--json", "--cells-per-job", "1")
+    assert [cell["id"] for cell in found["cells"]] == [cell.id for cell in grid.cells]
+    assert len(found["packs"]) == 6
+    assert not (place / "runs").exists()
+
+
+def test_plan_estimates_from_cells_that_were_measured(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid(seeds=4)
+    run = Run.create(place / "runs/before", make_grid(name="before", seeds=1))
+    run.cell(run.cells[0]).finish({"state": "finished", "updates": 4, "seconds": 40.0})
+    found = ask("plan", "little.yaml", "--json", "--max-parallel", "2")
+    assert found["measured_in"] == "before"
+    assert found["estimated_seconds"] == pytest.approx(6 + 2 * 40)
+
+
+def test_plan_leaves_out_what_is_done(run: Run, ask: Ask) -> None:
+    found = ask("plan", "little.yaml", "--json")
+    assert [cell["done"] for cell in found["cells"]] == [True, False, False, False]
+    assert sum(map(len, found["packs"])) == 3
+
+
+def test_status_counts_and_lists_open_cells(run: Run, ask: Ask) -> None:
+    text = ask("status", "little", code=1)
+    assert "1 finished, 1 waiting, 1 lost, 1 failed" in text
+    assert "ValueError: [red]no such thing[/red]" in text
+    assert run.cells[0] not in text
+    assert run.cells[0] in ask("status", str(run.path), "--all", code=1)
+    found = ask("status", "little", "--json", code=1)
+    assert [cell["state"] for cell in found["cells"]] == ["finished", "failed", "lost", "waiting"]
+    assert found["cells"][0]["reward"] is None  # NaN is not JSON
+    assert found["cells"][2]["update"] == 2
+
+
+def test_logs_show_attempts_error_and_output(run: Run, ask: Ask) -> None:
+    text = ask("logs", "little", run.cells[1][-8:])
+    assert "started" in text
+    assert "ValueError: [red]no such thing[/red]" in text
+    assert "second [bold]line[/]" in text
+    assert "first" not in ask("logs", "little", run.cells[1], "-n", "1")
+    assert "not started yet" in ask("logs", "little", run.cells[3])
+    found = ask("logs", "little", run.cells[2], "--json")
+    assert found["error"] is None
+    assert found["output"] == {"jobs/local-1/7_0_log.err": "first\nsecond [bold]line[/]"}
+
+
+def test_a_strangers_log_path_is_not_followed_out_of_the_run(run: Run, ask: Ask, place: Path) -> None:
+    (place / "secret").write_text("secret words")
+    run.cell(run.cells[3]).append_attempt({"event": "started", "at": 1.0, "log": "../../secret"})
+    assert "secret words" not in ask("logs", "little", run.cells[3])
+
+
+def test_cancel_takes_open_cells_out(run: Run, ask: Ask) -> None:
+    assert ask("cancel", "little", run.cells[3], "--json")["cancelled"] == [run.cells[3]]
+    states = ask("status", "little", "--json", code=1)["states"]
+    assert states == {"finished": 1, "lost": 1, "cancelled": 1, "failed": 1}
+    assert "1 cells cancelled" in ask("cancel", "little")
+
+
+def test_cancel_asks_before_it_stops_two_running_cells(run: Run, ask: Ask) -> None:
+    folders = [run.cell(identity) for identity in run.cells[2:]]
+    for folder in folders:
+        folder.claim()
+    try:
+        assert "--yes" in ask("cancel", "little", code=2)
+        assert all(folder.claimed() for folder in folders)
+    finally:
+        for folder in folders:
+            folder.unclaim()
+
+
+def test_axes_lists_the_catalogue(ask: Ask) -> None:
+    text = ask("axes")
+    for axis in catalogue.AXES.values():
+        assert axis.name in text
+        assert all(value in text for value in axis.values)
+    assert list(ask("axes", "ratio", "--json")) == ["ratio"]
+
+
+def test_doctor_finds_this_machine_fit(ask: Ask, place: Path) -> None:
+    findings = {each["what"]: each for each in ask("doctor", "--json")}
+    assert findings["torch works"]["verdict"] == "ok"
+    assert findings["run folders"]["verdict"] == "ok"
+    assert {each["verdict"] for each in findings.values()} <= {"ok", "note"}
+
+
+def test_launch_here_then_rerun_finds_the_same_bits(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid(seeds=2)
+    assert "2 finished" in ask("launch", "little.yaml", "--on", "here")
+    run = Run.open(place / "runs/little")
+    cell = run.cells[1]
+    assert ask("rerun", "little", cell, "--json")["same"] is True
+    assert "match the stored ones bit for bit" in ask("rerun", "little", cell)
+
+    other = ask("rerun", "little", cell, "--set", "training.lr=0.5", "--json")
+    assert other["cell"] != cell
+    assert other["same"] is None
+
+    path = run.cell(cell).path / "metrics.jsonl"
+    rows = run.cell(cell).metrics()
+    rows[2]["loss"] = rows[2]["loss"] + 1e-9
+    path.unlink()
+    run.cell(cell).append_metrics(rows)
+    found = ask("rerun", "little", cell, "--json", code=1)
+    assert found["difference"].startswith("metrics, update 3, loss: ")
+
+
+def test_rerun_refuses_settings_that_do_not_exist(run: Run, ask: Ask) -> None:
+    assert "did you mean 'training.lr'" in ask("rerun", "little", run.cells[0], "--set", "training.lrr=1", code=2)
+    assert "updates" in ask("rerun", "little", run.cells[0], "--set", "training.updates=-1", code=2)
+    assert "section.name=value" in ask("rerun", "little", run.cells[0], "--set", "lr", code=2)
+
+
+def test_launch_says_when_cells_failed(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid(task={"name": "chores:Chore", "fail_unless": "there"})
+    assert "1 failed" in ask("launch", "little.yaml", "--on", "here", code=1)
+    (place / "there").touch()
+    assert "1 failed" in ask("launch", "little.yaml", "--on", "here", code=1)
+    assert "1 finished" in ask("launch", "little.yaml", "--on", "here", "--retry-failed")
+
+
+def test_a_dry_run_writes_nothing(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid(seeds=3)
+    assert "3 cells in 2 jobs" in ask("launch", "little.yaml", "--dry-run", "--max-parallel", "2")
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("plan", "nothing.yaml"), "nothing.yaml"),
+        (("plan", "quickstrt"), "did you mean 'quickstart'"),
+        (("axes", "wieght"), "did you mean 'weight'"),
+        (("status", "litle"), "did you mean 'little'"),
+        (("status", "little.yaml"), "is a grid file"),
+        (("logs", "little", "nothing"), "no such cell"),
+        (("report", "nothing"), "no such run"),
+        (("launch", "little.yaml", "--partition", "gpu"), "--on slurm"),
+        (("launch", "little.yaml", "--on", "moon"), "moon"),
+        (("plann",), "plan"),
+        (("plan",), "GRID"),
+    ],
+)
+def test_mistakes_are_one_message_and_code_2(run: Run, ask: Ask, words: tuple[str, ...], said: str) -> None:
+    assert said in ask(*words, code=2)
+
+
+def test_another_grid_of_the_same_name_is_refused(run: Run, make_grid: MakeGrid, ask: Ask) -> None:
+    make_grid(seeds=4, updates=5)
+    assert "training.updates was 4, now 5" in ask("launch", "little.yaml", code=2)
+
+
+def test_a_damaged_manifest_is_named(run: Run, ask: Ask) -> None:
+    path = run.path / "manifest.json"
+    path.write_text(path.read_text().replace('"updates": 4', '"updates": 5', 1))
+    assert "manifest.json" in ask("status", "little", code=2)
+
+
+@pytest.mark.parametrize(("limit", "said"), [("disk", "disk is full"), ("read", "cannot be written")])
+def test_a_disk_that_refuses_is_said_plainly(limit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.cli.main import _explain
+
+    error = OSError(28 if limit == "disk" else 30, "no", "runs/x")
+    assert said in _explain(error)
+    assert "runs/x" in _explain(error)
+
+
+LIGHT = """
+import sys
+from harness.cli.main import main
+code = main(sys.argv[1:])
+heavy = ("torch", "transformers", "pandas", "seaborn", "matplotlib", "scipy", "numpy", "submitit", "jinja2")
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "--version", "plan quickstart", "axes", "launch quickstart --dry-run", "status little"],
+)
+def test_quick_commands_import_nothing_heavy(words: str, make_grid: MakeGrid, place: Path) -> None:
+    Run.create(place / "runs/little", make_grid())
+    done = subprocess.run([sys.executable, "-c", LIGHT, *words.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_names_every_command(ask: Ask) -> None:
+    text = ask("--help")
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_json(name: str, ask: Ask) -> None:
+    text = ask(name, "--help")
+    assert len(text.splitlines()) > 5
+    if name not in ("export",):
+        assert "--json" in text

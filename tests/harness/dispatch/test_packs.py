@@ -1,0 +1,39 @@
+"""Packs hold every cell once, only cells of one shape, and keep the workers busy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.dispatch.packs import PACK_SIZE, make_packs, shape
+
+
+def cells(shapes: list[int]) -> dict[str, dict[str, Any]]:
+    """Cells of which equal numbers have equal shapes."""
+    return {
+        f"cell{number}": {"task": {"name": "addition"}, "policy": {}, "training": {"prompts": prompts, "lr": number}}
+        for number, prompts in enumerate(shapes)
+    }
+
+
+@given(st.lists(st.integers(1, 3), max_size=60), st.none() | st.integers(1, 20), st.integers(1, 9))
+def test_every_cell_once_and_shapes_apart(shapes: list[int], size: int | None, workers: int) -> None:
+    given_cells = cells(shapes)
+    packs = make_packs(given_cells, size, workers)
+    assert sorted(cell for pack in packs for cell in pack.cells) == sorted(given_cells)
+    for pack in packs:
+        assert 1 <= len(pack.cells) <= (size or PACK_SIZE)
+        assert len({shape(given_cells[cell]) for cell in pack.cells}) == 1
+
+
+@given(st.integers(1, 200), st.integers(1, 9))
+def test_alike_cells_are_shared_evenly(number: int, workers: int) -> None:
+    sizes = [len(pack.cells) for pack in make_packs(cells([1] * number), None, workers)]
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) % workers == 0 or len(sizes) == number
+
+
+def test_thirty_cells_on_two_workers_are_four_packs() -> None:
+    assert [len(pack.cells) for pack in make_packs(cells([1] * 30), None, 2)] == [8, 8, 7, 7]

@@ -1,0 +1,169 @@
+"""Result before living worker before scheduler before lost; no answer is never a failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from grid import Grid
+from grid.sections import Resources
+from harness.dispatch.executor import Pack, SchedulerState
+from harness.dispatch.launch import wanted
+from harness.dispatch.status import CellStatus, statuses
+from harness.store import CellFolder, Run
+
+
+class Scheduler:
+    """A backend that says one thing about every cell."""
+
+    name = "slurm"
+
+    def __init__(self, word: SchedulerState | None) -> None:
+        self.word = word
+        self.asked = 0
+
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
+        raise AssertionError("not called")
+
+    def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
+        raise AssertionError("not called")
+
+    def states(self, run: Run) -> dict[str, SchedulerState]:
+        self.asked += 1
+        return {} if self.word is None else dict.fromkeys(run.cells, self.word)
+
+
+def untouched(folder: CellFolder) -> None:
+    pass
+
+
+def started(folder: CellFolder) -> None:
+    folder.append_attempt({"event": "started", "at": time.time()})
+    folder.beat({"update": 3, "updates": 4, "reward": 0.5})
+
+
+def interrupted(folder: CellFolder) -> None:
+    started(folder)
+    folder.append_attempt({"event": "ended", "at": time.time(), "state": "interrupted"})
+
+
+def cancelled(folder: CellFolder) -> None:
+    started(folder)
+    folder.append_attempt({"event": "cancelled", "at": time.time()})
+
+
+def failed(folder: CellFolder) -> None:
+    started(folder)
+    folder.fail("Traceback\n  …\nValueError: no such thing\n")
+
+
+def finished(folder: CellFolder) -> None:
+    failed(folder)
+    folder.finish({"state": "finished", "updates": 4, "reward_final": 0.75})
+
+
+def diverged(folder: CellFolder) -> None:
+    folder.finish({"state": "diverged", "updates": 2})
+
+
+QUEUED = SchedulerState("queued", "12_3", "Resources")
+RUNNING = SchedulerState("running", "12_3", seconds_left=90.0)
+SILENT = SchedulerState("unknown", "12_3")
+KILLED = SchedulerState("failed", "12_3", "OUT_OF_MEMORY", signal=9)
+ENDED = SchedulerState("ended", "12_3", "COMPLETED", exit_code=0)
+
+
+@pytest.mark.parametrize(
+    ("history", "word", "state"),
+    [
+        (untouched, None, "waiting"),
+        (untouched, QUEUED, "queued"),
+        (untouched, RUNNING, "running"),
+        (untouched, SILENT, "unknown"),
+        (untouched, ENDED, "waiting"),
+        (untouched, KILLED, "failed"),
+        (started, None, "lost"),
+        (started, QUEUED, "queued"),
+        (started, SchedulerState("preempted", "12_3", "BeginTime"), "preempted"),
+        (started, RUNNING, "running"),
+        (started, SILENT, "unknown"),
+        (started, KILLED, "failed"),
+        (started, ENDED, "lost"),
+        (interrupted, None, "preempted"),
+        (interrupted, QUEUED, "queued"),
+        (cancelled, None, "cancelled"),
+        (cancelled, SILENT, "cancelled"),
+        (failed, None, "failed"),
+        (failed, SILENT, "failed"),
+        (finished, KILLED, "finished"),
+        (diverged, None, "diverged"),
+    ],
+)
+def test_the_best_witness_decides(
+    make_grid: Callable[..., Grid],
+    place: Path,
+    history: Callable[[CellFolder], None],
+    word: SchedulerState | None,
+    state: str,
+) -> None:
+    run = Run.create(place / "run", make_grid())
+    history(run.cell(run.cells[0]))
+    (row,) = statuses(run, [Scheduler(word)])
+    assert row.state == state
+
+
+def test_a_living_worker_needs_no_scheduler(make_grid: Callable[..., Grid], place: Path) -> None:
+    run = Run.create(place / "run", make_grid(seeds=2))
+    folder = run.cell(run.cells[0])
+    folder.claim(details={"executor": "slurm", "job": "12_3"})
+    try:
+        started(folder)
+        rows = statuses(run, [Scheduler(KILLED)])
+    finally:
+        folder.unclaim()
+    assert (rows[0].state, rows[0].update, rows[0].updates, rows[0].reward) == ("running", 3, 4, 0.5)
+    assert rows[1].detail == "OUT_OF_MEMORY, signal 9"
+
+
+def test_schedulers_are_asked_once_and_only_about_open_cells(make_grid: Callable[..., Grid], place: Path) -> None:
+    run = Run.create(place / "run", make_grid(seeds=3))
+    scheduler = Scheduler(QUEUED)
+    statuses(run, [scheduler])
+    assert scheduler.asked == 1
+    for identity in run.cells:
+        finished(run.cell(identity))
+    statuses(run, [scheduler])
+    assert scheduler.asked == 1
+
+
+def test_the_errors_last_line_is_shown(make_grid: Callable[..., Grid], place: Path) -> None:
+    run = Run.create(place / "run", make_grid())
+    failed(run.cell(run.cells[0]))
+    assert statuses(run, [])[0].detail == "ValueError: no such thing"
+
+
+@pytest.mark.parametrize(
+    ("state", "executor", "job", "retry", "taken"),
+    [
+        ("waiting", "", "", False, True),
+        ("lost", "", "", False, True),
+        ("cancelled", "", "", False, True),
+        ("preempted", "", "", False, True),
+        ("preempted", "slurm", "12_3", False, False),
+        ("queued", "slurm", "12_3", False, False),
+        ("queued", "local", "", False, True),
+        ("queued", "local", "4711", False, False),
+        ("running", "", "", True, False),
+        ("unknown", "slurm", "12_3", True, False),
+        ("finished", "", "", True, False),
+        ("diverged", "", "", True, False),
+        ("failed", "", "", False, False),
+        ("failed", "", "", True, True),
+    ],
+)
+def test_what_a_launch_takes_up(state: str, executor: str, job: str, retry: bool, taken: bool) -> None:
+    row = CellStatus("cell", state, executor=executor, job=job)  # type: ignore[arg-type]
+    assert wanted(row, "local", retry) is taken
