@@ -122,12 +122,13 @@ class Setting:
 
         It is the gradient of E[R] - beta * KL(pi || reference) at the current policy: KL summed over tokens, or
         averaged over each trajectory's own tokens where the cell divides its returns by the length (`kl_scale: mean` in
-        use); without the KL where the placement has none. It is multiplied by the factor that the aggregation puts on
-        every token: 1 for `sequence_sum`, 1/H_max for `constant`, 1/E[H] for `sequence_mean` and `token_mean`.
+        use); without the KL where the cell has none that acts. It is multiplied by the factor that the aggregation puts
+        on every token: 1 for `sequence_sum`, 1/H_max for `constant`, 1/E[H] for `sequence_mean` and `token_mean`. Only
+        the canonical form counts, so that two spellings of one algorithm have one truth.
         """
-        arguments = objective.arguments("placement")
-        scale: Scale = "mean" if arguments.get("kl_scale") == "mean" else "sum"
-        return self.true_gradient(float(arguments.get("beta", 0.0)), scale) * self.aggregation_factor(objective)
+        active = objective.canonical()
+        scale: Scale = "mean" if active.get("placement.kl_scale") == "mean" else "sum"
+        return self.true_gradient(float(active.get("placement.beta", 0.0)), scale) * self.aggregation_factor(objective)
 
     def aggregation_factor(self, objective: Objective) -> float:
         """What the aggregation multiplies a token's term by, on average: see `truth`."""

@@ -237,6 +237,14 @@ def test_per_token_mean_is_the_truth_where_the_cell_divides_its_returns_by_the_l
     assert found.bias < 1e-14
 
 
+def test_spellings_of_one_algorithm_have_one_truth() -> None:
+    """`positive` looks at the reward only: a KL in the returns acts nowhere, neither in the gradient nor in the truth."""
+    setting = lab(10)
+    silent = measured(cell(estimator="k1", placement="reward", advantage="positive"), setting)
+    none = measured(cell(advantage="positive"), setting)
+    assert silent.numbers() == none.numbers()
+
+
 def test_scale_invariant_bias_ignores_a_factor_and_bias_does_not() -> None:
     setting = lab(11, drift=0.0)
     centred = measured(cell(advantage="group_center"), setting, group_size=4)
