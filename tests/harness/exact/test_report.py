@@ -238,7 +238,7 @@ def test_per_token_mean_is_the_truth_where_the_cell_divides_its_returns_by_the_l
 
 
 def test_spellings_of_one_algorithm_have_one_truth() -> None:
-    """`positive` looks at the reward only: a KL in the returns acts nowhere, neither in the gradient nor in the truth."""
+    """`positive` looks at the reward only: a KL in the returns acts neither in the gradient nor in the truth."""
     setting = lab(10)
     silent = measured(cell(estimator="k1", placement="reward", advantage="positive"), setting)
     none = measured(cell(advantage="positive"), setting)
