@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from grid import Mistake
+
 Reward = Tensor | Callable[[Tensor], Tensor]
 """Rewards of the lab: a tensor over all V^H token rows in lexicographic order (or over the distinct trajectories, when
 an end symbol makes them fewer), or a function of the token tensor `[M, H]` (padded with the end symbol) to `[M]`."""
@@ -69,17 +71,26 @@ def horizon_of(contexts: int, vocabulary: int) -> int:
     return horizon
 
 
+def check_size(vocabulary: int, horizon: int) -> None:
+    """Refuse what cannot be enumerated.
+
+    Raises:
+        Mistake: more than `LARGEST_ENUMERATION` token positions.
+    """
+    if vocabulary**horizon * horizon > LARGEST_ENUMERATION:
+        raise Mistake(
+            f"{vocabulary}^{horizon} trajectories are too many to enumerate: at most {LARGEST_ENUMERATION:,} tokens"
+        )
+
+
 @lru_cache(maxsize=64)
 def enumerate_trajectories(vocabulary: int, horizon: int, end: int | None = None) -> Trajectories:
     """Every trajectory over `vocabulary` symbols up to `horizon`; with `end`, those that stop at that symbol.
 
     Raises:
-        ValueError: more than `LARGEST_ENUMERATION` token positions.
+        Mistake: more than `LARGEST_ENUMERATION` token positions.
     """
-    if vocabulary**horizon * horizon > LARGEST_ENUMERATION:
-        raise ValueError(
-            f"{vocabulary}^{horizon} trajectories are too many to enumerate (limit {LARGEST_ENUMERATION} tokens)"
-        )
+    check_size(vocabulary, horizon)
     ranks = torch.arange(vocabulary**horizon)
     powers = vocabulary ** torch.arange(horizon - 1, -1, -1)
     tokens = (ranks[:, None] // powers) % vocabulary
@@ -137,6 +148,7 @@ class TabularPolicy:
         end: int | None = None,
     ) -> TabularPolicy:
         """A policy with independent normal logits of standard deviation `scale`."""
+        check_size(vocabulary, horizon)
         rows = contexts_of(vocabulary, horizon)
         return cls(scale * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64), end)
 

@@ -102,7 +102,14 @@ def test_the_product_goes_into_a_file_that_is_resumed(
     assert len(first) == 5
 
 
-@pytest.mark.parametrize(("words", "message"), [(["gradients"], "name a grid file"), (["gradients", "grop"], "grpo")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gradients"], "name a grid file"),
+        (["gradients", "grop"], "grpo"),
+        (["gradients", "grpo", "--horizon", "30"], "too many to enumerate"),
+    ],
+)
 def test_mistakes_name_what_is_possible(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
