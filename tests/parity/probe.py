@@ -12,8 +12,7 @@ from harness.objective import TokenBatch, objective_loss
 
 GROUPS, SIZE, WIDTH, BUDGET = 13, 5, 8, 11
 """Prompts, trajectories of each, padded length, completion budget. 5/4 and 65/64, the Bessel corrections that TRL
-computes in
-single precision, are exact there."""
+computes in single precision, are exact there."""
 
 
 @dataclass(frozen=True)

@@ -197,8 +197,8 @@ def test_the_wrong_std_or_eps_is_noticed() -> None:
 
 
 def test_trl_whitens_reinforce_pp_over_sequences() -> None:
-    """No klab setting: TRL's REINFORCE++ (RLOO with normalize_advantages) whitens leave-one-out advantages over sequences,
-    klab's `batch_norm` whitens returns over own tokens, as the paper and verl do. The gradients differ."""
+    """No klab setting: TRL's REINFORCE++ (RLOO with normalize_advantages) whitens leave-one-out advantages over
+    sequences, klab's `batch_norm` whitens returns over own tokens, as the paper and verl do. The gradients differ."""
     data = probe(drift=0.02, gaps=False)
     objective = Objective(
         placement="none",

@@ -1,8 +1,7 @@
 """klab's gradients are verl's, wherever the conventions can be set equal.
 
-verl's conventions, set on klab's side: group std with Bessel's correction and eps 1e-6, dual clip (c = 3) in every
-PPO loss.
-verl's sequence means divide by H + 1e-8, which leaves a relative difference below 1e-8 / 3 for the lengths of the
+verl's conventions, set on klab's side: group std with Bessel's correction and eps 1e-6, dual clip (c = 3) in every PPO
+loss. verl's sequence means divide by H + 1e-8, which leaves a relative difference below 1e-8 / 3 for the lengths of the
 probes.
 """
 
@@ -152,8 +151,8 @@ def test_opo_has_the_gradient_of_verl() -> None:
 
 
 def test_reinforce_pp_has_the_gradient_of_verl() -> None:
-    """verl whitens with rsqrt(var + 1e-8), klab divides by std + eps: with eps = 0 the two differ by 5e-9 / var, so that the
-    rewards here have a variance well above 1."""
+    """verl whitens with rsqrt(var + 1e-8), klab divides by std + eps: with eps = 0 the two differ by 5e-9 / var, so
+    that the rewards here have a variance well above 1."""
     data = probe(drift=0.3, binary=False, scale=10.0)
     objective = in_reward("k1", "reward_to_go", {"name": "batch_norm", "std": "sample", "eps": 0.0})
     gradient = verl_gradient(data, verl_advantages(data, "reinforce_plus_plus", token_rewards(data, 0.05)))
@@ -176,9 +175,9 @@ def whitened_group_center(returns: Any) -> torch.Tensor:
 
 
 def test_reinforce_pp_baseline_has_the_gradient_of_verl_through_an_own_axis_value() -> None:
-    """klab's `group_center_batch_norm` divides by the std of the update's returns (Lite-PPO); verl's REINFORCE++-baseline
-    whitens the centred rewards over *tokens*, long trajectories weighing more. That is one function, named by its
-    import path."""
+    """klab's `group_center_batch_norm` divides by the std of the update's returns (Lite-PPO); verl's
+    REINFORCE++-baseline whitens the centred rewards over *tokens*, long trajectories weighing more. That is one
+    function, named by its import path."""
     data = probe(drift=0.3, binary=False, scale=10.0)
     objective = verl(advantage="tests.parity.test_verl:whitened_group_center", aggregation="token_mean")
     gradient = verl_gradient(data, verl_advantages(data, "reinforce_plus_plus_baseline"))

@@ -1,10 +1,8 @@
 """TRL's own scoring and loss on a probe: unbound trainer methods on a stand-in that answers what they ask for.
 
-Nothing of the trainers' mathematics is repeated here. `_generate_and_score_completions` computes advantages (and
-RLOO's KL in
-the reward) from the probe's rewards, `_compute_loss` the loss. The stand-in gives the probe's log-probabilities in
-place
-of a model's: behaviour policy while scoring, current policy in the loss.
+Nothing of the trainers' mathematics is repeated here. `_generate_and_score_completions` computes advantages (and RLOO's
+KL in the reward) from the probe's rewards, `_compute_loss` the loss. The stand-in gives the probe's log-probabilities
+in place of a model's: behaviour policy while scoring, current policy in the loss.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ def grpo_gradient(data: Probe, **settings: Any) -> Tensor:
 
 
 def rloo_gradient(data: Probe, **settings: Any) -> Tensor:
-    """Gradient of `RLOOTrainer`'s loss with respect to the tokens' log-probabilities, `[N, T]`; no environment tokens."""
+    """Gradient of `RLOOTrainer`'s loss, `[N, T]`, on a probe without environment tokens."""
     from trl.trainer.rloo_trainer import RLOOTrainer
 
     trainer = _stand_in(data, settings)

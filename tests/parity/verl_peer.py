@@ -1,8 +1,7 @@
 """verl's own advantages and losses on a probe: the registered functions of `core_algos`, composed as verl's actor does.
 
 The composition (policy loss, then coefficient x aggregated KL loss) is `verl.workers.utils.losses.ppo_loss`, whose
-batch of
-nested tensors a probe does not have; every function that computes something is verl's.
+batch of nested tensors a probe does not have; every function that computes something is verl's.
 """
 
 from __future__ import annotations

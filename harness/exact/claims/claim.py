@@ -1,8 +1,7 @@
 """What a claim is: who says it, what was measured, and a verdict that follows from the measurements.
 
-A claim is one short function that receives an `Evidence` and fills it with numbers and checks. Nothing types a
-verdict in:
-`verdict_of` derives it from the checks.
+A claim is one short function that receives an `Evidence` and fills it with numbers and checks. Nothing types a verdict
+in: `verdict_of` derives it from the checks.
 
 * *stated* checks test the statement in the generality in which its source makes it;
 * *restricted* checks test the part that is left when that fails: the statement under its condition, or in its range.

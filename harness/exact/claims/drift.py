@@ -136,7 +136,7 @@ def update_drift(updates: int = 4, target: float = 0.1, weight: str = "token", b
             behaviour = TabularPolicy.random(3, 4, generator=generator(seed))
             reward = binary_reward(81, 1000 + seed)
             low, high = 0.0, 50.0
-            for _ in range(24):
+            for _ in range(16):
                 rate = (low + high) / 2
                 setting = inner_updates(behaviour, reward, rate, updates, weight, baseline)
                 low, high = (rate, high) if float(exact_kl(behaviour, setting.policy)) < target else (low, rate)

@@ -33,8 +33,8 @@ def logit(p: float) -> float:
 def force(placement: str, beta: float, failure: float, prior: float = PRIOR) -> float:
     """Derivative of what the placement ascends, divided by p(1-p): positive pushes the success mass up.
 
-    The task's pull on the logit is p(1-p) with the raw reward and sqrt(p(1-p)) with the group's standard deviation as
-    G grows.
+    The task's pull on the logit is p(1-p) with the raw reward and sqrt(p(1-p)) with the group's standard deviation as G
+    grows.
     """
     success = 1 - failure
     spread = success * failure
@@ -45,8 +45,7 @@ def force(placement: str, beta: float, failure: float, prior: float = PRIOR) -> 
 
 
 def rest(placement: str, beta: float, prior: float = PRIOR) -> list[float]:
-    """Failure masses at which the force vanishes with p above the prior, ascending, by bisection on a logarithmic
-    grid."""
+    """Failure masses at which the force vanishes with p above the prior, ascending, by bisection on a fine grid."""
     grid = np.concatenate([np.logspace(-14, -2, 1200), np.linspace(0.0101, 1 - prior - 1e-9, 2000)])
     values = [force(placement, beta, float(failure), prior) for failure in grid]
     roots = []

@@ -76,8 +76,8 @@ def same_algorithm_looks_different(evidence: Evidence) -> None:
 
 
 def seeds_needed(effect: float, power: float = 0.8) -> int:
-    """Smallest N per arm with N >= 2 (t_{a/2} + t_b)^2 / effect^2, t with 2N - 2 degrees of freedom; effect in
-    standard deviations."""
+    """Smallest N per arm with N >= 2 (t_{a/2} + t_b)^2 / effect^2, t with 2N - 2 degrees of freedom; effect in standard
+    deviations."""
     for count in range(2, 10_000):
         freedom = 2 * count - 2
         total = stats.t.ppf(1 - LEVEL / 2, freedom) + stats.t.ppf(power, freedom)
