@@ -10,6 +10,20 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from grid.mistake import Mistake
 
 SplitName = Literal["train", "held_out"]
+TURN_END = "\x04"
+"""Joins the turns of a reference solution; never a character of a turn."""
+
+TASKS = {
+    "addition": "tasks.addition:Addition",
+    "countdown": "tasks.countdown:Countdown",
+    "calculator": "tasks.calculator:Calculator",
+    "bandit": "tasks.bandit:Bandit",
+    "tabular": "tasks.tabular:Tabular",
+    "gsm8k": "tasks.gsm8k:Gsm8k",
+    "math": "tasks.mathematics:Mathematics",
+    "file": "tasks.file:File",
+}
+"""Where the tasks are that a grid may name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +34,7 @@ class Example:
         prompt: what the policy reads.
         answer: the ground truth that `Task.score` compares with.
         solution: a reference completion (without the end token), for supervised warm-up; empty where there is none.
+            Where the environment answers, the policy's turns, joined by `TURN_END`.
     """
 
     prompt: str
@@ -82,13 +97,10 @@ def load_task(section: Any) -> Task:
     name = str(parameters.pop("name"))
     if ":" in name:
         return _imported(name, parameters)
-    from tasks.addition import Addition
-    from tasks.countdown import Countdown
-
-    known: dict[str, type[Any]] = {"addition": Addition, "countdown": Countdown}
-    if name not in known:
-        raise Mistake("unknown task", key="task.name", value=name, allowed=known)
-    return _constructed(known[name], name, parameters)
+    if name not in TASKS:
+        raise Mistake("unknown task", key="task.name", value=name, allowed=TASKS)
+    module, attribute = TASKS[name].split(":")
+    return _constructed(getattr(importlib.import_module(module), attribute), name, parameters)
 
 
 def _parameters(section: Any) -> dict[str, Any]:
@@ -109,7 +121,7 @@ def _imported(path: str, parameters: dict[str, Any]) -> Task:
         raise Mistake(f"no module named {error.name!r}", key="task.name", value=path) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise Mistake(f"{module_name} has no {attribute!r}", key="task.name", value=path, allowed=_public(found))
+            raise Mistake(f"not in {module_name}", key="task.name", value=part, allowed=_public(found))
         found = getattr(found, part)
     task = _constructed(found, path, parameters)
     missing = [n for n in ("name", "alphabet", "max_new_tokens", "split", "score", "respond") if not hasattr(task, n)]

@@ -95,7 +95,6 @@ class Decoding:
             for layer in zip(*parts, strict=True)
         ]
 
-
     def _part(self, cell: int) -> None:
         """Take apart the stack whose cache a cell is part of."""
         holder = next(key for key in self.caches if cell in key)

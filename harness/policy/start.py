@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,24 @@ def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, pr
     """
     if section.name != "tiny":
         return _pretrained(section.model)
-    identity = {"version": VERSION, "policy": _fields(section), "task": _fields(task_section)}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(cache)
+    cache, digest = Path(cache), address(section, task_section)
     folder = cache / digest
     if _complete(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{digest}.lock"):
         if not _complete(folder):
-            _build(folder, section, task, identity, progress)
+            _build(folder, section, task, task_section, progress)
     return folder
+
+
+def address(section: Any, task_section: Any) -> str:
+    """Name of a tiny policy's folder: a hash of all that it is made from."""
+    return hashlib.sha256(json.dumps(_identity(section, task_section), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _identity(section: Any, task_section: Any) -> dict[str, Any]:
+    return {"version": VERSION, "policy": _fields(section), "task": _fields(task_section)}
 
 
 def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> Any:
@@ -95,7 +102,7 @@ def _pretrained(model: str) -> Path:
         raise Mistake(problem, key="policy.model", value=model) from error
 
 
-def _build(folder: Path, section: Any, task: Task, identity: Mapping[str, Any], progress: Progress | None) -> None:
+def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: Progress | None) -> None:
     if task.alphabet is None:
         raise Mistake(
             f"a tiny policy needs an alphabet, which task {task.name!r} does not have", key="policy.name", value="tiny"
@@ -111,7 +118,9 @@ def _build(folder: Path, section: Any, task: Task, identity: Mapping[str, Any], 
     try:
         policy.save_pretrained(scratch)
         scratch.chmod(0o755)
-        (scratch / "warmup.json").write_text(json.dumps({"schema": 1, **identity, **record}, indent=1))
+        (scratch / "warmup.json").write_text(
+            json.dumps({"schema": 1, **_identity(section, task_section), **record}, indent=1)
+        )
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

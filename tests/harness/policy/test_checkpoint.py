@@ -36,7 +36,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama_yarn": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}},
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
     ),
     "qwen2": ("qwen2", {"num_key_value_heads": 1}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -149,7 +156,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(Mistake, match="no readable model configuration"):
         Decoder.from_pretrained(tmp_path / "nowhere")
     GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(Mistake, match="stacked decoder.*gpt2"):
+    with pytest.raises(Mistake, match=r"stacked decoder.*gpt2"):
         Decoder.from_pretrained(tmp_path / "gpt2")
     decoder(1).save(tmp_path / "small", 0)
     with pytest.raises(Mistake, match="another architecture"):

@@ -21,7 +21,9 @@ def ragged(seed: int, prompts: int = 3, group_size: int = 4, longest: int = 6, a
     """Trajectories of different lengths over few characters, so that many share prefixes and some are identical."""
     draw = random.Random(seed)
     starts = [[draw.randint(3, 14) for _ in range(draw.randint(1, 7))] for _ in range(prompts)]
-    rows = [[draw.randint(3, 2 + alphabet) for _ in range(draw.randint(1, longest))] for _ in range(prompts * group_size)]
+    rows = [
+        [draw.randint(3, 2 + alphabet) for _ in range(draw.randint(1, longest))] for _ in range(prompts * group_size)
+    ]
     return written(starts, rows, dtype=torch.float64)
 
 

@@ -65,9 +65,7 @@ def test_bits_do_not_depend_on_the_pack(setting: str, ragged: bool) -> None:
     prompts = [prompts_of(cell, count, ragged) for cell in range(CELLS)]
     alone = {c: life(policy, [c], prompts, group_size, budget)[0] for c in range(CELLS)}
     for pack in PACKS:
-        for cell, (rollout, logp, gradients) in zip(
-            pack, life(policy, pack, prompts, group_size, budget), strict=True
-        ):
+        for cell, (rollout, logp, gradients) in zip(pack, life(policy, pack, prompts, group_size, budget), strict=True):
             expected, expected_logp, expected_gradients = alone[cell]
             assert torch.equal(rollout.tokens, expected.tokens)
             assert torch.equal(rollout.logp, expected.logp)
