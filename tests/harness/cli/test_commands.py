@@ -254,5 +254,4 @@ def test_help_names_every_command(ask: Ask) -> None:
 def test_every_command_has_help_and_json(name: str, ask: Ask) -> None:
     text = ask(name, "--help")
     assert len(text.splitlines()) > 5
-    if name not in ("export",):
-        assert "--json" in text
+    assert "--json" in text

@@ -23,7 +23,10 @@ def _klab(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-@pytest.mark.parametrize(("form", "expected"), [("md", "| weight power |"), ("latex", r"\toprule"), ("csv", "reverse_kl_final"), ("json", '"effects"')])
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [("md", "| weight power |"), ("latex", r"\toprule"), ("csv", "reverse_kl_final"), ("json", '"effects"')],
+)
 def test_a_table_on_standard_output_and_nothing_written(
     runs: Path, capsys: pytest.CaptureFixture[str], form: str, expected: str
 ) -> None:

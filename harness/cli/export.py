@@ -1,0 +1,56 @@
+"""`klab export`: a cell's settings for another trainer."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from grid import Cell, Mistake, Objective
+from grid.algorithms import algorithm_names, load_algorithm
+from harness.cli.peers import PEERS, Setting
+from harness.cli.places import RUNS, JsonOption, RunsOption
+from harness.cli.table import show_json
+from harness.store import Run
+
+
+class Peer(StrEnum):
+    trl = "trl"
+    verl = "verl"
+
+
+def export(
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="A named algorithm, or the id of a cell of any run.")],
+    to: Annotated[Peer, typer.Option("--to", help="The other trainer.")],
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the other trainer's configuration for the same algorithm, or say why it has none (exit code 2)."""
+    found = PEERS[to.value](_setting(cell, runs))
+    if as_json:
+        show_json({"settings": found.settings, "differences": list(found.differences)})
+        return
+    typer.echo(f"# {cell}: {'arguments of trl.GRPOConfig' if to is Peer.trl else 'overrides of verl.trainer.main_ppo'}")
+    for difference in found.differences:
+        typer.echo(f"# differs: {difference}")
+    typer.echo(yaml.safe_dump(found.settings, sort_keys=True), nl=False)
+
+
+def _setting(name: str, runs: Path) -> Setting:
+    if name in algorithm_names():
+        return Setting(Objective(**load_algorithm(name).objective))
+    cell = _cell(name, runs)
+    return Setting(cell.objective, cell.training)
+
+
+def _cell(name: str, runs: Path) -> Cell:
+    for manifest in sorted(runs.glob("*/manifest.json")) if runs.is_dir() else ():
+        run = Run.open(manifest.parent)
+        if name in run.cells:
+            return run.cell(name).cell()
+    raise Mistake(
+        f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=algorithm_names()
+    )

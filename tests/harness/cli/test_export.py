@@ -1,0 +1,120 @@
+"""Exports say what the peer's code does, or why it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grid import Mistake, Objective, parse_grid
+from grid.algorithms import algorithm_names, load_algorithm
+from grid.sections import TrainingSection
+from harness.cli.main import main
+from harness.cli.peers import PEERS, Setting
+from harness.store import Run
+
+OFF_POLICY = TrainingSection(updates_per_rollout=2)
+
+
+def exported(peer: str, training: TrainingSection = OFF_POLICY, **axes: Any) -> dict[str, Any]:
+    return PEERS[peer](Setting(Objective(**axes), training)).settings
+
+
+def test_grpo_in_trl() -> None:
+    found = exported("trl", estimator="k3", placement="loss", beta=0.05, std="sample", eps=1e-4)
+    wanted = {
+        "beta": 0.05,
+        "use_bias_correction_kl": False,
+        "loss_type": "grpo",
+        "importance_sampling_level": "token",
+        "epsilon": 0.2,
+        "scale_rewards": "group",
+        "num_iterations": 2,
+        "per_device_train_batch_size": 128,
+    }
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_grpo_in_verl_has_no_dual_clip() -> None:
+    found = exported("verl", estimator="k3", placement="loss", beta=0.05, std="sample")
+    assert found["actor_rollout_ref.actor.clip_ratio_c"] == 1e9
+    assert found["actor_rollout_ref.actor.kl_loss_type"] == "k3"
+    assert found["actor_rollout_ref.actor.loss_agg_mode"] == "seq-mean-token-mean"
+    assert found["algorithm.norm_adv_by_std_in_grpo"] is True
+
+
+def test_the_cap_is_absolute_in_trl_and_relative_in_verl() -> None:
+    axes = {
+        "placement": "none",
+        "weight": "truncate",
+        "cap": 5.0,
+        "aggregation": "token_mean",
+        "advantage": "group_center",
+    }
+    assert exported("trl", **axes)["epsilon_high"] == 5.0
+    assert exported("verl", **axes)["actor_rollout_ref.actor.clip_ratio_high"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("peer", "axes", "said"),
+    [
+        ("trl", {"estimator": "k1"}, "always k3"),
+        ("trl", {"weight": "power"}, "power"),
+        ("trl", {"weight": "one"}, "one"),
+        ("verl", {"weight": "ratio"}, "ratio"),
+        ("trl", {"ratio": "future_mean"}, "future_mean"),
+        ("trl", {"placement": "reward"}, "placement"),
+        ("verl", {"weight": "adaptive"}, "adaptive"),
+        ("verl", {"estimator": "full"}, "full"),
+        ("verl", {"placement": "reward"}, "kl_scale"),
+    ],
+)
+def test_what_a_peer_cannot_say_is_refused_with_the_reason(peer: str, axes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Mistake, match=said):
+        exported(peer, **{"std": "sample", "eps": 1e-4 if peer == "trl" else 1e-6, **axes})
+
+
+@pytest.mark.parametrize("training", [{"lag": 1}, {"behaviour": "reference"}])
+@pytest.mark.parametrize("peer", PEERS)
+def test_schedules_that_peers_do_not_have_are_refused(peer: str, training: dict[str, Any]) -> None:
+    with pytest.raises(Mistake, match=next(iter(training))):
+        exported(peer, TrainingSection(**training), advantage="group_center")
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_every_named_algorithm_is_exported_or_explained(peer: str) -> None:
+    done = []
+    for name in algorithm_names():
+        try:
+            PEERS[peer](Setting(Objective(**load_algorithm(name).objective)))
+        except Mistake as mistake:
+            assert mistake.key in (*Objective().settings(), "kl_scale", "kl_at")  # noqa: PT017
+        else:
+            done.append(name)
+    assert {"grpo", "dapo", "dr_grpo", "gspo"} <= set(done)
+
+
+def test_what_stays_different_is_said() -> None:
+    said = PEERS["trl"](Setting(Objective(std="population", eps=1e-6))).differences
+    assert ["sample standard deviation" in line for line in said] == [True, False]
+    assert "0.0001" in said[1]
+    assert not PEERS["trl"](Setting(Objective(std="sample", eps=1e-4))).differences
+
+
+def test_on_policy_the_weight_does_not_matter() -> None:
+    on_policy = TrainingSection()
+    assert exported("trl", on_policy, weight="power") == exported("trl", on_policy, weight="ppo_clip")
+
+
+def test_a_cell_of_a_run_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "name: one\ntask: {name: addition}\npolicy: {name: tiny}\n"
+        "training: {updates_per_rollout: 2, lr: 0.003}\nobjective: {algorithm: dr_grpo}\n"
+    )
+    run = Run.create(tmp_path / "one", parse_grid(text, "one.yaml"))
+    assert main(["export", run.cells[0], "--to", "trl", "--runs", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["learning_rate"] == 0.003
+    assert main(["export", "grpoo", "--to", "trl", "--runs", str(tmp_path)]) == 2
+    assert "did you mean 'grpo'" in capsys.readouterr().err
