@@ -67,11 +67,11 @@ def to_bytes(state: State) -> bytes:
     return save(tensors, metadata={"schema": str(SCHEMA), "klab": text, "crc": _checksum(text, tensors)})
 
 
-def write(folder: Path, state: State) -> None:
-    """Replace the checkpoint in `folder`, atomically and durably."""
+def write(folder: Path, state: State, durable: bool = True) -> None:
+    """Replace the checkpoint in `folder`, atomically; with `durable` it also survives a power cut."""
     folder.mkdir(exist_ok=True)
     files.sweep(folder)
-    files.replace(folder / FILE, to_bytes(state))
+    files.replace(folder / FILE, to_bytes(state), durable=durable)
 
 
 def read(file: Path, cell: str, device: torch.device) -> State:

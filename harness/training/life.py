@@ -39,6 +39,10 @@ from tasks import load_task
 BEAT_SECONDS = 2.0
 """Signs of life are at least this far apart; evaluations and ends always give one."""
 
+DURABLE_SECONDS = 5.0
+"""Waiting for the disk, so that a checkpoint survives a power cut, is done this often at most; every checkpoint
+survives the death of the process, and one that a power cut tore is noticed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -142,7 +146,7 @@ class _Life:
 
     def live(self, pack: Pack) -> None:
         """From one update boundary to the next until no member is left."""
-        saved_update, saved_at = pack.done, time.monotonic()
+        saved_update, saved_at, durable_at = pack.done, time.monotonic(), time.monotonic()
         while pack.members:
             training = pack.members[0].cell.training
             if pack.evaluation_due:
@@ -159,9 +163,11 @@ class _Life:
                 self.states.update({member.id: "interrupted" for member in pack.members})
                 return
             due = pack.done % training.checkpoint_updates == 0
-            if pack.done > saved_update and (due or time.monotonic() - saved_at >= training.checkpoint_seconds):
-                pack = self._save(pack)
-                saved_update, saved_at = pack.done, time.monotonic()
+            now = time.monotonic()
+            if pack.done > saved_update and (due or now - saved_at >= training.checkpoint_seconds):
+                durable = now - durable_at >= DURABLE_SECONDS
+                pack = self._save(pack, durable)
+                saved_update, saved_at, durable_at = pack.done, now, now if durable else durable_at
             pack, rows = self._compute(pack, Pack.advance)
             pack = self._record(pack, rows, CellFolder.append_metrics)
             for member in pack.members:
@@ -211,11 +217,12 @@ class _Life:
             self._rewards[member.id] = row.get("reward_mean", self._rewards.get(member.id))
         return self._each(pack, lambda folder, c: append(folder, [rows[c]]))
 
-    def _save(self, pack: Pack) -> Pack:
+    def _save(self, pack: Pack, durable: bool = True) -> Pack:
         def save(folder: CellFolder, c: int) -> None:
             folder.guard()
-            folder.sync()
-            checkpoint.write(folder.checkpoint, pack.state(c))
+            if durable:
+                folder.sync()
+            checkpoint.write(folder.checkpoint, pack.state(c), durable=durable)
 
         return self._each(pack, save)
 

@@ -52,9 +52,19 @@ def test_interrupted_after_every_single_update(make_run: MakeRun, training: dict
     assert_same(through, broken, identity)
 
 
-def test_interrupted_between_checkpoints_repeats_the_lost_updates(make_run: MakeRun) -> None:
-    """A process that dies without a word goes back to its checkpoint; each update is recorded once all the same."""
-    training = {"checkpoint_updates": 4, "lag": 1, "updates_per_rollout": 2}
+@pytest.mark.parametrize(
+    ("schedule", "repeated"),
+    [
+        ({"checkpoint_updates": 3}, [3, 4, 5, 6]),
+        ({"checkpoint_updates": 99, "checkpoint_seconds": 1e-9}, [4, 5, 6]),
+        ({"checkpoint_updates": 99}, [0, 1, 2, 3, 4, 5, 6]),
+    ],
+    ids=["every three updates", "all the time", "never"],
+)
+def test_a_process_that_dies_without_a_word_repeats_the_lost_updates(
+    make_run: MakeRun, schedule: dict[str, Any], repeated: list[int]
+) -> None:
+    training = {**schedule, "lag": 1, "updates_per_rollout": 2}
     through, broken = finished(make_run("through", training)), make_run("broken", training)
     identity = broken.cells[0]
 
@@ -70,7 +80,7 @@ def test_interrupted_between_checkpoints_repeats_the_lost_updates(make_run: Make
     assert len(broken.cell(identity).metrics()) == 5
     again: list[int] = []
     run_cells(broken.path, [identity], progress=lambda progress: again.append(progress.update))
-    assert again == [4, 5, 6]
+    assert again == repeated
     assert_same(through, broken, identity)
 
 
