@@ -15,7 +15,7 @@ from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_
 from harness.cli.table import console, show_json
 from harness.cli.watch import Board, watch
 from harness.dispatch.executor import Executor, Pack
-from harness.dispatch.launch import Launch
+from harness.dispatch.launch import Launch, wanted
 from harness.dispatch.launch import launch as submit
 from harness.dispatch.local import Local
 from harness.dispatch.packs import make_packs
@@ -89,7 +89,7 @@ def launch(
     executor, workers, resources = _backend(on, study, given, device, profile, board)
     size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
     if dry_run:
-        _rehearse(study, executor, workers, size, runs, as_json)
+        _rehearse(study, runs / study.name, executor, workers, size, retry_failed, as_json)
         return
     run = Run.create(runs / study.name, study)
     if board is not None:
@@ -119,7 +119,7 @@ def _backend(
 
         slurm = Slurm(flags, profile)
         resources = slurm.resources(study.resources)
-        return slurm, resources.max_parallel or len(study.cells), resources
+        return slurm, resources.max_parallel or len(study.cells), study.resources  # it adds profile and flags itself
     for option in ("partition", "account", "qos", "constraint", "exclude", "nodes", "setup", "sbatch"):
         if option in flags:
             raise Mistake("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
@@ -132,11 +132,23 @@ def _backend(
     return local, local.slots(resources.cpus), resources
 
 
-def _rehearse(study: Grid, executor: Executor, workers: int, size: int | None, runs: Path, as_json: bool) -> None:
-    packs = make_packs({cell.id: cell.resolved() for cell in study.cells}, size, workers)
-    scripts = getattr(executor, "scripts", None)
-    planned = Run((runs / study.name).resolve(), {"name": study.name})
-    text = "\n".join(scripts(planned, packs, study.resources)) if scripts is not None else None
+def _rehearse(
+    study: Grid, folder: Path, executor: Executor, workers: int, size: int | None, retry_failed: bool, as_json: bool
+) -> None:
+    """What a launch would do now, without writing anything: the packs, and Slurm's very scripts."""
+    cells = {cell.id: cell.resolved() for cell in study.cells}
+    run = Run(folder.resolve(), {"name": study.name, "cells": cells})
+    if (folder / "manifest.json").exists():
+        known = Run.open(folder)
+        taken = {row.id for row in statuses(known) if not wanted(row, executor.name, retry_failed)}
+        cells = {identity: resolved for identity, resolved in cells.items() if identity not in taken}
+    packs = make_packs(cells, size, workers)
+    text: str | None = None
+    if executor.name == "slurm":
+        from harness.dispatch.slurm import Slurm
+
+        assert isinstance(executor, Slurm)
+        text = "\n".join(executor.scripts(run, packs, study.resources))
     if as_json:
         show_json({"packs": [list(pack.cells) for pack in packs], "workers": workers, "script": text})
         return
@@ -144,7 +156,7 @@ def _rehearse(study: Grid, executor: Executor, workers: int, size: int | None, r
         print(text)
         return
     screen = console()
-    screen.print(f"{len(study.cells)} cells in {len(packs)} jobs, {workers} at a time, on {executor.name}")
+    screen.print(f"{len(cells)} cells in {len(packs)} jobs, {workers} at a time, on {executor.name}")
     for number, pack in enumerate(packs, 1):
         screen.print(f"  job {number}: {', '.join(_shortened(pack))}")
 

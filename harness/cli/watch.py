@@ -57,11 +57,12 @@ def watch(run: Run, quiet: bool = False) -> bool:
         else:
             with Live(console=console(), refresh_per_second=4) as live:
                 while True:
+                    began = time.monotonic()
                     rows = statuses(run)
                     live.update(board(run.name, rows, pace.left(rows)))
                     if resting(rows):
                         break
-                    time.sleep(POLL_SECONDS)
+                    _pause(time.monotonic() - began)
     except KeyboardInterrupt:
         console().print(f"\nThe jobs go on. Watch them again: klab status --watch {run.path}")
         return False
@@ -152,6 +153,7 @@ def plain_line(rows: Sequence[CellStatus], left: float | None) -> str:
 def _plainly(run: Run, pace: Pace, quiet: bool) -> None:
     printed = -PLAIN_SECONDS
     while True:
+        began = time.monotonic()
         rows = statuses(run)
         left = pace.left(rows)
         over = resting(rows)
@@ -160,4 +162,9 @@ def _plainly(run: Run, pace: Pace, quiet: bool) -> None:
             print(plain_line(rows, left), flush=True)
         if over:
             return
-        time.sleep(POLL_SECONDS)
+        _pause(time.monotonic() - began)
+
+
+def _pause(spent: float) -> None:
+    """Wait until the next look; looking at a large run must not take the processor from training."""
+    time.sleep(max(POLL_SECONDS, 15 * spent))
