@@ -249,7 +249,7 @@ class _Life:
         partial.rename(folder.policy)
         planned = pack.members[position].cell.training.updates
         found = outcome(planned, folder.metrics(), folder.evaluations(), stopped)
-        folder.finish({**found, "versions": _versions(), "hardware": _hardware()})
+        folder.finish({**found, **_provenance()})
         self.states[folder.id] = found["state"]
         shutil.rmtree(folder.checkpoint, ignore_errors=True)
 
@@ -293,10 +293,5 @@ def _make_durable(folder: Path) -> None:
 
 
 @cache
-def _versions() -> dict[str, str | None]:
-    return machine.versions()
-
-
-@cache
-def _hardware() -> dict[str, Any]:
-    return machine.hardware()
+def _provenance() -> dict[str, Any]:
+    return {"versions": machine.versions(), "hardware": machine.hardware()}
