@@ -1,4 +1,6 @@
-"""Which fields a study varies, what each configuration's value on them is called, and in what order and colour values appear."""
+"""Which fields a study varies, what each configuration's value on them is called, and in what order and colour values
+appear.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def axis_table(
 
     Args:
         cells: one cell per configuration, by group.
-        written: the keys under ``axes`` in the grid files; a parameter that stands there is an axis of its own, others are part of
+        written: the keys under ``axes`` in the grid files; a parameter that stands there is an axis of its own,
+            others are part of
             the value they belong to (``power(q=0.25)``).
 
     Returns:
@@ -76,7 +79,9 @@ def axis_table(
             continue
         values = dict.fromkeys(row[key] for row in labelled.values() if row[key] is not None)
         if len(values) > 1:
-            axes.append(VariedAxis(key, _title(key), tuple(_ordered(key, [value for value in values if value is not None]))))
+            axes.append(
+                VariedAxis(key, _title(key), tuple(_ordered(key, [value for value in values if value is not None])))
+            )
     kept = tuple(sorted(axes, key=lambda axis: _rank(axis.key)))
     return kept, {group: {axis.key: row[axis.key] for axis in kept} for group, row in labelled.items()}
 
@@ -88,7 +93,9 @@ def group_labels(
     base = values.get(baseline or "", {})
     labels: dict[str, str] = {}
     for group, row in values.items():
-        differing = [axis for axis in axes if row[axis.key] is not None and (not base or row[axis.key] != base[axis.key])]
+        differing = [
+            axis for axis in axes if row[axis.key] is not None and (not base or row[axis.key] != base[axis.key])
+        ]
         if group == baseline:
             label = "baseline"
         else:
@@ -141,6 +148,8 @@ def _label(key: str, row: Mapping[Any, Any], parameters: set[tuple[str, str, str
     value = row.get(key)
     if value is None:
         return None
+    if key not in AXES:
+        return shown(value)
     extra = ", ".join(
         f"{name[1]}={shown(item)}"
         for name, item in row.items()

@@ -10,7 +10,8 @@ CELLS = {
     "task": "task with its parameters",
     "algorithm": "named algorithm it came from, if any",
     "seed": "training seed",
-    "state": "finished, diverged, failed (raised an error), damaged (a file of it is), running, stopped (unfinished), missing",
+    "state": "finished, diverged, failed (raised an error), damaged (a file of it is), running, stopped "
+    "(unfinished), missing",
     "updates_planned": "optimizer updates asked for",
     "updates": "optimizer updates done",
     "reward_final": "mean training reward of the last 10% of the updates",
@@ -90,8 +91,15 @@ TITLES = {name: name.replace("_", " ") for name in RESULTS} | {
 """What a result is called in figures and sentences."""
 
 LOWER_IS_BETTER = (
-    "gap", "reverse_kl_final", "reverse_kl_max", "collapsed", "nonfinite_updates", "gradient_spikes", "seconds", "tokens",
-)  # fmt: skip
+    "gap",
+    "reverse_kl_final",
+    "reverse_kl_max",
+    "collapsed",
+    "nonfinite_updates",
+    "gradient_spikes",
+    "seconds",
+    "tokens",
+)
 
 SUMMARY = {
     "task": CELLS["task"],

@@ -38,7 +38,8 @@ class Comparison:
         states: `[groups, seeds]`, state of each seed ("" where the design has none).
         worst: the worst score that any ended seed of the task has.
         table: one row per configuration, best first; `columns.SUMMARY` and ``group``.
-        critical: smallest significant difference between two stable cells (Tukey, seeds as blocks); NaN without replication.
+        critical: smallest significant difference between two stable cells (Tukey, seeds as blocks); NaN without
+            replication.
         tied: runs (first, last) of rows of `table`, stable cells only, that cannot be told apart.
         effects, interactions: of the varied axes.
         error, freedom: error variance of one score and its degrees of freedom.
@@ -64,7 +65,9 @@ class Comparison:
 
     @property
     def best(self) -> pd.DataFrame:
-        """The stable cells that Tukey's test cannot tell from the best of them (the best alone where nothing can be tested)."""
+        """The stable cells that Tukey's test cannot tell from the best of them (the best alone where nothing can be
+        tested).
+        """
         return self.table[self.table["best_group"]]
 
     @property
@@ -99,7 +102,7 @@ def compare(study: Study, task: str, metric: str = "reward_final") -> Comparison
     scores = np.where(np.isin(states, _LOST) | ((states == "finished") & ~np.isfinite(values)), worst, raw)
     baseline = study.baselines.get(task)
     table = _table(study, task, groups, seeds, raw, scores, states, baseline, higher)
-    lost = np.isin(states, _LOST).any(1)
+    lost = np.asarray(np.isin(states, _LOST).any(axis=1), dtype=np.bool_)
     kept = ~lost if np.isfinite(scores[~lost]).any() else np.ones_like(lost)
     critical = critical_difference(scores[kept])
     where = {group: i for i, group in enumerate(groups)}
@@ -117,9 +120,24 @@ def compare(study: Study, task: str, metric: str = "reward_final") -> Comparison
     )
     variance, freedom = block_error(scores[kept])
     return Comparison(
-        task, metric, higher, groups, seeds, raw, scores, states.tolist(), worst, baseline, table, critical, tied,
-        tuple(main_effects(design)), tuple(interactions(design)), variance, freedom,
-    )  # fmt: skip
+        task,
+        metric,
+        higher,
+        groups,
+        seeds,
+        raw,
+        scores,
+        states.tolist(),
+        worst,
+        baseline,
+        table,
+        critical,
+        tied,
+        tuple(main_effects(design)),
+        tuple(interactions(design)),
+        variance,
+        freedom,
+    )
 
 
 def _table(
@@ -133,7 +151,11 @@ def _table(
     baseline: str | None,
     higher: bool,
 ) -> pd.DataFrame:
-    means = study.cells.loc[study.cells["task"] == task].groupby("group", sort=False)[["accuracy_final", "reverse_kl_final"]].mean()
+    means = (
+        study.cells.loc[study.cells["task"] == task]
+        .groupby("group", sort=False)[["accuracy_final", "reverse_kl_final"]]
+        .mean()
+    )
     base = groups.index(baseline) if baseline in groups else None
     rows = []
     for i, group in enumerate(groups):
@@ -155,16 +177,26 @@ def _table(
             "unfinished": int(np.sum(np.isin(states[i], ["running", "stopped", "missing"]))),
             "accuracy_final": float(means.loc[group, "accuracy_final"]),  # type: ignore[arg-type]
             "reverse_kl_final": float(means.loc[group, "reverse_kl_final"]),  # type: ignore[arg-type]
-            "difference": np.nan, "difference_low": np.nan, "difference_high": np.nan,
-            "pairs": 0, "p": np.nan, "p_holm": np.nan, "improvement": np.nan, "rank": np.nan, "best_group": False,
+            "difference": np.nan,
+            "difference_low": np.nan,
+            "difference_high": np.nan,
+            "pairs": 0,
+            "p": np.nan,
+            "p_holm": np.nan,
+            "improvement": np.nan,
+            "rank": np.nan,
+            "best_group": False,
             "stable": not np.isin(states[i], _LOST).any(),
-        }  # fmt: skip
+        }
         if base is not None and i != base:
             contrast = paired_contrast(scores[i], scores[base])
             record.update(
-                difference=contrast.estimate, difference_low=contrast.low, difference_high=contrast.high,
-                pairs=contrast.n, p=contrast.p,
-            )  # fmt: skip
+                difference=contrast.estimate,
+                difference_low=contrast.low,
+                difference_high=contrast.high,
+                pairs=contrast.n,
+                p=contrast.p,
+            )
             both = np.isfinite(scores[i]).any() and np.isfinite(scores[base]).any()
             chance = probability_of_improvement(scores[i][:, None], scores[base][:, None]) if both else np.nan
             record["improvement"] = chance if higher else 1 - chance

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from grid import Cell
 from reports.comparison import Comparison
 from reports.figures.series import Cube, cube, over_seeds, smoothed
+from reports.frame import records
 from reports.statistics import Array
 from reports.study import Study
 
 _WIDTH, _HEIGHT, _PAD = 220.0, 90.0, 4.0
 _BUDGET = 24_000
+_TEXT_BUDGET = 4_000_000
 _QUANTITIES = (
     ("metrics", "reward_mean", "training reward"),
     ("evaluations", "reverse_kl", "KL to the reference"),
@@ -28,7 +29,9 @@ _QUANTITIES = (
 
 
 class Panel(NamedTuple):
-    """A small curve: SVG path data of the mean, of the band and of each seed; the range of the vertical axis; the last mean."""
+    """A small curve: SVG path data of the mean, of the band and of each seed; the range of the vertical axis; the
+    last mean.
+    """
 
     title: str
     mean: str
@@ -58,13 +61,14 @@ class Detail:
 def details(study: Study, comparison: Comparison) -> list[Detail]:
     """Every configuration of a task, in the order of the ranking. Curves get coarser as configurations get many."""
     cells = study.cells[study.cells["task"] == comparison.task]
-    by_group = dict(list(cells.groupby("group", sort=False)))
+    by_group = _by(records(cells), "group")
     cubes = [(title, cube(study, comparison, getattr(study, source), column)) for source, column, title in _QUANTITIES]
     points = int(np.clip(_BUDGET // max(len(by_group), 1), 14, 60))
     shown = 8 if len(by_group) <= 100 else 0
     position = {group: i for i, group in enumerate(comparison.groups)}
     kept = 2 if len(by_group) <= 200 else 1
-    samples = dict(list(study.samples.groupby("cell", observed=True)))
+    length = int(np.clip(_TEXT_BUDGET // (8 * max(len(by_group), 1)), 200, 1500))
+    samples = _by(records(study.samples[study.samples["cell"].isin(set(cells["cell"]))]), "cell")
     base = settings(study.configurations[comparison.baseline]) if comparison.baseline else {}
     found = []
     for group in comparison.table["group"]:
@@ -77,13 +81,15 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
                 label=study.labels[group],
                 spellings=[text for text in cell.spellings if text != "baseline"],
                 settings=[(key, value, bool(base) and base.get(key) != value) for key, value in own.items()],
-                runs=[{str(key): value for key, value in row.items()} for row in part.to_dict("records")],
+                runs=part,
                 panels=[
-                    panel for title, data in cubes if (panel := _panel(title, data, position[group], points, shown)) is not None
+                    panel
+                    for title, data in cubes
+                    if (panel := _panel(title, data, position[group], points, shown)) is not None
                 ],
-                samples=_samples(part, samples, kept),
-                errors=[(int(row.seed), str(row.error)) for row in part.itertuples() if isinstance(row.error, str) and row.error],
-                command=rerun_command(study, str(part["run"].iloc[0]), str(part["cell"].iloc[0])),
+                samples=_samples(part, samples, kept, length),
+                errors=[(row["seed"], row["error"]) for row in part if isinstance(row["error"], str) and row["error"]],
+                command=rerun_command(study, part[0]["run"], part[0]["cell"]),
                 algorithm=cell.algorithm or "",
             )
         )
@@ -104,23 +110,40 @@ def settings(cell: Cell) -> dict[str, str]:
     for section, values in cell.canonical().items():
         if isinstance(values, Mapping):
             for key, value in values.items():
-                flat[f"{section}.{key}"] = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+                flat[f"{section}.{key}"] = (
+                    "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+                )
     return flat
 
 
-def _samples(part: pd.DataFrame, samples: Mapping[str, pd.DataFrame], kept: int) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Completions at the start and at the end of the first seed that has any."""
-    for identity in part["cell"]:
-        rows = samples.get(identity)
-        if rows is None or rows.empty:
+def _by(rows: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _samples(
+    part: list[dict[str, Any]], samples: Mapping[str, list[dict[str, Any]]], kept: int, length: int
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Completions at the start and at the end of the first seed that has any, texts cut to `length`."""
+    for run in part:
+        rows = samples.get(run["cell"], [])
+        if not rows:
             continue
-        first, last = rows["update"].min(), rows["update"].max()
-        moments = [("at the start", first), (f"after {last} updates", last)] if last > first else [(f"after {first} updates", first)]
-        return [
-            (name, [{str(k): v for k, v in row.items()} for row in rows[rows["update"] == at].head(kept + 1).to_dict("records")])
-            for name, at in moments
-        ]
+        first, last = min(row["update"] for row in rows), max(row["update"] for row in rows)
+        moments = (
+            [("at the start", first), (f"after {last} updates", last)]
+            if last > first
+            else [(f"after {first} updates", first)]
+        )
+        return [(name, [_cut(row, length) for row in rows if row["update"] == at][: kept + 1]) for name, at in moments]
     return []
+
+
+def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
+    texts = {key: row[key] for key in ("prompt", "completion")}
+    return row | {key: text if len(text) <= length else text[:length] + "…" for key, text in texts.items()}
 
 
 def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel | None:
@@ -148,12 +171,18 @@ def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel |
     band = np.isfinite(curve.low) & np.isfinite(curve.high)
     outline = ""
     if band.sum() > 1:
-        outline = _path(
-            np.concatenate([at[band], at[band][::-1]]), np.concatenate([y(curve.high)[band], y(curve.low)[band][::-1]])
-        ) + "Z"
-    lines = [
-        _path(x[finite], y(seed)[finite]) for seed in values[:shown] if (finite := np.isfinite(seed)).sum() > 1
-    ] if len(values) > 1 else []
+        outline = (
+            _path(
+                np.concatenate([at[band], at[band][::-1]]),
+                np.concatenate([y(curve.high)[band], y(curve.low)[band][::-1]]),
+            )
+            + "Z"
+        )
+    lines = (
+        [_path(x[finite], y(seed)[finite]) for seed in values[:shown] if (finite := np.isfinite(seed)).sum() > 1]
+        if len(values) > 1
+        else []
+    )
     return Panel(title, _path(at, y(curve.mean)), outline, lines, f"{low:.3g}", f"{high:.3g}", f"{curve.mean[-1]:.3g}")
 
 

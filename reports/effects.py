@@ -1,13 +1,14 @@
-"""Main effects and two-axis interactions of the design that was run, balanced or not, by least squares with seeds as blocks.
+"""Main effects and two-axis interactions of the design that was run, by least squares with seeds as blocks.
 
-Model: score = block(seed) + Σ_axes effect(axis value) + error, one observation per (cell, seed). The error variance is the pure error
-of the design (`statistics.block_error`: every cell its own mean), not the residual of the model, so that an interaction that the
-model leaves out does not pass for noise. A cell that lost seeds (their scores stand at the worst) has its own, larger variance, so
-that one diverging cell does not hide the differences between all others; intervals then use Satterthwaite's degrees of freedom and
-tests the ANOVA-type statistic of Brunner, Dette and Munk (1997). Without such cells both are the ordinary t and F.
+Model: score = block(seed) + Σ_axes effect(axis value) + error, one observation per (cell, seed). The error variance
+is the pure error of the design (`statistics.block_error`: every cell its own mean), not the residual of the
+model, so that an interaction that the model leaves out does not pass for noise. A cell that lost seeds (their
+scores stand at the worst) has its own, larger variance, so that one diverging cell does not hide the differences
+between all others; intervals then use Satterthwaite's degrees of freedom and tests the ANOVA-type statistic of
+Brunner, Dette and Munk (1997). Without such cells both are the ordinary t and F.
 
-Where an axis is inactive in a cell (the estimator of a cell without KL) it counts as its reference value. What the design cannot
-separate is reported as confounded, with what it is confounded with.
+Where an axis is inactive in a cell (the estimator of a cell without KL) it counts as its reference value. What the
+design cannot separate is reported as confounded, with what it is confounded with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TOLERANCE = 1e-8
 
 
 class Level(NamedTuple):
-    """One value of an axis: its effect against the axis' reference value, other axes held, with a t-interval; NaN if confounded."""
+    """One value of an axis: its effect against the axis' reference value with a t-interval; NaN if confounded."""
 
     value: str
     estimate: float
@@ -36,7 +37,7 @@ class Level(NamedTuple):
 
 
 class AxisEffect(NamedTuple):
-    """One axis: its levels (the reference has effect 0), largest minus smallest effect, F-test and what it is confounded with.
+    """One axis: its levels (the reference has effect 0), largest minus smallest effect, F-test, confounding.
 
     `share` is the share of the variance between observations, seeds removed, that only this axis explains.
     """
@@ -53,7 +54,7 @@ class AxisEffect(NamedTuple):
 
 
 class Interaction(NamedTuple):
-    """A pair of axes: F-test of all their product terms beyond the main effects; `freedom` 0 means that the design has none."""
+    """A pair of axes: F-test of their product terms beyond the main effects; `freedom` 0: the design has none."""
 
     first: str
     second: str
@@ -67,8 +68,8 @@ class Interaction(NamedTuple):
 class Design(NamedTuple):
     """Observations of a design.
 
-    `scores` is `[cells, seeds]` (NaN missing); `values` has, by axis, each cell's value (None where inactive); `lost` marks the cells
-    that lost a seed.
+    `scores` is `[cells, seeds]` (NaN missing); `values` has, by axis, each cell's value (None where inactive); `lost`
+    marks the cells that lost a seed.
     """
 
     scores: Array
@@ -85,18 +86,29 @@ def main_effects(design: Design, level: float = 0.95) -> list[AxisEffect]:
         test = fit.test(fit.columns(without=(axis,)), fit.dummies[axis])
         found.append(
             AxisEffect(
-                axis, fit.reference(axis), fit.levels(axis, level), np.nan, test.share, test.f, test.p, np.nan, fit.confounded(axis)
+                axis,
+                fit.reference(axis),
+                fit.levels(axis, level),
+                np.nan,
+                test.share,
+                test.f,
+                test.p,
+                np.nan,
+                fit.confounded(axis),
             )
         )
     adjusted = holm([effect.p for effect in found])
     complete = [
-        effect._replace(spread=_spread(effect.levels), p_holm=float(p)) for effect, p in zip(found, adjusted, strict=True)
+        effect._replace(spread=_spread(effect.levels), p_holm=float(p))
+        for effect, p in zip(found, adjusted, strict=True)
     ]
     return sorted(complete, key=lambda effect: -np.nan_to_num(effect.spread, nan=-1.0))
 
 
 def interactions(design: Design) -> list[Interaction]:
-    """Every pair of axes, strongest first. One-at-a-time designs have no freedom for any of them, and that is the answer."""
+    """Every pair of axes, strongest first. One-at-a-time designs have no freedom for any of them, and that is the
+    answer.
+    """
     fit = _Fit(design)
     base = fit.columns()
     rows = []
@@ -122,7 +134,9 @@ class _Test(NamedTuple):
 
 
 class _Fit:
-    """The design matrix, one block of columns per axis and one for the seeds, and the error variance of every observation."""
+    """The design matrix, one block of columns per axis and one for the seeds, and the error variance of every
+    observation.
+    """
 
     def __init__(self, design: Design) -> None:
         scores = np.asarray(design.scores, dtype=np.float64)
@@ -135,15 +149,15 @@ class _Fit:
         self.dummies: dict[str, Array] = {}
         present = np.unique(cell)
         for axis, written in design.values.items():
-            order = list(dict.fromkeys(value for i in present if (value := written[i]) is not None))
+            order = list(dict.fromkeys(value for i in present.tolist() if (value := written[i]) is not None))
             if len(order) < 2:
                 continue
             reference = design.references.get(axis)
             reference = reference if reference in order else order[0]
             order = [reference, *(value for value in order if value != reference)]
-            column = np.asarray([str(written[i]) if written[i] is not None else reference for i in cell])
+            column = np.asarray([str(written[i]) if written[i] is not None else reference for i in cell.tolist()])
             self.values[axis] = order
-            self.counts[axis] = {value: sum(written[i] == value for i in present) for value in order}
+            self.counts[axis] = {value: sum(written[i] == value for i in present.tolist()) for value in order}
             self.dummies[axis] = (column[:, None] == np.asarray(order[1:])[None, :]).astype(np.float64)
         self.axes = list(self.values)
         self._set_variances(scores, cell, np.asarray(design.lost or [False] * len(scores), dtype=bool))
@@ -187,8 +201,12 @@ class _Fit:
         spread = basis.T @ (variances[self.component][:, None] * basis)
         f = gain / float(np.trace(spread))
         above = float(np.trace(spread)) ** 2 / float(np.sum(spread**2))
-        below = self._freedom(np.bincount(self.component, weights=np.sum(basis**2, axis=1), minlength=variances.size))
+        below = self._freedom(self._by_component(np.sum(basis**2, axis=1)))
         return _Test(share, float(f), float(stats.f.sf(f, above, below)), freedom)
+
+    def _by_component(self, weights: Array) -> Array:
+        size = len(self.variances)
+        return np.bincount(self.component, weights=weights, minlength=size).astype(np.float64)
 
     def _freedom(self, weights: Array) -> float:
         """Satterthwaite's degrees of freedom of Σ weight·variance over the components."""
@@ -211,7 +229,7 @@ class _Fit:
             influence = x @ (inverse @ contrast)
             estimate, half = float(influence @ self.y), float("nan")
             if self.freedoms[0] > 0:
-                weights = np.bincount(self.component, weights=influence**2, minlength=len(self.variances))
+                weights = self._by_component(influence**2)
                 quantile = float(stats.t.ppf(0.5 + level / 2, self._freedom(weights)))
                 half = quantile * float(np.sqrt(weights @ np.asarray(self.variances)))
             found.append(Level(value, estimate, estimate - half, estimate + half, self.counts[axis][value]))
@@ -222,7 +240,7 @@ class _Fit:
         own = self.dummies[axis]
 
         def estimable(without: Sequence[str]) -> int:
-            return _new_directions(self.columns(without), own).shape[1]
+            return int(_new_directions(self.columns(without), own).shape[1])
 
         now = estimable((axis,))
         if now == own.shape[1]:

@@ -10,13 +10,16 @@ import numpy as np
 from reports.columns import TITLES
 from reports.comparison import Comparison
 from reports.effects import AxisEffect
+from reports.frame import records
 from reports.study import Study
 
 LEVEL = 0.05
 
 
 class AxisFinding(NamedTuple):
-    """An axis with its verdict: its title, best value, worst value, spread, p, whether that is beyond chance, and lost seeds."""
+    """An axis with its verdict: its title, best value, worst value, spread, p, whether that is beyond chance, and
+    lost seeds.
+    """
 
     effect: AxisEffect
     title: str
@@ -45,10 +48,9 @@ def find(study: Study, comparison: Comparison) -> Findings:
     """Everything that the first screen says, from the comparison alone."""
     axes = [_axis(study, comparison, effect) for effect in comparison.effects]
     axes.sort(key=lambda axis: not axis.matters)
-    best = comparison.best.head(4).to_dict("records") if comparison.comparable else []
     return Findings(
         headline=_headline(comparison, axes),
-        best=[{str(key): value for key, value in row.items()} for row in best],
+        best=records(comparison.best.head(4)) if comparison.comparable else [],
         ties=_ties(comparison),
         axes=axes,
         lost=_lost(study, comparison),
@@ -105,7 +107,8 @@ def _headline(comparison: Comparison, axes: list[AxisFinding]) -> str:
     if not finished:
         return "Every ended seed diverged or failed: no cell of this study trains."
     if np.nanmax(comparison.scores) == np.nanmin(comparison.scores):
-        return f"Every seed of every cell ended with the same {name}, {number(comparison.worst)}: nothing here separates the cells."
+        value = number(comparison.worst)
+        return f"Every seed of every cell ended with the same {name}, {value}: nothing here separates the cells."
     top = comparison.best.iloc[0]
     mattering = [axis for axis in axes if axis.matters]
     if mattering:
@@ -138,7 +141,7 @@ def _ties(comparison: Comparison) -> str:
 def _lost(study: Study, comparison: Comparison) -> list[dict[str, object]]:
     table = comparison.table[comparison.table["diverged"] + comparison.table["failed"] > 0]
     table = table.assign(lost=table["diverged"] + table["failed"]).sort_values("lost", ascending=False, kind="stable")
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    return records(table)
 
 
 def _lost_words(comparison: Comparison) -> str:
@@ -168,13 +171,20 @@ def _cautions(comparison: Comparison, axes: list[AxisFinding]) -> list[str]:
     pairs = int(comparison.table["pairs"].max()) if len(comparison.table) else 0
     if 1 < pairs <= 5:
         found.append(
-            f"With {pairs} seed pairs the sign-flip test cannot give p below {2.0 ** (1 - pairs):g}; intervals and Tukey's test carry the comparison."
+            f"With {pairs} seed pairs the sign-flip test cannot give p below {2.0 ** (1 - pairs):g}; intervals and "
+            "Tukey's test carry the comparison."
         )
     if len(axes) > 1 and not any(pair.freedom for pair in comparison.interactions):
-        found.append("The design changes one axis at a time: whether axes act together cannot be seen here (a product of axes shows it).")
+        found.append(
+            "The design changes one axis at a time: whether axes act together cannot be seen here (a product of axes "
+            "shows it)."
+        )
     for axis in axes:
         if axis.effect.confounded:
-            found.append(f"{axis.title} changes together with {', '.join(axis.effect.confounded)}: their effects cannot be separated.")
+            found.append(
+                f"{axis.title} changes together with {', '.join(axis.effect.confounded)}: their effects cannot be "
+                "separated."
+            )
     return found
 
 

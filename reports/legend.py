@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import re
+from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -19,7 +18,9 @@ from reports.study import Study
 
 @dataclass(frozen=True)
 class ValueLegend:
-    """One value of an axis: its formula and source (empty outside the catalogue) and its effect (None when not estimated)."""
+    """One value of an axis: its formula and source (empty outside the catalogue) and its effect (None when not
+    estimated).
+    """
 
     value: str
     formula: str
@@ -69,11 +70,17 @@ def _axis(axis: VariedAxis, position: int, effect: AxisEffect | None) -> AxisLeg
         reference = effect is not None and value == effect.reference
         values.append(
             ValueLegend(
-                value, entry.formula if entry else "", entry.note if entry else "", entry.source if entry else "", reference,
+                value,
+                entry.formula if entry else "",
+                entry.note if entry else "",
+                entry.source if entry else "",
+                reference,
                 level if level is not None and np.isfinite(level.estimate) else None,
             )
-        )  # fmt: skip
-    symbol = AXES[axis.key].symbol if axis.key in AXES else PARAMETERS[axis.key].meaning if axis.key in PARAMETERS else ""
+        )
+    symbol = (
+        AXES[axis.key].symbol if axis.key in AXES else PARAMETERS[axis.key].meaning if axis.key in PARAMETERS else ""
+    )
     return AxisLegend(axis, symbol, position, effect, _sentence(effect), values)
 
 

@@ -23,6 +23,7 @@ from reports.details import Detail, details
 from reports.figures import Drawing, draw, inline_svg, save, svg_text
 from reports.figures.tasks import across_tasks, profiles
 from reports.findings import Findings, find, number, p_words, signed
+from reports.frame import records
 from reports.legend import AxisLegend, formula, legend
 from reports.methods import methods
 from reports.provenance import provenance
@@ -65,7 +66,8 @@ def render(
         metric: the result that cells are ranked by, see `columns.RESULTS`.
         baseline: id of the cell to compare with, instead of the grid file's.
         figures: also write each figure as PDF, SVG and PNG.
-        gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by default read from
+        gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by
+            default read from
             ``gradients.json`` in the first run's report folder, where there is one.
         progress: is told what is being done.
 
@@ -94,20 +96,24 @@ def render(
     over = profiles(comparisons)
     over_svg = _figure(over, folder / "figures" if figures else None) if over is not None else Markup("")
     tell("page")
-    text = _environment().get_template("page.html.j2").render(
-        study=study,
-        sections=sections,
-        over=over,
-        over_svg=over_svg,
-        over_table=across_tasks(comparisons)[0],
-        metric=TITLES[metric],
-        methods=methods(study, comparisons),
-        provenance=provenance(study),
-        summary_columns=SUMMARY,
-        parameters=PARAMETERS,
-        catalogue=AXES,
-        style=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
+    text = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            study=study,
+            sections=sections,
+            over=over,
+            over_svg=over_svg,
+            over_table=records(across_tasks(comparisons)[0]),
+            metric=TITLES[metric],
+            methods=methods(study, comparisons),
+            provenance=provenance(study),
+            summary_columns=SUMMARY,
+            parameters=PARAMETERS,
+            catalogue=AXES,
+            style=Markup(_asset("page.css")),
+            script=Markup(_asset("page.js")),
+        )
     )
     page = folder / "index.html"
     temporary = folder / f".index.{secrets.token_hex(4)}.tmp"
@@ -117,7 +123,12 @@ def render(
 
 
 def _section(
-    study: Study, comparison: Comparison, prefix: str, gradients: pd.DataFrame | None, figures: Path | None, tell: Progress
+    study: Study,
+    comparison: Comparison,
+    prefix: str,
+    gradients: pd.DataFrame | None,
+    figures: Path | None,
+    tell: Progress,
 ) -> TaskSection:
     tell("figures")
     drawings = draw(study, comparison, gradients)
@@ -148,7 +159,9 @@ def _figure(drawing: Drawing, folder: Path | None) -> Markup:
 def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
     """The table of cells, with what filters need and the place of the interval on a common scale."""
     table = comparison.table
-    ends = table.loc[table["stable"], ["low", "high", "mean"]] if table["stable"].any() else table[["low", "high", "mean"]]
+    ends = (
+        table.loc[table["stable"], ["low", "high", "mean"]] if table["stable"].any() else table[["low", "high", "mean"]]
+    )
     values = ends.to_numpy(dtype=np.float64)
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
@@ -158,8 +171,7 @@ def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
         return round(float(np.clip((value - low) / width, 0.0, 1.0)) * 100, 1)
 
     rows = []
-    for record in table.to_dict("records"):
-        row = {str(key): value for key, value in record.items()}
+    for row in records(table):
         lost = row["diverged"] + row["failed"]
         state = "unfinished" if row["unfinished"] else "lost seeds" if lost else "finished"
         interval = np.isfinite(row["low"])
@@ -169,7 +181,11 @@ def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
             "baseline": row["group"] == comparison.baseline,
             "mark": None
             if not np.isfinite(row["mean"])
-            else {"at": at(row["mean"]), "low": at(row["low"]) if interval else None, "high": at(row["high"]) if interval else None},
+            else {
+                "at": at(row["mean"]),
+                "low": at(row["low"]) if interval else None,
+                "high": at(row["high"]) if interval else None,
+            },
         }
         rows.append(row)
     return rows

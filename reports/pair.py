@@ -45,12 +45,15 @@ class Pair:
             "cells": list(self.labels),
             "settings": [{"key": key, "first": first, "second": second} for key, first, second in self.settings],
             "results": [
-                {"result": name, "first": first._asdict(), "second": second._asdict(), "difference": difference._asdict()}
+                {
+                    "result": name,
+                    "first": first._asdict(),
+                    "second": second._asdict(),
+                    "difference": difference._asdict(),
+                }
                 for name, first, second, difference in self.rows
             ],
-            "seeds": [
-                {"seed": seed, "first": x, "second": y, "states": [a, b]} for seed, x, y, a, b in self.seeds
-            ],
+            "seeds": [{"seed": seed, "first": x, "second": y, "states": [a, b]} for seed, x, y, a, b in self.seeds],
             "difference": self.contrast._asdict(),
             "probability_of_improvement": self.improvement,
         }
@@ -68,7 +71,7 @@ def configuration(study: Study, text: str) -> str:
     if len(found) != 1:
         problem = "no such cell" if not found else f"{len(found)} configurations fit"
         raise Mistake(problem, key="cell", value=text, allowed=list(dict.fromkeys(label for _, _, label in pairs)))
-    return found.pop()
+    return str(found.pop())
 
 
 def compare_pair(study: Study, first: str, second: str, metric: str = "reward_final") -> Pair:
@@ -79,7 +82,10 @@ def compare_pair(study: Study, first: str, second: str, metric: str = "reward_fi
     """
     tasks = {str(study.cells.loc[study.cells["group"] == group, "task"].iloc[0]) for group in (first, second)}
     if len(tasks) > 1:
-        raise Mistake(f"the two cells belong to different tasks, {' and '.join(sorted(tasks))}, and cannot be compared", key="cell")
+        raise Mistake(
+            f"the two cells belong to different tasks, {' and '.join(sorted(tasks))}, and cannot be compared",
+            key="cell",
+        )
     task = tasks.pop()
     main = compare(study, task, metric)
     at = (main.groups.index(first), main.groups.index(second))
@@ -108,7 +114,11 @@ def _settings(study: Study, first: str, second: str) -> list[tuple[str, str, str
 
     left, right = settings(study.configurations[first]), settings(study.configurations[second])
     keys = dict.fromkeys([*left, *right])
-    return [(key, left.get(key, "–"), right.get(key, "–")) for key in keys if key != "seed" and left.get(key) != right.get(key)]
+    return [
+        (key, left.get(key, "–"), right.get(key, "–"))
+        for key in keys
+        if key != "seed" and left.get(key) != right.get(key)
+    ]
 
 
 def _row(study: Study, main: Comparison, at: tuple[int, int], name: str) -> tuple[str, Interval, Interval, Contrast]:

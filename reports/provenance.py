@@ -21,14 +21,35 @@ def provenance(study: Study) -> list[dict[str, Any]]:
         gpus = hardware.get("gpus") or []
         created = manifest.get("created")
         facts = [
-            ("created", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(created)) if isinstance(created, int | float) else "unknown"),
+            (
+                "created",
+                time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(created))
+                if isinstance(created, int | float)
+                else "unknown",
+            ),
             ("design", str(manifest.get("design", ""))),
             ("seeds", ", ".join(str(seed) for seed in manifest["seeds"][:30])),
             ("commit", str(manifest.get("commit") or "not in a repository")),
-            ("hardware", f"{hardware.get('processor', '')}, {hardware.get('cores', '?')} cores, {hardware.get('memory_gb', '?')} GB"),
+            (
+                "hardware",
+                f"{hardware.get('processor', '')}, {hardware.get('cores', '?')} cores, "
+                f"{hardware.get('memory_gb', '?')} GB",
+            ),
             ("graphics processors", ", ".join(map(str, gpus)) or "none"),
-            ("cost", f"{hours:.3g} {'GPU' if gpus else 'core'}-hours of training, {np.nansum(cells['tokens']):,.0f} tokens sampled"),
+            (
+                "cost",
+                f"{hours:.3g} {'GPU' if gpus else 'core'}-hours of training, {np.nansum(cells['tokens']):,.0f} "
+                "tokens sampled",
+            ),
             ("versions", ", ".join(f"{key} {value}" for key, value in manifest["versions"].items() if value)),
         ]
-        found.append({"name": name, "folder": run.path.name, "facts": facts, "grid": run.grid_text, "description": manifest.get("description", "")})
+        found.append(
+            {
+                "name": name,
+                "folder": run.path.name,
+                "facts": facts,
+                "grid": run.grid_text,
+                "description": manifest.get("description", ""),
+            }
+        )
     return found

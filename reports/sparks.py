@@ -9,7 +9,9 @@ from collections.abc import Sequence
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def sparkline(values: Sequence[float | None], width: int = 24, low: float | None = None, high: float | None = None) -> str:
+def sparkline(
+    values: Sequence[float | None], width: int = 24, low: float | None = None, high: float | None = None
+) -> str:
     """`values` as block characters, averaged into at most `width` columns; a gap where nothing is finite.
 
     Args:

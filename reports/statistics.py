@@ -1,11 +1,13 @@
 """Statistics of a comparison, as short functions of arrays.
 
-The unit is the **training seed**: one number per (cell, seed), never one per prompt or per update. Arrays are named by their axes
-(``scores_rt`` is ``[runs, tasks]``, ``scores_cs`` is ``[cells, seeds]``); NaN is a missing seed. Nothing here reads a file.
+The unit is the **training seed**: one number per (cell, seed), never one per prompt or per update. Arrays are named
+by their axes (``scores_rt`` is ``[runs, tasks]``, ``scores_cs`` is ``[cells, seeds]``); NaN is a missing seed.
+Nothing here reads a file.
 
-Sources: Student (1908); Fisher (1935) for sign flips; Holm (1979); Tukey (1953) and Kramer (1956); Agarwal et al. (2021),
-*Deep reinforcement learning at the edge of the statistical precipice* (interquartile mean, stratified bootstrap, performance
-profiles, probability of improvement, optimality gap); Henderson et al. (2018) and Colas et al. (2018) on why few seeds mislead.
+Sources: Student (1908); Fisher (1935) for sign flips; Holm (1979); Tukey (1953) and Kramer (1956); Agarwal et al.
+    (2021), *Deep reinforcement learning at the edge of the statistical precipice* (interquartile mean, stratified
+    bootstrap, performance profiles, probability of improvement, optimality gap); Henderson et al. (2018) and Colas et
+    al. (2018) on why few seeds mislead.
 """
 
 from __future__ import annotations
@@ -90,7 +92,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of `statistic` when runs are resampled within each task (stratified bootstrap).
 
-    Needs at least 5 runs x 3 tasks (`enough_for_bootstrap`); with less the interval is NaN, because its coverage would be a fiction.
+    Needs at least 5 runs x 3 tasks (`enough_for_bootstrap`); with less the interval is NaN, because its coverage
+    would be a fiction.
     """
     scores = np.atleast_2d(np.asarray(scores_rt, dtype=np.float64))
     runs, tasks = scores.shape
@@ -110,7 +113,8 @@ def enough_for_bootstrap(scores_rt: Array) -> bool:
 
 
 def sign_flip_p(differences: Sequence[float] | Array, seed: int = 0, draws: int = 20_000) -> float:
-    """Two-sided p of "the paired differences are symmetric about 0": share of sign flips with a mean at least as far from 0.
+    """Two-sided p of "the paired differences are symmetric about 0": share of sign flips with a mean at least as far
+    from 0.
 
     Exact up to `EXACT_FLIPS` pairs. With n pairs no p below 2^(1-n) exists: three seeds cannot give less than 0.25.
     """
@@ -127,14 +131,18 @@ def sign_flip_p(differences: Sequence[float] | Array, seed: int = 0, draws: int 
 
 
 def paired_contrast(x_s: Array, y_s: Array, level: float = 0.95) -> Contrast:
-    """x - y over the seeds that both have: mean difference, t-interval of the differences, sign-flip p, number of pairs."""
+    """x - y over the seeds that both have: mean difference, t-interval of the differences, sign-flip p, number of
+    pairs.
+    """
     d = finite(np.asarray(x_s, dtype=np.float64) - np.asarray(y_s, dtype=np.float64))
     interval = t_interval(d, level)
     return Contrast(interval.estimate, interval.low, interval.high, sign_flip_p(d), interval.n)
 
 
 def paired_p(x_s: Array, y_s: Array) -> float:
-    """p of Student's paired t-test; NaN below two pairs; 1 when every difference is 0, 0 when all are one other number."""
+    """p of Student's paired t-test; NaN below two pairs; 1 when every difference is 0, 0 when all are one other
+    number.
+    """
     d = finite(np.asarray(x_s, dtype=np.float64) - np.asarray(y_s, dtype=np.float64))
     if d.size < 2:
         return float("nan")
@@ -178,7 +186,8 @@ def seed_shifts(scores_cs: Array) -> Array:
 
 
 def _seed_system(scores: Array) -> tuple[Array, Array]:
-    # The cells' means are eliminated, which leaves a small system in the seeds: a thousand cells cost no thousand columns.
+    # The cells' means are eliminated, which leaves a small system in the seeds: a thousand cells cost no thousand
+    # columns.
     present = np.isfinite(scores).astype(np.float64)
     shares = present / np.maximum(present.sum(1, keepdims=True), 1.0)
     system = np.diag(present.sum(0)) - present.T @ shares
@@ -188,7 +197,8 @@ def _seed_system(scores: Array) -> tuple[Array, Array]:
 
 
 def critical_difference(scores_cs: Array, level: float = 0.95) -> float:
-    """Smallest difference of two cell means that Tukey's test (seeds as blocks) calls significant, over all pairs at once.
+    """Smallest difference of two cell means that Tukey's test (seeds as blocks) calls significant, over all pairs at
+    once.
 
     Cells with missing seeds enter through the harmonic mean of the seed counts (Tukey-Kramer). NaN without replication.
     """
@@ -208,11 +218,15 @@ def _studentized_range(level: float, means: int, freedom: int) -> float:
 
 
 def critical_groups(means_c: Array, difference: float) -> list[tuple[int, int]]:
-    """Maximal runs `(first, last)` of cells ranked from best to worst whose means lie within `difference` of each other."""
+    """Maximal runs `(first, last)` of cells ranked from best to worst whose means lie within `difference` of each
+    other.
+    """
     means = np.asarray(means_c, dtype=np.float64)
     groups: list[tuple[int, int]] = []
     for first in range(means.size):
-        last = int(np.flatnonzero(means[first] - means <= difference)[-1]) if np.isfinite(difference) else means.size - 1
+        last = (
+            int(np.flatnonzero(means[first] - means <= difference)[-1]) if np.isfinite(difference) else means.size - 1
+        )
         if not groups or last > groups[-1][1]:
             groups.append((first, last))
     return groups

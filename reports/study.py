@@ -62,7 +62,7 @@ class Study:
 
     @property
     def factorial(self) -> bool:
-        """Whether axes were crossed, so that an axis' value is best shown as the average over the cells that have it."""
+        """Whether axes were crossed: a value is then best shown as the average over the cells that have it."""
         return all(run.manifest.get("design") == "product" for run in self.runs) and len(self.runs) == 1
 
     def summary(self, metric: str = "reward_final") -> pd.DataFrame:
@@ -84,7 +84,8 @@ def load_run(path: str | Path, *, baseline: str | None = None, cache: bool = Tru
 
 
 def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache: bool = True) -> Study:
-    """The study of several run folders together; a cell that stands in two of them is taken from the first that finished it.
+    """The study of several run folders together; a cell that stands in two of them is taken from the first that
+    finished it.
 
     Args:
         baseline: id (or its beginning) of a cell or configuration to compare with, instead of the grid file's.
@@ -119,7 +120,9 @@ def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names))
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+    )
 
 
 def _described(run: Run, name: str, cells: pd.DataFrame, configurations: dict[str, Cell]) -> pd.DataFrame:
@@ -153,7 +156,9 @@ def _unique(cells: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return kept.reset_index(drop=True), len(cells) - len(kept)
 
 
-def _joined(parts: Sequence[Frames], names: Sequence[str], cells: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+def _joined(
+    parts: Sequence[Frames], names: Sequence[str], cells: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     result = []
     for kind in ("metrics", "evaluations", "samples"):
         frames = []
@@ -164,7 +169,7 @@ def _joined(parts: Sequence[Frames], names: Sequence[str], cells: pd.DataFrame) 
             frames.append(frame)
         joined = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
         result.append(joined.astype({"cell": "category"}))
-    return tuple(result)
+    return result[0], result[1], result[2]
 
 
 def _baselines(
@@ -181,7 +186,7 @@ def _baselines(
     candidates: dict[str, list[str]] = {}
     for run in runs:
         group = run.baseline
-        if group in configurations:
+        if group is not None and group in configurations:
             candidates.setdefault(task_label(configurations[group]), []).append(group)
     baselines: dict[str, str] = {}
     for task in dict.fromkeys(cells["task"]):
@@ -189,9 +194,15 @@ def _baselines(
         if len(groups) == 1:
             baselines[task] = groups[0]
         elif groups:
-            notes.append(f"The runs have different baselines on {task}: nothing is compared with a baseline there (--baseline chooses one).")
+            notes.append(
+                f"The runs have different baselines on {task}: nothing is compared with a baseline there (--baseline "
+                "chooses one)."
+            )
         else:
-            notes.append(f"No run has a baseline cell on {task}: nothing is compared with a baseline there (--baseline chooses one).")
+            notes.append(
+                f"No run has a baseline cell on {task}: nothing is compared with a baseline there (--baseline "
+                "chooses one)."
+            )
     return baselines
 
 
@@ -201,13 +212,18 @@ def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
         budgets = sorted(part["updates_planned"].unique())
         if len(budgets) > 1:
             shown = ", ".join(f"{budget:g}" for budget in budgets)
-            notes.append(f"Cells on {task} were given different budgets ({shown} updates): their scores are not at equal effort.")
+            notes.append(
+                f"Cells on {task} were given different budgets ({shown} updates): their scores are not at equal effort."
+            )
         if part.groupby("group")["seed"].nunique().max() == 1:
             notes.append(f"One seed per cell on {task}: there are no intervals, and no difference here is evidence.")
     if cells["task"].nunique() > 1:
         notes.append("The cells belong to different tasks; cells are compared within a task only.")
     if (open_ := int(cells["state"].isin(["running", "stopped", "missing"]).sum())) > 0:
         notes.append(f"{open_} of {len(cells)} cells have not ended: this is an interim report.")
-    if len({str(run.manifest["versions"]) for run in runs}) > 1 or len({str(run.manifest.get("commit")) for run in runs}) > 1:
+    if (
+        len({str(run.manifest["versions"]) for run in runs}) > 1
+        or len({str(run.manifest.get("commit")) for run in runs}) > 1
+    ):
         notes.append("The runs were made with different versions of klab or its libraries; see provenance.")
     return notes

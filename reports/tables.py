@@ -13,14 +13,31 @@ import pandas as pd
 from grid import Mistake
 from reports.columns import SUMMARY, TITLES
 from reports.comparison import Comparison
+from reports.frame import records
 from reports.study import Study
 
 FORMATS = ("md", "latex", "csv", "json")
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    '"': "''", "−": "$-$", "·": r"$\cdot$", "×": r"$\times$", "β": r"$\beta$", "…": r"\ldots{}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "−": "$-$",
+    "·": r"$\cdot$",
+    "×": r"$\times$",
+    "β": r"$\beta$",
+    "…": r"\ldots{}",
+}
 
 
 def formatted(comparisons: Sequence[Comparison], form: str) -> str:
@@ -55,9 +72,10 @@ def to_json(comparisons: Sequence[Comparison]) -> str:
             "seeds": list(comparison.seeds),
             "worst": comparison.worst,
             "critical_difference": comparison.critical,
-            "cells": comparison.table.to_dict("records"),
+            "cells": records(comparison.table),
             "effects": [
-                effect._asdict() | {"levels": [level._asdict() for level in effect.levels]} for effect in comparison.effects
+                effect._asdict() | {"levels": [level._asdict() for level in effect.levels]}
+                for effect in comparison.effects
             ],
             "interactions": [pair._asdict() for pair in comparison.interactions],
         }
@@ -83,8 +101,8 @@ def markdown(comparison: Comparison) -> str:
     head = _heads(comparison)
     lines = [f"**{_md(comparison.task)}**, {TITLES[comparison.metric]}, 95% intervals over seeds", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
-    for record in comparison.table.to_dict("records"):
-        label, *numbers = _texts({str(k): v for k, v in record.items()})
+    for record in records(comparison.table):
+        label, *numbers = _texts(record)
         lines.append("| " + " | ".join([_md(label), *numbers]) + " |")
     return "\n".join(lines)
 
@@ -93,23 +111,34 @@ def latex(comparison: Comparison) -> str:
     """A `table` for a paper; needs the package booktabs."""
     head = [_tex(text) for text in _heads(comparison)]
     body = []
-    for record in comparison.table.to_dict("records"):
-        texts = [_tex(text) for text in _texts({str(k): v for k, v in record.items()})]
+    for record in records(comparison.table):
+        texts = [_tex(text) for text in _texts(record)]
         if record["best_group"] and np.isfinite(comparison.critical):
             texts[1] = rf"\textbf{{{texts[1]}}}"
         body.append(" & ".join(texts) + r" \\")
     caption = (
-        f"{TITLES[comparison.metric].capitalize()} on {_tex(comparison.task)}: mean and 95\\% $t$-interval over seeds, paired difference to the "
-        "baseline, Holm-adjusted sign-flip $p$. Diverged and failed seeds count at the worst score. Bold: not distinguishable from the best stable "
+        f"{TITLES[comparison.metric].capitalize()} on {_tex(comparison.task)}: mean and 95\\% $t$-interval over "
+        "seeds, paired difference to the "
+        "baseline, Holm-adjusted sign-flip $p$. Diverged and failed seeds count at the worst score. Bold: not "
+        "distinguishable from the best stable "
         "cell (Tukey, 5\\%)."
     )
     return "\n".join(
         [
-            "% \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule", *body,
-            r"\bottomrule", r"\end{tabular}", r"\end{table}",
+            "% \\usepackage{booktabs}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            r"\toprule",
+            " & ".join(head) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
         ]
-    )  # fmt: skip
+    )
 
 
 def _heads(comparison: Comparison) -> list[str]:
@@ -153,10 +182,20 @@ def write_tables(study: Study, comparisons: Sequence[Comparison], folder: Path) 
         (folder / f"summary.{suffix}").write_text(formatted(comparisons, form), encoding="utf-8", errors="replace")
     study.cells.to_csv(folder / "cells.csv", index=False)
     effects = [
-        {"task": c.task, "axis": e.axis, "reference": e.reference, **level._asdict(), "p": e.p, "p_holm": e.p_holm, "share": e.share,
-         "confounded": ", ".join(e.confounded)}
-        for c in comparisons for e in c.effects for level in e.levels
-    ]  # fmt: skip
+        {
+            "task": c.task,
+            "axis": e.axis,
+            "reference": e.reference,
+            **level._asdict(),
+            "p": e.p,
+            "p_holm": e.p_holm,
+            "share": e.share,
+            "confounded": ", ".join(e.confounded),
+        }
+        for c in comparisons
+        for e in c.effects
+        for level in e.levels
+    ]
     pd.DataFrame(effects).to_csv(folder / "effects.csv", index=False)
     pairs = [{"task": c.task, **pair._asdict()} for c in comparisons for pair in c.interactions]
     pd.DataFrame(pairs).to_csv(folder / "interactions.csv", index=False)

@@ -1,8 +1,9 @@
 """Curves for TensorBoard and Weights & Biases: a follower that reads a run's folder and sends what is new.
 
-It never touches training: it can start late, stop, start again. What was sent is remembered in the run's report folder, cell by cell, so
-that a requeued cell continues the same tracked run: its identity comes from the cell, `group` is the configuration without its seed.
-Both packages are optional and imported only here.
+It never touches training: it can start late, stop, start again. What was sent is remembered in the run's report
+    folder, cell by cell, so that a requeued cell continues the same tracked run: its identity comes from the cell,
+    `group` is the configuration
+    without its seed. Both packages are optional and imported only here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,21 +103,20 @@ class _Events:
         self.writer = writer
 
     def log(self, update: int, values: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self.writer.add_event(Event(step=update, summary=Summary(value=scalars)))
+        summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
+        event = import_module("tensorboard.compat.proto.event_pb2").Event
+        scalars = [summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.writer.add_event(event(step=update, summary=summary(value=scalars)))
 
 
 @contextmanager
 def _tensorboard(cell: CellFolder, folder: Path) -> Iterator[Sink]:
     try:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        module = import_module("tensorboard.summary.writer.event_file_writer")
     except ImportError as error:
         raise Mistake("TensorBoard is not installed", key="track", hint="pip install 'klab[tensorboard]'") from error
     resolved = cell.resolved()
-    writer = EventFileWriter(str(folder / str(resolved["group"]) / f"seed-{resolved['seed']}"))
+    writer = module.EventFileWriter(str(folder / str(resolved["group"]) / f"seed-{resolved['seed']}"))
     try:
         yield _Events(writer)
     finally:
@@ -134,7 +135,7 @@ class _Wandb:
 def _wandb(run: Run, cell: CellFolder, folder: Path) -> Iterator[Sink]:
     """One tracked run per cell; without a key or `WANDB_MODE` it is written offline, to be sent with `wandb sync`."""
     try:
-        import wandb
+        wandb = import_module("wandb")
     except ImportError as error:
         raise Mistake("Weights & Biases is not installed", key="track", hint="pip install 'klab[wandb]'") from error
     resolved = dict(cell.resolved())

@@ -13,7 +13,12 @@ from harness.cli.places import RUNS, JsonOption, RunsOption, run_of
 from harness.cli.report import span
 from harness.cli.table import show, show_json
 
-CellArgument = Annotated[str, typer.Argument(metavar="RUN:CELL", help="A run, a colon, and a cell's id, its beginning, or its name in the report.")]
+CellArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN:CELL", help="A run, a colon, and a cell's id, its beginning, or its name in the report."
+    ),
+]
 
 
 def compare(
@@ -30,7 +35,10 @@ def compare(
     from reports.study import load_runs
 
     together = load_runs([run, other])
-    groups = [configuration(load_runs([path]) if run != other else together, name) for path, name in ((run, left), (other, right))]
+    groups = [
+        configuration(load_runs([path]) if run != other else together, name)
+        for path, name in ((run, left), (other, right))
+    ]
     if groups[0] == groups[1]:
         raise Mistake("both are seeds of the same configuration; name two configurations", key="cell", value=second)
     pair = compare_pair(together, groups[0], groups[1], metric)
@@ -47,19 +55,27 @@ def compare(
     ]
     show(("result, mean over seeds", a, b, "difference, same seeds"), rows)
     typer.echo()
-    show(("seed", a, b, "difference", "states"), [(seed, x, y, y - x, f"{p or '–'} / {q or '–'}") for seed, x, y, p, q in pair.seeds])
+    show(
+        ("seed", a, b, "difference", "states"),
+        [(seed, x, y, y - x, f"{p or '–'} / {q or '–'}") for seed, x, y, p, q in pair.seeds],
+    )
     typer.echo()
     for title, x_curve, y_curve in pair.curves:
         known = [value for value in x_curve + y_curve if math.isfinite(value)]
         if known:
             low, high = min(known), max(known)
-            show((f"{title}, {low:.3g} to {high:.3g}", ""), [(a, sparkline(x_curve, 40, low, high)), (b, sparkline(y_curve, 40, low, high))])
+            show(
+                (f"{title}, {low:.3g} to {high:.3g}", ""),
+                [(a, sparkline(x_curve, 40, low, high)), (b, sparkline(y_curve, 40, low, high))],
+            )
     c = pair.contrast
     if c.n == 0:
         typer.echo("No seed has ended in both cells: nothing can be said yet.")
         return
     p = f"p = {c.p:.3f} by sign flips over {c.n} pairs (cannot be below {2.0 ** (1 - c.n):.3g})"
-    typer.echo(f"{b} against {a}: {span(c.estimate, c.low, c.high, sign=True)}, {p}, P(better) = {pair.improvement:.2f}")
+    typer.echo(
+        f"{b} against {a}: {span(c.estimate, c.low, c.high, sign=True)}, {p}, P(better) = {pair.improvement:.2f}"
+    )
 
 
 def _split(text: str, runs: Path) -> tuple[Path, str]:

@@ -30,7 +30,9 @@ def watch(
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
-    """Watch a run until nothing runs any more: reward, KL and entropy of its cells as small curves. Ctrl-C leaves the jobs alone."""
+    """Watch a run until nothing runs any more: reward, KL and entropy of its cells as small curves. Ctrl-C leaves the
+    jobs alone.
+    """
     opened = run_of(run, runs)
     if as_json:
         show_json([curves(opened, row) for row in chosen(statuses(opened), rows)])
@@ -67,7 +69,10 @@ def curves(run: Run, row: CellStatus) -> dict[str, object]:
     except Mistake:
         metrics = []
     keys = ("reward_mean", "k3", "entropy")
-    series = {key: [value if isinstance(value := line.get(key), int | float) else math.nan for line in metrics] for key in keys}
+    series = {
+        key: [value if isinstance(value := line.get(key), int | float) else math.nan for line in metrics]
+        for key in keys
+    }
     return {"id": row.id, "state": row.state, "update": row.update or len(metrics), "updates": row.updates, **series}
 
 

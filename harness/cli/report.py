@@ -59,7 +59,12 @@ def report(
 
     with console().status("report") as status:
         page = render(
-            paths, out, metric=metric, baseline=baseline, figures=figures, progress=lambda text: status.update(f"report: {text}")
+            paths,
+            out,
+            metric=metric,
+            baseline=baseline,
+            figures=figures,
+            progress=lambda text: status.update(f"report: {text}"),
         )
     for name in track or ():
         from reports.track import follow
@@ -79,9 +84,10 @@ def report(
 
 def _show(comparison: Comparison) -> None:
     from reports.columns import TITLES
+    from reports.frame import records
 
     rows = []
-    for record in comparison.table.head(_LINES).to_dict("records"):
+    for record in records(comparison.table.head(_LINES)):
         rows.append(
             (
                 record["label"],

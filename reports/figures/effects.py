@@ -12,7 +12,9 @@ from reports.study import Study
 
 def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
     """One line per axis value: its effect on the score with a 95% interval."""
-    effects = [effect for effect in comparison.effects if any(np.isfinite(level.estimate) for level in effect.levels[1:])]
+    effects = [
+        effect for effect in comparison.effects if any(np.isfinite(level.estimate) for level in effect.levels[1:])
+    ]
     if not effects:
         return None
     order = {axis.key: axis for axis in study.axes}
@@ -22,9 +24,12 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "effects",
             "What each axis changes",
-            "Change of the score when one axis leaves the baseline's value, the others held; bars are 95% intervals over seeds. Axes in order of "
+            "Change of the score when one axis leaves the baseline's value, the others held; bars are 95% intervals "
+            "over seeds. Axes in order of "
             "the largest change. Right: p of the axis, adjusted by Holm.",
-            "Axes by size of their effect: " + ", ".join(f"{effect.axis} {effect.spread:.3f}" for effect in effects) + ".",
+            "Axes by size of their effect: "
+            + ", ".join(f"{effect.axis} {effect.spread:.3f}" for effect in effects)
+            + ".",
             figure,
         )
         place = 0.0
@@ -41,12 +46,16 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
                 style = look(axis.values.index(value))
                 reference = value == effect.reference
                 if np.isfinite(level.low) and not reference:
-                    axes.plot([level.low, level.high], [place, place], color=style["color"], linewidth=2.2, alpha=0.5)  # type: ignore[arg-type]
+                    axes.plot([level.low, level.high], [place, place], color=style["color"], linewidth=2.2, alpha=0.5)
                 (point,) = axes.plot(
-                    0.0 if np.isnan(level.estimate) else level.estimate, place, linestyle="none", markersize=5,
-                    marker="x" if np.isnan(level.estimate) else style["marker"], color=MUTED if np.isnan(level.estimate) else style["color"],
+                    0.0 if np.isnan(level.estimate) else level.estimate,
+                    place,
+                    linestyle="none",
+                    markersize=5,
+                    marker="x" if np.isnan(level.estimate) else style["marker"],
+                    color=MUTED if np.isnan(level.estimate) else style["color"],
                     markerfacecolor="none" if reference else style["color"],
-                )  # type: ignore[arg-type]  # fmt: skip
+                )
                 words = "the reference" if reference else f"{level.estimate:+.3f} [{level.low:+.3f}, {level.high:+.3f}]"
                 if np.isnan(level.estimate):
                     words = "cannot be separated from " + ", ".join(effect.confounded)
@@ -64,7 +73,9 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
         axes.set_xlabel(f"change of {TITLES[comparison.metric]}")
         for at, title, note in headings:
             axes.text(0.0, at, title, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
-            axes.text(1.0, at, note, ha="right", va="center", fontsize=7, color=MUTED, transform=axes.get_yaxis_transform())
+            axes.text(
+                1.0, at, note, ha="right", va="center", fontsize=7, color=MUTED, transform=axes.get_yaxis_transform()
+            )
     return drawing
 
 
@@ -77,7 +88,9 @@ def _p_text(p: float, confounded: tuple[str, ...]) -> str:
 
 
 def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
-    """Share of variance of every pair of axes, and mean scores of the strongest pair; None when the design crosses no axes."""
+    """Share of variance of every pair of axes, and mean scores of the strongest pair; None when the design crosses no
+    axes.
+    """
     import seaborn
 
     crossed = [pair for pair in comparison.interactions if pair.freedom > 0 and np.isfinite(pair.share)]
@@ -104,11 +117,18 @@ def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
                 means[i, j] = present.mean()
     with styled():
         figure, (left, right) = canvas(WIDE, 1.2 + 0.3 * max(len(keys), len(second.values)), 1, 2)
-        p = "p < 0.001" if top.p_holm < 0.001 else f"p = {top.p_holm:.3f}" if np.isfinite(top.p_holm) else "not testable"
+        p = (
+            "p < 0.001"
+            if top.p_holm < 0.001
+            else f"p = {top.p_holm:.3f}"
+            if np.isfinite(top.p_holm)
+            else "not testable"
+        )
         drawing = Drawing(
             "interactions",
             "Which axes act together",
-            "Left: share of the variance between observations (seeds removed) that a pair of axes explains beyond their main effects. Right: mean "
+            "Left: share of the variance between observations (seeds removed) that a pair of axes explains beyond "
+            "their main effects. Right: mean "
             f"score for the strongest pair, {first.title} × {second.title} ({p}, Holm over all pairs).",
             f"The strongest interaction is {first.key} with {second.key}: {top.share:.1%} of the variance.",
             figure,
@@ -116,14 +136,34 @@ def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
         names = [axes_of[key].short for key in keys]
         text = {"fontsize": 7}
         seaborn.heatmap(
-            shares[1:, :-1] * 100, mask=np.isnan(shares[1:, :-1]), ax=left, cmap="crest", annot=True, fmt=".1f", cbar=False, vmin=0,
-            linewidths=1.5, linecolor=RULE, xticklabels=names[:-1], yticklabels=names[1:], annot_kws=text,
-        )  # fmt: skip
+            shares[1:, :-1] * 100,
+            mask=np.isnan(shares[1:, :-1]),
+            ax=left,
+            cmap="crest",
+            annot=True,
+            fmt=".1f",
+            cbar=False,
+            vmin=0,
+            linewidths=1.5,
+            linecolor=RULE,
+            xticklabels=names[:-1],
+            yticklabels=names[1:],
+            annot_kws=text,
+        )
         seaborn.heatmap(
-            means, mask=np.isnan(means), ax=right, cmap="crest_r" if not comparison.higher else "crest", annot=means.size <= 80, fmt=".2f",
-            cbar=False, linewidths=1.5, linecolor=RULE, xticklabels=[shortened(v, 18) for v in first.values],
-            yticklabels=[shortened(v, 18) for v in second.values], annot_kws=text,
-        )  # fmt: skip
+            means,
+            mask=np.isnan(means),
+            ax=right,
+            cmap="crest_r" if not comparison.higher else "crest",
+            annot=means.size <= 80,
+            fmt=".2f",
+            cbar=False,
+            linewidths=1.5,
+            linecolor=RULE,
+            xticklabels=[shortened(v, 18) for v in first.values],
+            yticklabels=[shortened(v, 18) for v in second.values],
+            annot_kws=text,
+        )
         left.set_title("% of variance")
         right.set_title(f"mean score: {first.short} × {second.short}")
         for axes in (left, right):

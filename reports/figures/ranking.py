@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import pandas as pd
 
 from reports.columns import TITLES
 from reports.comparison import Comparison
-from reports.figures.style import INK, MUTED, NARROW, SERIES, WIDE, Drawing, canvas, look, shortened, spread_labels, styled
+from reports.figures.style import (
+    INK,
+    MUTED,
+    NARROW,
+    SERIES,
+    WIDE,
+    Drawing,
+    canvas,
+    look,
+    shortened,
+    spread_labels,
+    styled,
+)
+from reports.frame import records
 
 MOST = 30
 
 
 def ranking(comparison: Comparison) -> Drawing | None:
-    """The best cells (and always the baseline and the last), best on top; cells joined by a bar cannot be told apart."""
-    table = comparison.table
-    rows = [i for i in range(len(table)) if np.isfinite(table["mean"][i])]
+    """The best cells, the baseline and the last one, best on top; cells joined by a bar cannot be told apart."""
+    table = records(comparison.table)
+    rows = [i for i, record in enumerate(table) if np.isfinite(record["mean"])]
     if not rows:
         return None
     chosen = rows if len(rows) <= MOST else rows[: MOST - 2]
     if len(rows) > MOST:
-        base = [i for i in rows if table["group"][i] == comparison.baseline]
+        base = [i for i in rows if table[i]["group"] == comparison.baseline]
         chosen = sorted({*chosen, *base, rows[-1]})
     place = {row: -rank for rank, row in enumerate(chosen)}
     column = {group: i for i, group in enumerate(comparison.groups)}
@@ -30,33 +44,55 @@ def ranking(comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "ranking",
             "Cells ranked",
-            "Dots are means, bars 95% t-intervals over seeds, small marks single seeds. Hollow: a seed was lost and counts at the worst score "
-            f"({comparison.worst:.3g}). Cells joined by a vertical bar cannot be told apart by Tukey's test at 5% with seeds as blocks"
-            + (f" (critical difference {comparison.critical:.3f})." if np.isfinite(comparison.critical) else "; with one seed nothing can be.")
+            "Dots are means, bars 95% t-intervals over seeds, small marks single seeds. Hollow: a seed was lost and "
+            "counts at the worst score "
+            f"({comparison.worst:.3g}). Cells joined by a vertical bar cannot be told apart by Tukey's test at 5% "
+            "with seeds as blocks"
+            + (
+                f" (critical difference {comparison.critical:.3f})."
+                if np.isfinite(comparison.critical)
+                else "; with one seed nothing can be."
+            )
             + (f" {left_out} cells between are left out; the table has them." if left_out else ""),
-            "Best first: " + ", ".join(table["label"].iloc[chosen[:5]]) + ".",
+            "Best first: " + ", ".join(table[row]["label"] for row in chosen[:5]) + ".",
             figure,
         )
         for row in chosen:
-            record = table.loc[row]
+            record = table[row]
             base = record["group"] == comparison.baseline
             color = SERIES[1] if base else SERIES[0] if record["best_group"] else MUTED
             y = place[row]
             seeds = comparison.scores[column[record["group"]]]
-            axes.plot(seeds, np.full(seeds.shape, y + 0.24), linestyle="none", marker="|", markersize=3.5, color=color, alpha=0.6)
+            axes.plot(
+                seeds,
+                np.full(seeds.shape, y + 0.24),
+                linestyle="none",
+                marker="|",
+                markersize=3.5,
+                color=color,
+                alpha=0.6,
+            )
             axes.plot([record["low"], record["high"]], [y, y], color=color, linewidth=2.2, alpha=0.5)
             (point,) = axes.plot(
-                record["mean"], y, linestyle="none", marker="D" if base else "o", markersize=5, color=color,
+                record["mean"],
+                y,
+                linestyle="none",
+                marker="D" if base else "o",
+                markersize=5,
+                color=color,
                 markerfacecolor=color if record["stable"] else "none",
-            )  # fmt: skip
+            )
             lost = record["diverged"] + record["failed"]
             words = f", {lost} of {record['seeds']} seeds lost" if lost else ""
             point.set_gid(
-                drawing.tip(f"{record['label']}: {record['mean']:.3f} [{record['low']:.3f}, {record['high']:.3f}], n = {record['n']}{words}")
+                drawing.tip(
+                    f"{record['label']}: {record['mean']:.3f} [{record['low']:.3f}, {record['high']:.3f}], n = "
+                    f"{record['n']}{words}"
+                )
             )
-        axes.set_yticks([place[row] for row in chosen], [shortened(_name(table.loc[row]), 44) for row in chosen])
+        axes.set_yticks([place[row] for row in chosen], [shortened(_name(table[row]), 44) for row in chosen])
         for label, row in zip(axes.get_yticklabels(), chosen, strict=True):
-            label.set_color(INK if table["best_group"][row] or table["group"][row] == comparison.baseline else MUTED)
+            label.set_color(INK if table[row]["best_group"] or table[row]["group"] == comparison.baseline else MUTED)
         axes.set_xlabel(TITLES[comparison.metric])
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
@@ -66,24 +102,31 @@ def ranking(comparison: Comparison) -> Drawing | None:
     return drawing
 
 
-def _name(record: pd.Series) -> str:  # type: ignore[type-arg]
+def _name(record: dict[str, Any]) -> str:
     lost = record["diverged"] + record["failed"]
     return f"{record['label']}  ({record['finished']}/{record['seeds']} finished)" if lost else str(record["label"])
 
 
-def _critical_bars(axes: object, comparison: Comparison, place: dict[int, int]) -> None:
+def _critical_bars(axes: Any, comparison: Comparison, place: dict[int, int]) -> None:
     spans = [(first, last) for first, last in comparison.tied if last > first and first in place]
     for k, (first, last) in enumerate(spans[:12]):
         visible = [row for row in place if first <= row <= last]
         x = 1.012 + 0.014 * k
-        axes.plot(  # type: ignore[attr-defined]
-            [x, x], [place[min(visible)] + 0.25, place[max(visible)] - 0.25], color=SERIES[0] if k == 0 else MUTED, linewidth=2.4 if k == 0 else 1.6,
-            transform=axes.get_yaxis_transform(), clip_on=False, solid_capstyle="butt",  # type: ignore[attr-defined]
-        )  # fmt: skip
+        axes.plot(
+            [x, x],
+            [place[min(visible)] + 0.25, place[max(visible)] - 0.25],
+            color=SERIES[0] if k == 0 else MUTED,
+            linewidth=2.4 if k == 0 else 1.6,
+            transform=axes.get_yaxis_transform(),
+            clip_on=False,
+            solid_capstyle="butt",
+        )
 
 
 def seed_lines(comparison: Comparison) -> Drawing | None:
-    """The scores of the main cells by seed: parallel lines mean that a seed shifts all cells alike, which pairing removes."""
+    """The scores of the main cells by seed: parallel lines mean that a seed shifts all cells alike, which pairing
+    removes.
+    """
     if len(comparison.seeds) < 2 or not comparison.comparable:
         return None
     groups = list(comparison.table["group"])
@@ -95,8 +138,10 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "seeds",
             "Seed by seed",
-            "Final score of the best cells, the baseline and the last one, by training seed. Hollow marks are lost seeds at the worst score. "
-            "Where lines run in parallel a seed shifts all cells alike, and the paired differences of the table are sharper than the intervals suggest.",
+            "Final score of the best cells, the baseline and the last one, by training seed. Hollow marks are lost "
+            "seeds at the worst score. "
+            "Where lines run in parallel a seed shifts all cells alike, and the paired differences of the table are "
+            "sharper than the intervals suggest.",
             "Scores by seed for " + ", ".join(labels[group] for group in chosen if group in labels) + ".",
             figure,
         )
@@ -105,15 +150,24 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
             row = comparison.groups.index(group)
             values = comparison.scores[row][: len(seeds)]
             style = look(k)
-            axes.plot(range(len(seeds)), values, color=style["color"], linewidth=1.0, alpha=0.7, linestyle=style["linestyle"])  # type: ignore[arg-type]
+            axes.plot(
+                range(len(seeds)), values, color=style["color"], linewidth=1.0, alpha=0.7, linestyle=style["linestyle"]
+            )
             for s, value in enumerate(values):
                 if np.isfinite(value):
                     done = comparison.states[row][s] == "finished"
                     (point,) = axes.plot(
-                        s, value, marker=style["marker"], color=style["color"], markersize=4.5, linestyle="none",
+                        s,
+                        value,
+                        marker=style["marker"],
+                        color=style["color"],
+                        markersize=4.5,
+                        linestyle="none",
                         markerfacecolor=style["color"] if done else "none",
-                    )  # type: ignore[arg-type]  # fmt: skip
-                    point.set_gid(drawing.tip(f"{labels[group]}, seed {seeds[s]}: {value:.3f} ({comparison.states[row][s]})"))
+                    )
+                    point.set_gid(
+                        drawing.tip(f"{labels[group]}, seed {seeds[s]}: {value:.3f} ({comparison.states[row][s]})")
+                    )
             present = np.flatnonzero(np.isfinite(values))
             if present.size:
                 ends.append((labels[group], float(values[present[-1]]), style["color"]))
@@ -121,10 +175,18 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
         axes.set_xlabel("training seed")
         axes.set_ylabel(TITLES[comparison.metric])
         low, high = axes.get_ylim()
-        for (label, _, color), y in zip(ends, spread_labels([value for _, value, _ in ends], (high - low) * 0.07), strict=True):
+        for (label, _, color), y in zip(
+            ends, spread_labels([value for _, value, _ in ends], (high - low) * 0.07), strict=True
+        ):
             axes.annotate(
-                shortened(label, 26), (len(seeds) - 1, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=7, color=color,
+                shortened(label, 26),
+                (len(seeds) - 1, y),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=color,
                 annotation_clip=False,
-            )  # type: ignore[arg-type]  # fmt: skip
+            )
         axes.set_ylim(low, high)
     return drawing

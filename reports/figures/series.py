@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -74,15 +75,22 @@ def over_seeds(updates: NDArray[np.int64], by_seed: Array, level: float = 0.95) 
     """Mean and t-interval of `[seeds, updates]`, over the seeds that are present at each update."""
     present = np.isfinite(by_seed)
     n = present.sum(0)
-    n = np.where(n < np.maximum.accumulate(n[::-1])[::-1], 0, n)  # a last evaluation of a lost seed, between the others' ones
+    n = np.where(
+        n < np.maximum.accumulate(n[::-1])[::-1], 0, n
+    )  # a last evaluation of a lost seed, between the others' ones
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(n > 0, np.where(present, by_seed, 0.0).sum(0) / n, np.nan)
         spread = np.where(present, (by_seed - mean) ** 2, 0.0).sum(0)
         deviation = np.where(n > 1, np.sqrt(spread / (n - 1)), np.nan)
-        quantile = np.where(n > 1, stats.t.ppf(0.5 + level / 2, np.maximum(n - 1, 1)), np.nan)
-        half = quantile * deviation / np.sqrt(n)
+        quantile = np.asarray([_quantile(level, int(count) - 1) for count in range(int(n.max(initial=0)) + 1)])
+        half = quantile[n] * deviation / np.sqrt(n)
     kept = n > 0
     return Curve(updates[kept], mean[kept], (mean - half)[kept], (mean + half)[kept], n[kept])
+
+
+@lru_cache(maxsize=1024)
+def _quantile(level: float, freedom: int) -> float:
+    return float(stats.t.ppf(0.5 + level / 2, freedom)) if freedom > 0 else float("nan")
 
 
 def average(values: Array, axis: int) -> Array:
@@ -96,8 +104,8 @@ def average(values: Array, axis: int) -> Array:
 def representatives(study: Study, comparison: Comparison, axis: VariedAxis) -> list[tuple[str, list[int]]]:
     """For each value of `axis`, in order, the groups (positions in the comparison) that show it.
 
-    In a product of axes these are all groups with the value; otherwise the groups that differ from the baseline on this axis only,
-    or all groups with the value where there is no baseline.
+    In a product of axes these are all groups with the value; otherwise the groups that differ from the baseline on
+    this axis only, or all groups with the value where there is no baseline.
     """
     base = study.values[comparison.baseline] if comparison.baseline else None
     found = []

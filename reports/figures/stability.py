@@ -34,7 +34,7 @@ def stability_table(study: Study, task: str) -> pd.DataFrame:
         part = by_cell[["clip_fraction", "informative_groups"]].mean().join(by_cell["entropy"].last())
         cells = cells.join(part, on="cell")
     columns = {name: (name, how) for name, _, how, _ in _COLUMNS if name in cells}
-    return cells.groupby("group", sort=False).agg(**columns)  # type: ignore[call-overload, no-any-return]
+    return cells.groupby("group", sort=False).agg(**columns)
 
 
 def stability_panel(study: Study, comparison: Comparison, table: pd.DataFrame) -> Drawing | None:
@@ -51,16 +51,23 @@ def stability_panel(study: Study, comparison: Comparison, table: pd.DataFrame) -
         drawing = Drawing(
             "stability",
             "Stability",
-            "Cells by rank. Collapse: earliest seed; largest KL and smallest effective sample size: worst seed at any time; the others: mean over "
+            "Cells by rank. Collapse: earliest seed; largest KL and smallest effective sample size: worst seed at "
+            "any time; the others: mean over "
             "seeds. Darker is more of a warning within a column; empty: did not happen or was not measured."
             + (f" The best and the last {MOST // 2} cells." if len(ranked) > MOST else ""),
             "Stability of each cell: " + ", ".join(title.replace("\n", " ") for _, title, *_ in columns) + ".",
             figure,
         )
         axes.pcolormesh(
-            np.arange(len(columns) + 1) - 0.5, np.arange(len(groups) + 1) - 0.5, np.ma.masked_invalid(shades), cmap="Oranges", vmin=0.0,
-            vmax=1.6, edgecolors=PAPER, linewidth=1.0,
-        )  # fmt: skip
+            np.arange(len(columns) + 1) - 0.5,
+            np.arange(len(groups) + 1) - 0.5,
+            np.ma.masked_invalid(shades),
+            cmap="Oranges",
+            vmin=0.0,
+            vmax=1.6,
+            edgecolors=PAPER,
+            linewidth=1.0,
+        )
         axes.invert_yaxis()
         names = study.labels
         for i in range(len(groups)):

@@ -1,17 +1,18 @@
-"""One look for all figures: sizes, colours that colour-blind readers can tell apart, and markers that repeat what colour says.
+"""One look for all figures: sizes, colours that colour-blind readers can tell apart, and markers that repeat what
+colour says.
 
-Colours of ink, rules and series are fixed here and nowhere else; on the page they become variables, so that figures follow light and
-dark mode (see `svg`).
+Colours of ink, rules and series are fixed here and nowhere else; on the page they become variables, so that figures
+follow light and dark mode (see `svg`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, MUTED, RULE, PAPER = "#1b1d21", "#6a6f78", "#dfe2e6", "#fffffd"
@@ -21,7 +22,7 @@ DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (4, 1.5)), (
 WIDE, NARROW = 6.9, 3.4
 """Widths in inches: two columns and one column of a paper."""
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -87,18 +88,18 @@ class Drawing:
 @contextmanager
 def styled() -> Iterator[None]:
     """Drawing and saving happen inside."""
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(cast(Any, _SETTINGS)):
         yield
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, list[Axes]]:
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
     """An empty figure (not registered with pyplot) and its axes in reading order."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.ravel())
 
 
-def look(position: int) -> Mapping[str, object]:
+def look(position: int) -> dict[str, Any]:
     """Colour, marker and dash of the value at `position` on its axis."""
     return {
         "color": SERIES[position % len(SERIES)],

@@ -1,4 +1,6 @@
-"""From a matplotlib figure to an SVG element that lives inside the page: themed, with tooltips, without clashes of ids."""
+"""From a matplotlib figure to an SVG element that lives inside the page: themed, with tooltips, without clashes of
+ids.
+"""
 
 from __future__ import annotations
 

@@ -14,11 +14,19 @@ _MOST = 8
 
 
 def across_tasks(comparisons: list[Comparison]) -> tuple[pd.DataFrame, dict[str, Array]]:
-    """Configurations that ran on every task with equally many ended seeds: their aggregate scores, and `[seeds, tasks]` by label."""
+    """Configurations that ran on every task with equally many ended seeds: their aggregate scores, and `[seeds,
+    tasks]` by label.
+    """
     common: dict[str, Array] = {}
     if len(comparisons) >= 2:
         scores = [
-            dict(zip(comparison.table["label"], (comparison.scores[comparison.groups.index(g)] for g in comparison.table["group"]), strict=True))
+            dict(
+                zip(
+                    comparison.table["label"],
+                    (comparison.scores[comparison.groups.index(g)] for g in comparison.table["group"]),
+                    strict=True,
+                )
+            )
             for comparison in comparisons
         ]
         for label in scores[0]:
@@ -31,10 +39,16 @@ def across_tasks(comparisons: list[Comparison]) -> tuple[pd.DataFrame, dict[str,
         interval = bootstrap_interval(matrix, interquartile_mean)
         rows.append(
             {
-                "label": label, "seeds": matrix.shape[0], "tasks": matrix.shape[1], "iqm": interval.estimate, "iqm_low": interval.low,
-                "iqm_high": interval.high, "mean": float(matrix.mean()), "optimality_gap": optimality_gap(matrix),
+                "label": label,
+                "seeds": matrix.shape[0],
+                "tasks": matrix.shape[1],
+                "iqm": interval.estimate,
+                "iqm_low": interval.low,
+                "iqm_high": interval.high,
+                "mean": float(matrix.mean()),
+                "optimality_gap": optimality_gap(matrix),
             }
-        )  # fmt: skip
+        )
     columns = ["label", "seeds", "tasks", "iqm", "iqm_low", "iqm_high", "mean", "optimality_gap"]
     return pd.DataFrame(rows, columns=columns).sort_values("iqm", ascending=False, ignore_index=True), common
 
@@ -52,16 +66,20 @@ def profiles(comparisons: list[Comparison]) -> Drawing | None:
         drawing = Drawing(
             "profiles",
             "Performance profiles over tasks",
-            f"Share of (seed, task) runs above each score, the {min(len(table), _MOST)} best configurations by interquartile mean.",
+            f"Share of (seed, task) runs above each score, the {min(len(table), _MOST)} best configurations by "
+            "interquartile mean.",
             "Performance profiles of " + ", ".join(table["label"].head(_MOST)) + ".",
             figure,
         )
         for k, label in enumerate(table["label"].head(_MOST)):
             style = look(k)
             axes.plot(
-                thresholds, performance_profile(common[label], thresholds), color=style["color"], linestyle=style["linestyle"],
+                thresholds,
+                performance_profile(common[label], thresholds),
+                color=style["color"],
+                linestyle=style["linestyle"],
                 label=shortened(label),
-            )  # type: ignore[arg-type]  # fmt: skip
+            )
         axes.set_xlabel(f"{TITLES[comparisons[0].metric]} above")
         axes.set_ylabel("share of runs")
         axes.legend(loc="lower left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "tradeoff",
             "Reward against distance from the reference",
-            "One point per cell, means over seeds with 95% t-intervals. Filled: every seed finished; hollow: some seed was lost and counts "
+            "One point per cell, means over seeds with 95% t-intervals. Filled: every seed finished; hollow: some "
+            "seed was lost and counts "
             "at the worst score. The stepped line joins the cells that no other stable cell beats on both"
             + (f"; the thin lines have equal E[R] − β·KL for the baseline's β = {beta:g}." if beta else "."),
             "Pareto front of reward against KL: " + ", ".join(table["label"].iloc[i] for i in front[:6]) + ".",
@@ -60,48 +62,77 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             color = SERIES[1] if base else SERIES[0] if i in front else MUTED
             interval = kl[str(row.group)]
             if len(x) <= _WITH_BARS and stable[i]:
-                axes.plot([x[i], x[i]], [row.low, row.high], color=color, linewidth=0.9, alpha=0.55)  # type: ignore[list-item]
+                axes.plot([x[i], x[i]], [row.low, row.high], color=color, linewidth=0.9, alpha=0.55)
                 axes.plot([interval.low, interval.high], [y[i], y[i]], color=color, linewidth=0.9, alpha=0.55)
             (point,) = axes.plot(
-                x[i], y[i], marker="D" if base else "o", markersize=5 if i in front or base else 4, linestyle="none",
-                color=color, markerfacecolor=color if stable[i] else "none", alpha=1.0 if i in front or base else 0.75,
-            )  # fmt: skip
+                x[i],
+                y[i],
+                marker="D" if base else "o",
+                markersize=5 if i in front or base else 4,
+                linestyle="none",
+                color=color,
+                markerfacecolor=color if stable[i] else "none",
+                alpha=1.0 if i in front or base else 0.75,
+            )
             point.set_gid(drawing.tip(f"{row.label}: {label} {y[i]:.3f}, KL {x[i]:.3g} nats, n = {row.n}"))
         if len(front) > 1:
-            axes.step([x[i] for i in front], [y[i] for i in front], where="post", color=SERIES[0], linewidth=1.0, alpha=0.6)
+            axes.step(
+                [x[i] for i in front], [y[i] for i in front], where="post", color=SERIES[0], linewidth=1.0, alpha=0.6
+            )
         axes.set_xlim(left=max(axes.get_xlim()[0], -0.03 * axes.get_xlim()[1]))
         if beta and comparison.higher:
             _iso_lines(axes, beta)
         base_at = [i for i, group in enumerate(table["group"]) if group == comparison.baseline]
-        _place_labels(axes, x, y, list(dict.fromkeys([*front[-_LABELLED:], *base_at])), table["label"].to_list(), len(x) <= 14)
+        _place_labels(
+            axes, x, y, list(dict.fromkeys([*front[-_LABELLED:], *base_at])), table["label"].to_list(), len(x) <= 14
+        )
     return drawing
 
 
-def _iso_lines(axes: object, beta: float) -> None:
-    low_x, high_x = axes.get_xlim()  # type: ignore[attr-defined]
-    low_y, high_y = axes.get_ylim()  # type: ignore[attr-defined]
+def _iso_lines(axes: Any, beta: float) -> None:
+    low_x, high_x = axes.get_xlim()
+    low_y, high_y = axes.get_ylim()
     for start in np.linspace(low_y - beta * (high_x - low_x), high_y, 9)[1:-1]:
-        axes.plot([low_x, high_x], [start, start + beta * (high_x - low_x)], color=RULE, linewidth=0.8, zorder=0)  # type: ignore[attr-defined]
-    axes.grid(False)  # type: ignore[attr-defined]
-    axes.set_xlim(low_x, high_x)  # type: ignore[attr-defined]
-    axes.set_ylim(low_y, high_y)  # type: ignore[attr-defined]
+        axes.plot([low_x, high_x], [start, start + beta * (high_x - low_x)], color=RULE, linewidth=0.8, zorder=0)
+    axes.grid(False)
+    axes.set_xlim(low_x, high_x)
+    axes.set_ylim(low_y, high_y)
 
 
-def _place_labels(axes: object, x: list[float], y: list[float], first: list[int], names: list[str], every: bool) -> None:
-    """Labels right of (or left of, above, below) their points, important ones first; one that would cover another is left out."""
-    low_x, high_x = axes.get_xlim()  # type: ignore[attr-defined]
-    low_y, high_y = axes.get_ylim()  # type: ignore[attr-defined]
+def _place_labels(axes: Any, x: list[float], y: list[float], first: list[int], names: list[str], every: bool) -> None:
+    """Labels right of (or left of, above, below) their points, important ones first; one that would cover another is
+    left out.
+    """
+    low_x, high_x = axes.get_xlim()
+    low_y, high_y = axes.get_ylim()
     width, height = (high_x - low_x) / 92, (high_y - low_y) / 24
-    taken: list[tuple[float, float, float, float]] = [(x[i] - width / 2, y[i] - height / 4, x[i] + width / 2, y[i] + height / 4) for i in first]
+    taken: list[tuple[float, float, float, float]] = [
+        (x[i] - width / 2, y[i] - height / 4, x[i] + width / 2, y[i] + height / 4) for i in first
+    ]
     order = list(dict.fromkeys([*first, *(range(len(x)) if every else ())]))
     for i in order:
         text = shortened(names[i], 30)
         span = width * len(text)
-        for dx, dy, align in ((1.2, 0, "left"), (-1.2, 0, "right"), (0.6, 0.9, "left"), (0.6, -0.9, "left"), (-0.6, 0.9, "right"), (-0.6, -0.9, "right")):
+        for dx, dy, align in (
+            (1.2, 0, "left"),
+            (-1.2, 0, "right"),
+            (0.6, 0.9, "left"),
+            (0.6, -0.9, "left"),
+            (-0.6, 0.9, "right"),
+            (-0.6, -0.9, "right"),
+        ):
             left = x[i] + dx * width if align == "left" else x[i] + dx * width - span
             box = (left, y[i] + (dy - 0.45) * height, left + span, y[i] + (dy + 0.45) * height)
             clear = all(box[2] < t[0] or t[2] < box[0] or box[3] < t[1] or t[3] < box[1] for t in taken)
             if clear and box[0] > low_x and box[2] < high_x:
-                axes.text(x[i] + dx * width, y[i] + dy * height, text, ha=align, va="center", fontsize=7, color=INK if i in first else MUTED)  # type: ignore[attr-defined]
+                axes.text(
+                    x[i] + dx * width,
+                    y[i] + dy * height,
+                    text,
+                    ha=align,
+                    va="center",
+                    fontsize=7,
+                    color=INK if i in first else MUTED,
+                )
                 taken.append(box)
                 break

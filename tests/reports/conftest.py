@@ -53,7 +53,9 @@ def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tmp_path: Path) -> Callable[..., Run]:
     """A run of two cells; keyword arguments of the grid text and of `write_run`."""
 
-    def make(name: str = "small", *, digits: int = 2, seeds: object = 3, design: str = "one_at_a_time", **options: object) -> Run:
+    def make(
+        name: str = "small", *, digits: int = 2, seeds: object = 3, design: str = "one_at_a_time", **options: object
+    ) -> Run:
         text = SMALL.format(digits=digits, seeds=seeds, design=design)
         return write_run(tmp_path / name, text, **options)  # type: ignore[arg-type]
 

@@ -1,7 +1,8 @@
 """Real run folders with made-up numbers: written through the store, so that they stay true to it.
 
-The score of a cell is known in advance: `true_score` plus a shift per seed and a little noise, so that tests can compute what a report
-must say by other means. Used by the tests of reports, of the browser page, and by the benchmarks.
+The score of a cell is known in advance: `true_score` plus a shift per seed and a little noise, so that tests can
+    compute what a report must say by other means. Used by the tests of reports, of the browser page, and by the
+    benchmarks.
 """
 
 from __future__ import annotations
@@ -122,26 +123,53 @@ def _metrics(cell: Cell, update: int, reward: float, kl: float, generator: np.ra
     wide = cell.objective.weight in ("power", "truncate", "ratio")
     jitter = generator.random(6).round(5).tolist()
     return {
-        "update": update, "rollout": (update - 1) // cell.training.updates_of_a_rollout, "reward_mean": reward,
-        "reward_std": 0.5 * (1 - reward), "correct": reward, "k1": kl / 6, "k2": kl / 7, "k3": kl / 6.5,
-        "kl_behaviour": 0.002 * jitter[0], "entropy": max(1.2 - kl + 0.05 * jitter[1], 0.02),
-        "gradient_norm": 0.4 + 0.3 * jitter[2], "ratio_mean": 1.0, "ratio_max": 1.5 + jitter[3],
-        "ess": 0.97 - 0.1 * jitter[4] * (2 if wide else 1), "weight_mean": 1.0, "clip_fraction": 0.0 if wide else 0.03 * jitter[5],
-        "informative_groups": 0.9 - 0.4 * reward, "length_mean": 4.2, "truncated": 0.01, "loss": -0.01, "tokens": 540,
-        "lr": cell.training.lr, "seconds_rollout": 0.03, "seconds_reward": 0.001, "seconds_reference": 0.005,
-        "seconds_forward": 0.01, "seconds_backward": 0.02, "seconds_step": 0.002, "nonfinite": False,
-    }  # fmt: skip
+        "update": update,
+        "rollout": (update - 1) // cell.training.updates_of_a_rollout,
+        "reward_mean": reward,
+        "reward_std": 0.5 * (1 - reward),
+        "correct": reward,
+        "k1": kl / 6,
+        "k2": kl / 7,
+        "k3": kl / 6.5,
+        "kl_behaviour": 0.002 * jitter[0],
+        "entropy": max(1.2 - kl + 0.05 * jitter[1], 0.02),
+        "gradient_norm": 0.4 + 0.3 * jitter[2],
+        "ratio_mean": 1.0,
+        "ratio_max": 1.5 + jitter[3],
+        "ess": 0.97 - 0.1 * jitter[4] * (2 if wide else 1),
+        "weight_mean": 1.0,
+        "clip_fraction": 0.0 if wide else 0.03 * jitter[5],
+        "informative_groups": 0.9 - 0.4 * reward,
+        "length_mean": 4.2,
+        "truncated": 0.01,
+        "loss": -0.01,
+        "tokens": 540,
+        "lr": cell.training.lr,
+        "seconds_rollout": 0.03,
+        "seconds_reward": 0.001,
+        "seconds_reference": 0.005,
+        "seconds_forward": 0.01,
+        "seconds_backward": 0.02,
+        "seconds_step": 0.002,
+        "nonfinite": False,
+    }
 
 
 def _evaluation(update: int, reward: Any, kl: Any, samples: int, text: str) -> dict[str, Any]:
     at = min(max(update, 1), len(reward)) - 1
     value = float(reward[at]) if update else 0.35
     return {
-        "update": update, "accuracy": min(value + 0.05, 1.0), "reward": value, "pass_at_k": min(value + 0.15, 1.0), "k": 4,
-        "reverse_kl": float(kl[at]) if update else 0.0, "forward_kl": float(kl[at]) * 1.1 if update else 0.0,
-        "entropy": 1.0, "length": 4.2,
+        "update": update,
+        "accuracy": min(value + 0.05, 1.0),
+        "reward": value,
+        "pass_at_k": min(value + 0.15, 1.0),
+        "k": 4,
+        "reverse_kl": float(kl[at]) if update else 0.0,
+        "forward_kl": float(kl[at]) * 1.1 if update else 0.0,
+        "entropy": 1.0,
+        "length": 4.2,
         "samples": [{"prompt": f"{17 + i}+25=", "completion": text, "reward": float(i % 2)} for i in range(samples)],
-    }  # fmt: skip
+    }
 
 
 def _result(
@@ -151,14 +179,26 @@ def _result(
     final = float(np.mean(rewards[-max(done // 10, 1) :]))
     collapsed = outcome == "diverged"
     return {
-        "state": outcome, "updates": done, "reward_final": final, "reward_best": max(rewards), "gap": max(rewards) - final,
-        "accuracy_final": evaluations[-1]["accuracy"], "accuracy_best": max(row["accuracy"] for row in evaluations),
-        "reverse_kl_final": evaluations[-1]["reverse_kl"], "reverse_kl_max": max(row["reverse_kl"] for row in evaluations),
-        "collapsed": collapsed, "collapse_update": int(done * 0.75) if collapsed else None,
-        "nonfinite_updates": 3 if collapsed else 0, "gradient_spikes": int(generator.integers(0, 3)) + 6 * collapsed,
-        "ess_min": min(row["ess"] for row in rows), "seconds": 0.08 * done, "tokens": 540 * done, "parts": {},
-        "versions": {"torch": "2.13.0"}, "hardware": {"processor": "synthetic"},
-    }  # fmt: skip
+        "state": outcome,
+        "updates": done,
+        "reward_final": final,
+        "reward_best": max(rewards),
+        "gap": max(rewards) - final,
+        "accuracy_final": evaluations[-1]["accuracy"],
+        "accuracy_best": max(row["accuracy"] for row in evaluations),
+        "reverse_kl_final": evaluations[-1]["reverse_kl"],
+        "reverse_kl_max": max(row["reverse_kl"] for row in evaluations),
+        "collapsed": collapsed,
+        "collapse_update": int(done * 0.75) if collapsed else None,
+        "nonfinite_updates": 3 if collapsed else 0,
+        "gradient_spikes": int(generator.integers(0, 3)) + 6 * collapsed,
+        "ess_min": min(row["ess"] for row in rows),
+        "seconds": 0.08 * done,
+        "tokens": 540 * done,
+        "parts": {},
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"processor": "synthetic"},
+    }
 
 
 def large_grid(cells: int, seeds: int, updates: int) -> str:
@@ -180,7 +220,9 @@ seeds: {seeds}
 
 
 def write_large_run(path: Path, cells: int, seeds: int, updates: int = 100) -> Run:
-    """A run of about `cells` configurations; without waiting for the disk, which would take longer than what is measured."""
+    """A run of about `cells` configurations; without waiting for the disk, which would take longer than what is
+    measured.
+    """
     from unittest.mock import patch
 
     with patch("os.fsync", lambda descriptor: None):

@@ -120,7 +120,17 @@ def test_ids_are_unique_and_links_lead_somewhere(outline: Outline) -> None:
 
 def test_every_figure_is_on_the_page_and_in_three_formats(page: Path) -> None:
     shown = re.findall(r'data-figure="([^"]+)"', page.read_text())
-    assert {"tradeoff", "ranking", "effects", "seeds", "stability", "curves-0", "curves-1", "curves-2", "curves-3"} <= set(shown)
+    assert {
+        "tradeoff",
+        "ranking",
+        "effects",
+        "seeds",
+        "stability",
+        "curves-0",
+        "curves-1",
+        "curves-2",
+        "curves-3",
+    } <= set(shown)
     for name in shown:
         for suffix, start in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
             assert (page.parent / "figures" / f"{name}.{suffix}").read_bytes().startswith(start)
@@ -209,6 +219,9 @@ def test_the_exact_lab_adds_a_figure(small: Small, tmp_path: Path) -> None:
     run = small(seeds=2)
     groups = sorted({run.resolved(identity)["group"] for identity in run.cells})
     run.report.mkdir(exist_ok=True)
-    rows = ", ".join(f'{{"group": "{group}", "bias": 0.{i + 1}, "cosine": 0.9, "variance": {i + 1}.5}}' for i, group in enumerate(groups))
+    rows = ", ".join(
+        f'{{"group": "{group}", "bias": 0.{i + 1}, "cosine": 0.9, "variance": {i + 1}.5}}'
+        for i, group in enumerate(groups)
+    )
     (run.report / "gradients.json").write_text(f'{{"schema": 1, "rows": [{rows}]}}')
     assert 'data-figure="plane"' in _render(run, tmp_path)

@@ -131,7 +131,9 @@ def test_critical_groups_are_maximal_runs_of_close_means() -> None:
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_equal_algorithms_are_not_called_different_more_often_than_promised(seeds: int) -> None:
-    """A/A comparison with noisy seeds that shift both sides alike: 5% tests reject 5% (sign flips: at most), families at most 5%."""
+    """A/A comparison with noisy seeds that shift both sides alike: 5% tests reject 5% (sign flips: at most), families
+    at most 5%.
+    """
     generator = np.random.default_rng(seeds)
     trials = 1000
     shift = generator.normal(size=(trials, 1, seeds)) * 2

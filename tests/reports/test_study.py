@@ -146,7 +146,10 @@ def test_runs_of_different_tasks_are_compared_within_a_task(small: Small) -> Non
 
 
 def test_runs_without_a_common_baseline_say_so_and_can_be_given_one(tmp_path: Path) -> None:
-    text = "name: {}\ntask: {{name: addition}}\ntraining: {{updates: 5}}\nobjective: {{estimator: {}, placement: loss, beta: 0.05}}\nseeds: 3\n"
+    text = (
+        "name: {}\ntask: {{name: addition}}\ntraining: {{updates: 5}}\n"
+        "objective: {{estimator: {}, placement: loss, beta: 0.05}}\nseeds: 3\n"
+    )
     runs = [write_run(tmp_path / name, text.format(name, name)) for name in ("k1", "k3")]
     paths = [run.path for run in runs]
     study = load_runs(paths)
@@ -168,7 +171,10 @@ def test_a_cell_in_two_runs_is_counted_once(small: Small) -> None:
 
 
 def test_different_budgets_are_said(tmp_path: Path) -> None:
-    text = "name: budgets\ntask: {name: addition}\ndesign: one_at_a_time\ntraining: {updates: 5}\naxes: {training.updates: [5, 10]}\nseeds: 2\n"
+    text = (
+        "name: budgets\ntask: {name: addition}\ndesign: one_at_a_time\ntraining: {updates: 5}\n"
+        "axes: {training.updates: [5, 10]}\nseeds: 2\n"
+    )
     study = load_run(write_run(tmp_path / "budgets", text).path)
     assert any("different budgets (5, 10 updates)" in note for note in study.notes)
 
@@ -196,6 +202,8 @@ def test_not_a_run_an_older_schema_and_nothing_at_all(small: Small, tmp_path: Pa
         load_runs([])
     run = small()
     manifest = run.path / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"schema": 1', b'"schema": 0', 1).replace(b'"schema":1', b'"schema":0', 1))
+    manifest.write_bytes(
+        manifest.read_bytes().replace(b'"schema": 1', b'"schema": 0', 1).replace(b'"schema":1', b'"schema":0', 1)
+    )
     with pytest.raises(Mistake, match="schema 0"):
         load_run(run.path)

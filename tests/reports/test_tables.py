@@ -11,8 +11,8 @@ import pytest
 
 from grid import Mistake
 from reports import Study
-from reports.comparison import Comparison, compare
 from reports.columns import SUMMARY
+from reports.comparison import Comparison, compare
 from reports.tables import formatted
 
 
@@ -32,7 +32,12 @@ def test_json_is_strict_and_has_null_for_what_is_missing(comparison: Comparison)
     cells = data["tasks"][0]["cells"]
     baseline = next(cell for cell in cells if cell["label"] == "baseline")
     assert baseline["p"] is None
-    assert {effect["axis"] for effect in data["tasks"][0]["effects"]} == {"estimator", "placement", "weight", "training.lr"}
+    assert {effect["axis"] for effect in data["tasks"][0]["effects"]} == {
+        "estimator",
+        "placement",
+        "weight",
+        "training.lr",
+    }
 
 
 def test_markdown_is_one_table(comparison: Comparison) -> None:

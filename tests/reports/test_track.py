@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -61,14 +60,8 @@ def test_a_missing_package_and_an_unknown_tracker_are_said(small: Small, monkeyp
     run = small(seeds=1)
     with pytest.raises(Mistake, match="tensorboard"):
         follow(run, "tensorbord")
-    original = builtins.__import__
-
-    def absent(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.partition(".")[0] in ("tensorboard", "wandb"):
-            raise ImportError(name)
-        return original(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    for name in ("tensorboard.summary.writer.event_file_writer", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
     for tracker in ("tensorboard", "wandb"):
         with pytest.raises(Mistake, match=f"pip install 'klab\\[{tracker}\\]'"):
             follow(run, tracker)
