@@ -99,15 +99,7 @@ def _print_in_full(finding: Finding) -> None:
     screen.print(escape(claim.statement))
     screen.print(f"[dim]{escape(claim.source)}. {subject(claim)}. {finding.seconds:.2f} s[/]\n")
     if finding.numbers:
-        rows = [
-            (
-                number.name,
-                digits(number.value),
-                number.book or "",
-                {None: "", True: "agrees", False: "differs"}[number.agrees],
-            )
-            for number in finding.numbers
-        ]
+        rows = [(number.name, digits(number.value), number.book or "", number.comparison) for number in finding.numbers]
         screen.print(table(("number", "measured", "printed", ""), rows))
         screen.print()
     if finding.checks:

@@ -94,12 +94,14 @@ def tally(findings: Sequence[Finding]) -> str:
     """How many claims have which verdict, and how many verdicts and numbers differ from the record."""
     counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in EXPECTED.values()}
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    compared = sum(number.agrees is not None for finding in findings for number in finding.numbers)
-    differing = sum(len(finding.disagreements) for finding in findings)
+    printed = [number for finding in findings for number in finding.numbers if number.book is not None]
+    loose = sum(number.within is not None for number in printed)
+    differing = sum(number.agrees is False for number in printed)
     other = sum(not finding.as_expected for finding in findings)
     return (
-        f"{len(findings)} claims: {verdicts}. {compared} numbers compared with printed ones, {differing} differ; "
-        f"{other} verdicts differ from the record."
+        f"{len(findings)} claims: {verdicts}. {len(printed)} numbers compared with printed ones "
+        f"({len(printed) - loose} to the last digit, {loose} of other random draws within a tolerance), "
+        f"{differing} differ; {other} verdicts differ from the record."
     )
 
 
@@ -128,7 +130,8 @@ def _section(finding: Finding) -> list[str]:
     if finding.numbers:
         lines += ["", "| number | measured | printed |", "|---|---:|---:|"]
         for number in finding.numbers:
-            printed = (number.book or "") + (" (differs)" if number.agrees is False else "")
+            note = "" if number.comparison in ("", "agrees") else f" ({number.comparison})"
+            printed = (number.book or "") + note
             lines.append(f"| {_cell(number.name)} | {digits(number.value)} | {printed} |")
     if finding.checks:
         lines.append("")

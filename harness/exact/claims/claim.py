@@ -70,6 +70,15 @@ class Number:
         half_unit = 0.5 * 10.0 ** int(exponent)
         return abs(self.value - printed) <= half_unit * (1 + 1e-6) + 1e-15
 
+    @property
+    def comparison(self) -> str:
+        """How the measurement compares with print, in words; empty when nothing was printed."""
+        if self.agrees is None:
+            return ""
+        if not self.agrees:
+            return "differs"
+        return "agrees" if self.within is None else f"within {self.within:.0%}, other draws"
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -185,7 +194,14 @@ class Finding:
             "verdict": str(self.verdict),
             "as_expected": self.as_expected,
             "numbers": [
-                {"name": n.name, "value": plain(n.value), "book": n.book, "agrees": n.agrees} for n in self.numbers
+                {
+                    "name": n.name,
+                    "value": plain(n.value),
+                    "book": n.book,
+                    "within": n.within,
+                    "agrees": n.agrees,
+                }
+                for n in self.numbers
             ],
             "checks": [
                 {"proposition": c.proposition, "holds": c.holds, "restricted": c.restricted} for c in self.checks

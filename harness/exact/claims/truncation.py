@@ -74,6 +74,24 @@ def truncation_is_unbiased(evidence: Evidence) -> None:
 
 
 @claim(
+    "C3Dc",
+    "O",
+    "S1 ('The variance problem with PPO clipping')",
+    "Upper clipping min(rho, 1 + eps) is symmetric, where PPO's clipping is asymmetric.",
+)
+def upper_clipping_is_symmetric(evidence: Evidence) -> None:
+    rho = torch.linspace(0.1, 2.0, 191, dtype=torch.float64)
+    capped = rho.clamp(max=1.2)
+    above = evidence.headline("largest change of a ratio above 1", (rho - capped)[rho > 1].max())
+    below = evidence.number("largest change of a ratio below 1", (rho - capped)[rho < 1].max(), "0")
+    signs = [rho * ((rho - rho.clamp(0.8, 1.2)) * sign <= 0) for sign in (torch.ones_like(rho), -torch.ones_like(rho))]
+    evidence.number("PPO: largest difference of the weights for A > 0 and A < 0", (signs[0] - signs[1]).abs().max())
+    evidence.stated("ratios above and below 1 are treated alike", above == below)
+    evidence.restricted("the sign of the advantage makes no difference", not torch.equal(*signs) and below == 0)
+    evidence.remark("It is one-sided in rho and symmetric in the sign of A only.")
+
+
+@claim(
     "C3Eb",
     "T",
     "Qwen 2507.18071",
