@@ -61,7 +61,7 @@ def test_every_claim_says_who_claims_what_and_has_a_subject() -> None:
 def test_an_id_selects_the_claim_and_its_parts_whatever_the_case() -> None:
     assert [one.id for one in selected(["c13"])] == ["C13", "C13b"]
     assert [one.id for one in selected(["C13b"])] == ["C13b"]
-    assert [one.id for one in selected(["C3d", "C01"])] == ["C01", "C3D", "C3Db"]
+    assert [one.id for one in selected(["C3d", "C01"])] == ["C01", "C3D", "C3Db", "C3Dc"]
 
 
 def test_an_unknown_id_is_the_users_mistake_and_names_the_nearest() -> None:
