@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from grid import Mistake
 from harness.store import CellFolder, Held, Holder, Run
 from harness.store.lock import TOUCH_SECONDS
 
@@ -142,20 +143,22 @@ class Interruption:
 
 
 def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
-    """Whether the cell is now this process's to train."""
-    if folder.result() is not None or (folder.last_attempt() or {}).get("event") == "cancelled":
-        return False
-    if place["job"] and (folder.claimed() or {}).get("job") == place["job"]:
-        folder.evict()  # a scheduler runs a job once at a time: that was this job before it was requeued
+    """Whether the cell is now this process's to train. A damaged file fails its cell, and only that one."""
     try:
+        if folder.result() is not None:
+            return False
         folder.claim(details=place)
+        if folder.result() is not None:
+            folder.unclaim()
+            return False
+        attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
     except Held:
         return False
-    if folder.result() is not None:
+    except Mistake as mistake:
+        _fail(folder, str(mistake))
         folder.unclaim()
         return False
     holder = Holder.here()
-    attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
     folder.append_attempt(
         {"event": "started", "at": time.time(), "attempt": attempt, "host": holder.host, "pid": holder.pid, **place}
     )
@@ -170,7 +173,7 @@ def _leave(folder: CellFolder, state: str) -> None:
 
 
 def _fail(folder: CellFolder, text: str) -> None:
-    with suppress(OSError):  # where even this cannot be written, the job's log has it
+    with suppress(OSError, Mistake):  # where even this cannot be written, the job's log has it
         if folder.result() is None and folder.error() is None:
             folder.fail(text)
 

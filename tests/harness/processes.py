@@ -28,7 +28,7 @@ def workers(run: Run) -> list[int]:
     return sorted({holder.pid for holder in holders if holder is not None and holder.alive()} - {os.getpid()})
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
     """The condition's first true value; fails after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

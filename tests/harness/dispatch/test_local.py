@@ -38,7 +38,17 @@ def numbers(run: Run) -> dict[str, Any]:
 
 def klab_launch(*options: str) -> subprocess.Popen[bytes]:
     """`klab launch` in a process of its own, as a user starts it."""
-    command = [sys.executable, "-m", "harness.cli.main", "launch", "little.yaml", "--max-parallel", "2", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "harness.cli.main",
+        "launch",
+        "little.yaml",
+        "--no-merge",
+        "--max-parallel",
+        "2",
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -52,7 +62,7 @@ def test_whoever_is_killed_the_numbers_are_those_of_an_undisturbed_run(make_grid
     grid = make_grid(
         cells=[{"estimator": "k3"}, {"estimator": "k1"}],
         seeds=2,
-        updates=60,
+        updates=50,
         checkpoint_updates=4,
         task={"name": "chores:Chore", "seconds": 0.006},
         resources={"cells_per_job": 2},
@@ -175,3 +185,14 @@ def test_launching_leaves_running_cells_alone(make_grid: MakeGrid, place: Path) 
     assert not folder.metrics()
     before = time.time()
     assert run.cell(run.cells[1]).attempts()[0]["at"] <= before
+
+
+def test_a_damaged_cell_fails_alone_and_is_named(make_grid: MakeGrid, place: Path) -> None:
+    run = Run.create(place / "runs/little", make_grid(seeds=3))
+    for identity, name in zip(run.cells, ("result.json", "attempts.jsonl"), strict=False):
+        run.cell(identity).beat({"update": 1})
+        (run.cell(identity).path / name).write_text("{}\n")
+    launch(run, Here(), workers=1, retry_failed=True)
+    rows = statuses(run)
+    assert [row.state for row in rows] == ["failed", "failed", "finished"]
+    assert ["result.json" in rows[0].detail, "attempts.jsonl" in rows[1].detail] == [True, True]
