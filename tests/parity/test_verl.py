@@ -3,6 +3,10 @@
 verl's conventions, set on klab's side: group std with Bessel's correction and eps 1e-6, dual clip (c = 3) in every PPO
 loss. verl's sequence means divide by H + 1e-8, which leaves a relative difference below 1e-8 / 3 for the lengths of the
 probes.
+
+Not compared, because no axis value says it: geo_mean (GMPO), clip_cov and kl_cov (random or covariance masks), dppo and
+dro, GPG's rescaling by the share of informative groups, pass@k advantages, optimal token baselines, and the second
+ratio of the rollout correction. `full` is not implemented in verl.
 """
 
 from __future__ import annotations
