@@ -37,6 +37,8 @@ def plan(
     study = grid_of(grid)
     folder = runs / study.name
     unmeasured = 0
+    written = sum(len(cell.spellings) for cell in study.cells if cell.seed == study.seeds[0])
+    distinct = len(study.groups)
     if merge:
         merged = merged_grid(study, folder, at_most=None if measure else AT_ONCE, quiet=as_json)
         study, unmeasured = merged.grid, merged.unmeasured
@@ -54,14 +56,20 @@ def plan(
         f"[bold]{study.name}[/]: {len(study.cells)} cells = {len(study.groups)} configurations × "
         f"{len(study.seeds)} seeds, design {study.design}"
     )
+    if len(study.groups) < written:
+        screen.print(
+            f"{written} written configurations; {distinct} without idle settings; "
+            f"{len(study.groups)} different algorithms"
+        )
     if done:
         screen.print(f"{len(done)} of them have a result in {folder}")
     first = {cell.group: cell for cell in reversed(study.cells)}
     groups = study.groups if everything else study.groups[:_SHOWN]
-    show(("configuration", "stands for"), [_line(first[group], study) for group in groups])
+    show(("configuration", "stands for", "because"), [_line(first[group], study) for group in groups])
     if len(groups) < len(study.groups):
         screen.print(f"… and {len(study.groups) - len(groups)} more (--all)")
-    for equality in _equalities(study):
+    equalities = _equalities(study)
+    for equality in equalities if everything else equalities[:_SHOWN]:
         screen.print(f"same algorithm, run once: {' = '.join(equality)} (measured: equal gradients)")
     if unmeasured:
         screen.print(f"{unmeasured} objectives were never compared by measurement; --measure does, and so does launch")
@@ -75,10 +83,15 @@ def _equalities(study: Grid) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(equality.groups for equality in study.equalities))
 
 
-def _line(cell: Cell, study: Grid) -> tuple[str, str]:
+def _line(cell: Cell, study: Grid) -> tuple[str, str, str]:
     mark = "  (baseline)" if cell.group == study.baseline else ""
-    merged = " = ".join(cell.spellings) if len(cell.spellings) > 1 else (cell.spellings or (cell.algorithm or "",))[0]
-    return cell.group + mark, merged
+    if len(cell.spellings) < 2:
+        return cell.group + mark, (cell.spellings or (cell.algorithm or "",))[0], ""
+    idle = cell.objective.form(cell.training.on_policy).idle
+    causes = [f"{axis} is idle: {cause}" for axis, cause in idle.items() if axis in study.axes]
+    if any(equality.runs == cell.id for equality in study.equalities):
+        causes.append("measured: equal gradients")
+    return cell.group + mark, " = ".join(cell.spellings), "; ".join(causes)
 
 
 def _done(folder: Path, identities: Sequence[str]) -> set[str]:
