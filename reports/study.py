@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,19 +176,22 @@ def _joined(
 def _baselines(
     runs: Sequence[Run], configurations: Mapping[str, Cell], cells: pd.DataFrame, wanted: str | None, notes: list[str]
 ) -> dict[str, str]:
+    candidates: dict[str, list[str]] = {}
     if wanted is not None:
         pairs = zip(cells["cell"], cells["group"], strict=True)
         found = {group for identity, group in pairs if identity.startswith(wanted) or group.startswith(wanted)}
         if len(found) != 1:
             problem = "no such cell" if not found else f"{len(found)} configurations fit"
             raise Mistake(problem, key="baseline", value=wanted, allowed=list(configurations))
-        group = found.pop()
-        return {task_label(configurations[group]): group}
-    candidates: dict[str, list[str]] = {}
-    for run in runs:
-        group = run.baseline
-        if group is not None and group in configurations:
-            candidates.setdefault(task_label(configurations[group]), []).append(group)
+        given = [found.pop()]
+    else:
+        given = [str(run.baseline) for run in runs if run.baseline in configurations]
+    for group in given:
+        candidates.setdefault(task_label(configurations[group]), []).append(group)
+    elsewhere = {_besides_task(configurations[group]) for groups in candidates.values() for group in groups}
+    for group, cell in configurations.items():
+        if task_label(cell) not in candidates and _besides_task(cell) in elsewhere:
+            candidates.setdefault(task_label(cell), []).append(group)
     baselines: dict[str, str] = {}
     for task in dict.fromkeys(cells["task"]):
         groups = list(dict.fromkeys(candidates.get(task, ())))
@@ -204,6 +208,11 @@ def _baselines(
                 "chooses one)."
             )
     return baselines
+
+
+def _besides_task(cell: Cell) -> str:
+    """What a configuration is but for its task: the baseline on one task has its like on the others."""
+    return json.dumps({key: value for key, value in cell.canonical().items() if key not in ("task", "seed")})
 
 
 def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:

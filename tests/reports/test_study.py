@@ -15,6 +15,7 @@ from harness.store import Run
 from reports import Study, load_run
 from reports.columns import CELLS, SUMMARY
 from reports.comparison import compare
+from reports.figures.tasks import across_tasks
 from reports.study import load_runs
 from tests.reports.synthetic import EFFECTS, write_run
 
@@ -207,3 +208,24 @@ def test_not_a_run_an_older_schema_and_nothing_at_all(small: Small, tmp_path: Pa
     )
     with pytest.raises(Mistake, match="schema 0"):
         load_run(run.path)
+
+
+def test_where_the_task_is_an_axis_the_baseline_has_its_like_on_every_task(tmp_path: Path) -> None:
+    text = """
+name: tasks
+task: {name: addition, digits: 2}
+training: {updates: 4, updates_per_rollout: 2}
+objective: {algorithm: grpo, beta: 0.05}
+axes: {task.digits: [1, 2, 3], estimator: [k1, k3]}
+seeds: 5
+"""
+    study = load_run(write_run(tmp_path / "tasks", text).path)
+    assert set(study.baselines) == set(study.tasks)
+    assert [axis.key for axis in study.axes] == ["estimator"]
+    assert set(study.labels.values()) == {"baseline", "estimator k1"}
+    table, _ = across_tasks([compare(study, task) for task in study.tasks])
+    assert table["label"].tolist() == ["baseline", "estimator k1"]
+    everything = study.cells[study.cells["label"] == "baseline"]["reward_final"]
+    assert table["iqm"][0] == pytest.approx(stats.trim_mean(everything, 0.25))
+    assert (table["iqm_low"] < table["iqm"]).all()
+    assert (table["iqm"] < table["iqm_high"]).all()
