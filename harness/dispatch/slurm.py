@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +82,7 @@ class Slurm:
         resources = self.resources(resources)
         try:
             limits = scheduler.limits()
-            packs = self._without_adopted(run, packs)
+            packs = self._without_living(run, packs)
         except NoAnswer as error:
             raise _silent(error) from error
         counter = _Counter(len(packs))
@@ -95,12 +96,16 @@ class Slurm:
         newest: dict[str, tuple[Submission, int]] = {}
         for each in submissions(run):
             newest.update({cell: (each, index) for index, cells in enumerate(each.cells) for cell in cells})
+        orphans = {each.name: each for each, _ in newest.values() if each.job is None}
         if not newest:
             return {}
         try:
             queue = scheduler.queue({each.name for each, _ in newest.values()})
         except NoAnswer as error:
             return {cell: SchedulerState("unknown", each.job or "", str(error)) for cell, (each, _) in newest.items()}
+        for name in orphans.keys() & queue.jobs.keys():
+            with suppress(OSError):  # it will be found by its name again
+                replace(orphans[name], job=queue.jobs[name]).write()
         found: dict[str, SchedulerState] = {}
         forgotten: dict[str, tuple[Submission, int]] = {}
         for cell, (each, index) in newest.items():
@@ -166,12 +171,10 @@ class Slurm:
         counter.done += chunk.count
         return job
 
-    def _without_adopted(self, run: Run, packs: Sequence[Pack]) -> list[Pack]:
-        """The packs without cells of jobs that were submitted but never written down; those are written down now."""
+    def _without_living(self, run: Run, packs: Sequence[Pack]) -> list[Pack]:
+        """The packs without cells of living jobs. Jobs that were submitted but not written down are written down now."""
         open_ = [each for each in submissions(run) if each.job is None]
-        if not open_:
-            return list(packs)
-        known = scheduler.find([each.name for each in open_])
+        known = scheduler.find([each.name for each in open_]) if open_ else {}
         for each in open_:
             if each.name in known:
                 replace(each, job=known[each.name]).write()

@@ -113,10 +113,11 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """Power loss: the node's daemon, its step daemons and their processes die at once."""
+        steps = list(self.steps(node))
+        processes = set().union(*(descendants(step) for step in steps))
         self._signal(f"slurmd.{node}", signal.SIGKILL)
-        for step in list(self.steps(node)):
-            for process in descendants(step):
-                kill(process)
+        for process in [*steps, *(processes - set(steps))]:  # nobody is left to report another's death
+            kill(process)
         wait_for(f"{node} to die", lambda: not any(self.steps(node)) and not self.alive(f"slurmd.{node}"), 10)
         self.tell("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 

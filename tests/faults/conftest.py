@@ -1,0 +1,51 @@
+"""Small runs, and lives of their cells in forked processes that may be killed or sabotaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grid import load_grid
+from harness.store import Run
+from tests.faults.lives import live, wait
+from tests.trial import small_policy, write_grid
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def make_run(policy: Path, tmp_path: Path) -> MakeRun:
+    """`make_run(name, where="runs", **settings of write_grid)`: a fresh run folder."""
+
+    def make(name: str = "little", where: str = "runs", **settings: Any) -> Run:
+        grid = load_grid(write_grid(tmp_path / f"{name}.yaml", policy, **settings))
+        return Run.create(tmp_path / where / name, grid)
+
+    return make
+
+
+@pytest.fixture
+def finished(make_run: MakeRun) -> MakeRun:
+    """As `make_run`, after an undisturbed life."""
+
+    def make(name: str = "little", where: str = "quiet", **settings: Any) -> Run:
+        run = make_run(name, where, **settings)
+        assert wait(live(run)) == 0
+        assert all(run.cell(cell).result() for cell in run.cells)
+        return run
+
+    return make
