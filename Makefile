@@ -41,5 +41,29 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+slurm-test: $(VENV)/installed
+	$(BIN)/python -m tests.slurm
+
+fault-test: $(VENV)/installed
+	$(PYTEST) -q -s -m faults tests/faults
+
+browser-test: $(VENV)/installed
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
+	$(PYTEST) -q -m browser tests/browser
+
+$(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
+	test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
+	touch $@
+
+parity-test: $(VENV)-parity/installed
+	$(VENV)-parity/bin/python -m pytest -q -m parity tests/parity
+
+bench: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/update.py
+	$(BIN)/python tests/benchmarks/report.py
+
 clean:
 	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
