@@ -91,6 +91,7 @@ def group_labels(
 ) -> dict[str, str]:
     """A unique short name per configuration: its differences from the baseline, or its values where there is none."""
     base = values.get(baseline or "", {})
+    clear = _clear_values(axes)
     labels: dict[str, str] = {}
     for group, row in values.items():
         differing = [
@@ -99,7 +100,12 @@ def group_labels(
         if group == baseline:
             label = "baseline"
         else:
-            label = ", ".join(f"{axis.short} {row[axis.key]}" for axis in differing) or group[:40]
+            brief = clear if len(differing) > 2 else set()
+            names = [str(row[axis.key]) for axis in differing]
+            words = [
+                name if name in brief else f"{axis.short} {name}" for axis, name in zip(differing, names, strict=True)
+            ]
+            label = ", ".join(words) or group[:40]
         labels[group] = label
     counts: dict[str, int] = {}
     for label in labels.values():
@@ -107,7 +113,15 @@ def group_labels(
     return {group: label if counts[label] == 1 else f"{label} #{group[-8:]}" for group, label in labels.items()}
 
 
-_Key = str | tuple[str, str]
+def _clear_values(axes: Sequence[VariedAxis]) -> set[str]:
+    """Values that say by themselves which axis they belong to: words that only one axis has."""
+    everything = [value for axis in axes for value in axis.values]
+    known = [name for axis in AXES.values() for name in axis.values]
+    return {
+        value
+        for value in everything
+        if everything.count(value) == 1 and known.count(value.partition("(")[0]) == 1 and value not in _NEUTRAL
+    }
 
 
 def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
