@@ -5,48 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from grid.catalogue import is_import_path
+from grid.fields import Count, NonNegative, Positive, Section
 from grid.mistake import Mistake
+from grid.task_sections import (
+    TASKS,
+    AdditionTask,
+    BanditTask,
+    CalculatorTask,
+    CountdownTask,
+    CustomTask,
+    FileTask,
+    Gsm8kTask,
+    MathTask,
+    RewardTable,
+    RewardTerm,
+    TabularTask,
+    TaskSection,
+    check_table,
+)
 
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A part of a cell's configuration. Frozen and hashable; unknown keys are mistakes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class AdditionTask(Section):
-    """Sums of two n-digit numbers; the answer is written with the least significant digit first."""
-
-    name: Literal["addition"] = "addition"
-    digits: Annotated[int, Field(ge=1, le=9)] = 2
-
-
-class CountdownTask(Section):
-    """Reach a target from given numbers with +, − and ×."""
-
-    name: Literal["countdown"] = "countdown"
-    numbers: Annotated[int, Field(ge=2, le=6)] = 3
-    largest: Annotated[int, Field(ge=2, le=99)] = 9
-    target_max: Annotated[int, Field(ge=1, le=9999)] = 30
-
-
-class CustomTask(Section):
-    """A task of the user's own, ``package.module:Class``; every other key goes to its constructor."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    name: str
-
-
-TaskSection = AdditionTask | CountdownTask | CustomTask
-TASKS: dict[str, type[Section]] = {"addition": AdditionTask, "countdown": CountdownTask}
+__all__ = [
+    "NUMERICALLY_IDLE",
+    "POLICIES",
+    "TASKS",
+    "AdditionTask",
+    "BanditTask",
+    "CalculatorTask",
+    "CountdownTask",
+    "CustomTask",
+    "FileTask",
+    "Gsm8kTask",
+    "HfPolicy",
+    "MathTask",
+    "PolicySection",
+    "Resources",
+    "RewardTerm",
+    "Section",
+    "TabularTask",
+    "TaskSection",
+    "TinyPolicy",
+    "TrainingSection",
+    "load_section",
+]
 
 
 class TinyPolicy(Section):
@@ -167,6 +170,8 @@ def load_section(kind: str, given: object) -> Section:
         _check_training(section)
     if isinstance(section, TinyPolicy):
         _check_tiny(section)
+    if isinstance(section, RewardTable):
+        check_table(section)
     return section
 
 
@@ -188,6 +193,9 @@ def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
 
 def _mistake(kind: str, model: type[Section], error: ValidationError) -> Mistake:
     first = error.errors()[0]
+    mistake = first.get("ctx", {}).get("error")
+    if isinstance(mistake, Mistake):
+        return mistake.located(prefix=kind)
     key = ".".join((kind, *(str(part) for part in first["loc"])))
     if first["type"] == "extra_forbidden":
         return Mistake("unknown key", key=kind, value=str(first["loc"][-1]), allowed=model.model_fields)

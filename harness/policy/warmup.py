@@ -13,7 +13,7 @@ from grid.mistake import Mistake
 from harness.policy.decoder import Decoder
 from harness.policy.logprobs import token_scores
 from harness.policy.rollout import Rollout, sample
-from tasks.task import Example, Task
+from tasks.task import TURN_END, Example, Task
 
 LOW, HIGH = 0.2, 0.5
 BATCH, LEARNING_RATE, RAMP = 128, 3e-3, 50
@@ -54,7 +54,7 @@ def warm_up(
                 group["lr"] = rate * min(1.0, update / RAMP)
             batch = [train[chooser.randrange(len(train))] for _ in range(BATCH)]
             optimizer.zero_grad()
-            rollout = solved(policy, batch)
+            rollout = solved(policy, task, batch)
             torch.autograd.backward(-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum())
             optimizer.step()
         accuracy = sampled_accuracy(policy, task, examples, seed)
@@ -76,34 +76,61 @@ def warm_up(
     return {"updates": update, "accuracy": accuracy, "examples": update * BATCH}
 
 
-def solved(policy: Decoder, examples: Sequence[Example]) -> Rollout:
-    """The reference solutions as trajectories, one per example, each with its end token."""
+def solved(policy: Decoder, task: Task, examples: Sequence[Example]) -> Rollout:
+    """The reference solutions as trajectories, one per example: the policy's turns, each with its end token, and
+    between them what the environment answers, which is no own token."""
     tokenizer = policy.tokenizer
     prompts = tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([e.solution for e in examples], add_special_tokens=False)["input_ids"]
-    rows = [[*answer, tokenizer.eos_token_id] for answer in answers]
-    lengths = torch.tensor([len(row) for row in rows])
-    T = int(lengths.max())
-    tokens = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows])
-    present = torch.arange(T) < lengths[:, None]
+    turns = [_turns(task, example) for example in examples]
+    pieces = iter(tokenizer([text for row in turns for text in row], add_special_tokens=False)["input_ids"])
+    rows: list[list[int]] = []
+    own: list[list[bool]] = []
+    for row in turns:
+        rows.append([])
+        own.append([])
+        for number in range(len(row)):
+            piece = [*next(pieces), *([] if number % 2 else [tokenizer.eos_token_id])]
+            rows[-1] += piece
+            own[-1] += [number % 2 == 0] * len(piece)
+    T = max(len(row) for row in rows)
     device = policy.device
     return Rollout(
         prompts=[list(prompt) for prompt in prompts],
         group_size=1,
-        tokens=tokens.to(device),
-        mask=present.to(device),
-        present=present.to(device),
+        tokens=torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device),
+        mask=torch.tensor([[*row, *[False] * (T - len(row))] for row in own], device=device),
+        present=torch.tensor([[i < len(row) for i in range(T)] for row in rows], device=device),
         logp=torch.zeros(len(rows), T, device=device),
         truncated=torch.zeros(len(rows), dtype=torch.bool, device=device),
-        texts=[e.solution for e in examples],
+        texts=[e.solution.replace(TURN_END, "") for e in examples],
     )
+
+
+def _turns(task: Task, example: Example) -> list[str]:
+    """A reference solution: the policy's turns, and between them the environment's answers."""
+    first, *later = example.solution.split(TURN_END)
+    turns = [first]
+    for turn in later:
+        turns += [task.respond(example, "".join(turns)) or "", turn]
+    return turns
 
 
 def sampled_accuracy(policy: Decoder, task: Task, examples: Sequence[Example], seed: int) -> float:
     """Share of correct completions, one drawn per example at temperature 1."""
     prompts = policy.tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
     generator = torch.Generator(policy.device).manual_seed(seed)
-    drawn = sample(policy, [prompts], group_size=1, max_new_tokens=task.max_new_tokens, generators=[generator])[0]
+
+    def environment(cell: int, trajectory: int, transcript: str) -> str | None:
+        return task.respond(examples[trajectory], transcript)
+
+    drawn = sample(
+        policy,
+        [prompts],
+        group_size=1,
+        max_new_tokens=task.max_new_tokens,
+        generators=[generator],
+        environment=environment if getattr(task, "interactive", True) else None,
+    )[0]
     return sum(task.score(e, text).correct for e, text in zip(examples, drawn.texts, strict=True)) / len(examples)
 
 

@@ -1,0 +1,41 @@
+r"""MATH (Hendrycks et al. 2021): competition problems, with solutions that end in `\boxed{…}`."""
+
+from __future__ import annotations
+
+from tasks.file import File
+
+HUB_ID, HELD_OUT_HUB_ID = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
+PROMPT = "{problem}\nThink step by step and put the answer in \\boxed{}.\n"
+
+
+class Mathematics(File):
+    """The 7,500 training problems, with MATH-500 (Lightman et al. 2023) held out.
+
+    Args:
+        path: another dataset with columns `problem` and `solution`, split as it is; see `tasks.dataset.load_tables`.
+        prompt: see `tasks.file.Template`.
+        reward, reward_seconds: see `tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
+
+    Raises:
+        Mistake: see `tasks.file.File`.
+    """
+
+    name = "math"
+
+    def __init__(
+        self,
+        path: str | None = None,
+        prompt: str = PROMPT,
+        reward: object = ("math", {"name": "format", "weight": 0.0}),
+        reward_seconds: float = 10.0,
+    ) -> None:
+        super().__init__(
+            path or HUB_ID,
+            prompt,
+            answer="solution",
+            solution="solution",
+            held_out_path=None if path else HELD_OUT_HUB_ID,
+            reward=reward,
+            reward_seconds=reward_seconds,
+            max_new_tokens=1024,
+        )

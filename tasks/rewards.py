@@ -1,0 +1,151 @@
+r"""Rewards made of weighted terms, each reported separately.
+
+A term is one of
+
+* `exact`: 1 where the completion, or its marked final answer, is the ground truth;
+* `math`: 1 where its final answer has the same mathematical value (see `tasks.verification`);
+* `format`: 1 where the completion marks a final answer (`#### …` or `\boxed{…}`), right or wrong;
+* `package.module:function`: the user's, called as `function(prompt, completion, answer)` in a process of its own; it
+  returns a number, or a `tasks.Score`;
+* a sequence classifier (see `tasks.reward_model`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from grid.mistake import Mistake
+from grid.task_sections import RewardTerm, reward_terms
+from tasks.answers import final_answer
+from tasks.task import Example, Score
+from tasks.worker import CallOverdue, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one term says of a completion; `correct` is None for terms that do not judge that."""
+
+    value: float
+    correct: bool | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+Reward = Callable[[Example, str], Verdict]
+
+
+class Rewards:
+    """The weighted sum of several terms.
+
+    Args:
+        given: a term or several, as in the grid file: a name, or a mapping with `name` or `model`, and `weight`.
+        seconds: limit of one call of a user's function.
+
+    Raises:
+        Mistake: a term that is unknown, cannot be imported or loaded, or needs a package that is missing.
+    """
+
+    def __init__(self, given: object, seconds: float = 10.0) -> None:
+        terms = reward_terms(given)
+        self.weights = [term.weight for term in terms]
+        self.names = _distinct([_label(term) for term in terms])
+        self.terms = [_reward(term, seconds) for term in terms]
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Σ weight·value. Parts: every term's value without its weight, and the parts of scores that functions return.
+
+        Correct means that every term that judges correctness agrees; where none does, that the reward is positive.
+
+        Raises:
+            Mistake: a function that returns something else than a finite number, or takes too long.
+            CallFailed: a function that raises or ends its process.
+        """
+        total, parts, judged = 0.0, {}, []
+        for name, weight, term in zip(self.names, self.weights, self.terms, strict=True):
+            verdict = term(example, completion)
+            if not math.isfinite(verdict.value):
+                raise Mistake("a reward must be finite", key=f"task.reward.{name}", value=verdict.value)
+            total += weight * verdict.value
+            parts[name] = verdict.value
+            parts.update({f"{name}.{part}": value for part, value in verdict.parts.items()})
+            if verdict.correct is not None:
+                judged.append(verdict.correct)
+        return Score(total, all(judged) if judged else total > 0, parts)
+
+
+def exact(example: Example, completion: str) -> Verdict:
+    """1 where the completion, or the final answer it marks, is the ground truth; spaces around do not count."""
+    truth = final_answer(example.answer) or example.answer.strip()
+    same = truth in (completion.strip(), final_answer(completion))
+    return Verdict(float(same), same)
+
+
+def mathematical(example: Example, completion: str) -> Verdict:
+    """1 where the completion's final answer has the value of the ground truth."""
+    from tasks.verification import same_value
+
+    same = same_value(example.answer, completion)
+    return Verdict(float(same), same)
+
+
+def marked(example: Example, completion: str) -> Verdict:
+    """1 where the completion marks a final answer."""
+    return Verdict(float(final_answer(completion) is not None))
+
+
+class UserFunction:
+    """A function of the user's in a worker of its own, started and imported at once so that a typo shows early."""
+
+    def __init__(self, path: str, seconds: float) -> None:
+        self.path = path
+        self.worker = Worker(path, seconds)
+        self.worker.start()
+
+    def __call__(self, example: Example, completion: str) -> Verdict:
+        try:
+            reply = self.worker(example.prompt, completion, example.answer)
+        except CallOverdue as error:
+            raise Mistake(
+                f"{error}; its process was stopped",
+                key="task.reward",
+                value=self.path,
+                hint="Make it faster, or raise task.reward_seconds.",
+            ) from None
+        if "type" in reply:
+            raise Mistake(
+                f"a reward function returns a number or a tasks.Score, this one returned {reply['type']}",
+                key="task.reward",
+                value=self.path,
+            )
+        if "number" in reply:
+            return Verdict(reply["number"])
+        score = reply["score"]
+        return Verdict(score["reward"], score["correct"], score["parts"])
+
+
+def _reward(term: RewardTerm, seconds: float) -> Reward:
+    if term.model is not None:
+        from tasks.reward_model import reward_model
+
+        return reward_model(term.model)
+    assert term.name is not None
+    if term.name == "math":
+        from tasks.verification import require_math_verify
+
+        require_math_verify()
+    known: dict[str, Reward] = {"exact": exact, "math": mathematical, "format": marked}
+    return known[term.name] if term.name in known else UserFunction(term.name, seconds)
+
+
+def _label(term: RewardTerm) -> str:
+    return "model" if term.name is None else term.name.rpartition(":")[2].rpartition(".")[2]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names that occur again get a number: model, model_2."""
+    found: list[str] = []
+    for name in names:
+        times = sum(name == before for before in names[: len(found)])
+        found.append(f"{name}_{times + 1}" if times else name)
+    return found

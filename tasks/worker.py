@@ -1,0 +1,220 @@
+"""A function that runs in a process of its own, call by call, with a time limit.
+
+For code that is not ours: it may hang, crash, print, or eat memory without harm to the run. The process starts once
+and stays; after a call that was overdue or fatal it is killed, and the next call starts another. Requests and replies
+are lines of JSON over pipes, so nothing that the function returns is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from grid.mistake import Mistake
+
+START_SECONDS = 120.0
+"""For starting Python and importing the function's module, which may import torch."""
+
+_CHILD = "import sys, json; sys.path[:] = json.loads(sys.stdin.readline()); from tasks.worker import serve; serve()"
+
+
+class CallOverdue(Exception):
+    """A call did not return within its time; the process is gone."""
+
+
+class CallFailed(Exception):
+    """The function raised, or its process ended; the message has the traceback or the exit status."""
+
+
+class Worker:
+    """Calls `function(*arguments)` in another process.
+
+    Args:
+        function: `package.module:function`, found along this process's `sys.path`.
+        seconds: limit of one call.
+        memory_gb: limit of the process's address space; None for none.
+    """
+
+    def __init__(self, function: str, seconds: float, memory_gb: float | None = None) -> None:
+        self.function, self.seconds, self.memory_gb = function, seconds, memory_gb
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+        self._stopping: weakref.finalize[..., Worker] | None = None
+
+    def start(self) -> None:
+        """Start the process and import the function; does nothing where that is done.
+
+        Raises:
+            Mistake: there is no such module or function.
+            CallFailed: the module raised while it was imported.
+            CallOverdue: it took longer than `START_SECONDS`.
+        """
+        if self._process is not None:
+            return
+        self._buffer = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self._stopping = weakref.finalize(self, _kill, self._process)
+        self._send(sys.path)
+        self._send({"function": self.function, "memory_gb": self.memory_gb})
+        reply = self._receive(START_SECONDS)
+        if "missing" in reply:
+            self.stop()
+            value = reply.get("value", self.function)
+            raise Mistake(reply["missing"], key="task.reward", value=value, allowed=reply.get("allowed", ()))
+        if "raised" in reply:
+            self.stop()
+            raise CallFailed(f"{self.function} cannot be imported:\n{reply['raised']}")
+
+    def __call__(self, *arguments: str) -> dict[str, Any]:
+        """The function's value for these arguments: `{"number": …}`, `{"score": {…}}`, or `{"type": …}` for the name of
+        a type that is neither.
+
+        Raises:
+            CallOverdue, CallFailed: see there. The worker can be called again.
+        """
+        self.start()
+        self._send(arguments)
+        reply = self._receive(self.seconds)
+        if "raised" in reply:
+            raise CallFailed(f"{self.function} raised:\n{reply['raised']}")
+        return reply
+
+    def stop(self) -> None:
+        """Kill the process, if there is one."""
+        if self._stopping is not None:
+            self._stopping()
+        self._process = self._stopping = None
+
+    def _send(self, message: object) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        out, until = self._process.stdout.fileno(), time.monotonic() + seconds
+        try:
+            while b"\n" not in self._buffer:
+                ready, _, _ = select.select([out], [], [], max(0.0, until - time.monotonic()))
+                if not ready:
+                    raise CallOverdue(f"{self.function} gave no answer within {seconds:g} s")
+                chunk = os.read(out, 65536)
+                if not chunk:
+                    raise self._ended()
+                self._buffer += chunk
+        except BaseException:  # whatever interrupted the wait, a late answer must not be taken for the next one
+            self.stop()
+            raise
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _ended(self) -> CallFailed:
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        status = self._process.returncode
+        self.stop()
+        how = f"signal {signal.Signals(-status).name}" if status and status < 0 else f"exit status {status}"
+        return CallFailed(f"the process of {self.function} ended with {how}")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
+
+
+def serve() -> None:
+    """The other process: read requests, answer each, and end as soon as the pipe is closed, whatever is running."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the function prints goes to the log
+    requests: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    header = requests.get()
+    if header["memory_gb"] is not None:
+        limit = int(header["memory_gb"] * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    found, reply = _found(header["function"])
+    while True:
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+        arguments = requests.get()
+        try:
+            reply = _described(found(*arguments))
+        except BaseException:
+            reply = {"raised": traceback.format_exc()}
+
+
+def _read(requests: queue.Queue[Any]) -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(0)
+
+
+def _found(path: str) -> tuple[Any, dict[str, Any]]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            return None, {"raised": traceback.format_exc()}
+        return None, {"missing": f"no module named {error.name!r}"}
+    except BaseException:
+        return None, {"raised": traceback.format_exc()}
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name))]
+            return None, {"missing": f"not in {module_name}", "value": part, "allowed": names}
+        found = getattr(found, part)
+    if not callable(found):
+        return None, {"missing": f"{attribute!r} of {module_name} is not a function"}
+    return found, {"ready": True}
+
+
+def _described(value: object) -> dict[str, Any]:
+    from tasks.task import Score
+
+    if isinstance(value, Score):
+        parts = {str(name): _number(part) for name, part in value.parts.items()}
+        score = {"reward": _number(value.reward), "correct": bool(value.correct), "parts": parts}
+        if None in (score["reward"], *parts.values()):
+            return {"type": "a tasks.Score that holds something other than numbers"}
+        return {"score": score}
+    number = _number(value)
+    return {"type": type(value).__name__} if number is None else {"number": number}
+
+
+def _number(value: object) -> float | None:
+    """Anything that is one number (also of numpy or torch); None for text, collections and the rest."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None

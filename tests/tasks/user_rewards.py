@@ -1,0 +1,63 @@
+"""Reward functions of a user, good and bad; they run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from fractions import Fraction
+from typing import Any
+
+from tasks import Score
+
+calls = 0
+
+
+def share(prompt: str, completion: str, answer: str) -> float:
+    """How much of the answer's length was written."""
+    print("to be kept out of the protocol")
+    return min(1.0, len(completion) / len(answer))
+
+
+def judged(prompt: str, completion: str, answer: str) -> Score:
+    return Score(0.5, completion == answer, {"prompt_length": float(len(prompt))})
+
+
+def scalar(prompt: str, completion: str, answer: str) -> Any:
+    return Fraction(1, 4)
+
+
+def counted(prompt: str, completion: str, answer: str) -> int:
+    global calls
+    calls += 1
+    return calls
+
+
+def sleepy(prompt: str, completion: str, answer: str) -> int:
+    if completion == "sleep":
+        time.sleep(3600)
+    return counted(prompt, completion, answer)
+
+
+def broken(prompt: str, completion: str, answer: str) -> float:
+    match completion:
+        case "raise":
+            raise KeyError("the user's own trouble")
+        case "exit":
+            os._exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "interrupt":
+            raise KeyboardInterrupt
+    return 1.0
+
+
+def odd(prompt: str, completion: str, answer: str) -> Any:
+    return {"none": None, "nan": float("nan"), "text": "1.0", "list": [1.0], "score": Score("high", True)}[completion]  # type: ignore[arg-type]
+
+
+def process(prompt: str, completion: str, answer: str) -> int:
+    return os.getpid()
+
+
+not_a_function = 3
