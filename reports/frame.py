@@ -113,6 +113,8 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         try:
             result, error = folder.result(), folder.error()
             measured, evaluated = folder.metrics(), folder.evaluations()
+            if result is not None:
+                folder.check_rows()
         except Mistake as mistake:
             row.update(state="damaged", error=str(mistake))
             continue

@@ -16,6 +16,8 @@ from harness.store.holder import Holder
 from harness.store.lock import Lock, read_lock, stale
 
 STATES = ("finished", "diverged")
+_ROWS = "rows"
+"""Key of result.json that counts the lines of the other records; nobody else's business."""
 _TOKENS: dict[Path, Lock] = {}
 """The claims of this process: cell folder -> lock."""
 
@@ -174,6 +176,8 @@ class CellFolder:
         record = files.read_record(path)
         if record is not None and record.get("state") not in STATES:
             raise files.damaged(path, f"has the state {record.get('state')!r} instead of finished or diverged")
+        if record is not None:
+            record.pop(_ROWS, None)
         return record
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -183,8 +187,18 @@ class CellFolder:
         self.guard()
         self._make()
         self.sync()
-        files.replace(self.path / "result.json", files.seal(result, indent=2))
+        rows = {name: _lines(self.path / f"{name}.jsonl") for name in ("metrics", "evaluations")}
+        files.replace(self.path / "result.json", files.seal({**result, _ROWS: rows}, indent=2))
         (self.path / "error.txt").unlink(missing_ok=True)
+
+    def check_rows(self) -> None:
+        """Raises a `Mistake` where rows are gone that were there when the result was written."""
+        record = files.read_record(self.path / "result.json") or {}
+        for name, count in dict(record.get(_ROWS) or {}).items():
+            path = self.path / f"{name}.jsonl"
+            found = _lines(path)
+            if found != count:
+                raise files.damaged(path, f"has {found} rows of the {count} that belong to the result")
 
     def error(self) -> str | None:
         """Why the cell failed, None when it did not."""
@@ -234,6 +248,13 @@ class CellFolder:
         if path.exists() and path.stat().st_size != len(data):
             files.replace(path, data)
         return len(kept)
+
+
+def _lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def _checked(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -111,8 +111,9 @@ def _resume(folder: CellFolder) -> State | None:
         except UnusableCheckpoint as problem:
             print(f"{folder.id} starts again from its beginning: {problem}", file=sys.stderr)
     if state is not None and folder.keep_metrics(state.update) == state.update:
-        folder.keep_evaluations(state.update)
-        return state
+        every = folder.cell().training.evaluate_every
+        if folder.keep_evaluations(state.update) == state.update // every + 1:
+            return state
     folder.keep_metrics(0)
     folder.keep_evaluations(-1)
     return None

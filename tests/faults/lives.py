@@ -11,14 +11,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import harness.training.life  # noqa: F401 - imported once, before the forks
 from harness.dispatch.job import work
 from harness.store import Run
 
 
-def live(run: Run, before: Callable[[], object] | None = None, path: Path | None = None) -> int:
+def live(run: Run, before: Callable[[], object] | None = None) -> int:
     """Start a life of all cells and return its process number. `before` runs first, in the new process."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -31,8 +30,10 @@ def live(run: Run, before: Callable[[], object] | None = None, path: Path | None
         cells = tuple(run.cells)
         if before is not None:
             before()
-        states = work(path or run.path, cells, executor="here")
-        code = 0 if set(states.values()) <= {"finished", "diverged"} else 2
+        states = work(run.path, cells, executor="here")
+        code = (
+            0 if all(states.get(cell) in ("finished", "diverged") or run.cell(cell).result() for cell in cells) else 2
+        )
     except BaseException:
         traceback.print_exc()
         code = 3
