@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -70,15 +70,14 @@ class Worker:
             [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         self._stopping = weakref.finalize(self, _kill, self._process)
-        self._send(sys.path)
-        self._send({"function": self.function, "memory_gb": self.memory_gb})
-        reply = self._receive(START_SECONDS)
-        if "missing" in reply:
+        header = {"function": self.function, "memory_gb": self.memory_gb}
+        reply = self._asked([sys.path, header], START_SECONDS)
+        if "ready" not in reply:
             self.stop()
+        if "missing" in reply:
             value = reply.get("value", self.function)
             raise Mistake(reply["missing"], key="task.reward", value=value, allowed=reply.get("allowed", ()))
         if "raised" in reply:
-            self.stop()
             raise CallFailed(f"{self.function} cannot be imported:\n{reply['raised']}")
 
     def __call__(self, *arguments: str) -> dict[str, Any]:
@@ -89,8 +88,7 @@ class Worker:
             CallOverdue, CallFailed: see there. The worker can be called again.
         """
         self.start()
-        self._send(arguments)
-        reply = self._receive(self.seconds)
+        reply = self._asked([arguments], self.seconds)
         if "raised" in reply:
             raise CallFailed(f"{self.function} raised:\n{reply['raised']}")
         return reply
@@ -101,11 +99,22 @@ class Worker:
             self._stopping()
         self._process = self._stopping = None
 
-    def _send(self, message: object) -> None:
+    def _asked(self, messages: Sequence[object], seconds: float) -> dict[str, Any]:
+        """The answer to some messages. Whatever interrupts the wait ends the process: a late answer must not be taken
+        for that to the next call."""
+        try:
+            self._send(messages)
+            return self._receive(seconds)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _send(self, messages: Sequence[object]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            for message in messages:
+                self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
@@ -114,18 +123,15 @@ class Worker:
         assert self._process is not None
         assert self._process.stdout is not None
         out, until = self._process.stdout.fileno(), time.monotonic() + seconds
-        try:
-            while b"\n" not in self._buffer:
-                ready, _, _ = select.select([out], [], [], max(0.0, until - time.monotonic()))
-                if not ready:
-                    raise CallOverdue(f"{self.function} gave no answer within {seconds:g} s")
-                chunk = os.read(out, 65536)
-                if not chunk:
-                    raise self._ended()
-                self._buffer += chunk
-        except BaseException:  # whatever interrupted the wait, a late answer must not be taken for the next one
-            self.stop()
-            raise
+        poll = select.poll()
+        poll.register(out, select.POLLIN)
+        while b"\n" not in self._buffer:
+            if not poll.poll(1000 * max(0.0, until - time.monotonic())):
+                raise CallOverdue(f"{self.function} gave no answer within {seconds:g} s")
+            chunk = os.read(out, 65536)
+            if not chunk:
+                raise self._ended()
+            self._buffer += chunk
         line, self._buffer = self._buffer.split(b"\n", 1)
         reply: dict[str, Any] = json.loads(line)
         return reply
@@ -135,7 +141,6 @@ class Worker:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         status = self._process.returncode
-        self.stop()
         how = f"signal {signal.Signals(-status).name}" if status and status < 0 else f"exit status {status}"
         return CallFailed(f"the process of {self.function} ended with {how}")
 

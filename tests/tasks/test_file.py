@@ -158,3 +158,17 @@ def test_small_datasets_hold_one_prompt_out(write_rows: Write) -> None:
         task = File(write_rows(f"{count}.jsonl", *SUMS[:count]), "q")
         assert len(task.split("held_out")) >= 1
         assert len(task.split("train")) >= 1
+
+
+def test_a_hub_dataset_that_was_downloaded_once_needs_no_network(write_rows: Write, tmp_path: Path) -> None:
+    local = file_task(path=write_rows("sums.jsonl", *SUMS), prompt="q", answer="a")
+    expected = prompts(local, "held_out")
+    built = next((tmp_path / "cache" / "json").glob("default-*/0.0.0/*/dataset_info.json")).parent
+    # where `datasets` keeps what it downloaded: <owner>___<name>/<configuration>/<version>/<commit>
+    cached = tmp_path / "cache" / "somebody___sums" / "default" / "0.0.0" / ("0" * 40)
+    cached.mkdir(parents=True)
+    for file in built.iterdir():
+        if file.is_file():
+            (cached / file.name.replace("json-", "sums-")).write_bytes(file.read_bytes())
+    hub = file_task(path="somebody/sums", prompt="q", answer="a")
+    assert prompts(hub, "held_out") == expected

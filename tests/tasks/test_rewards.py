@@ -147,6 +147,6 @@ def test_the_process_ends_with_ours(worker: Any) -> None:
     calling = worker("sleepy")
     calling("", "", "")
     process = calling._process
-    calling._send(["", "sleep", ""])
+    calling._send([["", "sleep", ""]])
     process.stdin.close()  # what happens when this process is killed
     assert process.wait(30) == 0

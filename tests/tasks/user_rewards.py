@@ -61,3 +61,12 @@ def process(prompt: str, completion: str, answer: str) -> int:
 
 
 not_a_function = 3
+
+
+def hanging(prompt: str, completion: str, answer: str) -> float:
+    time.sleep(3600)
+    return 0.0
+
+
+def undefined(prompt: str, completion: str, answer: str) -> float:
+    return float("nan")

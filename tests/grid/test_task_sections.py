@@ -1,0 +1,66 @@
+"""Task sections: every task has one, rewards may be written short, and spellings of one reward are one cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from grid import Cell, Mistake, parse_grid
+from grid.sections import TASKS, load_section
+from tasks.task import TASKS as LOADED
+
+GSM8K = {"name": "gsm8k", "reward": "math"}
+NEEDED: dict[str, dict[str, Any]] = {"file": {"path": "data.jsonl", "prompt": "q"}}
+
+
+def cell(task: dict[str, Any]) -> Cell:
+    return parse_grid(yaml.safe_dump({"name": "study", "task": task}), "study.yaml").cells[0]
+
+
+def test_every_section_has_its_task() -> None:
+    assert set(TASKS) == set(LOADED)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_sections_survive_the_manifest(name: str) -> None:
+    section = load_section("task", {"name": name, **NEEDED.get(name, {})})
+    assert load_section("task", section.model_dump(mode="json")) == section
+    made = cell({"name": name, **NEEDED.get(name, {})})
+    assert Cell.from_resolved(made.resolved()) == made
+
+
+def test_spellings_of_one_reward_are_one_cell() -> None:
+    spellings: list[Any] = [
+        "math",
+        ["math"],
+        {"name": "math", "weight": 1},
+        [{"name": "math", "weight": 1.0, "model": None}],
+    ]
+    assert len({cell({"name": "gsm8k", "reward": spelling}).id for spelling in spellings}) == 1
+    assert cell({"name": "gsm8k", "reward": {"name": "math", "weight": 2}}).id != cell(GSM8K).id
+
+
+def test_the_time_limit_is_no_part_of_a_cells_identity() -> None:
+    assert cell({**GSM8K, "reward_seconds": 1.0}).id == cell(GSM8K).id
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"name": "gsm8k", "reward": "maths"}, r"task\.reward: unknown reward \(got 'maths'\); did you mean 'math'"),
+        ({"name": "gsm8k", "reward": {"nme": "math"}}, r"task\.reward: unknown key \(got 'nme'\); did you mean 'name'"),
+        ({"name": "gsm8k", "reward": {"name": "math", "weight": "much"}}, r"task\.reward\.0\.weight"),
+        ({"name": "gsm8k", "reward": []}, r"task\.reward: a reward needs at least one term"),
+        ({"name": "gsm8k", "reward": {"model": "m", "name": "math"}}, "either a name or a model"),
+        ({"name": "gsm8k", "rewards": "math"}, "did you mean 'reward'"),
+        ({"name": "gsm8k", "reward_seconds": 0}, r"task\.reward_seconds"),
+        ({"name": "file", "path": "data.jsonl"}, r"task\.prompt: missing"),
+        ({"name": "calculator", "digits": 1}, r"task\.digits"),
+        ({"name": "gsm"}, "did you mean 'gsm8k'"),
+    ],
+)
+def test_mistakes_are_named(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(Mistake, match=message):
+        load_section("task", task)
