@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from reports.figures import Drawing, draw, inline_svg, save, svg_text
 from reports.figures.tasks import across_tasks, profiles
 from reports.findings import Findings, find, number, p_words, signed
 from reports.frame import records
+from reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
 from reports.legend import AxisLegend, formula, legend
 from reports.methods import methods
 from reports.provenance import provenance
@@ -46,6 +46,7 @@ class TaskSection:
     axes: list[AxisLegend]
     rows: list[dict[str, Any]]
     details: list[Detail]
+    gradients: list[GradientRow]
 
 
 def render(
@@ -68,7 +69,7 @@ def render(
         figures: also write each figure as PDF, SVG and PNG.
         gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by
             default read from
-            ``gradients.json`` in the first run's report folder, where there is one.
+            ``gradients.json`` in the runs' report folders, where there is one.
         progress: is told what is being done.
 
     Returns:
@@ -83,12 +84,14 @@ def render(
     tell("reading")
     study = load_runs(listed, baseline=baseline)
     folder = Path(out) if out is not None else _default_folder(study)
-    gradients = gradients if gradients is not None else _gradients(study)
+    gradients = gradients if gradients is not None else load_gradients(study)
     tell("comparing")
     comparisons = [compare(study, task, metric) for task in study.tasks]
     folder.mkdir(parents=True, exist_ok=True)
     tell("tables")
     write_tables(study, comparisons, folder / "tables")
+    if len(exact := gradient_table(comparisons, gradients)):
+        exact.to_csv(folder / "tables" / "gradients.csv", index=False)
     sections = []
     for position, comparison in enumerate(comparisons):
         prefix = f"task{position + 1}-" if len(comparisons) > 1 else ""
@@ -146,6 +149,7 @@ def _section(
         axes=legend(study, comparison),
         rows=_rows(study, comparison),
         details=details(study, comparison),
+        gradients=gradient_rows(comparison, gradients),
     )
 
 
@@ -196,17 +200,6 @@ def _default_folder(study: Study) -> Path:
     if len(study.runs) == 1:
         return first
     return first / ("with-" + "-".join(run.path.name for run in study.runs[1:]))[:120]
-
-
-def _gradients(study: Study) -> pd.DataFrame | None:
-    """The exact lab's results, left in the run's report folder as a list of rows."""
-    try:
-        data = json.loads((study.runs[0].report / "gradients.json").read_text())
-        rows = data["rows"] if isinstance(data, dict) else data
-        frame = pd.DataFrame(rows)
-    except (OSError, ValueError, KeyError):
-        return None
-    return frame if {"group", "bias", "variance", "cosine"} <= set(frame.columns) else None
 
 
 def _asset(name: str) -> str:

@@ -31,6 +31,12 @@ COLUMNS = (
 )
 """Columns on the screen; --json and --csv have all of `Entry.row`."""
 
+MOST = 2_000
+"""Most configurations of one survey: some minutes."""
+
+SAMPLES = 8_000
+"""Trajectories of each Monte Carlo estimate."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -54,7 +60,7 @@ def gradients(
     group_size: Annotated[
         int | None, typer.Option(min=1, help="Trajectories of a group; default: the cell's (4 with --product).")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Trajectories of each Monte Carlo estimate.")] = 8_000,
+    samples: Annotated[int, typer.Option(min=2, help="Trajectories of each Monte Carlo estimate.")] = SAMPLES,
     drift: Annotated[
         list[float] | None, typer.Option(min=0.0, help="Standard deviation of a random drift; may be repeated.")
     ] = None,
@@ -76,6 +82,12 @@ def gradients(
         rows = _product_rows(product, seed, vocabulary, horizon, drift, group_size, samples, workers)
     elif target is not None:
         cells, owner = _cells(target)
+        if len(cells) > MOST:
+            raise Mistake(
+                f"has {len(cells)} configurations, each measured in several settings; at most {MOST} at a time",
+                value=target,
+                hint="--product FILE measures all combinations once, and continues where it stopped.",
+            )
         sizes = {name: (objective, group_size or size) for name, (objective, size, _) in cells.items()}
         rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples)
         owner = run_of(run) if run is not None else owner
@@ -93,6 +105,22 @@ def gradients(
         typer.echo(f"{len(rows)} combinations measured; one line per canonical form in {product}")
     else:
         show(COLUMNS, [[row[column] for column in COLUMNS] for row in rows], "Against the gradient of E[R] − β·KL")
+
+
+def measure_run(run: Run, most: int) -> None:
+    """Measure a run's configurations for its report, unless that was done before or they are more than ``most``."""
+    if (run.report / "gradients.json").exists():
+        return
+    cells = _by_group([Cell.from_resolved(run.resolved(identity)) for identity in run.cells])
+    if not 0 < len(cells) <= most:
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    rows = _survey_rows(
+        {name: (objective, size) for name, (objective, size, _) in cells.items()}, 0, 3, 3, None, None, SAMPLES
+    )
+    _keep(run, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
 
 
 def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | None]:

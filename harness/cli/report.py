@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grid import Mistake
+from harness.cli.gradients import measure_run
 from harness.cli.places import RUNS, JsonOption, RunsOption, run_of
 from harness.cli.table import console, show, show_json
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from reports.comparison import Comparison
 
 FORMATS = ("md", "latex", "csv", "json")
+MEASURED = 100
+"""Most configurations whose gradients the report measures unasked: some twenty seconds, once per run."""
+
 _LINES = 20
 
 
@@ -35,6 +40,9 @@ def report(
     ] = None,
     figures: Annotated[
         bool, typer.Option("--figures/--no-figures", help="Also write each figure as PDF, SVG and PNG.")
+    ] = True,
+    gradients: Annotated[
+        bool, typer.Option("--gradients/--no-gradients", help="Measure each configuration's gradient in the exact lab.")
     ] = True,
     track: Annotated[
         list[str] | None, typer.Option("--track", help="Also send the curves to tensorboard or wandb; may be repeated.")
@@ -58,6 +66,11 @@ def report(
     from reports.page import render
 
     with console().status("report") as status:
+        if gradients:
+            status.update("report: measuring gradients")
+            for run in opened:
+                with suppress(OSError):
+                    measure_run(run, MEASURED)
         page = render(
             paths,
             out,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from grid import Cell
@@ -215,13 +217,32 @@ def test_the_same_run_gives_the_same_page(small: Small, tmp_path: Path) -> None:
     assert render(run.path, tmp_path / "b", figures=False).read_bytes() == first
 
 
-def test_the_exact_lab_adds_a_figure(small: Small, tmp_path: Path) -> None:
+def test_the_exact_lab_adds_a_figure_and_a_table_beside_reward_and_kl(small: Small, tmp_path: Path) -> None:
     run = small(seeds=2)
     groups = sorted({run.resolved(identity)["group"] for identity in run.cells})
     run.report.mkdir(exist_ok=True)
-    rows = ", ".join(
-        f'{{"group": "{group}", "bias": 0.{i + 1}, "cosine": 0.9, "variance": {i + 1}.5}}'
+    rows = [
+        {"group": group, "drift": drift, "bias": bias + i, "cosine": 0.9, "variance": i + 1.5, "ess": 0.75, "mse": None}
         for i, group in enumerate(groups)
-    )
-    (run.report / "gradients.json").write_text(f'{{"schema": 1, "rows": [{rows}]}}')
-    assert 'data-figure="plane"' in _render(run, tmp_path)
+        for drift, bias in (("4 updates", 0.125), ("on-policy", 0.0625), ("random 0.3", 9.0), ("16 updates", 0.375))
+    ]
+    (run.report / "gradients.json").write_text(json.dumps({"schema": 1, "rows": rows}))
+    text = _render(run, tmp_path)
+    assert 'data-figure="plane"' in text
+    assert 'id="gradients-task"' in text
+    (written,) = tmp_path.rglob("gradients.csv")
+    table = pd.read_csv(written)
+    assert set(table["group"]) == set(groups)
+    mine = table[table["group"] == groups[1]].set_index("drift")
+    assert list(mine.index) == ["on-policy", "16 updates"]
+    assert (mine.loc["on-policy", "bias"], mine.loc["16 updates", "bias"]) == (1.0625, 1.375)
+    assert mine.loc["on-policy", "variance"] == 2.5
+    assert mine["final"].notna().all()
+    assert mine["reverse_kl_final"].notna().all()
+
+
+def test_rows_of_the_exact_lab_that_are_not_its_own_are_left_out(small: Small, tmp_path: Path) -> None:
+    run = small(seeds=2)
+    run.report.mkdir(exist_ok=True)
+    (run.report / "gradients.json").write_text('{"schema": 1, "rows": [{"group": "x", "bias": 1}]}')
+    assert 'id="gradients-task"' not in _render(run, tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from grid import load_grid
+from harness.cli.gradients import measure_run
 from harness.cli.main import main
 from harness.exact import sweep
 from harness.store import Run
@@ -76,6 +77,18 @@ def test_a_run_keeps_its_rows_for_the_report_that_of_its_schedule_first(
         first.setdefault(row["group"], row["drift"])
     assert first == dict.fromkeys(load_grid(study).groups, "2 updates")
     assert {"bias", "cosine", "variance"} <= set(kept["rows"][0])
+
+
+def test_the_report_measures_a_run_once_and_leaves_large_runs_alone(study: Path, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "runs" / "small", load_grid(study))
+    kept = run.report / "gradients.json"
+    measure_run(run, most=0)
+    assert not kept.exists()
+    measure_run(run, most=10)
+    assert {row["group"] for row in json.loads(kept.read_text())["rows"]} == set(load_grid(study).groups)
+    kept.write_text("{}")
+    measure_run(run, most=10)
+    assert kept.read_text() == "{}"
 
 
 def test_the_kl_table_names_the_exact_entries(capsys: pytest.CaptureFixture[str]) -> None:
