@@ -31,7 +31,7 @@ class Letters:
     """Prompt: three letters. Reward: the share of the four tokens that repeat the prompt's first letter.
 
     Args:
-        seconds: how long each reward takes.
+        seconds: how long each reward takes; not at all where KLAB_TEST_HURRY is set.
         trouble: "" for none, "raise", "type", "hang", "memory" (exceeded), "exit", "kill" (its own process).
     """
 
@@ -49,7 +49,7 @@ class Letters:
         return [Example(word, word[0]) for word in chosen]
 
     def score(self, example: Example, completion: str) -> Score:
-        time.sleep(self.seconds)
+        time.sleep(0 if os.environ.get("KLAB_TEST_HURRY") else self.seconds)
         share = completion.count(example.answer) / 4
         match self.trouble:
             case "raise":
