@@ -30,6 +30,7 @@ class Addition:
     """
 
     alphabet = "0123456789+="
+    interactive = False
 
     def __init__(self, digits: int = 2) -> None:
         if not 1 <= digits <= 9:

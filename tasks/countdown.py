@@ -28,6 +28,7 @@ class Countdown:
     """
 
     alphabet = "0123456789+-*(),:="
+    interactive = False
 
     def __init__(self, numbers: int = 3, largest: int = 9, target_max: int = 30) -> None:
         if not 2 <= numbers <= 6:

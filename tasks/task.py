@@ -59,6 +59,8 @@ class Task(Protocol):
         name: the task's name in messages and reports.
         alphabet: the characters that a character tokenizer must cover; None where a pretrained tokenizer is needed.
         max_new_tokens: default budget of own tokens per trajectory, including the end token.
+
+    A task may also set `interactive = False`: `respond` is then never called, which saves decoding text in between.
     """
 
     name: str
