@@ -172,7 +172,7 @@ class Slurm:
         return job
 
     def _without_living(self, run: Run, packs: Sequence[Pack]) -> list[Pack]:
-        """The packs without cells of living jobs. Jobs that were submitted but not written down are written down now."""
+        """The packs without cells of living jobs; a job that nobody had written down is written down now."""
         open_ = [each for each in submissions(run) if each.job is None]
         known = scheduler.find([each.name for each in open_]) if open_ else {}
         for each in open_:

@@ -50,7 +50,7 @@ class Task:
         while True:
             with Interruption(grace=self.grace) as interruption:
                 states = work(self.run, self.cells, executor="slurm", threads=self.threads, stop=interruption.asked)
-            if not interruption.asked():
+            if "interrupted" not in states.values():
                 return states
             interruption.give_way()
             what = _fate()
@@ -58,8 +58,6 @@ class Task:
                 _requeue()
             elif what == "ended":
                 sys.exit(128 + signal.SIGTERM)
-            elif "interrupted" not in states.values():
-                return states
 
     def checkpoint(self) -> Any:
         """submitit calls this when a signal comes before `__call__` does: the same again."""

@@ -150,4 +150,4 @@ def stop_after(updates: int) -> None:
     def limited(path: Any, cells: Any, **keywords: Any) -> Any:
         return whole(path, cells, **{**keywords, "stop": stop})
 
-    harness.training.run_cells = limited
+    harness.training.run_cells = limited  # type: ignore[assignment]

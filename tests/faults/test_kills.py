@@ -37,7 +37,9 @@ def test_workers_killed_over_and_over(make_run: MakeRun, finished: MakeRun, dice
     """Lives of some tenths of a second, until enough of them were killed; then every run is finished in peace."""
     settings = {"cells": CELLS, "seeds": 2, "training": {"updates": 24, "checkpoint_updates": 1, "evaluate_every": 6}}
     quiet = finished("soak", **settings)
-    kills, runs, times = 0, [], []
+    kills = 0
+    runs: list[Run] = []
+    times: list[bool] = []
     while kills < KILLS:
         runs.append(make_run("soak", f"runs{len(runs)}", **settings))
         while kills < KILLS and not all(runs[-1].cell(cell).result() for cell in runs[-1].cells):

@@ -28,7 +28,7 @@ def arm(point: str) -> None:
     if point == "intent":
         sbatch.submit = die
     elif point == "sbatch":
-        JobPaths.move_temporary_file = die
+        JobPaths.move_temporary_file = die  # type: ignore[method-assign]
     elif point == "id":
         write: Callable[[Submission], None] = Submission.write
         Submission.write = lambda self: die() if self.job else write(self)  # type: ignore[method-assign]
