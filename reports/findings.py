@@ -124,6 +124,9 @@ def _headline(comparison: Comparison, axes: list[AxisFinding]) -> str:
         sentence += f" [{number(top['low'])}, {number(top['high'])}]"
     if np.isfinite(top["difference"]):
         sentence += f", {signed(top['difference'])} against the baseline"
+    others = len(comparison.best) - 1
+    if others and np.isfinite(comparison.critical):
+        sentence += f"; {others} other{'s' if others > 1 else ''} cannot be told from it"
     return sentence + "."
 
 

@@ -38,16 +38,16 @@ def ranking(comparison: Comparison) -> Drawing | None:
         chosen = sorted({*chosen, *base, rows[-1]})
     place = {row: -rank for rank, row in enumerate(chosen)}
     column = {group: i for i, group in enumerate(comparison.groups)}
+    lossy = any(not table[row]["stable"] for row in chosen)
     with styled():
         figure, (axes,) = canvas(WIDE, 0.55 + 0.19 * len(chosen))
         left_out = len(rows) - len(chosen)
         drawing = Drawing(
             "ranking",
             "Cells ranked",
-            "Dots are means, bars 95% t-intervals over seeds, small marks single seeds. Hollow: a seed was lost and "
-            "counts at the worst score "
-            f"({comparison.worst:.3g}). Cells joined by a vertical bar cannot be told apart by Tukey's test at 5% "
-            "with seeds as blocks"
+            "Dots are means, bars 95% t-intervals over seeds, small marks single seeds. "
+            + (f"Hollow: a seed was lost and counts at the worst score ({comparison.worst:.3g}). " if lossy else "")
+            + "Cells joined by a vertical bar cannot be told apart by Tukey's test at 5% with seeds as blocks"
             + (
                 f" (critical difference {comparison.critical:.3f})."
                 if np.isfinite(comparison.critical)

@@ -41,15 +41,15 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
     front = [candidates[i] for i in pareto_front([x[i] for i in candidates], [y[i] for i in candidates])]
     if not comparison.higher:
         front = []
-    beta = study.configurations[comparison.baseline].objective.beta if comparison.baseline else None
+    beta = _coefficient(study, comparison)
     with styled():
         figure, (axes,) = canvas(WIDE, NARROW)
         drawing = Drawing(
             "tradeoff",
             "Reward against distance from the reference",
-            "One point per cell, means over seeds with 95% t-intervals. Filled: every seed finished; hollow: some "
-            "seed was lost and counts "
-            "at the worst score. The stepped line joins the cells that no other stable cell beats on both"
+            "One point per cell, means over seeds with 95% t-intervals. "
+            + ("" if all(stable) else "Hollow: a seed was lost and counts at the worst score. ")
+            + "The stepped line joins the cells that no other stable cell beats on both"
             + (f"; the thin lines have equal E[R] − β·KL for the baseline's β = {beta:g}." if beta else "."),
             "Pareto front of reward against KL: " + ", ".join(table["label"].iloc[i] for i in front[:6]) + ".",
             figure,
@@ -62,8 +62,20 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             color = SERIES[1] if base else SERIES[0] if i in front else MUTED
             interval = kl[str(row.group)]
             if len(x) <= _WITH_BARS and stable[i]:
-                axes.plot([x[i], x[i]], [row.low, row.high], color=color, linewidth=0.9, alpha=0.55)
-                axes.plot([interval.low, interval.high], [y[i], y[i]], color=color, linewidth=0.9, alpha=0.55)
+                axes.plot(
+                    [x[i], x[i]],
+                    [row.low, row.high],
+                    color=color,
+                    linewidth=0.9,
+                    alpha=0.6 if i in front or base else 0.3,
+                )
+                axes.plot(
+                    [interval.low, interval.high],
+                    [y[i], y[i]],
+                    color=color,
+                    linewidth=0.9,
+                    alpha=0.6 if i in front or base else 0.3,
+                )
             (point,) = axes.plot(
                 x[i],
                 y[i],
@@ -87,6 +99,15 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             axes, x, y, list(dict.fromkeys([*front[-_LABELLED:], *base_at])), table["label"].to_list(), len(x) <= 14
         )
     return drawing
+
+
+def _coefficient(study: Study, comparison: Comparison) -> float | None:
+    """β of the baseline, where it acts."""
+    if comparison.baseline is None:
+        return None
+    cell = study.configurations[comparison.baseline]
+    beta = cell.objective.canonical(cell.training.on_policy).get("placement.beta")
+    return float(beta) if beta else None
 
 
 def _iso_lines(axes: Any, beta: float) -> None:

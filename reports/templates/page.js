@@ -45,6 +45,13 @@
     form.addEventListener("submit", (event) => event.preventDefault());
   }
 
+  // Many axes make a wide table: their columns are shown on request.
+  for (const button of document.querySelectorAll("[data-columns]")) button.addEventListener("click", () => {
+    const brief = document.getElementById(button.dataset.columns).classList.toggle("brief");
+    button.setAttribute("aria-pressed", String(!brief));
+    button.textContent = brief ? "Show axes" : "Hide axes";
+  });
+
   // A link to a cell opens it.
   const open = () => { const target = document.getElementById(decodeURIComponent(location.hash.slice(1))); if (target?.tagName === "DETAILS") { target.open = true; target.scrollIntoView(); } };
   addEventListener("hashchange", open); open();

@@ -74,6 +74,27 @@ seeds: 3
     return render(run.path, folder / "report", figures=False)
 
 
+@pytest.fixture(scope="session")
+def wide_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five axes, one at a time."""
+    text = """
+name: wide
+task: {name: addition, digits: 2}
+training: {updates: 4, updates_per_rollout: 2}
+objective: {algorithm: grpo, beta: 0.05}
+design: one_at_a_time
+axes:
+  estimator: [k1, k3]
+  placement: [loss, reward]
+  ratio: [token, future_mean]
+  weight: [ppo_clip, power]
+  advantage: [raw, group_norm]
+seeds: 3
+"""
+    folder = tmp_path_factory.mktemp("wide")
+    return render(write_run(folder / "wide", text).path, folder / "report", figures=False)
+
+
 class Visit:
     """An open page and everything it said or asked for."""
 

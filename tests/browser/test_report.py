@@ -187,6 +187,16 @@ def test_a_telephone_scrolls_down_and_not_sideways(visit: Open, report: Path) ->
     seen.picture("report-telephone")
 
 
+def test_many_axes_are_columns_on_request(visit: Open, wide_report: Path) -> None:
+    page = visit(wide_report).page
+    column = page.locator("table.cells th.axis").first
+    assert not column.is_visible()
+    page.locator("form.filters").get_by_label("importance ratio").select_option("future_mean")
+    assert _shown(page) == ["ratio future_mean"]
+    page.click("button[data-columns]")
+    assert column.is_visible()
+
+
 def test_hundreds_of_cells_on_two_tasks(visit: Open, large_report: Path) -> None:
     seen = visit(large_report)
     assert seen.messages == []
