@@ -114,7 +114,7 @@ def _tensorboard(cell: CellFolder, folder: Path) -> Iterator[Sink]:
     try:
         module = import_module("tensorboard.summary.writer.event_file_writer")
     except ImportError as error:
-        raise Mistake("TensorBoard is not installed", key="track", hint="pip install 'klab[tensorboard]'") from error
+        raise Mistake("TensorBoard is not installed", key="track", hint="pip install 'klab[track]'") from error
     resolved = cell.resolved()
     writer = module.EventFileWriter(str(folder / str(resolved["group"]) / f"seed-{resolved['seed']}"))
     try:
@@ -137,7 +137,7 @@ def _wandb(run: Run, cell: CellFolder, folder: Path) -> Iterator[Sink]:
     try:
         wandb = import_module("wandb")
     except ImportError as error:
-        raise Mistake("Weights & Biases is not installed", key="track", hint="pip install 'klab[wandb]'") from error
+        raise Mistake("Weights & Biases is not installed", key="track", hint="pip install 'klab[track]'") from error
     resolved = dict(cell.resolved())
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     tracked = wandb.init(
