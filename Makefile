@@ -63,7 +63,7 @@ parity-test: $(VENV)-parity/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/update.py
-	$(BIN)/python tests/benchmarks/report.py
+	$(BIN)/python -m tests.benchmarks.report
 
 clean:
 	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
