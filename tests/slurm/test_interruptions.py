@@ -58,8 +58,8 @@ def test_preemption_with_sigterm_only(lab: Lab) -> None:
 
 
 def test_a_time_limit_hit_at_least_twice(lab: Lab) -> None:
-    """A hundred seconds of work in jobs of one minute."""
-    grid = lab.grid("limited", task={"seconds": 0.2}, training={**UNSAVED, "updates": 110})
+    """Some eighty seconds of work in jobs of one minute."""
+    grid = lab.grid("limited", task={"seconds": 0.2}, training={**UNSAVED, "updates": 95})
     run = lab.launch(grid, "--minutes", "1")
     lab.until_finished(run, 400)
     assert starts(run)[0] >= 3
