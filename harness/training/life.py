@@ -87,17 +87,25 @@ def run_cells(
                 life.states[identity] = str(result["state"])
                 continue
             folder.forgive()
-            member, state = _prepared(run, folder)
+            try:
+                member, state = _prepared(run, folder, life.warming_up)
+            except _Halted:
+                life.states[identity] = "interrupted"
+                continue
             waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
     for alike in waiting.values():
         life.begin([member for member, _ in alike], [state for _, state in alike if state is not None])
     return {identity: life.states[identity] for identity in folders}
 
 
-def _prepared(run: Run, folder: CellFolder) -> tuple[Member, State | None]:
+class _Halted(Exception):
+    """Asked to stop while the starting policy was being made; nothing of it is kept."""
+
+
+def _prepared(run: Run, folder: CellFolder, watch: Callable[[int, int, float], None]) -> tuple[Member, State | None]:
     cell = folder.cell()
     task = load_task(cell.task)
-    start = starting_policy(cell.policy, task, cell.task, cache=run.policies)
+    start = starting_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
     return Member(cell, task, start), _resume(folder)
 
 
@@ -129,6 +137,13 @@ class _Life:
         self._stop = stop
         self._beaten = -BEAT_SECONDS
         self._rewards: dict[str, float | None] = {}
+
+    def warming_up(self, update: int, at_most: int, accuracy: float) -> None:
+        """Follow the making of a starting policy: a line in the job's output, and a chance to stop."""
+        if not sys.stderr.isatty():
+            print(f"starting policy: {update} updates, held-out accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
+        if self._stop():
+            raise _Halted
 
     def begin(self, members: Sequence[Member], states: Sequence[State]) -> None:
         """Stack the members and live; states are all or none."""
