@@ -1,9 +1,8 @@
 """Curves for TensorBoard and Weights & Biases: a follower that reads a run's folder and sends what is new.
 
-It never touches training: it can start late, stop, start again. What was sent is remembered in the run's report
-    folder, cell by cell, so that a requeued cell continues the same tracked run: its identity comes from the cell,
-    `group` is the configuration
-    without its seed. Both packages are optional and imported only here.
+It never touches training: it can start late, stop, start again. What was sent is remembered in the run's report folder,
+cell by cell, so that a requeued cell continues the same tracked run: its identity comes from the cell, and `group` is
+the configuration without its seed. Both packages are optional and imported only here.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from grid import Grid, Mistake
 from harness.cli.merged import MergeOption, merged_grid
 from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from harness.cli.table import console, show_json
+from harness.cli.tracking import Tracking, require_trackers
 from harness.cli.watch import Board, watch
 from harness.dispatch.executor import Executor, Pack
 from harness.dispatch.launch import Launch, wanted
@@ -91,21 +92,29 @@ def launch(
     if dry_run:
         _rehearse(study, runs / study.name, executor, workers, size, retry_failed, as_json)
         return
+    require_trackers(study.track)
     run = Run.create(runs / study.name, study)
+    tracking = Tracking(run)
     if board is not None:
         with board.live(run, retry_failed):
             submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
+        tracking.finish()
         _end(run, as_json)
         return
     done = submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
     if not as_json:
         _announce(run, done, on, workers)
-    if not detach and on is Where.local and not watch(run, quiet=as_json):
+    if not detach and on is Where.local and not watch(run, quiet=as_json, each=tracking.tick):
         return
     if detach or on is Where.slurm:
         if as_json:
             show_json({"run": str(run.path), "jobs": [list(pack.cells) for pack in done.packs]})
+        elif tracking.names:
+            console().print(
+                f"curves go to {' and '.join(tracking.names)} while somebody watches: klab watch {run.path}"
+            )
         return
+    tracking.finish()
     _end(run, as_json)
 
 

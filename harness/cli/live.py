@@ -13,13 +13,13 @@ from rich.live import Live
 from grid import Mistake
 from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from harness.cli.table import console, show_json, table
+from harness.cli.tracking import Tracking
 from harness.cli.watch import Pace, board, resting
 from harness.dispatch.status import CellStatus, statuses
 from harness.store import Run
 from reports.sparks import sparkline
 
 _ORDER = ("running", "failed", "diverged", "lost", "preempted", "finished", "queued", "unknown", "waiting", "cancelled")
-_TRACK_SECONDS = 15.0
 
 
 def watch(
@@ -37,7 +37,7 @@ def watch(
     if as_json:
         show_json([curves(opened, row) for row in chosen(statuses(opened), rows)])
         return
-    pace, tracked = Pace(), -_TRACK_SECONDS
+    pace, tracking = Pace(), Tracking(opened)
     if once:
         console().print(screen(opened, statuses(opened), pace, rows))
         return
@@ -46,12 +46,10 @@ def watch(
             while True:
                 found = statuses(opened)
                 live.update(screen(opened, found, pace, rows))
-                over = resting(found)
-                if over or time.monotonic() - tracked > _TRACK_SECONDS:
-                    tracked = time.monotonic()
-                    _track(opened)
-                if over:
+                if resting(found):
+                    tracking.finish()
                     return
+                tracking.tick()
                 time.sleep(every)
     except KeyboardInterrupt:
         console().print(f"\nThe jobs go on. Watch them again: klab watch {opened.path}")
@@ -99,10 +97,3 @@ def screen(run: Run, found: list[CellStatus], pace: Pace, most: int) -> Renderab
     if len(found) > most:
         parts.append(f"… and {len(found) - most} more (--rows)")
     return Group(*parts)
-
-
-def _track(run: Run) -> None:
-    for name in run.manifest.get("track", ()):
-        from reports.track import follow
-
-        follow(run, name)

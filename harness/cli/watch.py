@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,13 @@ class Pace:
         return ahead * (now - began) / (done - before) if done > before else None
 
 
-def watch(run: Run, quiet: bool = False) -> bool:
+def watch(run: Run, quiet: bool = False, each: Callable[[], None] = lambda: None) -> bool:
     """Show progress until nothing runs or waits any more, or until Ctrl-C, which leaves the jobs alone.
+
+    Args:
+        run: the run.
+        quiet: show nothing.
+        each: called at every look.
 
     Returns:
         Whether the run came to rest; False after Ctrl-C.
@@ -53,12 +58,13 @@ def watch(run: Run, quiet: bool = False) -> bool:
     pace = Pace()
     try:
         if quiet or not sys.stdout.isatty():
-            _plainly(run, pace, quiet)
+            _plainly(run, pace, quiet, each)
         else:
             with Live(console=console(), refresh_per_second=4) as live:
                 while True:
                     began = time.monotonic()
                     rows = statuses(run)
+                    each()
                     live.update(board(run.name, rows, pace.left(rows)))
                     if resting(rows):
                         break
@@ -150,11 +156,12 @@ def plain_line(rows: Sequence[CellStatus], left: float | None) -> str:
     return "; ".join(parts)
 
 
-def _plainly(run: Run, pace: Pace, quiet: bool) -> None:
+def _plainly(run: Run, pace: Pace, quiet: bool, each: Callable[[], None]) -> None:
     printed = -PLAIN_SECONDS
     while True:
         began = time.monotonic()
         rows = statuses(run)
+        each()
         left = pace.left(rows)
         over = resting(rows)
         if not quiet and (over or time.monotonic() - printed >= PLAIN_SECONDS):

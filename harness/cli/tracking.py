@@ -1,0 +1,40 @@
+"""Sending a run's curves to the trackers that its grid file names, while somebody watches it."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+
+from grid import Mistake
+from harness.store import Run
+
+EVERY_SECONDS = 20.0
+
+
+class Tracking:
+    """Follows a run for TensorBoard or Weights & Biases; does nothing for runs that name neither."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.names: tuple[str, ...] = tuple(run.manifest.get("track", ()))
+        self._sent = -EVERY_SECONDS
+
+    def tick(self) -> None:
+        """Send what is new, if the last time is some seconds ago."""
+        if self.names and time.monotonic() - self._sent >= EVERY_SECONDS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Send what is new."""
+        for name in self.names:
+            from reports.track import follow
+
+            follow(self._run, name)
+        self._sent = time.monotonic()
+
+
+def require_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that are not installed, before anything is launched."""
+    for name in names:
+        if find_spec(name) is None:
+            raise Mistake("is not installed", key="track", value=name, hint="pip install 'klab[track]'")

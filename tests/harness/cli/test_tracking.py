@@ -1,0 +1,38 @@
+"""`track:` in a grid file: launching sends the curves, and refuses a tracker that is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grid import Mistake
+from harness.cli.main import main
+from harness.cli.tracking import require_trackers
+
+STUDY = """
+name: tracked
+task: {name: addition, digits: 2}
+policy: {name: tiny}
+training: {updates: 3, prompts: 2, group_size: 2, evaluate_every: 3, evaluation_prompts: 4, evaluation_samples: 1}
+track: [tensorboard]
+seeds: 2
+"""
+
+
+def test_launching_sends_every_update_of_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader", reason="needs tensorboard")
+    monkeypatch.chdir(tmp_path)
+    Path("tracked.yaml").write_text(STUDY)
+    assert main(["launch", "tracked.yaml", "--on", "here"]) == 0
+    assert main(["launch", "tracked.yaml", "--on", "here"]) == 0
+    files = sorted(Path("runs/tracked/report/tensorboard").rglob("events.*"))
+    assert [file.parent.name for file in files] == ["seed-0", "seed-1"]
+    for file in files:
+        steps = [event.step for event in loader.EventFileLoader(str(file)).Load() if event.HasField("summary")]
+        assert steps == [0, 1, 2, 3]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(Mistake, match=r"klab\[track\]"):
+        require_trackers(("a_tracker_that_nobody_has",))
