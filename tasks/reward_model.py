@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from grid.mistake import Mistake
-from tasks.rewards import Verdict
 from tasks.task import Example
+from tasks.verdict import Verdict
 
 
 @lru_cache(maxsize=4)

@@ -14,23 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from grid.mistake import Mistake
 from grid.task_sections import RewardTerm, reward_terms
 from tasks.answers import final_answer
 from tasks.task import Example, Score
+from tasks.verdict import Verdict
 from tasks.worker import CallOverdue, Worker
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What one term says of a completion; `correct` is None for terms that do not judge that."""
-
-    value: float
-    correct: bool | None = None
-    parts: dict[str, float] = field(default_factory=dict)
-
 
 Reward = Callable[[Example, str], Verdict]
 
