@@ -102,7 +102,9 @@ class _Halted(Exception):
     """Asked to stop while the starting policy was being made; nothing of it is kept."""
 
 
-def _prepared(run: Run, folder: CellFolder, watch: Callable[[int, int, float], None]) -> tuple[Member, State | None]:
+def _prepared(
+    run: Run, folder: CellFolder, watch: Callable[[int, int, float], None] | None = None
+) -> tuple[Member, State | None]:
     cell = folder.cell()
     task = load_task(cell.task)
     start = starting_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
