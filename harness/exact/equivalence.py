@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,8 @@ BLOCKS = 4
 """Blocks of a fingerprint: no, mild and strong drift, and the comb of single tokens."""
 
 _LINES_AT_ONCE = 500
+_BEFORE_MARK = ", ["
+"""What separates the key of a line from its numbers; no canonical form contains it."""
 
 Progress = Callable[[int, int], None]
 """Called with (fingerprints computed so far, fingerprints to compute)."""
@@ -100,7 +102,7 @@ def canonical_text(objective: Objective, on_policy: bool) -> str:
 def unknown_fingerprints(cells: Iterable[Cell], *, cache: Path | None = None) -> int:
     """How many fingerprints `equivalence_classes` would have to compute (needs no torch)."""
     keys = {(canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy) for cell in cells}
-    return len(keys - set(_read(_cache_file(cache)))) if len(keys) > 1 else 0
+    return len(keys - set(_read(_cache_file(cache), keys))) if len(keys) > 1 else 0
 
 
 def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Path | None = None) -> dict[str, int]:
@@ -126,8 +128,7 @@ def fingerprints(
     The user's own functions are computed every time: their code is not part of the cache's version.
     """
     file = _cache_file(cache)
-    known = _read(file)
-    found = {key: known[key] for key in objectives if key in known}
+    found = _read(file, objectives)
     missing = [key for key in objectives if key not in found]
     if not missing:
         return found
@@ -261,17 +262,26 @@ def _cache_file(cache: Path | None) -> Path:
     return (cache or cache_folder()) / "fingerprints" / f"{code_version()}.jsonl"
 
 
-def _read(file: Path) -> dict[tuple[str, bool], list[float]]:
+def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
+    """Those of the wanted fingerprints that are known; lines of others are passed over unparsed."""
     if not file.exists():
         return {}
+    heads = {_head(canonical, on_policy) for canonical, on_policy in wanted}
     known: dict[tuple[str, bool], list[float]] = {}
     for line in file.read_text().split("\n"):
+        if line.partition(_BEFORE_MARK)[0] not in heads:
+            continue
         try:
             canonical, on_policy, mark = json.loads(line)
-            known[canonical, on_policy] = mark
-        except (ValueError, TypeError):  # a line torn by a crash, or the empty one at the end
+        except ValueError:  # a line torn by a crash
             continue
+        known[canonical, on_policy] = mark
     return known
+
+
+def _head(canonical: str, on_policy: bool) -> str:
+    """How the line of a fingerprint begins."""
+    return json.dumps([canonical, on_policy])[:-1]
 
 
 def _append(file: Path, lines: Sequence[str]) -> None:
