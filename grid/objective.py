@@ -110,6 +110,11 @@ class Objective:
                 result.update(self._arguments[axis])
         return result
 
+    @property
+    def is_custom(self) -> bool:
+        """Whether some axis value is the user's own function, about which nothing is assumed."""
+        return any(is_import_path(getattr(self, axis)) for axis in AXES)
+
     def form(self, on_policy: bool = False) -> Form:
         """What of this objective is active, and why the rest is not (see `grid.activity`)."""
         if on_policy not in self._forms:

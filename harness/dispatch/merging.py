@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grid import Cell, Grid
-from grid.catalogue import AXES, is_import_path
 from grid.definition import Equality
 from harness.exact.equivalence import cache_folder, equivalence_classes, unknown_fingerprints
 
@@ -41,7 +40,7 @@ def merge_equal(
         at_most: measure only when no more objectives than this are unknown; None: always.
         progress: called while objectives are measured.
     """
-    own = [cell for cell in grid.cells if not _custom(cell)]
+    own = [cell for cell in grid.cells if not cell.objective.is_custom]
     if len({(cell.group, cell.training.on_policy) for cell in own}) < 2:
         return Merged(grid, 0)
     with tempfile.TemporaryDirectory(prefix="klab-") as scratch:
@@ -97,7 +96,3 @@ def _writable(folder: Path, scratch: Path) -> Path:
             return folder
     except OSError:
         return scratch
-
-
-def _custom(cell: Cell) -> bool:
-    return any(is_import_path(getattr(cell.objective, axis)) for axis in AXES)

@@ -133,14 +133,13 @@ def fingerprints(
     if not missing:
         return found
 
-    from harness.exact.estimators import is_custom
     from harness.exact.probes import fingerprint
 
     lines: list[str] = []
     for done, key in enumerate(missing, start=1):
         canonical, on_policy = key
         found[key] = fingerprint(objectives[key], on_policy)
-        if not is_custom(objectives[key]):
+        if not objectives[key].is_custom:
             lines.append(json.dumps([canonical, on_policy, found[key]]))
         if progress is not None:
             progress(done, len(missing))

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from grid import Objective
-from grid.catalogue import AXES, is_import_path
 from harness.exact.setting import Layout, Setting
 from harness.exact.tabular import Trajectories
 from harness.exact.updates import Updates
@@ -26,18 +25,13 @@ ROWS_AT_ONCE = 32_768
 """Trajectories per call of the objective: bounds memory, and keeps its temporaries in the cache."""
 
 
-def is_custom(objective: Objective) -> bool:
-    """Whether an axis value is the user's own function, about which nothing is assumed."""
-    return any(is_import_path(getattr(objective, axis)) for axis in AXES)
-
-
 def couples_groups(objective: Objective, fixed_length: bool) -> bool:
     """Whether an update's gradient depends on more than the sum of its groups' own terms."""
     return (
         objective.advantage in BATCH_STATISTICS
         or objective.weight == "adaptive"
         or (objective.aggregation == "token_mean" and not fixed_length)
-        or is_custom(objective)
+        or objective.is_custom
     )
 
 
@@ -69,7 +63,7 @@ def update_gradients(objective: Objective, setting: Setting, updates: Updates) -
     (`torch.func.vmap`); the user's own functions are called update by update.
     """
     with_logits = objective.estimator == "full" and objective.placement not in ("none", "log_ratio")
-    if is_custom(objective):
+    if objective.is_custom:
         evaluate = _one_by_one
     elif couples_groups(objective, setting.fixed_length):
         evaluate = _mapped
