@@ -15,7 +15,7 @@ from grid.mistake import Mistake
 from grid.objective import Objective
 from grid.sections import NUMERICALLY_IDLE, PolicySection, Section, TaskSection, TrainingSection, load_section
 
-ID_VERSION = 1
+ID_VERSION = 2
 """Version of the id algorithm; part of what is hashed, raised whenever the same cell would get another id."""
 
 

@@ -52,7 +52,7 @@ class Point:
             if field is None:
                 after = {**before, **_mapping(key, value)} if section == "training" else _mapping(key, value)
             else:
-                after = {**before, field: value}
+                after = _with(before, field, value)
             if after != before:
                 real.append((key, value))
             sections[section] = after
@@ -85,7 +85,7 @@ def place(key: str) -> tuple[str, str | None]:
     section, _, field = key.partition(".")
     if section == "objective" and field in _OBJECTIVE_KEYS:
         return "objective", field
-    if section == "training" and field in TrainingSection.model_fields:
+    if section == "training" and field.partition(".")[0] in TrainingSection.model_fields:
         return section, field
     if section in ("task", "policy") and field:
         return section, field
@@ -210,8 +210,10 @@ def _matches(
 ) -> bool:
     section, field = where
     fields = settings(point) if section == "objective" and field != "algorithm" else point.sections[section]
-    present: Any = fields if field is None else fields.get(field)
-    if section == "training" and field is not None and present is None:
+    present: Any = fields
+    for part in field.split(".") if field else ():
+        present = present.get(part) if isinstance(present, Mapping) else None
+    if section == "training" and field in TrainingSection.model_fields and present is None:
         present = TrainingSection.model_fields[field].default
     options = wanted if isinstance(wanted, list) else [wanted]
     return any(_same(present, option) for option in options)
@@ -223,6 +225,15 @@ def _same(present: Any, wanted: Any) -> bool:
     if isinstance(present, Mapping):
         return bool(present.get("name") == wanted)
     return bool(present == wanted)
+
+
+def _with(section: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
+    """A section with one field set; a dotted field reaches into the section inside it (`critic.lr`)."""
+    name, _, rest = field.partition(".")
+    if not rest:
+        return {**section, name: value}
+    inside = section.get(name)
+    return {**section, name: _with(inside if isinstance(inside, Mapping) else {}, rest, value)}
 
 
 def _mapping(key: str, value: object) -> Mapping[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError
 
 from grid.catalogue import is_import_path
-from grid.fields import Count, NonNegative, Positive, Section
+from grid.fields import Count, Positive, Section
 from grid.mistake import Mistake
+from grid.policy_sections import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from grid.task_sections import (
     TASKS,
     AdditionTask,
@@ -26,6 +27,14 @@ from grid.task_sections import (
     TaskSection,
     check_table,
 )
+from grid.training_section import (
+    NUMERICALLY_IDLE,
+    BetaControl,
+    Critic,
+    Sampler,
+    TrainingSection,
+    TrustRegion,
+)
 
 __all__ = [
     "NUMERICALLY_IDLE",
@@ -33,100 +42,28 @@ __all__ = [
     "TASKS",
     "AdditionTask",
     "BanditTask",
+    "BetaControl",
     "CalculatorTask",
     "CountdownTask",
+    "Critic",
     "CustomTask",
     "FileTask",
     "Gsm8kTask",
     "HfPolicy",
+    "Lora",
     "MathTask",
     "PolicySection",
     "Resources",
     "RewardTerm",
+    "Sampler",
     "Section",
     "TabularTask",
     "TaskSection",
     "TinyPolicy",
     "TrainingSection",
+    "TrustRegion",
     "load_section",
 ]
-
-
-class TinyPolicy(Section):
-    """A small transformer from scratch, warmed up on the task's solutions; it is also the reference policy."""
-
-    name: Literal["tiny"] = "tiny"
-    family: Literal["llama", "qwen2", "qwen3"] = "llama"
-    hidden: Annotated[int, Field(ge=4, le=4096)] = 64
-    layers: Annotated[int, Field(ge=1, le=64)] = 2
-    heads: Count = 4
-    kv_heads: Count | None = None
-    intermediate: Count = 192
-    warmup_accuracy: Annotated[float, Field(ge=0.2, le=0.5)] = 0.35
-    warmup_updates_max: Count = 4000
-    warmup_seed: Annotated[int, Field(ge=0)] = 0
-    dtype: Literal["float32", "float64"] = "float32"
-
-
-class HfPolicy(Section):
-    """A pretrained causal language model from a hub id or a folder."""
-
-    name: Literal["hf"] = "hf"
-    model: str
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-
-
-PolicySection = TinyPolicy | HfPolicy
-POLICIES: dict[str, type[Section]] = {"tiny": TinyPolicy, "hf": HfPolicy}
-
-
-class TrainingSection(Section):
-    """How a cell is trained.
-
-    ``updates`` counts optimizer updates. A rollout of ``prompts`` × ``group_size`` trajectories serves
-    ``updates_per_rollout`` passes of ``minibatches`` updates each. One call of a task's reward may take
-    ``reward_seconds``.
-    """
-
-    updates: Count = 100
-    prompts: Count = 16
-    group_size: Count = 8
-    updates_per_rollout: Count = 1
-    minibatches: Count = 1
-    lag: Annotated[int, Field(ge=0)] = 0
-    behaviour: Literal["policy", "reference"] = "policy"
-    lr: NonNegative = 1e-4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
-    weight_decay: NonNegative = 0.0
-    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
-    adam_eps: Positive = 1e-8
-    clip_norm: Positive | None = 1.0
-    max_new_tokens: Count | None = None
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    micro_batch: Count | None = None
-    evaluate_every: Count = 10
-    evaluation_prompts: Count = 64
-    evaluation_samples: Count = 4
-    checkpoint_updates: Count = 50
-    checkpoint_seconds: Positive = 60.0
-    reward_seconds: Positive = 60.0
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether every importance ratio is 1 by construction."""
-        return self.updates_per_rollout * self.minibatches == 1 and self.lag == 0 and self.behaviour == "policy"
-
-    @property
-    def updates_of_a_rollout(self) -> int:
-        """Optimizer updates that one rollout serves."""
-        return self.updates_per_rollout * self.minibatches
-
-
-NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds")
-"""Training settings that cannot change any number of a cell, hence no part of its identity."""
 
 
 class Resources(Section):
@@ -196,14 +133,25 @@ def _mistake(kind: str, model: type[Section], error: ValidationError) -> Mistake
     mistake = first.get("ctx", {}).get("error")
     if isinstance(mistake, Mistake):
         return mistake.located(prefix=kind)
-    key = ".".join((kind, *(str(part) for part in first["loc"])))
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]  # a union's branch is no part of the file
+    key = ".".join((kind, *path))
     if first["type"] == "extra_forbidden":
-        return Mistake("unknown key", key=kind, value=str(first["loc"][-1]), allowed=model.model_fields)
+        inner = _inner(model, path[:-1])
+        return Mistake("unknown key", key=".".join((kind, *path[:-1])), value=path[-1], allowed=inner.model_fields)
     if first["type"] == "missing":
         return Mistake("missing", key=key)
     allowed = _choices(str(first.get("ctx", {}).get("expected", ""))) if first["type"] == "literal_error" else ()
     problem = "unknown value" if allowed else first["msg"][:1].lower() + first["msg"][1:]
     return Mistake(problem, key=key, value=first.get("input"), allowed=allowed)
+
+
+def _inner(model: type[Section], path: Sequence[str]) -> type[Section]:
+    """The section inside a section that a path of keys leads to."""
+    for name in path:
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        found = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+        model = next((each for each in found if issubclass(each, Section)), model)
+    return model
 
 
 def _choices(expected: str) -> tuple[str, ...]:
@@ -217,6 +165,15 @@ def _check_training(section: TrainingSection) -> None:
             key="training.minibatches",
             value=section.minibatches,
         )
+    if section.max_new_tokens is not None and (section.overlong_buffer or 0) > section.max_new_tokens:
+        raise Mistake(
+            f"exceeds the {section.max_new_tokens} tokens of training.max_new_tokens",
+            key="training.overlong_buffer",
+            value=section.overlong_buffer,
+        )
+    sampler = section.sampler
+    if sampler is not None and sampler.low > sampler.high:
+        raise Mistake("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
 
 
 def _check_tiny(section: TinyPolicy) -> None:

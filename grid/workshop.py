@@ -11,7 +11,7 @@ from grid.cell import Cell
 from grid.expansion import Point
 from grid.mistake import Mistake
 from grid.objective import Objective, split_value
-from grid.sections import Section, load_section
+from grid.sections import Section, TrainingSection, load_section
 
 NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
 """Values that say that nothing happens: where the axis is idle, they are true rather than silent no-ops."""
@@ -26,16 +26,21 @@ class Workshop:
         self._objectives: dict[str, Objective] = {}
         self._reasons: dict[str, str] = {}
         self._acting: set[str] = set()
+        self._merged: dict[str, Mapping[str, Any]] = {}
 
     def cell(self, point: Point, seed: int, count: bool = True) -> Cell:
         """The cell of a point; with ``count``, its settings enter the account of `refuse_idle`."""
         task = self._section("task", point.sections["task"])
         policy = self._section("policy", point.sections["policy"])
-        training = self._section("training", point.sections["training"])
         algorithm, written = _layers(point)
         objective = self._objective(_applicable(written))
+        training = self._training(point, algorithm)
+        idle = idle_training(training, objective)
         if count:
-            self._account(point, objective, training.on_policy)  # type: ignore[attr-defined]
+            self._account(point, objective, training.on_policy)
+            self._account_training(point, idle)
+        if idle:
+            training = training.model_copy(update=dict.fromkeys(idle))
         return Cell(objective, task, policy, training, seed, algorithm, (point.spelling,))  # type: ignore[arg-type]
 
     def settings(self, point: Point) -> dict[str, Any]:
@@ -50,6 +55,21 @@ class Workshop:
                 raise Mistake(
                     f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
                 )
+
+    def _training(self, point: Point, algorithm: str | None) -> TrainingSection:
+        """The written training settings, on top of those that belong to the named algorithm."""
+        written = point.sections["training"]
+        own = load_algorithm(algorithm).training if algorithm else {}
+        if own:
+            written = self._merged.setdefault(f"{algorithm}:{written!r}", {**own, **written})
+        return self._section("training", written)  # type: ignore[return-value]
+
+    def _account_training(self, point: Point, idle: Mapping[str, str]) -> None:
+        for name in point.sections["training"]:
+            if name in idle:
+                self._reasons.setdefault(f"training.{name}", idle[name])
+            else:
+                self._acting.add(f"training.{name}")
 
     def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
         known = self._seen.get(id(given))
@@ -85,6 +105,20 @@ class Workshop:
                     self._acting.add(name)
                 else:
                     self._reasons.setdefault(name, "no chosen value uses this parameter")
+
+
+def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:
+    """Training settings that do nothing beside this objective, and why."""
+    idle = {}
+    if training.critic is not None and objective.advantage != "gae" and not is_import_path(objective.advantage):
+        idle["critic"] = "only the advantage 'gae' reads a critic's values"
+    canonical = objective.form(training.on_policy).canonical
+    has_beta = "placement.beta" in canonical or is_import_path(objective.placement)
+    if training.beta_control is not None and not has_beta:
+        idle["beta_control"] = "no KL term has a coefficient"
+    if training.trust_region is not None and training.on_policy:
+        idle["trust_region"] = "every ratio is 1: one update per rollout"
+    return idle
 
 
 def _layers(point: Point) -> tuple[str | None, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,22 @@ from grid.mistake import Mistake
 from grid.source import parse_yaml, read_text
 
 _FOLDER = Path(__file__).parent
-_KEYS = ("title", "source", "objective", "constants", "note")
+_KEYS = ("title", "source", "objective", "training", "constants", "note")
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A published algorithm: its settings, where its constants come from, and what the axes cannot say about it."""
+    """A published algorithm: its settings, where its constants come from, and what the axes cannot say about it.
+
+    ``training`` holds the settings of the training section that are part of the algorithm (a critic, dynamic sampling);
+    what a grid file writes goes before them.
+    """
 
     name: str
     title: str
     source: str
     objective: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
     constants: str = ""
     note: str = ""
 

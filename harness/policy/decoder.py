@@ -18,7 +18,11 @@ from grid.mistake import Mistake
 from harness.policy.architecture import Architecture, Rotary
 from harness.policy.attention import Arrangement
 from harness.policy.checkpoint import read_config, read_tokenizer, read_weights, write_checkpoint
+from harness.policy.decoding import Decoding, PlainDecoding
 from harness.policy.layer import embedded, gated, linear, normed, rotated
+from harness.policy.logprobs import Scores, stacked_scores
+from harness.policy.policy import Steps
+from harness.policy.rollout import Rollout
 
 Weights = dict[str, Tensor]
 
@@ -101,6 +105,31 @@ class Decoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.parameters["embedding"].dtype
+
+    @property
+    def width(self) -> int:
+        return self.architecture.hidden
+
+    @property
+    def context(self) -> int:
+        return self.architecture.context
+
+    def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
+        return (PlainDecoding if plain else Decoding)(self, prompts, group_size)
+
+    def scores(
+        self,
+        rollouts: Sequence[Rollout],
+        *,
+        temperature: float = 1.0,
+        logits: bool = False,
+        entropy: bool = False,
+        states: bool = False,
+        plain: bool = False,
+    ) -> list[Scores]:
+        return stacked_scores(
+            self, rollouts, temperature=temperature, logits=logits, entropy=entropy, states=states, plain=plain
+        )
 
     def save_pretrained(self, folder: str | Path, cell: int = 0) -> None:
         """One cell as an ordinary Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer."""

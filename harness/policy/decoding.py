@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.policy.attention import EXPLICIT_SLOTS, attention
-from harness.policy.decoder import Decoder, Weights
 from harness.policy.prefixes import Grove, bucket, plain_forest
+
+if TYPE_CHECKING:
+    from harness.policy.decoder import Decoder, Weights
 
 Indices = NDArray[np.int64]
 Cache = list[tuple[Tensor, Tensor]]

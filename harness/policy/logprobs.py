@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from harness.policy.decoder import Decoder, Weights
+from harness.policy.policy import Policy
 from harness.policy.prefixes import Forest, Grove
 from harness.policy.rollout import Rollout
+
+if TYPE_CHECKING:
+    from harness.policy.decoder import Decoder, Weights
 
 
 @dataclass(slots=True)
@@ -21,26 +25,29 @@ class Scores:
         logp: [N, T], log-probability of each own token; carries the gradient where gradients are enabled.
         entropy: [N, T], entropy in nats of the distribution that each own token was drawn from; without gradient.
         logits: [N, T, V], divided by the temperature; carries the gradient.
+        states: [N, T, width], the final hidden state that each own token was drawn from; carries the gradient.
     """
 
     logp: Tensor
     entropy: Tensor | None = None
     logits: Tensor | None = None
+    states: Tensor | None = None
 
 
 def token_scores(
-    policy: Decoder,
+    policy: Policy,
     rollouts: Sequence[Rollout],
     *,
     temperature: float = 1.0,
     logits: bool = False,
     entropy: bool = False,
+    states: bool = False,
     plain: bool = False,
 ) -> list[Scores]:
     """Score every cell's rollout under its policy, one per cell.
 
-    Cells whose trajectories give equal shapes are stacked, the others run apart, so that what is computed for a cell
-    depends on that cell alone. Logits are divided by `temperature`, as the sampler does; top-p does not enter.
+    What is computed for a cell depends on that cell alone. Logits are divided by `temperature`, as the sampler does;
+    top-p does not enter.
 
     Args:
         rollouts: one per cell of the policy.
@@ -48,23 +55,46 @@ def token_scores(
     """
     if len(rollouts) != policy.cells:
         raise ValueError(f"{len(rollouts)} rollouts for {policy.cells} cells")
+    return policy.scores(rollouts, temperature=temperature, logits=logits, entropy=entropy, states=states, plain=plain)
+
+
+def stacked_scores(
+    policy: Decoder,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    logits: bool,
+    entropy: bool,
+    states: bool,
+    plain: bool,
+) -> list[Scores]:
+    """`token_scores` of stacked cells: those whose trajectories give equal shapes together, the others apart."""
     forests = [rollout.forest(plain) for rollout in rollouts]
     found: list[Scores | None] = [None] * policy.cells
     stacks = policy.stacks([f.shape for f in forests])
     for cells, weights in zip(stacks, policy.weights(stacks), strict=True):
-        scored = _scored(policy, weights, [forests[c] for c in cells], temperature)
-        for c, tempered in zip(cells, scored, strict=True):
-            found[c] = _gathered(rollouts[c], forests[c], tempered, logits, entropy)
+        grove = Grove([forests[c] for c in cells], policy.device, policy.dtype)
+        hidden = policy.hidden(weights, grove.tokens, grove)
+        scored = _tempered(policy, weights, hidden, temperature)
+        for c, tempered, each in zip(cells, scored, hidden.unbind(0), strict=True):
+            scores = _gathered(rollouts[c], forests[c], tempered, logits, entropy)
+            scores.states = _states(rollouts[c], forests[c], each) if states else None
+            found[c] = scores
     return [scores for scores in found if scores is not None]
 
 
-def _scored(policy: Decoder, weights: Weights, forests: list[Forest], temperature: float) -> tuple[Tensor, ...]:
+def _tempered(policy: Decoder, weights: Weights, hidden: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """Tempered logits [K, V] of each cell's kept tokens, at least in float32."""
-    grove = Grove(forests, policy.device, policy.dtype)
-    values = policy.logits(weights, policy.hidden(weights, grove.tokens, grove))
+    values = policy.logits(weights, hidden)
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
     return (values if temperature == 1.0 else values / temperature).unbind(0)
+
+
+def _states(rollout: Rollout, forest: Forest, hidden: Tensor) -> Tensor:
+    N, T = rollout.mask.shape
+    rows = hidden.index_select(0, forest.source.to(hidden.device).view(-1)).view(N, T, -1)
+    return torch.where(rollout.mask.unsqueeze(-1), rows, 0.0)
 
 
 def _gathered(rollout: Rollout, forest: Forest, tempered: Tensor, logits: bool, entropy: bool) -> Scores:

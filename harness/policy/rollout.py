@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from grid.mistake import Mistake
-from harness.policy.decoder import Decoder
-from harness.policy.decoding import Decoding, PlainDecoding
+from harness.policy.policy import Policy
 from harness.policy.prefixes import Forest, forest, plain_forest
 
 Environment = Callable[[int, int, str], str | None]
@@ -110,7 +109,7 @@ class Rollout:
 
 
 def sample(
-    policy: Decoder,
+    policy: Policy,
     prompts: Sequence[Sequence[Sequence[int]]],
     *,
     group_size: int,
@@ -149,7 +148,7 @@ def sample(
         for cell in range(policy.cells)
     ]
     with torch.no_grad():
-        decoding = (PlainDecoding if plain else Decoding)(policy, [draft.prompts for draft in drafts], group_size)
+        decoding = policy.steps([draft.prompts for draft in drafts], group_size, plain)
         active = list(range(policy.cells))
         logits = decoding.start()
         while active:
@@ -189,7 +188,7 @@ class Draft:
 
     def __init__(
         self,
-        policy: Decoder,
+        policy: Policy,
         cell: int,
         prompts: list[list[int]],
         group_size: int,

@@ -21,6 +21,9 @@ from harness.policy.tokenizer import character_tokenizer
 from harness.policy.warmup import Progress, warm_up
 from tasks.task import Task
 
+_TRAINED = ("lora", "gradient_checkpointing")
+"""Settings of a policy that say how it is trained, not where it starts."""
+
 VERSION = 1
 """Of the warm-up procedure; part of every policy's address."""
 
@@ -60,7 +63,8 @@ def address(section: Any, task_section: Any) -> str:
 
 
 def _identity(section: Any, task_section: Any) -> dict[str, Any]:
-    return {"version": VERSION, "policy": _fields(section), "task": _fields(task_section)}
+    policy = {name: value for name, value in _fields(section).items() if name not in _TRAINED}
+    return {"version": VERSION, "policy": policy, "task": _fields(task_section)}
 
 
 def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> Any:

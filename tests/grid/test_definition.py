@@ -112,7 +112,7 @@ def test_ids_are_the_same_in_every_process_and_known_for_ever():
     assert len(printed) == 1
     power = {"name": "power", "q": 0.3}
     (cell,) = grid_of(training={"updates": 5, "updates_per_rollout": 2}, axes={"weight": [power]}).cells
-    assert cell.id == "k3-loss-token-power-q0.3-group_norm-s0-bc486f7f"
+    assert cell.id == "k3-loss-token-power-q0.3-group_norm-s0-a42aa74b"
 
 
 def test_resolved_cells_round_trip_and_notice_tampering():
