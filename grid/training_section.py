@@ -74,10 +74,10 @@ class TrainingSection(Section):
     ``reward_seconds``.
 
     ``equal_groups`` says what happens to groups whose rewards are all equal: ``keep`` them, ``drop`` them from the
-    update (Reinforce-Rej), or ``refill`` with groups of new prompts, in at most ``refill_rounds`` further draws (DAPO's
-    dynamic sampling). ``truncated: mask`` takes trajectories that ran out of budget out of the loss (DAPO's overlong
-    filtering); with ``overlong_buffer`` the last so many tokens of the budget cost up to ``overlong_penalty`` of reward,
-    linearly (DAPO's soft overlong punishment).
+    update (Reinforce-Rej), or ``refill`` with groups of new prompts, in at most ``refill_rounds`` further draws
+    (DAPO's dynamic sampling). ``truncated: mask`` takes trajectories that ran out of budget out of the loss (DAPO's
+    overlong filtering); with ``overlong_buffer`` the last so many tokens of the budget cost up to
+    ``overlong_penalty`` of reward, linearly (DAPO's soft overlong punishment).
 
     ``micro_batch`` (trajectories) and ``token_budget`` (tokens, prompts included) limit one forward pass; neither
     changes a gradient.
