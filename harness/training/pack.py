@@ -13,7 +13,7 @@ from copy import copy
 
 import torch
 
-from harness.policy.decoder import Decoder
+from harness.policy.load import load_policy
 from harness.policy.policy import Policy
 from harness.training.checkpoint import State
 from harness.training.evaluation import Examination, evaluate, prepare
@@ -179,9 +179,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stack(members: Sequence[Member]) -> Decoder:
-    dtype = getattr(torch, members[0].cell.policy.dtype)
-    policy = Decoder.from_pretrained(members[0].start, cells=len(members), dtype=dtype, device=device())
+def _stack(members: Sequence[Member]) -> Policy:
+    policy = load_policy(members[0].cell.policy, members[0].start, len(members), device())
     for position, member in enumerate(members):
         if member.start != members[0].start:
             policy.load(member.start, position)
