@@ -33,6 +33,10 @@ class TokenBatch:
         values: float `[N, T]`, a critic's value of the state before each token; for `gae`, 0 when absent.
         n_groups: number of groups, when `groups` are known to be 0 … n_groups − 1; needed only where `groups` itself is
             mapped by `torch.func.vmap`.
+        correction: float `[N, T]`, a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
+            sampler μ other than π_old drew the tokens. As in TRL and verl the KL term of the loss is not multiplied.
+        left_out: bool `[N]`, trajectories whose rewards count in the statistics of the advantage while the loss has none
+            of their tokens (DAPO's overlong filtering). They still count in N, as in TRL and verl.
 
     Raises:
         ValueError: when shapes or types do not fit together.
@@ -50,6 +54,8 @@ class TokenBatch:
     greedy_rewards: Tensor | None = None
     values: Tensor | None = None
     n_groups: int | None = None
+    correction: Tensor | None = None
+    left_out: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logp.dim() != 2 or not self.logp.is_floating_point():
@@ -57,9 +63,9 @@ class TokenBatch:
         n, t = self.logp.shape
         if n == 0 or t == 0:
             raise ValueError(f"a batch needs a trajectory and a position, not [{n}, {t}]")
-        for name in ("logp_behaviour", "logp_reference", "values"):
+        for name in ("logp_behaviour", "logp_reference", "values", "correction"):
             _expect(name, getattr(self, name), (n, t))
-        for name in ("rewards", "greedy_rewards"):
+        for name in ("rewards", "greedy_rewards", "left_out"):
             _expect(name, getattr(self, name), (n,))
         _expect("mask", self.mask, (n, t))
         if self.mask.dtype != torch.bool:
@@ -81,6 +87,11 @@ class TokenBatch:
         """The trajectories of `index` alone: a micro-batch."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return self.replace(**{name: value[index] for name, value in tensors.items()})
+
+    @property
+    def in_loss(self) -> Tensor:
+        """bool `[N, T]`: the own tokens that the loss is made of."""
+        return self.mask if self.left_out is None else self.mask & ~self.left_out[:, None]
 
     def grouping(self) -> Groups:
         """The trajectories by prompt."""

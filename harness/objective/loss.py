@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from grid import Objective
-from harness.objective.advantage import ADVANTAGES, Returns
+from harness.objective.advantage import ADVANTAGES, Returns, value_targets
 from harness.objective.aggregate import AGGREGATIONS, Totals
 from harness.objective.batch import TokenBatch
-from harness.objective.kl import ESTIMATORS, FROM_LOGITS
+from harness.objective.kl import ESTIMATORS, FROM_LOGITS, behaviour_kl
 from harness.objective.metrics import Observation, measured
 from harness.objective.placement import PLACEMENTS, Placement
 from harness.objective.positions import last_own, own, suffix_sum
@@ -60,6 +60,7 @@ class Parts:
     weight: Callable[..., Tensor]
     solver: Callable[..., dict[str, Tensor]] | None
     advantage: Callable[..., Tensor]
+    value_targets: Callable[[Returns], Tensor]
     aggregation: Callable[..., Tensor]
     path: Callable[..., Tensor]
 
@@ -81,10 +82,33 @@ def parts(objective: Objective) -> Parts:
         weight=WEIGHTS.bound(objective.weight, {} if solver else settings),
         solver=(lambda log_rho, mask: solver(log_rho, mask, **settings)) if solver else None,
         advantage=ADVANTAGES.bound(objective.advantage, objective.arguments("advantage")),
+        value_targets=_value_targets(objective),
         aggregation=AGGREGATIONS.bound(objective.aggregation, objective.arguments("aggregation")),
         # without a ratio log ρ would be 0 and carry no gradient
         path=score if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
     )
+
+
+def _value_targets(objective: Objective) -> Callable[[Returns], Tensor]:
+    """R̂ with the γ and λ of `gae`; for advantages of the user's own, the plain returns."""
+    gamma, lam = (objective.gamma, objective.lam) if objective.advantage == "gae" else (1.0, 1.0)
+    return lambda returns: value_targets(returns, gamma, lam)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients that move during training and are no part of the objective.
+
+    Attributes:
+        kl: multiplies whatever the placement charges or adds to the loss, and so its β.
+        trust: of the trust region, trust·agg(e^λ − 1 − λ) in the loss.
+    """
+
+    kl: float = 1.0
+    trust: float = 0.0
+
+
+FIXED = Coefficients()
 
 
 @dataclass(frozen=True)
@@ -95,23 +119,28 @@ class Context:
         advantages: A `[N, T]`, 0 off the own tokens.
         totals: the denominators.
         solved: parameters of the weight that were found for the whole update (the exponent of `adaptive`).
+        coefficients: those of this update.
+        value_targets: R̂ `[N, T]` for the critic whose values the batch holds; None without one.
     """
 
     advantages: Tensor
     totals: Totals
     solved: dict[str, Tensor] = field(default_factory=dict)
+    coefficients: Coefficients = FIXED
+    value_targets: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> Context:
         """The context of the micro-batch `batch.rows(index)`."""
-        return replace(self, advantages=self.advantages[index])
+        targets = None if self.value_targets is None else self.value_targets[index]
+        return replace(self, advantages=self.advantages[index], value_targets=targets)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The loss of an update or a micro-batch: what to minimise, its two terms, and what was measured.
+    """The loss of an update or a micro-batch: what to minimise, its terms, and what was measured.
 
     Attributes:
-        loss: scalar with gradient, policy_loss + kl_loss.
+        loss: scalar with gradient, policy_loss + kl_loss, and the trust region's term where there is one.
         policy_loss: −agg(surrogate).
         kl_loss: the KL term of the loss placements, β included; 0 for the others.
         observation: the per-token quantities behind the metrics.
@@ -129,8 +158,8 @@ class Outcome:
 
 
 @torch.no_grad()
-def update_context(objective: Objective, batch: TokenBatch) -> Context:
-    """Advantages, denominators and solved parameters of a whole update.
+def update_context(objective: Objective, batch: TokenBatch, coefficients: Coefficients = FIXED) -> Context:
+    """Advantages, denominators, solved parameters and a critic's targets of a whole update.
 
     Reads the current policy (`logp`, `logits`) only for `kl_at: current`, the estimator `full` and the weight
     `adaptive`.
@@ -141,7 +170,7 @@ def update_context(objective: Objective, batch: TokenBatch) -> Context:
     rewards = batch.rewards.to(dtype)
     token_rewards = torch.where(last_own(mask), rewards[:, None], 0.0)
     if chosen.placement.reward is not None and phi is not None:
-        token_rewards = own(token_rewards - chosen.placement.reward(phi, mask), mask)
+        token_rewards = own(token_rewards - coefficients.kl * chosen.placement.reward(phi, mask), mask)
     returns = Returns(
         returns=suffix_sum(token_rewards),
         token_rewards=token_rewards,
@@ -153,14 +182,15 @@ def update_context(objective: Objective, batch: TokenBatch) -> Context:
     )
     advantages = own(chosen.advantage(returns), mask)
     if chosen.placement.advantage is not None and phi is not None:
-        advantages = own(advantages - chosen.placement.advantage(phi, mask), mask)
-    totals = Totals(mask.shape[0], mask.sum(), batch.max_new_tokens)
-    solved = {} if chosen.solver is None else chosen.solver(_log_rho(chosen, batch)[1], mask)
-    return Context(advantages, totals, solved)
+        advantages = own(advantages - coefficients.kl * chosen.placement.advantage(phi, mask), mask)
+    totals = Totals(mask.shape[0], batch.in_loss.sum(), batch.max_new_tokens)
+    solved = {} if chosen.solver is None else chosen.solver(_log_rho(chosen, batch)[1], batch.in_loss)
+    targets = None if returns.values is None else chosen.value_targets(returns)
+    return Context(advantages, totals, solved, coefficients, targets)
 
 
 def surrogate(objective: Objective, batch: TokenBatch, context: Context) -> tuple[Tensor, Tensor]:
-    """The two terms of the loss, −agg(surrogate) and the KL term, as scalars with gradient.
+    """The objective's two terms of the loss, −agg(surrogate) and the KL term, as scalars with gradient.
 
     A pure function of tensors without control flow that depends on their values: it works under `torch.func.grad` and
     `vmap`, as do `update_context` and `objective_loss` (with `TokenBatch.n_groups` where the groups themselves are
@@ -184,32 +214,45 @@ def objective_loss(objective: Objective, batch: TokenBatch, context: Context | N
     """
     if context is None:
         context = update_context(objective, batch)
-    policy_loss, kl_loss, observation = _terms(parts(objective), batch, context)
-    return Outcome(policy_loss + kl_loss, policy_loss, kl_loss, observation)
+    chosen = parts(objective)
+    policy_loss, kl_loss, observation = _terms(chosen, batch, context)
+    loss = policy_loss + kl_loss
+    if context.coefficients.trust:
+        loss = loss + context.coefficients.trust * _trust_region(chosen, batch, context)
+    return Outcome(loss, policy_loss, kl_loss, observation)
+
+
+def _trust_region(chosen: Parts, batch: TokenBatch, context: Context) -> Tensor:
+    """agg(e^λ − 1 − λ), an estimate of KL(π_old‖π)."""
+    log_ratio, _ = _log_rho(chosen, batch)
+    estimate: Tensor = chosen.aggregation(behaviour_kl(log_ratio), batch.in_loss, context.totals)
+    return estimate
 
 
 def _terms(chosen: Parts, batch: TokenBatch, context: Context) -> tuple[Tensor, Tensor, Observation]:
-    mask, advantages = batch.mask, context.advantages
+    mask, advantages = batch.in_loss, context.advantages
     log_ratio, log_rho = _log_rho(chosen, batch)
     kappa = own(batch.logp - batch.logp_reference, mask)
     rho = log_rho.detach().exp()
     weight = chosen.weight(rho, advantages, **context.solved).detach()
+    factor = weight if batch.correction is None else weight * batch.correction.detach()
     follows = kappa if chosen.placement.relative else own(batch.logp, mask)
-    terms = own(weight * advantages * chosen.path(follows, log_rho), mask)
+    terms = own(factor * advantages * chosen.path(follows, log_rho), mask)
     policy_loss = -chosen.aggregation(terms, mask, context.totals)
     if chosen.placement.loss is None:
         kl_loss = torch.zeros_like(policy_loss)
     else:
         phi = own(chosen.placement.loss(_kl(chosen, batch, kappa), log_rho), mask)
-        kl_loss = chosen.aggregation(phi, mask, context.totals)
+        kl_loss = context.coefficients.kl * chosen.aggregation(phi, mask, context.totals)
     observation = Observation(log_ratio.detach(), kappa.detach(), rho, weight, advantages, mask, batch.groups)
     return policy_loss, kl_loss, observation
 
 
 def _log_rho(chosen: Parts, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """λ and log ρ, 0 off the own tokens."""
-    log_ratio = own(batch.logp - batch.logp_behaviour, batch.mask)
-    return log_ratio, own(chosen.ratio(log_ratio, batch.mask), batch.mask)
+    """λ and log ρ, 0 off the tokens of the loss."""
+    mask = batch.in_loss
+    log_ratio = own(batch.logp - batch.logp_behaviour, mask)
+    return log_ratio, own(chosen.ratio(log_ratio, mask), mask)
 
 
 def _detached_kl(chosen: Parts, batch: TokenBatch) -> Tensor | None:

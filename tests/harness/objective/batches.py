@@ -26,6 +26,7 @@ PARAMETERS = {
     "ess": (0.3, 0.7, 0.9, 0.99),
     "gamma": (0.0, 0.5, 0.99, 1.0),
     "lam": (0.0, 0.5, 0.95, 1.0),
+    "whiten": ("none", "batch"),
     "std": ("population", "sample"),
     "eps": (0.0, 1e-6, 1e-2),
     "kl_scale": ("mean", "sum"),
@@ -84,6 +85,18 @@ def random_batch(source: random.Random, drift: float | None = None, garbage: flo
     )
 
 
+def with_sampler(source: random.Random, batch: TokenBatch) -> TokenBatch:
+    """The batch as another sampler drew it: factors of its tokens, zeros among them, and trajectories left out."""
+    n, t = batch.mask.shape
+    noise = torch.Generator().manual_seed(source.randrange(2**31))
+    factors = torch.randn(n, t, generator=noise, dtype=torch.float64).exp()
+    factors = torch.where(torch.rand(n, t, generator=noise) < 0.2, 0.0, factors)
+    return batch.replace(
+        correction=torch.where(batch.mask, factors, float("nan")) if source.random() < 0.5 else None,
+        left_out=torch.rand(n, generator=noise) < source.choice((0.2, 0.5, 1.0)) if source.random() < 0.5 else None,
+    )
+
+
 def trajectories(batch: TokenBatch) -> list[Trajectory]:
     """The batch as the oracle reads it."""
     result = []
@@ -105,6 +118,8 @@ def trajectories(batch: TokenBatch) -> list[Trajectory]:
                 values=None if batch.values is None else own(batch.values),
                 logits=None if batch.logits is None else own(batch.logits),
                 logits_ref=None if batch.logits_reference is None else own(batch.logits_reference),
+                correction=None if batch.correction is None else own(batch.correction),
+                left_out=batch.left_out is not None and bool(batch.left_out[n]),
             )
         )
     return result

@@ -7,7 +7,7 @@ everything else of the batch is never looked at.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -26,6 +26,8 @@ class Trajectory:
     values: list[float] | None = None
     logits: list[list[float]] | None = None
     logits_ref: list[list[float]] | None = None
+    correction: list[float] | None = None
+    left_out: bool = False
 
     @property
     def length(self) -> int:
@@ -46,6 +48,8 @@ class Answer:
 def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -> Answer:
     o = objective
     advantages = _advantages(o, trajectories)
+    trajectories = [replace(t, columns=[], now=[], old=[], ref=[]) if t.left_out else t for t in trajectories]
+    advantages = [[] if t.left_out else row for t, row in zip(trajectories, advantages, strict=True)]
     log_rho, slopes = zip(*[_log_rho(o.ratio, t) for t in trajectories], strict=True)
     rho = [[math.exp(x) for x in row] for row in log_rho]
     weights = _weights(o, rho, log_rho, advantages)
@@ -59,6 +63,8 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
     for n, t in enumerate(trajectories):
         for j in range(t.length):
             strength = share[n] * weights[n][j] * advantages[n][j]
+            if t.correction is not None:
+                strength *= t.correction[j]
             if o.path == "ratio" and o.ratio != "none":
                 answer.loss -= strength * log_rho[n][j]
                 for i, slope in enumerate(slopes[n][j]):
@@ -133,12 +139,15 @@ def _mean(values: list[float]) -> float:
 
 def _advantages(o: Any, ts: list[Trajectory]) -> list[list[float]]:
     returns = [_returns(o, t) for t in ts]
+    estimated = [_gae(o, t) for t in ts] if o.advantage == "gae" else []
+    if o.advantage == "gae" and o.whiten == "batch":
+        estimated = _whitened(estimated)
     result = []
     for n, t in enumerate(ts):
         mates = [m for m, other in enumerate(ts) if other.group == t.group and other.length]
         row = [_advantage(o, ts, returns, mates, n, j) for j in range(t.length)]
         if o.advantage == "gae":
-            row = _gae(o, t)
+            row = estimated[n]
         if o.placement == "advantage":
             row = [a - o.beta * phi for a, phi in zip(row, _charges(o, t), strict=True)]
         if o.placement == "advantage_to_go":
@@ -205,6 +214,15 @@ def _gae(o: Any, t: Trajectory) -> list[float]:
         ahead = rewards[j] + o.gamma * values[j + 1] - values[j] + o.gamma * o.lam * ahead
         row[j] = ahead
     return row
+
+
+def _whitened(rows: list[list[float]]) -> list[list[float]]:
+    tokens = [x for row in rows for x in row]
+    if len(tokens) < 2:
+        return [[0.0 for _ in row] for row in rows]
+    mean = math.fsum(tokens) / len(tokens)
+    variance = math.fsum((x - mean) ** 2 for x in tokens) / (len(tokens) - 1)
+    return [[(x - mean) / math.sqrt(variance + 1e-8) for x in row] for row in rows]
 
 
 def _log_rho(name: str, t: Trajectory) -> tuple[list[float], list[list[float]]]:

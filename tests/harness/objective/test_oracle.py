@@ -9,7 +9,7 @@ import torch
 
 from grid.catalogue import AXES
 from harness.objective import objective_loss, update_context
-from tests.harness.objective.batches import random_batch, random_objective, trajectories
+from tests.harness.objective.batches import random_batch, random_objective, trajectories, with_sampler
 from tests.harness.objective.oracle import solve
 
 COMBINATIONS, PARTS = 1500, 6
@@ -19,7 +19,7 @@ TOLERANCE = 1e-9
 def _differences(seed: int, **fixed: str) -> tuple[float, float, bool]:
     """Largest error against the loops, largest gap between whole and micro-batched, whether all is finite."""
     source = random.Random(seed)
-    objective, batch = random_objective(source, **fixed), random_batch(source)
+    objective, batch = random_objective(source, **fixed), with_sampler(source, random_batch(source))
     leaves = [batch.logp, batch.logits]
     whole = objective_loss(objective, batch)
     gradients = torch.autograd.grad(whole.loss, leaves, materialize_grads=True)
