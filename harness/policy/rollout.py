@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grid.mistake import Mistake
 from harness.policy.policy import Policy
@@ -48,6 +49,27 @@ class Rollout:
         """int64 [N], which prompt each trajectory continues."""
         count = len(self.prompts)
         return torch.arange(count, device=self.tokens.device).repeat_interleave(self.group_size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+        """The trajectories of several rollouts of equal group size one after the other, padded to the longest."""
+        if len(parts) == 1:
+            return parts[0]
+        T = max(part.tokens.shape[1] for part in parts)
+
+        def stacked(name: str) -> Tensor:
+            return torch.cat([pad(getattr(part, name), (0, T - part.tokens.shape[1])) for part in parts])
+
+        return cls(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            group_size=parts[0].group_size,
+            tokens=stacked("tokens"),
+            mask=stacked("mask"),
+            present=stacked("present"),
+            logp=stacked("logp"),
+            truncated=torch.cat([part.truncated for part in parts]),
+            texts=[text for part in parts for text in part.texts],
+        )
 
     def rows(self, groups: Sequence[int] | slice) -> Rollout:
         """The trajectories of some prompts, whole groups; T stays, even where the longest of them is shorter."""
@@ -108,13 +130,25 @@ class Rollout:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """The random numbers of some of a cell's trajectories: the n that follow the first `first` of `total`.
+
+    Each step consumes one number per trajectory of the cell, so these are what they would be among all of them.
+    """
+
+    generator: torch.Generator
+    first: int
+    total: int
+
+
 def sample(
     policy: Policy,
     prompts: Sequence[Sequence[Sequence[int]]],
     *,
     group_size: int,
     max_new_tokens: int,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator | Stretch],
     temperature: float = 1.0,
     top_p: float = 1.0,
     greedy: bool = False,
@@ -163,7 +197,7 @@ def sample(
     return [draft.rollout() for draft in drafts]
 
 
-def draw(logits: Tensor, generator: torch.Generator | None, top_p: float) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, generator: torch.Generator | Stretch | None, top_p: float) -> tuple[Tensor, Tensor]:
     """Tokens [N] drawn from logits [N, V] by inverting the cumulative distribution, and their log-probabilities [N].
 
     One uniform number per row is consumed, whatever the logits. None as the generator takes the most likely token.
@@ -172,7 +206,7 @@ def draw(logits: Tensor, generator: torch.Generator | None, top_p: float) -> tup
     if generator is None:
         chosen = logp.argmax(-1, keepdim=True)
         return chosen.squeeze(-1), logp.gather(-1, chosen).squeeze(-1)
-    uniform = torch.rand(len(logp), 1, generator=generator, device=logp.device, dtype=torch.float64)
+    uniform = _uniform(generator, len(logp), logp.device)
     probabilities = logp.exp().double()
     if top_p < 1.0:
         ordered, order = probabilities.sort(stable=True, dim=-1, descending=True)
@@ -181,6 +215,14 @@ def draw(logits: Tensor, generator: torch.Generator | None, top_p: float) -> tup
     cumulative = probabilities.cumsum(-1)
     chosen = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(max=logp.shape[-1] - 1)
     return chosen.squeeze(-1), logp.gather(-1, chosen).squeeze(-1)
+
+
+def _uniform(generator: torch.Generator | Stretch, rows: int, device: torch.device) -> Tensor:
+    """Uniform numbers [rows, 1] in float64."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(rows, 1, generator=generator, device=device, dtype=torch.float64)
+    every = torch.rand(generator.total, 1, generator=generator.generator, device=device, dtype=torch.float64)
+    return every[generator.first : generator.first + rows]
 
 
 class Draft:

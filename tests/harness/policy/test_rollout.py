@@ -7,7 +7,7 @@ import torch
 
 from grid.mistake import Mistake
 from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, draw, sample
+from harness.policy.rollout import Rollout, Stretch, draw, sample
 from tests.harness.policy.tiny import decoder, generators
 
 PROMPTS = [[3, 4, 5, 13, 14], [6, 13, 7], [8, 9, 10, 3, 4, 13, 14]]
@@ -144,6 +144,23 @@ def test_rows_are_whole_groups() -> None:
     assert torch.equal(part.tokens, rollout.tokens[3:])
     assert part.texts == rollout.texts[3:]
     assert part.groups.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_prompts_sampled_apart_are_the_prompts_sampled_together(cut: int) -> None:
+    policy, size = decoder(1, dtype=torch.float64), 2
+
+    def drawn(prompts: list[list[int]], generator: torch.Generator | Stretch) -> Rollout:
+        return sample(policy, [prompts], group_size=size, max_new_tokens=40, generators=[generator], top_p=0.9)[0]
+
+    whole = drawn(PROMPTS, generators([4])[0])
+    total = size * len(PROMPTS)
+    parts = [
+        drawn(PROMPTS[:cut], Stretch(generators([4])[0], 0, total)),
+        drawn(PROMPTS[cut:], Stretch(generators([4])[0], size * cut, total)),
+    ]
+    assert {part.tokens.shape[1] for part in parts} != {whole.tokens.shape[1]}  # one of them is padded
+    assert_same(Rollout.joined(parts), whole, atol=1e-12)
 
 
 def test_mistakes_are_named() -> None:
