@@ -109,6 +109,12 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
             Parameter("ess", 0.9, "target effective sample size, as a share", low=0.0, high=1.0, open_low=True),
             Parameter("gamma", 1.0, "discount of the per-token rewards", low=0.0, high=1.0),
             Parameter("lam", 1.0, "λ of generalised advantage estimation", low=0.0, high=1.0),
+            Parameter(
+                "whiten",
+                "none",
+                "the estimated advantages as they are (none), or with mean 0 and variance 1 over the update (batch)",
+                choices=("none", "batch"),
+            ),
             Parameter("std", "population", "divisor of the variance: n or n − 1", choices=("population", "sample")),
             Parameter("eps", 1e-6, "added to the standard deviation", low=0.0),
             Parameter(
@@ -251,7 +257,7 @@ _ADVANTAGE = _axis(
         "generalised advantage estimation on the per-token rewards",
         "critic, or V = 0",
         "PPO-RLHF",
-        ("gamma", "lam"),
+        ("gamma", "lam", "whiten"),
     ),
 )
 

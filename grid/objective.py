@@ -43,6 +43,7 @@ class Objective:
     ess: float
     gamma: float
     lam: float
+    whiten: str
     std: str
     eps: float
     kl_scale: str

@@ -16,7 +16,7 @@ from harness.exact.updates import Updates
 from harness.objective import TokenBatch, objective_loss
 
 PER_TRAJECTORY = ("raw", "positive", "greedy_baseline", "gae")
-"""Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` with V = 0)."""
+"""Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` unless whitened)."""
 
 BATCH_STATISTICS = ("batch_norm", "group_center_batch_norm")
 """Advantages with statistics over the whole update, not the group."""
@@ -29,6 +29,7 @@ def couples_groups(objective: Objective, fixed_length: bool) -> bool:
     """Whether an update's gradient depends on more than the sum of its groups' own terms."""
     return (
         objective.advantage in BATCH_STATISTICS
+        or (objective.advantage == "gae" and objective.whiten == "batch")
         or objective.weight == "adaptive"
         or (objective.aggregation == "token_mean" and not fixed_length)
         or objective.is_custom

@@ -19,10 +19,12 @@ Whatever they return off the own tokens is ignored.
 from harness.objective.advantage import Returns
 from harness.objective.aggregate import Totals
 from harness.objective.batch import TokenBatch
-from harness.objective.loss import Context, Outcome, objective_loss, parts, surrogate, update_context
+from harness.objective.loss import Coefficients, Context, Outcome, objective_loss, parts, surrogate, update_context
 from harness.objective.placement import Placement
+from harness.objective.value import value_loss, value_metrics
 
 __all__ = [
+    "Coefficients",
     "Context",
     "Outcome",
     "Placement",
@@ -33,4 +35,6 @@ __all__ = [
     "parts",
     "surrogate",
     "update_context",
+    "value_loss",
+    "value_metrics",
 ]

@@ -148,11 +148,29 @@ def length_baseline(returns: Returns) -> Tensor:
 
 
 @ADVANTAGES
-def gae(returns: Returns, *, gamma: float, lam: float) -> Tensor:
+def gae(returns: Returns, *, gamma: float, lam: float, whiten: str) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016) over own tokens, with the critic's values or V = 0.
 
     A_j = Σ_{i≥j} (γλ)^{i−j}·(reward_i + γ·V_{i+1} − V_i), where i + 1 is the next own token and V is 0 after the last.
+    `whiten: batch` takes it to mean 0 and variance 1 over the update's own tokens.
     """
+    advantages = _temporal_differences(returns, gamma, lam)
+    return advantages if whiten == "none" else _whitened(advantages, returns.mask)
+
+
+def value_targets(returns: Returns, gamma: float, lam: float) -> Tensor:
+    """R̂ = A + V `[N, T]`, what a critic's values are drawn to: TD(λ) returns, with λ = 1 the discounted returns."""
+    targets = _temporal_differences(returns, gamma, lam)
+    return own(targets if returns.values is None else targets + returns.values, returns.mask)
+
+
+def _whitened(values: Tensor, mask: Tensor) -> Tensor:
+    """(v − mean)/√(variance + 1e-8) over the own tokens with the unbiased variance, as verl's `masked_whiten`."""
+    mean, spread = moments(values.reshape(1, -1, 1), mask.reshape(1, -1, 1), "sample")
+    return (values - mean) * torch.rsqrt(spread.square() + 1e-8)
+
+
+def _temporal_differences(returns: Returns, gamma: float, lam: float) -> Tensor:
     surprise = compact(returns.token_rewards, returns.mask)
     if returns.values is not None:
         values = compact(returns.values, returns.mask)

@@ -17,6 +17,16 @@ ESTIMATORS = Registry("estimator", "log_ratio")
 FROM_LOGITS = "full"
 
 
+def behaviour_kl(log_ratio: Tensor) -> Tensor:
+    """e^λ − 1 − λ of λ = ℓ − ℓ_old at tokens drawn from π_old: an unbiased estimate ≥ 0 of KL(π_old‖π).
+
+    At a state, E[e^λ] = Σ π_old·π/π_old = 1 and E[−λ] = KL(π_old‖π). The gradient is (e^λ − 1)·∇ℓ, whose expectation
+    Σ_v (π − π_old)·∇log π = Σ_v ∇π − Σ_v π_old·∇log π = ∇KL(π_old‖π) is exact, since Σ_v ∇π = 0. The states come from
+    π_old whatever π is: summed over a trajectory, it is value and gradient of the KL of trajectories (the chain rule).
+    """
+    return k3(-log_ratio)
+
+
 @ESTIMATORS
 def k1(log_ratio: Tensor) -> Tensor:
     """κ: unbiased as a value; its gradient has mean 0 and no reference in it."""

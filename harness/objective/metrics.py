@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.objective.kl import k1, k2, k3
+from harness.objective.kl import behaviour_kl, k1, k2, k3
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Observation:
 def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
     """The metrics of an update as plain numbers; all 0 without own tokens.
 
-    `k1`, `k2`, `k3`: mean estimate per own token of KL(π‖π_ref). `kl_behaviour`: of KL(π_old‖π), by k3. `ratio_mean`,
-    `ratio_max`: of ρ. `ess`: (Σw)²/(n·Σw²), 0 when every weight is 0. `weight_mean`; `clip_fraction`: share of weights
-    that are 0. `informative_groups`: share of the groups with an advantage other than 0. `advantage_mean`,
-    `advantage_std` (population).
+    `k1`, `k2`, `k3`: mean estimate per own token of KL(π‖π_ref). `kl_behaviour`: of KL(π_old‖π), by k3 on tokens of
+    π_old. `ratio_mean`, `ratio_max`: of ρ. `ess`: (Σw)²/(n·Σw²), 0 when every weight is 0. `weight_mean`;
+    `clip_fraction`: share of weights that are 0. `informative_groups`: share of the groups with an advantage other than
+    0. `advantage_mean`, `advantage_std` (population).
 
     Args:
         losses: scalars to report beside them, by name.
@@ -58,7 +58,7 @@ def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
         k1(kappa).mean(),
         k2(kappa).mean(),
         k3(kappa).mean(),
-        k3(-seen.log_ratio[mask]).mean(),
+        behaviour_kl(seen.log_ratio[mask]).mean(),
         ratio.mean(),
         ratio.max(),
         torch.where(square == 0, 0.0, weight.sum().square() / square),
