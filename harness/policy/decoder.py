@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 from grid.mistake import Mistake
@@ -21,6 +22,7 @@ from harness.policy.checkpoint import read_config, read_tokenizer, read_weights,
 from harness.policy.decoding import Decoding, PlainDecoding
 from harness.policy.layer import embedded, gated, linear, normed, rotated
 from harness.policy.logprobs import Scores, stacked_scores
+from harness.policy.lora import Adapters, read_adapters, write_adapters
 from harness.policy.policy import Steps
 from harness.policy.rollout import Rollout
 
@@ -37,16 +39,31 @@ class Decoder:
         cells: C.
         config: the transformers configuration they share.
         tokenizer: theirs.
-        parameters: name -> [C, …], leaf tensors; matrices are [C, in, out].
+        parameters: name -> [C, …], leaf tensors; matrices are [C, in, out]. With adapters, only these.
+        shared: name -> [1, …], frozen weights that all cells have in common; empty without adapters.
+        adapters: which they are, None without.
+        gradient_checkpointing: keep only the layers' inputs for the backward pass, and compute the layers again.
     """
 
-    def __init__(self, config: Any, tokenizer: PreTrainedTokenizerFast, parameters: Weights) -> None:
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        parameters: Weights,
+        shared: Weights | None = None,
+        adapters: Adapters | None = None,
+        cells: int | None = None,
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.architecture = Architecture.of(config)
         self.rotary = Rotary(config, self.architecture.head_size)
         self.parameters = parameters
-        self.cells = len(parameters["embedding"])
+        self.shared = shared or {}
+        self.adapters = adapters
+        self.cells = len(parameters["embedding"]) if cells is None else cells
+        self.gradient_checkpointing = False
+        self.origin = str(getattr(config, "_name_or_path", ""))
 
     @classmethod
     def random(
@@ -94,17 +111,44 @@ class Decoder:
         cell = read_weights(folder, architecture)
         return cls(config, tokenizer, _stacked([cell] * cells, dtype, device))
 
+    def adapted(self, section: Any, seeds: Sequence[int]) -> Decoder:
+        """This policy of one cell as the frozen base of new adapters, for one cell per seed; it is not copied.
+
+        Args:
+            section: the grid's `policy.lora`.
+
+        Raises:
+            Mistake: a target that is no linear layer of the decoder.
+        """
+        if self.cells != 1 or self.shared:
+            raise ValueError("adapters need a base of one cell that has none")
+        adapters = Adapters.of(section, self.architecture)
+        shared = {name: value.detach() for name, value in self.parameters.items()}
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        parameters = {n: v.to(self.device).requires_grad_() for n, v in adapters.initial(seeds, dtype).items()}
+        return self._like(parameters, shared, adapters, len(seeds))
+
+    def _like(self, parameters: Weights, shared: Weights, adapters: Adapters | None, cells: int) -> Decoder:
+        other = Decoder(self.config, self.tokenizer, parameters, shared, adapters, cells)
+        other.origin = self.origin
+        other.gradient_checkpointing = self.gradient_checkpointing
+        return other
+
     @property
     def vocabulary(self) -> int:
         return self.architecture.vocabulary
 
     @property
     def device(self) -> torch.device:
-        return self.parameters["embedding"].device
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parameters["embedding"].dtype
+        return self._embedding.dtype
+
+    @property
+    def _embedding(self) -> Tensor:
+        return self.shared["embedding"] if self.shared else self.parameters["embedding"]
 
     @property
     def width(self) -> int:
@@ -132,8 +176,15 @@ class Decoder:
         )
 
     def save_pretrained(self, folder: str | Path, cell: int = 0) -> None:
-        """One cell as an ordinary Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer."""
+        """One cell as an ordinary Hugging Face checkpoint folder: config.json, model.safetensors, tokenizer.
+
+        Its adapters alone, if it has any: adapter_config.json, adapter_model.safetensors, tokenizer.
+        """
         weights = {name: value[cell].detach().cpu() for name, value in self.parameters.items()}
+        if self.adapters is not None:
+            write_adapters(Path(folder), self.adapters, self.origin, weights)
+            self.tokenizer.save_pretrained(str(folder))
+            return
         write_checkpoint(Path(folder), self.config, self.tokenizer, self.architecture, weights)
 
     def save(self, path: str | Path, cell: int) -> None:
@@ -142,11 +193,15 @@ class Decoder:
 
     @torch.no_grad()
     def load(self, path: str | Path, cell: int) -> None:
-        """Put a checkpoint's weights into one cell.
+        """Put a checkpoint's weights, or its adapters where the policy has some, into one cell.
 
         Raises:
-            Mistake: the checkpoint has another architecture.
+            Mistake: the checkpoint has another architecture, or other adapters.
         """
+        if self.adapters is not None:
+            for name, value in read_adapters(path, self.adapters).items():
+                self.parameters[name][cell].copy_(value)
+            return
         architecture = Architecture.of(read_config(path))
         if architecture.shapes() != self.architecture.shapes():
             raise Mistake("the checkpoint has another architecture than the policy it is loaded into", file=path)
@@ -154,27 +209,39 @@ class Decoder:
             self.parameters[name][cell].copy_(value)
 
     def frozen(self) -> Decoder:
-        """A copy that needs no gradient and shares no memory with this policy: the reference."""
+        """A copy that needs no gradient and shares no trained weights with this policy: the reference.
+
+        Adapters that add nothing yet (B = 0) are left off.
+        """
         copies = {name: value.detach().clone() for name, value in self.parameters.items()}
-        return Decoder(self.config, self.tokenizer, copies)
+        if self.adapters is not None and not any(v.any() for n, v in copies.items() if n.endswith(".B")):
+            return self._like({}, self.shared, None, self.cells)
+        return self._like(copies, self.shared, self.adapters, self.cells)
 
     def weights(self, stacks: Sequence[Sequence[int]]) -> list[Weights]:
         """Weights of several stacks of cells: the parameters themselves where one stack is all, else joined slices."""
         if len(stacks) == 1 and list(stacks[0]) == list(range(self.cells)):
-            return [self.parameters]
-        slices = {name: value.unbind(0) for name, value in self.parameters.items()}
-        return [{name: _joined([each[c] for c in stack]) for name, each in slices.items()} for stack in stacks]
+            own = [self.parameters]
+        else:
+            slices = {name: value.unbind(0) for name, value in self.parameters.items()}
+            own = [{name: _joined([each[c] for c in stack]) for name, each in slices.items()} for stack in stacks]
+        return [self._completed(weights, len(stack)) for weights, stack in zip(own, stacks, strict=True)]
+
+    def _completed(self, own: Weights, cells: int) -> Weights:
+        if not self.shared:
+            return own
+        return {**{name: value.expand(cells, *value.shape[1:]) for name, value in self.shared.items()}, **own}
 
     def stacks(self, shapes: Sequence[Hashable]) -> list[list[int]]:
         """Cells to compute together: those with equal shapes, unless joining their slices costs more than it saves."""
         together = equal_shapes(shapes)
-        if len(together) == 1 or self.size <= JOINED_SIZE:
+        if len(together) == 1 or self.shared or self.size <= JOINED_SIZE:
             return together
         return [[cell] for cells in together for cell in cells]
 
     @property
     def size(self) -> int:
-        """Number of parameters of one cell."""
+        """Number of trained parameters of one cell."""
         return sum(value[0].numel() for value in self.parameters.values())
 
     def hidden(self, weights: Weights, tokens: Tensor, arrangement: Arrangement) -> Tensor:
@@ -186,11 +253,10 @@ class Decoder:
             arrangement: who sees whom; also which tokens' states are kept after the last layer (K ≤ M).
         """
         a = self.architecture
-        A, heads, turning = len(tokens), a.heads + 2 * a.kv_heads, a.heads + a.kv_heads
-        S = arrangement.positions.shape[1]
+        heads = a.heads + 2 * a.kv_heads
         if arrangement.limit > a.context:
             raise Mistake(f"sequences of {arrangement.limit} tokens exceed the model's context", value=a.context)
-        cosines, sines = self.rotary(arrangement.positions, self.dtype, arrangement.limit)
+        turns = self.rotary(arrangement.positions, self.dtype, arrangement.limit)
         # one gather takes tokens to (head, lane, slot), one takes the mixed values back
         head = torch.arange(heads, device=tokens.device)[:, None]
         spread = (arrangement.slots * heads + head).view(-1)
@@ -200,24 +266,46 @@ class Decoder:
         collect_kept = collect if kept is None else (arrangement.places[kept][:, None] + head * stride).view(-1)
         x = embedded(weights["embedding"], tokens)
         for layer in range(a.layers):
-            at = f"layers.{layer}."
-            h = normed(x, weights[at + "input_norm"].unsqueeze(1), a.norm_eps)
-            qkv = linear(h, weights[at + "qkv"], weights.get(at + "qkv_bias")).view(-1, a.head_size)
-            slots = qkv.index_select(0, spread).view(heads, -1, S, a.head_size)
-            turned, values = torch.split(slots, [turning, a.kv_heads])
-            if a.qk_norm:
-                turned = self._head_normed(turned, weights[at + "q_norm"], weights[at + "k_norm"])
-            queries, keys = torch.split(rotated(turned, cosines, sines), [a.heads, a.kv_heads])
-            mixed = arrangement.attend(layer, queries, keys, values).reshape(-1, a.head_size)
-            if layer == a.layers - 1 and kept is not None:
-                collect = collect_kept
-                x = x.flatten(0, 1).index_select(0, kept).view(A, -1, a.hidden)
-            mixed = mixed.index_select(0, collect).view(A, -1, a.heads * a.head_size)
-            x = x + linear(mixed, weights[at + "out"], weights.get(at + "out_bias"))
-            h = normed(x, weights[at + "mlp_norm"].unsqueeze(1), a.norm_eps)
-            h = gated(linear(h, weights[at + "gate_up"], weights.get(at + "gate_up_bias")))
-            x = x + linear(h, weights[at + "down"], weights.get(at + "down_bias"))
+            here = kept if layer == a.layers - 1 else None
+            inputs = (x, weights, layer, arrangement, turns, spread, collect if here is None else collect_kept, here)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._layer(*inputs)
         return normed(x, weights["norm"].unsqueeze(1), a.norm_eps)
+
+    def _layer(
+        self,
+        x: Tensor,
+        weights: Weights,
+        layer: int,
+        arrangement: Arrangement,
+        turns: tuple[Tensor, Tensor],
+        spread: Tensor,
+        collect: Tensor,
+        kept: Tensor | None,
+    ) -> Tensor:
+        """One layer on x [A, M, hidden]; with `kept`, the new states [A, K, hidden] of those tokens alone."""
+        a, A, at = self.architecture, len(x), f"layers.{layer}."
+        heads, turning = a.heads + 2 * a.kv_heads, a.heads + a.kv_heads
+        h = normed(x, weights[at + "input_norm"].unsqueeze(1), a.norm_eps)
+        qkv = self._product(h, weights, at + "qkv").view(-1, a.head_size)
+        slots = qkv.index_select(0, spread).view(heads, -1, arrangement.positions.shape[1], a.head_size)
+        turned, values = torch.split(slots, [turning, a.kv_heads])
+        if a.qk_norm:
+            turned = self._head_normed(turned, weights[at + "q_norm"], weights[at + "k_norm"])
+        queries, keys = torch.split(rotated(turned, *turns), [a.heads, a.kv_heads])
+        mixed = arrangement.attend(layer, queries, keys, values).reshape(-1, a.head_size)
+        if kept is not None:
+            x = x.flatten(0, 1).index_select(0, kept).view(A, -1, a.hidden)
+        mixed = mixed.index_select(0, collect).view(A, -1, a.heads * a.head_size)
+        x = x + self._product(mixed, weights, at + "out")
+        h = normed(x, weights[at + "mlp_norm"].unsqueeze(1), a.norm_eps)
+        return x + self._product(gated(self._product(h, weights, at + "gate_up")), weights, at + "down")
+
+    def _product(self, x: Tensor, weights: Weights, name: str) -> Tensor:
+        out = linear(x, weights[name], weights.get(name + "_bias"))
+        return out if self.adapters is None else self.adapters.added(out, x, weights, name)
 
     def _head_normed(self, turned: Tensor, query_scale: Tensor, key_scale: Tensor) -> Tensor:
         """Norm of each head's queries and keys [heads + kv_heads, A·L, S, size] with scales [A, size]."""
@@ -228,9 +316,11 @@ class Decoder:
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """[A, K, V] of hidden states [A, K, hidden]."""
-        if self.architecture.tied:
-            return torch.bmm(hidden, weights["embedding"].transpose(1, 2))
-        return torch.bmm(hidden, weights["head"])
+        return linear(hidden, self.head(weights), None)
+
+    def head(self, weights: Weights) -> Tensor:
+        """[A, hidden, V], the output layer."""
+        return weights["embedding"].transpose(1, 2) if self.architecture.tied else weights["head"]
 
 
 def equal_shapes(shapes: Sequence[Hashable]) -> list[list[int]]:

@@ -10,13 +10,22 @@ from torch.nn import functional
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[A, M, in] times [A, in, out], plus [A, out]."""
+    """[A, M, in] times [A, in, out], plus [A, out].
+
+    A weight that all cells share (expanded along A) is read once by a GPU. A CPU multiplies cell by cell, so that the
+    bits of a cell do not depend on its mates.
+    """
+    if weight.device.type != "cpu" and weight.stride(0) == 0:
+        out = x @ weight[0]
+        return out if bias is None else out + bias.unsqueeze(1)
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 def embedded(table: Tensor, tokens: Tensor) -> Tensor:
     """Rows of each cell's table [A, V, hidden] at tokens [A, M]."""
     A, V, D = table.shape
+    if table.stride(0) == 0:
+        return functional.embedding(tokens, table[0])
     rows = tokens + torch.arange(A, device=tokens.device)[:, None] * V
     return functional.embedding(rows.view(-1), table.reshape(A * V, D)).view(A, -1, D)
 
