@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.policy.policy import Policy
-from harness.policy.prefixes import Forest, Grove
+from harness.policy.prefixes import Grove
 from harness.policy.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -77,9 +77,8 @@ def stacked_scores(
         hidden = policy.hidden(weights, grove.tokens, grove)
         scored = _tempered(policy, weights, hidden, temperature)
         for c, tempered, each in zip(cells, scored, hidden.unbind(0), strict=True):
-            scores = _gathered(rollouts[c], forests[c], tempered, logits, entropy)
-            scores.states = _states(rollouts[c], forests[c], each) if states else None
-            found[c] = scores
+            source = forests[c].source.to(policy.device)
+            found[c] = gathered(rollouts[c], source, tempered, each if states else None, logits, entropy)
     return [scores for scores in found if scores is not None]
 
 
@@ -91,16 +90,18 @@ def _tempered(policy: Decoder, weights: Weights, hidden: Tensor, temperature: fl
     return (values if temperature == 1.0 else values / temperature).unbind(0)
 
 
-def _states(rollout: Rollout, forest: Forest, hidden: Tensor) -> Tensor:
-    N, T = rollout.mask.shape
-    rows = hidden.index_select(0, forest.source.to(hidden.device).view(-1)).view(N, T, -1)
-    return torch.where(rollout.mask.unsqueeze(-1), rows, 0.0)
+def gathered(
+    rollout: Rollout, source: Tensor, tempered: Tensor, states: Tensor | None, logits: bool, entropy: bool
+) -> Scores:
+    """The scores of a rollout from what was computed once for several of its tokens.
 
-
-def _gathered(rollout: Rollout, forest: Forest, tempered: Tensor, logits: bool, entropy: bool) -> Scores:
+    Args:
+        source: int64 [N, T], the row that each own token was drawn from.
+        tempered: [K, V], logits divided by the temperature, at least in float32.
+        states: [K, width], if they are wanted.
+    """
     mask, V = rollout.mask, tempered.shape[-1]
     N, T = mask.shape
-    source = forest.source.to(tempered.device)
     logp = tempered.log_softmax(-1)
     chosen = logp.view(-1).gather(0, (source * V + rollout.tokens).view(-1)).view(N, T)
     scores = Scores(torch.where(mask, chosen, 0.0))
@@ -109,6 +110,13 @@ def _gathered(rollout: Rollout, forest: Forest, tempered: Tensor, logits: bool, 
             each = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)
             scores.entropy = torch.where(mask, each[source], 0.0)
     if logits:
-        rows = tempered.index_select(0, source.view(-1)).view(N, T, V)
-        scores.logits = torch.where(mask.unsqueeze(-1), rows, 0.0)
+        scores.logits = _rows(tempered, source, mask)
+    if states is not None:
+        scores.states = _rows(states, source, mask)
     return scores
+
+
+def _rows(values: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """[N, T, …], rows of values [K, …]; 0 outside the mask."""
+    rows = values.index_select(0, source.view(-1)).view(*source.shape, -1)
+    return torch.where(mask.unsqueeze(-1), rows, 0.0)
