@@ -24,6 +24,7 @@ from harness.policy.layer import embedded, gated, linear, normed, rotated
 from harness.policy.logprobs import Scores, stacked_scores
 from harness.policy.lora import Adapters, read_adapters, write_adapters
 from harness.policy.policy import Steps
+from harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
 from harness.policy.rollout import Rollout
 
 Weights = dict[str, Tensor]
@@ -43,6 +44,8 @@ class Decoder:
         shared: name -> [1, …], frozen weights that all cells have in common; empty without adapters.
         adapters: which they are, None without.
         gradient_checkpointing: keep only the layers' inputs for the backward pass, and compute the layers again.
+        origin: folder or hub id of the checkpoint, named as the base of adapters.
+        generation: the checkpoint's generation configuration.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Decoder:
         self.cells = len(parameters["embedding"]) if cells is None else cells
         self.gradient_checkpointing = False
         self.origin = str(getattr(config, "_name_or_path", ""))
+        self.generation: dict[str, Any] | None = None
 
     @classmethod
     def random(
@@ -106,10 +110,13 @@ class Decoder:
         config = read_config(folder)
         architecture = Architecture.of(config)
         tokenizer = read_tokenizer(folder)
-        if tokenizer.eos_token_id is None:
-            raise Mistake("the tokenizer has no end token", file=folder, hint="Set eos_token in its configuration.")
+        generation = read_generation(folder)
+        end_tokens(tokenizer, generation, architecture.vocabulary)
+        check_vocabulary(tokenizer, architecture.vocabulary)
         cell = read_weights(folder, architecture)
-        return cls(config, tokenizer, _stacked([cell] * cells, dtype, device))
+        policy = cls(config, tokenizer, _stacked([cell] * cells, dtype, device))
+        policy.generation = generation
+        return policy
 
     def adapted(self, section: Any, seeds: Sequence[int]) -> Decoder:
         """This policy of one cell as the frozen base of new adapters, for one cell per seed; it is not copied.
@@ -130,13 +137,17 @@ class Decoder:
 
     def _like(self, parameters: Weights, shared: Weights, adapters: Adapters | None, cells: int) -> Decoder:
         other = Decoder(self.config, self.tokenizer, parameters, shared, adapters, cells)
-        other.origin = self.origin
+        other.origin, other.generation = self.origin, self.generation
         other.gradient_checkpointing = self.gradient_checkpointing
         return other
 
     @property
     def vocabulary(self) -> int:
         return self.architecture.vocabulary
+
+    @property
+    def ends(self) -> frozenset[int]:
+        return end_tokens(self.tokenizer, self.generation, self.vocabulary)
 
     @property
     def device(self) -> torch.device:
@@ -186,6 +197,7 @@ class Decoder:
             self.tokenizer.save_pretrained(str(folder))
             return
         write_checkpoint(Path(folder), self.config, self.tokenizer, self.architecture, weights)
+        write_generation(Path(folder), self.generation)
 
     def save(self, path: str | Path, cell: int) -> None:
         """`save_pretrained` under the name of the policy interface."""
@@ -208,15 +220,26 @@ class Decoder:
         for name, value in read_weights(path, architecture).items():
             self.parameters[name][cell].copy_(value)
 
-    def frozen(self) -> Decoder:
-        """A copy that needs no gradient and shares no trained weights with this policy: the reference.
+    def frozen(self, dtype: torch.dtype | None = None) -> Decoder:
+        """A copy that needs no gradient and shares no trained weights with this policy: the reference, or a sampler.
 
         Adapters that add nothing yet (B = 0) are left off.
+
+        Args:
+            dtype: of the copy, all of its weights included; None: as they are.
         """
-        copies = {name: value.detach().clone() for name, value in self.parameters.items()}
+        copies = {name: value.detach().to(dtype, copy=True) for name, value in self.parameters.items()}
+        shared = {name: value.to(dtype) for name, value in self.shared.items()}
         if self.adapters is not None and not any(v.any() for n, v in copies.items() if n.endswith(".B")):
-            return self._like({}, self.shared, None, self.cells)
-        return self._like(copies, self.shared, self.adapters, self.cells)
+            return self._like({}, shared, None, self.cells)
+        return self._like(copies, shared, self.adapters, self.cells)
+
+    def only(self, cells: Sequence[int]) -> Decoder:
+        """Some of the cells as a policy of their own, to sample from: without gradient."""
+        if list(cells) == list(range(self.cells)):
+            return self
+        chosen = {name: value.detach()[list(cells)] for name, value in self.parameters.items()}
+        return self._like(chosen, self.shared, self.adapters, len(cells))
 
     def weights(self, stacks: Sequence[Sequence[int]]) -> list[Weights]:
         """Weights of several stacks of cells: the parameters themselves where one stack is all, else joined slices."""

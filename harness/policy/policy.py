@@ -56,6 +56,11 @@ class Policy(Protocol):
     def context(self) -> int: ...
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a turn."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property
@@ -78,8 +83,16 @@ class Policy(Protocol):
         """See `harness.policy.logprobs.token_scores`."""
         ...
 
-    def frozen(self) -> Policy:
-        """The policy as it is, without gradient and unmoved by what happens to this one: the reference."""
+    def frozen(self, dtype: torch.dtype | None = None) -> Policy:
+        """The policy as it is, without gradient and unmoved by what happens to this one: the reference.
+
+        Args:
+            dtype: of the copy, all of its weights included; None: as they are.
+        """
+        ...
+
+    def only(self, cells: Sequence[int]) -> Policy:
+        """Some of the cells as a policy of their own, to sample from: without gradient."""
         ...
 
     def save(self, path: str | Path, cell: int) -> None:
