@@ -60,13 +60,15 @@ class Member:
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.
 
-        Objectives, learning rates, clipping and seeds may differ.
+        Objectives, learning rates, clipping and seeds may differ. Adapters are stacked over one starting policy only.
         """
         training = self.cell.training.model_dump(mode="json", exclude=set(_FREE))
         training["max_new_tokens"] = self.max_new_tokens
         examined = min(len(self.task.split("held_out")), self.cell.training.evaluation_prompts)
-        phases = [self.needs_logits, self.needs_greedy, examined, self.cell.policy.dtype]
-        text = json.dumps([training, phases, _architecture(self.start)], sort_keys=True)
+        policy = self.cell.policy
+        phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
+        adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]
+        text = json.dumps([training, phases, adapters, _architecture(self.start)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -15,7 +15,9 @@ import torch
 
 from harness.policy.load import load_policy
 from harness.policy.policy import Policy
+from harness.training import controls
 from harness.training.checkpoint import State
+from harness.training.critic import Critics
 from harness.training.evaluation import Examination, evaluate, prepare
 from harness.training.member import Member
 from harness.training.metrics import Row
@@ -24,7 +26,7 @@ from harness.training.optimizer import StackedAdamW
 from harness.training.outcome import DIVERGED_AFTER
 from harness.training.rollouts import Experience, collect
 from harness.training.stopwatch import Stopwatch
-from harness.training.update import update
+from harness.training.update import Models, update
 
 
 class Pack:
@@ -34,6 +36,8 @@ class Pack:
         members: the cells.
         policy: their stacked policies, in training.
         reference: their starting policies, frozen.
+        critics: what they learn beside it; None where no member asks for one.
+        coefficients: of the next update, per member.
         done: updates made.
         pending: rollouts drawn and not used up; one entry per rollout, each with one experience per member.
         streaks: non-finite updates in a row, per member.
@@ -46,6 +50,8 @@ class Pack:
         self.policy: Policy = _stack(self.members)
         self.reference: Policy = self.policy.frozen()
         self.optimizer = StackedAdamW(self.policy.parameters, [member.cell.training for member in self.members])
+        self.critics = Critics.of(self.members, self.policy, lambda: _stack(self.members))
+        self.coefficients = [controls.first(member.cell) for member in self.members]
         self.done = 0
         self.evaluated = -1
         self.pending: list[list[Experience]] = []
@@ -85,14 +91,14 @@ class Pack:
             for member, experience in zip(self.members, current, strict=True)
         ]
         rows = update(
-            self.policy,
-            self.reference,
+            Models(self.policy, self.reference, self.critics),
             self.optimizer,
             self.members,
             chosen,
             self.done + 1,
             self._watch,
             self.micro_batch,
+            self.coefficients,
         )
         self.done += 1
         if self.done % self._timetable.span == 0:
@@ -100,6 +106,7 @@ class Pack:
         seconds = self._watch.take(len(self.members))
         for c, row in enumerate(rows):
             self.streaks[c] = self.streaks[c] + 1 if row["nonfinite"] else 0
+            self.coefficients[c] = controls.adapted(self.members[c].cell, self.coefficients[c], row)
             row.update(seconds)
         return rows
 
@@ -139,6 +146,8 @@ class Pack:
     def diverged(self) -> list[int]:
         """Positions of the members that cannot go on: too many non-finite updates in a row, or non-finite weights."""
         sound = self.optimizer.finite()
+        if self.critics is not None:
+            sound = [all(pair) for pair in zip(sound, self.critics.optimizer.finite(), strict=True)]
         return [c for c in range(len(self.members)) if self.streaks[c] >= DIVERGED_AFTER or not sound[c]]
 
     def state(self, position: int) -> State:
@@ -149,6 +158,8 @@ class Pack:
             self.streaks[position],
             self.optimizer.state(position),
             [experiences[position] for experiences in self.pending],
+            {} if self.critics is None else self.critics.optimizer.state(position),
+            self.coefficients[position],
         )
 
     @classmethod
@@ -158,7 +169,10 @@ class Pack:
         pack.done = pack.evaluated = states[0].update
         for position, state in enumerate(states):
             pack.optimizer.restore(position, state.optimizer)
+            if pack.critics is not None:
+                pack.critics.optimizer.restore(position, state.critic)
         pack.streaks = [state.streak for state in states]
+        pack.coefficients = [state.coefficients for state in states]
         pack.pending = [list(each) for each in zip(*(state.pending for state in states), strict=True)]
         return pack
 
@@ -180,7 +194,8 @@ def device() -> torch.device:
 
 
 def _stack(members: Sequence[Member]) -> Policy:
-    policy = load_policy(members[0].cell.policy, members[0].start, len(members), device())
+    seeds = [member.cell.seed for member in members]
+    policy = load_policy(members[0].cell.policy, members[0].start, len(members), device(), seeds)
     for position, member in enumerate(members):
         if member.start != members[0].start:
             policy.load(member.start, position)

@@ -60,11 +60,12 @@ def make_run(start: Path, tmp_path: Path) -> Callable[..., Run]:
         objectives: list[dict[str, Any]] | None = None,
         seeds: int | list[int] = 1,
         task: Mapping[str, Any] | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> Run:
         grid = {
             "name": name,
             "task": {"name": "letters:Letters", **(task or {})},
-            "policy": {"name": "hf", "model": str(start)},
+            "policy": {"name": "hf", "model": str(start), **(policy or {})},
             "training": {**TRAINING, **(training or {})},
             "objective": {},
             "design": "list",

@@ -28,7 +28,9 @@ def numbers(run: Run, identity: str) -> dict[str, Any]:
 
 
 def weights(run: Run, identity: str) -> dict[str, torch.Tensor]:
-    return load_file(run.cell(identity).policy / "model.safetensors")
+    """Of the final policy, or of its adapters."""
+    (file,) = run.cell(identity).policy.glob("*.safetensors")
+    return load_file(file)
 
 
 def assert_same(left: Run, right: Run, identity: str) -> None:

@@ -1,0 +1,67 @@
+"""Cells that train adapters: small checkpoints, the same bits alone, packed and resumed, a folder that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
+
+from harness.policy.load import load_policy
+from harness.training import checkpoint, run_cells
+
+POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}
+OBJECTIVES: list[dict[str, Any]] = [
+    {"estimator": "k3", "placement": "loss"},
+    {"estimator": "full", "placement": "loss"},
+]
+
+
+def test_packed_is_alone(make_run: MakeRun) -> None:
+    packed = finished(make_run("packed", objectives=OBJECTIVES, seeds=2, policy=POLICY))
+    alone = make_run("alone", objectives=OBJECTIVES, seeds=2, policy=POLICY)
+    for identity in alone.cells:
+        run_cells(alone.path, [identity])
+        assert_same(packed, alone, identity)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_interrupted_after_every_single_update(make_run: MakeRun, checkpointing: bool) -> None:
+    policy = {**POLICY, "gradient_checkpointing": checkpointing}
+    through, broken = finished(make_run("through", policy=policy)), make_run("broken", policy=policy)
+    identity = broken.cells[0]
+    for _ in range(5):
+        assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
+    names = load_file(broken.cell(identity).checkpoint / checkpoint.FILE)
+    assert {n.rsplit(".", 1)[1] for n in names if n.startswith("optimizer/weight/")} == {"A", "B"}
+    assert run_cells(broken.path, [identity]) == {identity: "finished"}
+    assert_same(through, broken, identity)
+
+
+def test_gradient_checkpointing_changes_no_number(make_run: MakeRun) -> None:
+    plain = finished(make_run("plain"))
+    saving = finished(make_run("saving", policy={"gradient_checkpointing": True}))
+    mine, theirs = (numbers(run, run.cells[0]) for run in (plain, saving))
+    assert mine["metrics"] == theirs["metrics"]
+    assert mine["evaluations"] == theirs["evaluations"]
+
+
+def test_the_reference_is_the_base_and_training_moves_away_from_it(make_run: MakeRun, start: Path) -> None:
+    run = finished(make_run(policy=POLICY, training={"lr": 0.05}))
+    folder = run.cell(run.cells[0])
+    evaluations = folder.evaluations()
+    assert evaluations[0]["reverse_kl"] == 0
+    assert evaluations[-1]["reverse_kl"] > 0.001
+    assert json.loads((folder.policy / "adapter_config.json").read_text())["base_model_name_or_path"] == str(start)
+    assert set(weights(run, run.cells[0])) == {
+        f"base_model.model.model.layers.0.{part}.lora_{end}.weight"
+        for part in ("self_attn.q_proj", "mlp.down_proj")
+        for end in "AB"
+    }
+    policy = load_policy(run.cell(run.cells[0]).cell().policy, start, 1, "cpu")
+    policy.load(folder.policy, 0)
+    assert all(torch.isfinite(value).all() and value.any() for value in policy.parameters.values())
