@@ -1,9 +1,10 @@
 """A cell's state between two updates, as one safetensors file.
 
-Tensors: the weights, Adam's moments and step count, and for every rollout that has been drawn but not used up its
-tokens, masks, log-probabilities and rewards. The counters stand in the file's metadata as JSON. That is everything:
-random draws are pure functions of their purpose (`randomness.py`), and a lagged rollout was drawn when the policy
-had the weights it needed (`schedule.py`), so neither generator states nor old weights exist.
+Tensors: the weights, Adam's moments and step count, the same of its critic, and for every rollout that has been drawn
+but not used up its tokens, masks, log-probabilities, rewards and values. The counters and moving coefficients stand in
+the file's metadata as JSON. That is everything: random draws are pure functions of their purpose (`randomness.py`), and
+a lagged rollout was drawn when the policy had the weights it needed (`schedule.py`), so neither generator states nor
+old weights exist.
 
 The file is replaced atomically and read without pickle, so a file from a stranger is data.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from harness.objective import Coefficients
 from harness.policy.rollout import Rollout
 from harness.store import files
 from harness.training.rollouts import Experience
 
 FILE = "state.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 
 class UnusableCheckpoint(Exception):
@@ -44,6 +46,8 @@ class State:
         streak: non-finite updates in a row up to now.
         optimizer: weights, moments and step count by name, on the CPU.
         pending: rollouts drawn and not used up, oldest first.
+        critic: weights, moments and step count of its critic by name, on the CPU; empty without one.
+        coefficients: those of the next update.
     """
 
     cell: str
@@ -51,18 +55,27 @@ class State:
     streak: int
     optimizer: dict[str, Tensor]
     pending: list[Experience] = field(default_factory=list)
+    critic: dict[str, Tensor] = field(default_factory=dict)
+    coefficients: Coefficients = field(default_factory=Coefficients)
 
 
 def to_bytes(state: State) -> bytes:
     """The file's contents."""
     tensors = {f"optimizer/{name}": value.contiguous() for name, value in state.optimizer.items()}
+    tensors |= {f"critic/{name}": value.contiguous() for name, value in state.critic.items()}
     pending = []
     for place, experience in enumerate(state.pending):
         for name, value in _tensors(experience).items():
             tensors[f"pending/{place}/{name}"] = value.detach().cpu().contiguous()
         plain = {name: value for name, value in _fields(experience.rollout).items() if not isinstance(value, Tensor)}
         pending.append({"number": experience.number, "rollout": plain})
-    counters = {"cell": state.cell, "update": state.update, "streak": state.streak, "pending": pending}
+    counters = {
+        "cell": state.cell,
+        "update": state.update,
+        "streak": state.streak,
+        "coefficients": asdict(state.coefficients),
+        "pending": pending,
+    }
     text = json.dumps(counters)
     return save(tensors, metadata={"schema": str(SCHEMA), "klab": text, "crc": _checksum(text, tensors)})
 
@@ -97,10 +110,18 @@ def read(file: Path, cell: str, device: torch.device) -> State:
         _experience(described, _below(tensors, f"pending/{place}/"), device)
         for place, described in enumerate(counters["pending"])
     ]
-    return State(cell, counters["update"], counters["streak"], _below(tensors, "optimizer/"), pending)
+    return State(
+        cell=cell,
+        update=counters["update"],
+        streak=counters["streak"],
+        optimizer=_below(tensors, "optimizer/"),
+        pending=pending,
+        critic=_below(tensors, "critic/"),
+        coefficients=Coefficients(**counters["coefficients"]),
+    )
 
 
-_SCORES = ("rewards", "correct", "reference", "greedy")
+_SCORES = ("rewards", "correct", "reference", "greedy", "values")
 
 
 def _fields(value: Rollout) -> dict[str, Any]:

@@ -36,4 +36,5 @@ def select(experience: Experience, groups: Sequence[int]) -> Experience:
         correct=experience.correct[rows],
         reference=experience.reference[rows],
         greedy=None if experience.greedy is None else experience.greedy[rows],
+        values=None if experience.values is None else experience.values[rows],
     )

@@ -14,20 +14,22 @@ from dataclasses import dataclass
 from grid.sections import TrainingSection
 
 
-def learning_rate(training: TrainingSection, update: int) -> float:
+def learning_rate(training: TrainingSection, update: int, peak: float | None = None) -> float:
     """The learning rate of the `update`-th update (1-based): linear warm-up, then constant, linear or cosine to zero.
 
-    Warm-up reaches the full rate at update `warmup_updates`; the decays would reach zero one update after the last.
+    Warm-up reaches the full rate, `peak` or that of the section, at update `warmup_updates`; the decays would reach
+    zero one update after the last.
     """
+    lr = training.lr if peak is None else peak
     done = update - 1
     if done < training.warmup_updates:
-        return training.lr * update / training.warmup_updates
+        return lr * update / training.warmup_updates
     if training.schedule == "constant":
-        return training.lr
+        return lr
     share = (done - training.warmup_updates) / max(1, training.updates - training.warmup_updates)
     if training.schedule == "linear":
-        return training.lr * (1.0 - share)
-    return training.lr * 0.5 * (1.0 + math.cos(math.pi * share))
+        return lr * (1.0 - share)
+    return lr * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.objective import Context, TokenBatch, objective_loss, update_context
+from harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
 from harness.policy.logprobs import token_scores
 from harness.policy.policy import Policy
 from harness.policy.rollout import Rollout
+from harness.training.controls import figures
+from harness.training.critic import Critics, Lesson
 from harness.training.member import CellFailure, Member
 from harness.training.metrics import Row, update_row
 from harness.training.microbatch import micro_batches
@@ -37,54 +39,77 @@ _ALL = slice(None)
 @dataclass(frozen=True, slots=True)
 class Forward:
     """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for
-    `full`."""
+    `full`, and its critic's values [n, T]."""
 
     logp: Tensor
     entropy: Tensor
     logits: Tensor | None = None
     logits_reference: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(slots=True)
 class Result:
-    """One cell's loss, as a number, the objective's metrics, and the entropy [N, T] of the policy before the
-    update."""
+    """One cell's loss, as a number, the objective's metrics, the entropy [N, T] of the policy before the update, and
+    what it said about the critic."""
 
     loss: float
     metrics: dict[str, float]
     entropy: Tensor
+    lesson: Lesson | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What an update of a pack computes with: the policies that learn, their references, and their critics."""
+
+    policy: Policy
+    reference: Policy
+    critics: Critics | None = None
 
 
 def update(
-    policy: Policy,
-    reference: Policy,
+    models: Models,
     optimizer: StackedAdamW,
     members: Sequence[Member],
     minibatches: Sequence[Experience],
+    coefficients: Sequence[Coefficients],
     number: int,
     watch: Stopwatch,
     micro_batch: int | None = None,
 ) -> list[Row]:
     """Update number `number` (1-based) of every cell on its minibatch, in place; one row of metrics per cell.
 
-    A cell whose loss or gradient is not finite keeps its weights and moments, and its row says `nonfinite`.
+    A cell whose loss or gradient, or that of its critic, is not finite keeps all weights and moments, and its row says
+    `nonfinite`. While a critic learns alone its policy is left as it is; the row says `lr` 0.
 
     Raises:
         CellFailure: where a cell's objective raises. Nothing has been changed then.
     """
+    critics = models.critics
+    alone = critics is not None and critics.alone(number)
     optimizer.clear()
+    if critics is not None:
+        critics.optimizer.clear()
     if micro_batch is None or micro_batch >= len(minibatches[0].rewards):
-        results = _whole(policy, reference, members, minibatches, watch)
+        results = _whole(models, members, minibatches, coefficients, alone, watch)
     else:
-        results = _in_pieces(policy, reference, members, minibatches, micro_batch, watch)
+        results = _in_pieces(models, members, minibatches, coefficients, alone, micro_batch, watch)
     rows = []
     with watch("step"):
         gradients = optimizer.gradients()
         norms = torch.stack([norm(slices) for slices in gradients]).tolist()
+        taught = None if critics is None else critics.gradients()
         for c, (member, result) in enumerate(zip(members, results, strict=True)):
-            lr = learning_rate(member.cell.training, number)
+            lr = 0.0 if alone else learning_rate(member.cell.training, number)
             sound = math.isfinite(result.loss) and math.isfinite(norms[c])
-            if sound:
+            more = figures(member.cell, coefficients[c])
+            if critics is not None and taught is not None and result.lesson is not None:
+                sound = sound and result.lesson.sound(taught[c])
+                more |= result.lesson.row(taught[c])
+                if sound:
+                    critics.step(c, taught[c], number)
+            if sound and not alone:
                 optimizer.step(c, gradients[c], lr, norms[c])
             rows.append(
                 update_row(
@@ -97,75 +122,95 @@ def update(
                     lr=lr,
                     nonfinite=not sound,
                 )
+                | more
             )
         optimizer.clear()
+        if critics is not None:
+            critics.optimizer.clear()
     return rows
 
 
 def _whole(
-    policy: Policy,
-    reference: Policy,
+    models: Models,
     members: Sequence[Member],
     minibatches: Sequence[Experience],
+    coefficients: Sequence[Coefficients],
+    alone: bool,
     watch: Stopwatch,
 ) -> list[Result]:
     with watch("forward"):
-        passes = _forward(policy, reference, members, [m.rollout for m in minibatches])
+        passes = _forward(models, members, [m.rollout for m in minibatches], alone)
         losses, results = [], []
         for c, member in enumerate(members):
             batch = _batch(member, minibatches[c], passes[c])
-            loss, metrics = _loss(c, member, batch)
-            losses.append(loss)
-            results.append(Result(float(loss.detach()), metrics, passes[c].entropy.detach()))
+            context = _context(c, member, batch, coefficients[c])
+            loss, metrics = _loss(c, member, batch, context)
+            losses += [loss, *_value_losses(models.critics, passes[c], batch, context)]
+            lesson = _lesson(models.critics, passes[c], batch, context)
+            results.append(Result(float(loss.detach()), metrics, passes[c].entropy.detach(), lesson))
     with watch("backward"):
         _backward(losses)
     return results
 
 
 def _in_pieces(
-    policy: Policy,
-    reference: Policy,
+    models: Models,
     members: Sequence[Member],
     minibatches: Sequence[Experience],
+    coefficients: Sequence[Coefficients],
+    alone: bool,
     limit: int,
     watch: Stopwatch,
 ) -> list[Result]:
     pieces = [micro_batches(m.rollout, limit) for m in minibatches]
     turns = list(zip(*pieces, strict=True))  # [micro-batch][cell]
     with watch("forward"), torch.no_grad():
-        passes = [_forward(policy, reference, members, [rollout for rollout, _ in turn]) for turn in turns]
+        passes = [_forward(models, members, [rollout for rollout, _ in turn], alone) for turn in turns]
         contexts, results = [], []
         for c, member in enumerate(members):
             joined = _join([turn[c] for turn in passes])
             batch = _batch(member, minibatches[c], joined)
-            contexts.append(_context(c, member, batch))
+            contexts.append(_context(c, member, batch, coefficients[c]))
             loss, metrics = _loss(c, member, batch, contexts[c])
-            results.append(Result(float(loss), metrics, joined.entropy))
+            lesson = _lesson(models.critics, joined, batch, contexts[c])
+            results.append(Result(float(loss), metrics, joined.entropy, lesson))
         passes.clear()
     for turn in turns:
         with watch("forward"):
-            forwards = _forward(policy, reference, members, [rollout for rollout, _ in turn])
+            forwards = _forward(models, members, [rollout for rollout, _ in turn], alone)
             losses = []
             for c, member in enumerate(members):
                 rows = turn[c][1]
                 batch = _batch(member, minibatches[c], forwards[c], rows)
-                losses.append(_loss(c, member, batch, contexts[c].rows(rows), measure=False)[0])
+                context = contexts[c].rows(rows)
+                loss, _ = _loss(c, member, batch, context, measure=False)
+                losses += [loss, *_value_losses(models.critics, forwards[c], batch, context)]
         with watch("backward"):
             _backward(losses)
     return results
 
 
-def _forward(
-    policy: Policy, reference: Policy, members: Sequence[Member], rollouts: Sequence[Rollout]
-) -> list[Forward]:
+def _forward(models: Models, members: Sequence[Member], rollouts: Sequence[Rollout], alone: bool) -> list[Forward]:
     temperature, full = members[0].cell.training.temperature, members[0].needs_logits
-    scores = token_scores(policy, list(rollouts), temperature=temperature, logits=full, entropy=True)
+    critics, listed = models.critics, list(rollouts)
+    shared = critics is not None and critics.shares_trunk
+    scores = token_scores(models.policy, listed, temperature=temperature, logits=full, entropy=True, states=shared)
     with torch.no_grad():
-        other = token_scores(reference, list(rollouts), temperature=temperature, logits=True) if full else None
+        other = token_scores(models.reference, listed, temperature=temperature, logits=True) if full else None
+    states = [score.states.detach() if alone and score.states is not None else score.states for score in scores]
+    values = None if critics is None else critics.values(listed, states)
     found = []
     for c, score in enumerate(scores):
         assert score.entropy is not None
-        found.append(Forward(score.logp, score.entropy, score.logits, None if other is None else other[c].logits))
+        found.append(
+            Forward(
+                score.logp,
+                score.entropy,
+                score.logits,
+                None if other is None else other[c].logits,
+                None if values is None else values[c],
+            )
+        )
     return found
 
 
@@ -174,8 +219,13 @@ def _join(passes: Sequence[Forward]) -> Forward:
         present = [value for value in values if value is not None]
         return torch.cat(present) if present else None
 
-    logits, others = joined([p.logits for p in passes]), joined([p.logits_reference for p in passes])
-    return Forward(torch.cat([p.logp for p in passes]), torch.cat([p.entropy for p in passes]), logits, others)
+    return Forward(
+        torch.cat([p.logp for p in passes]),
+        torch.cat([p.entropy for p in passes]),
+        joined([p.logits for p in passes]),
+        joined([p.logits_reference for p in passes]),
+        joined([p.values for p in passes]),
+    )
 
 
 def _batch(member: Member, experience: Experience, forward: Forward, rows: slice = _ALL) -> TokenBatch:
@@ -191,12 +241,12 @@ def _batch(member: Member, experience: Experience, forward: Forward, rows: slice
         logits=forward.logits,
         logits_reference=forward.logits_reference,
         greedy_rewards=None if experience.greedy is None else experience.greedy[rows],
-        values=None,
+        values=None if experience.values is None else experience.values[rows],
     )
 
 
 def _loss(
-    position: int, member: Member, batch: TokenBatch, context: Context | None = None, measure: bool = True
+    position: int, member: Member, batch: TokenBatch, context: Context, measure: bool = True
 ) -> tuple[Tensor, dict[str, float]]:
     try:
         out = objective_loss(member.cell.objective, batch, context)
@@ -205,9 +255,17 @@ def _loss(
         raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
 
 
-def _context(position: int, member: Member, batch: TokenBatch) -> Context:
+def _value_losses(critics: Critics | None, forward: Forward, batch: TokenBatch, context: Context) -> list[Tensor]:
+    return [] if critics is None or forward.values is None else [critics.loss(forward.values, batch, context)]
+
+
+def _lesson(critics: Critics | None, forward: Forward, batch: TokenBatch, context: Context) -> Lesson | None:
+    return None if critics is None or forward.values is None else critics.lesson(forward.values, batch, context)
+
+
+def _context(position: int, member: Member, batch: TokenBatch, coefficients: Coefficients) -> Context:
     try:
-        return update_context(member.cell.objective, batch)
+        return update_context(member.cell.objective, batch, coefficients)
     except Exception as error:
         raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
 

@@ -55,9 +55,9 @@ def test_a_second_write_replaces_the_first(make_run: MakeRun, tmp_path: Path) ->
 def test_another_schema_is_not_read(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = states(make_run)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "SCHEMA", 2)
+        patch.setattr(checkpoint, "SCHEMA", 1)
         checkpoint.write(tmp_path / "c", state)
-    with pytest.raises(UnusableCheckpoint, match="schema 2, not 1"):
+    with pytest.raises(UnusableCheckpoint, match="schema 1, not 2"):
         checkpoint.read(tmp_path / "c" / checkpoint.FILE, state.cell, CPU)
 
 
