@@ -23,6 +23,7 @@ from harness.policy.decoding import Decoding, PlainDecoding
 from harness.policy.layer import embedded, gated, linear, normed, rotated
 from harness.policy.logprobs import Scores, stacked_scores
 from harness.policy.lora import Adapters, read_adapters, write_adapters
+from harness.policy.output import wide_product
 from harness.policy.policy import Steps
 from harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
 from harness.policy.rollout import Rollout
@@ -338,8 +339,8 @@ class Decoder:
         return normed(by_cell, scale, a.norm_eps).view(turned.shape)
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
-        """[A, K, V] of hidden states [A, K, hidden]."""
-        return linear(hidden, self.head(weights), None)
+        """[A, K, V] of hidden states [A, K, hidden], at least in float32."""
+        return wide_product(hidden, self.head(weights))
 
     def head(self, weights: Weights) -> Tensor:
         """[A, hidden, V], the output layer."""

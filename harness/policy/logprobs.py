@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harness.policy.output import chunk_size, picked
 from harness.policy.policy import Policy
 from harness.policy.prefixes import Grove
 from harness.policy.rollout import Rollout
@@ -75,19 +76,46 @@ def stacked_scores(
     for cells, weights in zip(stacks, policy.weights(stacks), strict=True):
         grove = Grove([forests[c] for c in cells], policy.device, policy.dtype)
         hidden = policy.hidden(weights, grove.tokens, grove)
+        sources = [forests[c].source for c in cells]
+        kept = [each if states else None for each in hidden.unbind(0)]
+        if not logits and hidden.shape[1] * policy.vocabulary > chunk_size(policy.device):
+            heads = policy.head(weights).unbind(0)
+            for c, source, each, head, state in zip(cells, sources, hidden.unbind(0), heads, kept, strict=True):
+                found[c] = _chunked(rollouts[c], source, each, head, temperature, state, entropy)
+            continue
         scored = _tempered(policy, weights, hidden, temperature)
-        for c, tempered, each in zip(cells, scored, hidden.unbind(0), strict=True):
-            source = forests[c].source.to(policy.device)
-            found[c] = gathered(rollouts[c], source, tempered, each if states else None, logits, entropy)
+        for c, source, tempered, state in zip(cells, sources, scored, kept, strict=True):
+            found[c] = gathered(rollouts[c], source.to(policy.device), tempered, state, logits, entropy)
     return [scores for scores in found if scores is not None]
 
 
 def _tempered(policy: Decoder, weights: Weights, hidden: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """Tempered logits [K, V] of each cell's kept tokens, at least in float32."""
     values = policy.logits(weights, hidden)
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
     return (values if temperature == 1.0 else values / temperature).unbind(0)
+
+
+def _chunked(
+    rollout: Rollout,
+    source: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    temperature: float,
+    states: Tensor | None,
+    entropy: bool,
+) -> Scores:
+    """What `gathered` gives, from hidden states [K, hidden], without the logits of all rows at once."""
+    mask, device = rollout.mask, hidden.device
+    own = mask.cpu().view(-1).nonzero().view(-1)
+    rows, order = source.view(-1)[own].sort(stable=True)
+    places = own[order].to(device)
+    logp, surprise = picked(hidden, head, rows, rollout.tokens.view(-1)[places], temperature, entropy)
+    scores = Scores(logp.new_zeros(mask.numel()).index_put((places,), logp).view(mask.shape))
+    if entropy:
+        scores.entropy = torch.where(mask, surprise[source.to(device)], 0.0)
+    if states is not None:
+        scores.states = _rows(states, source.to(device), mask)
+    return scores
 
 
 def gathered(
