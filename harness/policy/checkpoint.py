@@ -15,22 +15,26 @@ from grid.mistake import Mistake
 from harness.policy.architecture import Architecture
 
 
-def read_config(folder: str | Path) -> Any:
-    """The transformers configuration of a folder or hub id. Raises Mistake where there is none."""
+def read_config(folder: str | Path, trusted: bool = False) -> Any:
+    """The transformers configuration of a folder or hub id; `trusted`: its own Python code may run.
+
+    Raises:
+        Mistake: there is none, or it needs code that is not trusted.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
     except (OSError, ValueError) as error:
         raise Mistake(f"no readable model configuration: {_first_line(error)}", file=folder) from error
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id. Raises Mistake where there is none."""
+def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub id, its own Python code only if `trusted`. Raises Mistake where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(str(folder)))
+        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted))
     except (OSError, ValueError) as error:
         raise Mistake(f"no readable tokenizer: {_first_line(error)}", file=folder) from error
 

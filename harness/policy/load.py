@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from grid.mistake import Mistake
+from harness.policy.architecture import Architecture, Rotary
+from harness.policy.checkpoint import read_config
 from harness.policy.decoder import Decoder
 from harness.policy.policy import Policy
+from harness.policy.transformers_policy import TransformersPolicy
+
+Engine = Literal["stacked", "transformers"]
 
 
 def load_policy(
@@ -25,13 +31,35 @@ def load_policy(
     Raises:
         Mistake: the checkpoint cannot be read, or the engine that the section asks for cannot run it.
     """
-    dtype = getattr(torch, section.dtype)
-    if section.lora is None:
-        policy = Decoder.from_pretrained(start, cells=cells, dtype=dtype, device=device)
+    dtype, lora, seeds = getattr(torch, section.dtype), section.lora, list(seeds or range(cells))
+    policy: Decoder | TransformersPolicy
+    if engine_of(section, start) == "transformers":
+        policy = TransformersPolicy.from_pretrained(
+            start, seeds, dtype, device, lora, section.gradient_checkpointing, section.trust_remote_code
+        )
     else:
-        base = Decoder.from_pretrained(start, dtype=dtype, device=device)
-        policy = base.adapted(section.lora, list(seeds or range(cells)))
-        local = section.name == "tiny" or Path(section.model).expanduser().is_dir()
-        policy.origin = str(Path(start).absolute()) if local else section.model
-    policy.gradient_checkpointing = section.gradient_checkpointing
+        policy = Decoder.from_pretrained(start, cells=1 if lora else cells, dtype=dtype, device=device)
+        policy = policy if lora is None else policy.adapted(lora, seeds)
+        policy.gradient_checkpointing = section.gradient_checkpointing
+    local = section.name == "tiny" or Path(section.model).expanduser().is_dir()
+    policy.origin = str(Path(start).absolute()) if local else section.model
     return policy
+
+
+def engine_of(section: Any, start: str | Path) -> Engine:
+    """What runs a checkpoint: the stacked decoder where it can, unless the section says otherwise.
+
+    Raises:
+        Mistake: the section insists on the stacked decoder, and that does not know the architecture.
+    """
+    asked = getattr(section, "engine", "stacked")
+    if asked == "transformers":
+        return "transformers"
+    try:
+        config = read_config(start, getattr(section, "trust_remote_code", False))
+        Rotary(config, Architecture.of(config).head_size)
+    except Mistake:
+        if asked == "stacked":
+            raise
+        return "transformers"
+    return "stacked"

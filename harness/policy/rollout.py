@@ -239,7 +239,7 @@ class Draft:
     ) -> None:
         self.policy, self.cell, self.prompts, self.group_size = policy, cell, prompts, group_size
         self.budget, self.environment = budget, environment
-        self.end = policy.tokenizer.eos_token_id
+        self.ends = policy.ends
         N = len(prompts) * group_size
         self.open = [True] * N
         self.spent = [0] * N
@@ -272,7 +272,7 @@ class Draft:
             self.own[row].append(True)
             self.logp[row].append(value)
             self.spent[row] += 1
-            if token == self.end:
+            if token in self.ends:
                 self.open[row] = self._answered(row)
             elif self.spent[row] >= self.budget:
                 self.open[row], self.truncated[row] = False, True
@@ -291,7 +291,7 @@ class Draft:
 
     def _text(self, row: int, own_only: bool) -> str:
         pairs = zip(self.written[row], self.own[row], strict=True)
-        kept = [token for token, own in pairs if token != self.end and (own or not own_only)]
+        kept = [token for token, own in pairs if token not in self.ends and (own or not own_only)]
         return str(self.policy.tokenizer.decode(kept, skip_special_tokens=False))
 
     def rollout(self) -> Rollout:
