@@ -2,6 +2,9 @@
 
 Every reduction and every update runs on the slice of one cell, in the same order and on the same memory layout
 whatever the cell is packed with. That is what keeps a cell's bits the same alone and packed.
+
+Weights of 16 bits are copies of float32 ones: a step of 1e-6 of a weight is lost in bfloat16, whose neighbours are
+1/256 apart. Moments, clipping and steps are float32 then, and so is what a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -13,26 +16,40 @@ from torch import Tensor
 
 from grid.sections import TrainingSection
 
+NARROW = (torch.float16, torch.bfloat16)
+
 
 class StackedAdamW:
     """Decoupled weight decay Adam (Loshchilov & Hutter 2019), fused, on the slices `[c]` of parameters `[C, …]`.
 
     Weight decay applies to matrices only; norms and biases (one dimension per cell) are left alone.
+
+    Attributes:
+        parameters: name -> [C, …], what gradients are taken of.
+        masters: the same weights as steps change them: the parameters themselves, or float32 copies of 16-bit ones.
+        first, second: Adam's moments.
+        steps: each cell's step count.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], settings: Sequence[TrainingSection]) -> None:
         self.parameters = parameters
         self.settings = list(settings)
-        self.first = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
-        self.second = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
+        self.masters = {name: _master(value.detach()) for name, value in parameters.items()}
+        self.first = {name: torch.zeros_like(value) for name, value in self.masters.items()}
+        self.second = {name: torch.zeros_like(value) for name, value in self.masters.items()}
         device = next(iter(parameters.values())).device
         self.steps = [torch.zeros((), device=device) for _ in settings]
         # matrices first, so that the decayed slices are one contiguous stretch of each list
         self._order = sorted(parameters, key=lambda name: parameters[name].dim() < 3)
         self._matrices = sum(parameters[name].dim() >= 3 for name in self._order)
         self._weights, self._first, self._second = (
-            self._slices(group) for group in ({n: p.detach() for n, p in parameters.items()}, self.first, self.second)
+            self._slices(group) for group in (self.masters, self.first, self.second)
         )
+        rounded = [name for name, value in parameters.items() if value.dtype != self.masters[name].dtype]
+        self._rounded = [
+            ([parameters[name].detach()[c] for name in rounded], [self.masters[name][c] for name in rounded])
+            for c in range(len(self.settings))
+        ]
 
     def _slices(self, stacked: Mapping[str, Tensor]) -> list[list[Tensor]]:
         """[cell][parameter] views that share storage with the stack."""
@@ -52,8 +69,9 @@ class StackedAdamW:
     def step(self, cell: int, gradients: Sequence[Tensor], lr: float, norm: float) -> None:
         """One update of one cell, its gradient scaled down so that its norm is at most `clip_norm`."""
         training = self.settings[cell]
+        gradients = [g.to(weight.dtype) for g, weight in zip(gradients, self._weights[cell], strict=True)]
         if training.clip_norm is not None and norm > training.clip_norm:
-            torch._foreach_mul_(list(gradients), training.clip_norm / norm)
+            torch._foreach_mul_(gradients, training.clip_norm / norm)
         self.steps[cell] += 1
         cut = self._matrices if training.weight_decay else len(self._order)
         for part, decay in ((slice(0, cut), training.weight_decay), (slice(cut, None), 0.0)):
@@ -61,7 +79,7 @@ class StackedAdamW:
             if weights:
                 torch._fused_adamw_(
                     weights,
-                    list(gradients[part]),
+                    gradients[part],
                     self._first[cell][part],
                     self._second[cell][part],
                     [],
@@ -74,6 +92,14 @@ class StackedAdamW:
                     amsgrad=False,
                     maximize=False,
                 )
+        self._publish(cell)
+
+    @torch.no_grad()
+    def _publish(self, cell: int) -> None:
+        """Round one cell's float32 weights to its 16-bit parameters."""
+        narrow, wide = self._rounded[cell]
+        if narrow:
+            torch._foreach_copy_(narrow, wide)
 
     def finite(self) -> list[bool]:
         """Whether each cell's weights are all finite."""
@@ -82,23 +108,29 @@ class StackedAdamW:
 
     def state(self, cell: int) -> dict[str, Tensor]:
         """One cell's weights and moments by name, as copies on the CPU."""
-        groups = {"weight": self.parameters, "first": self.first, "second": self.second}
+        groups = {"weight": self.masters, "first": self.first, "second": self.second}
         views = {f"{group}/{name}": value[cell] for group, values in groups.items() for name, value in values.items()}
         return {name: value.detach().cpu().clone() for name, value in {**views, "steps": self.steps[cell]}.items()}
 
     @torch.no_grad()
     def restore(self, cell: int, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned. Raises KeyError or ValueError where names or shapes differ."""
-        for group, values in (("weight", self.parameters), ("first", self.first), ("second", self.second)):
+        for group, values in (("weight", self.masters), ("first", self.first), ("second", self.second)):
             for name, value in values.items():
                 stored = state[f"{group}/{name}"]
                 if stored.shape != value.shape[1:]:
                     raise ValueError(f"{name} has shape {tuple(stored.shape)}, not {tuple(value.shape[1:])}")
                 value[cell].copy_(stored)
         self.steps[cell].copy_(state["steps"])
+        self._publish(cell)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors together, a float64 scalar tensor."""
-    norms = torch.stack(torch._foreach_norm(list(tensors))).double()
+    wide = torch.float32 if any(tensor.dtype in NARROW for tensor in tensors) else None
+    norms = torch.stack(torch._foreach_norm(list(tensors), 2, wide)).double()
     return norms.square().sum().sqrt()
+
+
+def _master(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in NARROW else weight

@@ -25,7 +25,7 @@ def run(optimizer: StackedAdamW, cells: list[int], steps: int, lr: float = 0.01)
     for step in range(steps):
         given = [gradient(cell, step) for cell in cells]
         for name, parameter in optimizer.parameters.items():
-            parameter.grad = torch.stack([each[name] for each in given])
+            parameter.grad = torch.stack([each[name] for each in given]).to(parameter.dtype)
         for c, slices in enumerate(optimizer.gradients()):
             optimizer.step(c, slices, lr, float(norm(slices)))
 
@@ -94,3 +94,60 @@ def test_only_the_cell_with_an_infinite_weight_is_not_finite() -> None:
     with torch.no_grad():
         weights["other"][1, 0, 0] = float("inf")
     assert StackedAdamW(weights, [TrainingSection()] * 3).finite() == [True, False, True]
+
+
+def narrow(cells: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to(dtype).requires_grad_() for name, value in stack(cells).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_tiny_steps_of_16_bit_weights_add_up(dtype: torch.dtype) -> None:
+    """A thousand steps of 1e-6 move every weight by a thousandth (to float32's rounding); one alone moves none."""
+    weights = narrow(1, dtype)
+    before = {name: value.detach().clone() for name, value in weights.items()}
+    optimizer = StackedAdamW(weights, [TrainingSection(clip_norm=None)])
+    for step in range(1000):
+        for parameter in weights.values():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        (slices,) = optimizer.gradients()
+        assert {value.dtype for value in slices} == {dtype}
+        optimizer.step(0, slices, 1e-6, float(norm(slices)))
+        if step == 0:
+            assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    for name, value in weights.items():
+        torch.testing.assert_close(optimizer.masters[name], before[name].float() - 1e-3, rtol=0, atol=6e-5)
+        assert torch.equal(value, optimizer.masters[name].to(dtype))
+        assert not torch.equal(value, before[name])
+
+
+def test_16_bit_weights_follow_float32_ones_given_the_same_gradients() -> None:
+    settings = [TrainingSection(clip_norm=0.1, weight_decay=0.1)] * 2
+    few, many = narrow(2, torch.bfloat16), {n: v.detach().float() for n, v in narrow(2, torch.bfloat16).items()}
+    small, large = StackedAdamW(few, settings), StackedAdamW(many, settings)
+    for step in range(5):
+        for c in range(2):
+            given = {name: value.to(torch.bfloat16) for name, value in gradient(c, step).items()}
+            slices = [given[name] for name in small._order]
+            wide = [value.float() for value in slices]
+            assert float(norm(slices)) == pytest.approx(float(norm(wide)), rel=1e-6)
+            small.step(c, slices, 0.01, float(norm(wide)))
+            large.step(c, wide, 0.01, float(norm(wide)))
+    for name, value in many.items():
+        assert torch.equal(small.masters[name], value)
+        assert torch.equal(few[name], value.to(torch.bfloat16))
+
+
+def test_a_restored_state_of_16_bit_weights_goes_on_with_the_same_bits() -> None:
+    settings = [TrainingSection()]
+    through, resumed = narrow(1, torch.bfloat16), narrow(1, torch.bfloat16)
+    first, second = StackedAdamW(through, settings), StackedAdamW(resumed, settings)
+    run(first, [0], steps=3, lr=1e-4)
+    state = first.state(0)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    second.restore(0, state)
+    assert all(torch.equal(resumed[name], through[name]) for name in SHAPES)
+    for optimizer in (first, second):
+        run(optimizer, [0], steps=30, lr=1e-4)
+    for name in SHAPES:
+        assert torch.equal(resumed[name], through[name])
+        assert torch.equal(first.masters[name], second.masters[name])
