@@ -1,4 +1,4 @@
-"""Cells that train adapters: small checkpoints, the same bits alone, packed and resumed, a folder that PEFT loads."""
+"""Cells that train adapters or 16-bit weights: the same bits alone, packed and resumed, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -15,18 +15,31 @@ from harness.policy.load import load_policy
 from harness.training import checkpoint, run_cells
 
 POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}
+NARROW: dict[str, Any] = {"dtype": "bfloat16"}
 OBJECTIVES: list[dict[str, Any]] = [
     {"estimator": "k3", "placement": "loss"},
     {"estimator": "full", "placement": "loss"},
 ]
 
 
-def test_packed_is_alone(make_run: MakeRun) -> None:
-    packed = finished(make_run("packed", objectives=OBJECTIVES, seeds=2, policy=POLICY))
-    alone = make_run("alone", objectives=OBJECTIVES, seeds=2, policy=POLICY)
+@pytest.mark.parametrize("policy", [POLICY, NARROW, {**POLICY, **NARROW}], ids=["adapters", "bfloat16", "both"])
+def test_packed_is_alone(make_run: MakeRun, policy: dict[str, Any]) -> None:
+    packed = finished(make_run("packed", objectives=OBJECTIVES, seeds=2, policy=policy))
+    alone = make_run("alone", objectives=OBJECTIVES, seeds=2, policy=policy)
     for identity in alone.cells:
         run_cells(alone.path, [identity])
         assert_same(packed, alone, identity)
+
+
+def test_16_bit_weights_interrupted_after_every_single_update(make_run: MakeRun) -> None:
+    through, broken = (make_run(name, policy=NARROW, training={"lr": 1e-5}) for name in ("through", "broken"))
+    finished(through)
+    identity = broken.cells[0]
+    for _ in range(5):
+        assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
+    assert run_cells(broken.path, [identity]) == {identity: "finished"}
+    assert_same(through, broken, identity)
+    assert {value.dtype for value in weights(through, identity).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
