@@ -171,9 +171,35 @@ def _check_training(section: TrainingSection) -> None:
             key="training.overlong_buffer",
             value=section.overlong_buffer,
         )
-    sampler = section.sampler
-    if sampler is not None and sampler.low > sampler.high:
+    if section.equal_groups != "keep" and section.group_size == 1:
+        raise Mistake("the rewards of a group of one are always equal", key="training.group_size", value=1)
+    if section.sampler is not None:
+        _check_sampler(section, section.sampler)
+    if section.critic is not None:
+        _check_critic(section.critic)
+
+
+def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
+    if sampler.low > sampler.high:
         raise Mistake("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
+    temperature = sampler.temperature or section.temperature
+    if sampler.engine == "vllm" and section.top_p < 1.0 and temperature != 1.0:
+        raise Mistake(
+            "vllm records log-probabilities either before the temperature or after top-p",
+            key="training.top_p",
+            value=section.top_p,
+            hint=f"Set it to 1, or the temperature ({temperature:g}) to 1.",
+        )
+
+
+def _check_critic(critic: Critic) -> None:
+    if critic.kind == "model" and critic.coefficient != Critic().coefficient:
+        raise Mistake(
+            "does nothing to a critic that is trained apart",
+            key="training.critic.coefficient",
+            value=critic.coefficient,
+            hint="Its steps are set by training.critic.lr; or choose kind: head.",
+        )
 
 
 def _check_tiny(section: TinyPolicy) -> None:

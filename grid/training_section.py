@@ -14,10 +14,13 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 class Critic(Section):
     """A learned value function for the advantage `gae`; without one V = 0.
 
-    ``model``: a copy of the policy with a value head, trained apart; ``head``: a value head on the policy's own trunk,
-    whose loss is added to the policy's with ``coefficient``. ``clip`` bounds how far a value may move from the one at
-    the rollout (the clipped value loss of Schulman et al. 2017's code); null does not clip. During the first
-    ``warmup_updates`` only the critic learns. ``lr`` is that of the policy unless given.
+    ``model``: a copy of the starting policy with a linear value head, trained apart; ``head``: a linear value head on
+    the policy's own trunk, into which the value loss flows with ``coefficient``. What is the critic's own (the head,
+    and the copy below it) has an optimizer of its own with the settings of the policy's, but for its ``lr``, if given.
+
+    The loss is ½·max((V − R̂)², (clip(V, V_old ± ``clip``) − R̂)²), a mean over the update's own tokens, with V_old as
+    the rollout was drawn and R̂ = A + V_old before whitening (the code of Schulman et al. 2017; verl); a null ``clip``
+    does not clip. During the first ``warmup_updates`` only the critic learns.
     """
 
     kind: Literal["model", "head"] = "model"
@@ -30,8 +33,9 @@ class Critic(Section):
 class BetaControl(Section):
     """Adaptive β (Ziegler et al. 2019, section 2.2): after each update β ← β·(1 + clip(KL/target − 1, ±0.2)/horizon).
 
-    KL is the update's mean k3 per own token, to the reference. ``horizon`` is in updates. The objective's β is the
-    first one.
+    KL is the update's mean k3 per own token, to the reference, in nats. ``horizon`` is in updates: at 10, Ziegler's
+    K_β = 0.1, β moves by 2% at most. The objective's β is the first one. An update that was skipped, or in which only a
+    critic learned, leaves β as it is.
     """
 
     target: Positive
@@ -41,8 +45,10 @@ class BetaControl(Section):
 class TrustRegion(Section):
     """A penalty coefficient·KL(π_old‖π) in the loss, beside or instead of clipping (PPO-penalty, Schulman et al. 2017).
 
-    With a ``target`` the coefficient adapts: it doubles after an update whose KL was above 1.5·target, and halves
-    after one whose KL was below target/1.5.
+    π_old is the behaviour policy of the importance ratios; the KL is estimated by e^λ − 1 − λ with λ = ℓ − ℓ_old, and
+    aggregated as the objective is. With a ``target`` the coefficient adapts once per rollout, to the mean KL per own
+    token that its last update saw (`kl_behaviour`): it doubles above 1.5·target and halves below target/1.5, within a
+    factor of 1024 of the first.
     """
 
     coefficient: Positive = 1.0
@@ -52,9 +58,14 @@ class TrustRegion(Section):
 class Sampler(Section):
     """Rollouts from another engine, in another precision or at another temperature than the trainer's.
 
-    The trainer recomputes π_old; what to do about the difference to the sampler μ: ``none``: ignore it; ``ratio``: use
-    μ as the behaviour policy of the importance ratio; ``tis``: multiply the surrogate by min(π_old/μ, cap);
-    ``icepop``: by π_old/μ inside [low, high], 0 outside.
+    The sampler μ is the behaviour policy with its weights in ``dtype``, at ``temperature`` (those of the trainer unless
+    given). The trainer computes π_old, the behaviour policy as it sees it, anew when the rollout is drawn; the
+    importance ratio is to π_old. What to do about the difference to μ: ``none``: ignore it; ``ratio``: use μ as the
+    behaviour policy of the importance ratio; ``tis``: multiply each token's surrogate by min(π_old/μ, cap), a constant
+    (Yao et al. 2025); ``icepop``: by π_old/μ inside [low, high], 0 outside (arXiv:2510.18855). As in TRL and verl, a
+    KL term of the loss is not multiplied.
+
+    ``engine: vllm`` needs the extra ``vllm`` and a GPU. Its draws are not klab's, and not the same on every machine.
     """
 
     engine: Literal["klab", "vllm"] = "klab"
@@ -73,11 +84,14 @@ class TrainingSection(Section):
     ``updates_per_rollout`` passes of ``minibatches`` updates each. One call of a task's reward may take
     ``reward_seconds``.
 
-    ``equal_groups`` says what happens to groups whose rewards are all equal: ``keep`` them, ``drop`` them from the
-    update (Reinforce-Rej), or ``refill`` with groups of new prompts, in at most ``refill_rounds`` further draws
-    (DAPO's dynamic sampling). ``truncated: mask`` takes trajectories that ran out of budget out of the loss (DAPO's
-    overlong filtering); with ``overlong_buffer`` the last so many tokens of the budget cost up to
-    ``overlong_penalty`` of reward, linearly (DAPO's soft overlong punishment).
+    ``equal_groups`` says what happens to groups whose rewards (the task's) are all equal: ``keep`` them, ``drop`` them
+    from the update with their KL term (Reinforce-Rej; denominators count what is left, and an update of which nothing
+    is left changes nothing), or ``refill`` with groups of new prompts, in at most ``refill_rounds`` further draws of
+    ``prompts`` (DAPO's dynamic sampling; what is still missing then is filled with equal groups of the first draw).
+    ``truncated: mask`` takes the tokens of trajectories that ran out of budget out of the loss, while their rewards
+    count in the statistics of the advantage (DAPO's overlong filtering). With ``overlong_buffer`` the last so many
+    tokens of the budget cost up to ``overlong_penalty`` of reward, linearly (DAPO's soft overlong punishment, eq. 13);
+    the reward that is recorded is the task's.
 
     ``micro_batch`` (trajectories) and ``token_budget`` (tokens, prompts included) limit one forward pass; neither
     changes a gradient.

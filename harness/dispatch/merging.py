@@ -12,7 +12,8 @@ from pathlib import Path
 
 from grid import Cell, Grid
 from grid.definition import Equality
-from harness.exact.equivalence import cache_folder, equivalence_classes, unknown_fingerprints
+from harness.exact.equivalence import equivalence_classes, unknown_fingerprints
+from harness.exact.fingerprints import cache_folder
 
 Progress = Callable[[int, int], None]
 """Called with (objectives measured so far, objectives to measure)."""

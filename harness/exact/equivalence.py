@@ -2,8 +2,11 @@
 
 Two cells are the same when their tasks, policies, schedules and seeds are and their objectives have the same gradient
 on the probe updates of `harness.exact.probes` to a relative 1e-12. Objectives with equal canonical forms need no
-measurement. For the others a fingerprint is computed once and kept in the user's cache folder, by canonical form and
-version of the code, so that a second look needs neither torch nor time.
+measurement. The others are told apart by their fingerprints (`harness.exact.fingerprints`).
+
+Where training takes an objective apart, equal gradients do not make equal algorithms, and only equal canonical forms
+count: a critic learns the returns, in which a KL stands or not; a sampler's correction multiplies the surrogate and
+not the KL term.
 
 Measurement cannot tell two clipping widths apart whose thresholds no probe ratio separates. Off-policy, objectives that
 give different values to the same parameter of a weight are therefore never merged by measurement.
@@ -11,17 +14,17 @@ give different values to the same parameter of a weight are therefore never merg
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from functools import lru_cache
 from pathlib import Path
 
 from grid import Cell, Objective
+from grid.sections import NUMERICALLY_IDLE, PolicySection, TaskSection, TrainingSection
+from harness.exact.fingerprints import Progress, canonical_text, fingerprints, known_fingerprints
 
 TOLERANCE = 1e-12
 """Largest relative difference of two gradients that count as equal."""
@@ -32,12 +35,8 @@ FLOOR = 1e-14
 BLOCKS = 4
 """Blocks of a fingerprint: no, mild and strong drift, and the comb of single tokens."""
 
-_LINES_AT_ONCE = 500
-_BEFORE_MARK = ", ["
-"""What separates the key of a line from its numbers; no canonical form contains it."""
-
-Progress = Callable[[int, int], None]
-"""Called with (fingerprints computed so far, fingerprints to compute)."""
+ByKey = dict[tuple[str, bool, str], list[Cell]]
+"""Cells by surroundings, whether they are on-policy, and canonical form."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,7 @@ def equivalence_classes(
         cache: folder of known fingerprints; `cache_folder()` when None.
         progress: called while fingerprints are computed.
     """
-    by_key: dict[tuple[str, bool, str], list[Cell]] = defaultdict(list)
-    objectives: dict[tuple[str, bool], Objective] = {}
-    for cell in cells:
-        canonical, on_policy = canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy
-        by_key[_surroundings(cell), on_policy, canonical].append(cell)
-        objectives.setdefault((canonical, on_policy), cell.objective)
-
+    by_key, objectives = _by_key(cells)
     contested = _contested(by_key)
     wanted = {key: objective for key, objective in objectives.items() if key in contested}
     marks = fingerprints(wanted, cache=cache, progress=progress)
@@ -94,15 +87,10 @@ def equivalence_classes(
     return sorted(classes, key=lambda found: position[id(found.representative)])
 
 
-def canonical_text(objective: Objective, on_policy: bool) -> str:
-    """The canonical form as one line of JSON: the key of the fingerprint cache."""
-    return json.dumps(objective.canonical(on_policy), sort_keys=True, default=str)
-
-
 def unknown_fingerprints(cells: Iterable[Cell], *, cache: Path | None = None) -> int:
     """How many fingerprints `equivalence_classes` would have to compute (needs no torch)."""
-    keys = {(canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy) for cell in cells}
-    return len(keys - set(_read(_cache_file(cache), keys))) if len(keys) > 1 else 0
+    keys = _contested(_by_key(cells)[0])
+    return len(keys - known_fingerprints(keys, cache=cache)) if keys else 0
 
 
 def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Path | None = None) -> dict[str, int]:
@@ -117,62 +105,36 @@ def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Pa
     return {"written": written, "canonical": len(forms), "measured": len(measured)}
 
 
-def fingerprints(
-    objectives: Mapping[tuple[str, bool], Objective],
-    *,
-    cache: Path | None = None,
-    progress: Progress | None = None,
-) -> dict[tuple[str, bool], list[float]]:
-    """The fingerprint of each objective under its schedule, from the cache or computed and added to it.
-
-    The user's own functions are computed every time: their code is not part of the cache's version.
-    """
-    file = _cache_file(cache)
-    found = _read(file, objectives)
-    missing = [key for key in objectives if key not in found]
-    if not missing:
-        return found
-
-    from harness.exact.probes import fingerprint
-
-    lines: list[str] = []
-    for done, key in enumerate(missing, start=1):
-        canonical, on_policy = key
-        found[key] = fingerprint(objectives[key], on_policy)
-        if not objectives[key].is_custom:
-            lines.append(json.dumps([canonical, on_policy, found[key]]))
-        if progress is not None:
-            progress(done, len(missing))
-        if len(lines) == _LINES_AT_ONCE:
-            _append(file, lines)
-            lines.clear()
-    _append(file, lines)
-    return found
-
-
-def cache_folder() -> Path:
-    """Where fingerprints are kept: `$KLAB_CACHE`, else `klab` in the user's cache folder."""
-    if given := os.environ.get("KLAB_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klab"
-
-
-def code_version() -> str:
-    """Hash of the sources that decide a fingerprint: the objective, the probes, and the version of torch."""
-    here = Path(__file__).resolve().parent
-    sources = [*sorted((here.parent / "objective").glob("*.py")), here / "probes.py", here / "estimators.py"]
-    digest = hashlib.sha256(metadata.version("torch").encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+def _by_key(cells: Iterable[Cell]) -> tuple[ByKey, dict[tuple[str, bool], Objective]]:
+    """Cells by surroundings, schedule and canonical form; and an objective of every form."""
+    by_key: ByKey = defaultdict(list)
+    objectives: dict[tuple[str, bool], Objective] = {}
+    for cell in cells:
+        canonical, on_policy = canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy
+        by_key[_surroundings(cell), on_policy, canonical].append(cell)
+        objectives.setdefault((canonical, on_policy), cell.objective)
+    return by_key, objectives
 
 
 def _surroundings(cell: Cell) -> str:
-    canonical = cell.canonical()
-    return json.dumps({key: canonical[key] for key in canonical if key != "objective"}, sort_keys=True, default=str)
+    """What equal algorithms have in common beside their gradients."""
+    own = canonical_text(cell.objective, cell.training.on_policy) if _taken_apart(cell.training) else ""
+    return f"{_sections(cell.task, cell.policy, cell.training)}@{cell.seed}{own}"
 
 
-def _contested(by_key: Mapping[tuple[str, bool, str], list[Cell]]) -> set[tuple[str, bool]]:
+@lru_cache(maxsize=65536)
+def _sections(task: TaskSection, policy: PolicySection, training: TrainingSection) -> str:
+    plain = [task.model_dump(mode="json"), policy.model_dump(mode="json")]
+    return json.dumps([*plain, training.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE))], sort_keys=True)
+
+
+def _taken_apart(training: TrainingSection) -> bool:
+    """Whether training reads more of an objective than the gradient of its loss."""
+    corrected = training.sampler is not None and training.sampler.correction in ("tis", "icepop")
+    return training.critic is not None or corrected
+
+
+def _contested(by_key: ByKey) -> set[tuple[str, bool]]:
     """Canonical forms that share their surroundings with another form: only those need a fingerprint."""
     forms: dict[tuple[str, bool], set[str]] = defaultdict(set)
     for surroundings, on_policy, canonical in by_key:
@@ -255,41 +217,3 @@ def _reason(members: Sequence[Cell], measured: bool) -> str:
     if measured:
         causes["measured: equal gradients on the probe updates"] = None
     return "; ".join(causes)
-
-
-def _cache_file(cache: Path | None) -> Path:
-    return (cache or cache_folder()) / "fingerprints" / f"{code_version()}.jsonl"
-
-
-def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
-    """Those of the wanted fingerprints that are known; lines of others are passed over unparsed."""
-    if not file.exists():
-        return {}
-    heads = {_head(canonical, on_policy) for canonical, on_policy in wanted}
-    known: dict[tuple[str, bool], list[float]] = {}
-    for line in file.read_text().split("\n"):
-        if line.partition(_BEFORE_MARK)[0] not in heads:
-            continue
-        try:
-            canonical, on_policy, mark = json.loads(line)
-        except ValueError:  # a line torn by a crash
-            continue
-        known[canonical, on_policy] = mark
-    return known
-
-
-def _head(canonical: str, on_policy: bool) -> str:
-    """How the line of a fingerprint begins."""
-    return json.dumps([canonical, on_policy])[:-1]
-
-
-def _append(file: Path, lines: Sequence[str]) -> None:
-    """Add lines in one write; a cache that cannot be written only costs time."""
-    if not lines:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
-            stream.write("\n" + "\n".join(lines) + "\n")
-    except OSError:
-        return

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from grid import Objective
-from harness.exact.equivalence import canonical_text, fingerprints
+from harness.exact.fingerprints import canonical_text, fingerprints
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 from grid import Mistake, Objective
 from grid.catalogue import AXES
 from harness.exact.bench import Draws, Instance
-from harness.exact.equivalence import canonical_text
+from harness.exact.fingerprints import canonical_text
 from harness.exact.setting import Setting
 
 MAIN_AXES = ("estimator", "placement", "ratio", "weight", "advantage")

@@ -96,3 +96,50 @@ def test_plan_merges_without_importing_torch(tmp_path):
     planned = json.loads(done.stdout)
     assert len(planned["cells"]) == 6
     assert len(planned["equalities"]) == 2
+
+
+CRITIC = """
+name: critics
+task: addition
+training: {updates: 2}
+objective: {estimator: k1, advantage: gae}
+design: list
+cells:
+  - {placement: reward_to_go, kl_scale: sum}
+  - {placement: advantage_to_go}
+  - {placement: reward_to_go, kl_scale: sum, training.critic: {kind: head}}
+  - {placement: advantage_to_go, training.critic: {kind: head}}
+  - {placement: advantage_to_go, training.critic: {kind: model}}
+"""
+
+
+def test_equal_gradients_do_not_make_equal_critics():
+    """γ = λ = 1: a KL inside the returns or after them gives the same advantages from the same values, and other
+    values."""
+    grid = parse_grid(CRITIC, "critics.yaml")
+    merged = merge_equal(grid).grid
+    assert [equality.merged for equality in merged.equalities] == [(grid.cells[1].id,)]
+    assert [cell.id for cell in merged.cells] == [cell.id for i, cell in enumerate(grid.cells) if i != 1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trust_region": {}}, {"beta_control": {"target": 0.1}}, {"critic": {}}], ids=lambda s: next(iter(s))
+)
+def test_what_training_adds_makes_another_algorithm(settings):
+    study = {
+        "name": "added",
+        "task": "addition",
+        "training": {"updates": 2, "updates_per_rollout": 2},
+        "objective": {"advantage": "gae"},
+        "design": "list",
+        "cells": [{}, {f"training.{key}": value for key, value in settings.items()}],
+    }
+    grid = parse_grid(json.dumps(study), "added.yaml")
+    assert len(merge_equal(grid).grid.cells) == 2
+
+
+def test_forms_that_share_no_surroundings_need_no_measurement(cache):
+    study = {"name": "apart", "task": "addition", "training": {"updates_per_rollout": 2}, "design": "list"}
+    grid = parse_grid(json.dumps(study | {"cells": [{"training.lr": 1e-3}, {"estimator": "k1"}]}), "apart.yaml")
+    assert merge_equal(grid, at_most=0).unmeasured == 0
+    assert not (cache / "fingerprints").exists()

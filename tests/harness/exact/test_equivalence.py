@@ -16,13 +16,8 @@ import torch
 from grid import Cell, Objective
 from grid.catalogue import AXES
 from grid.sections import AdditionTask, TinyPolicy, TrainingSection
-from harness.exact.equivalence import (
-    canonical_text,
-    count_classes,
-    equivalence_classes,
-    fingerprints,
-    unknown_fingerprints,
-)
+from harness.exact.equivalence import count_classes, equivalence_classes, unknown_fingerprints
+from harness.exact.fingerprints import canonical_text, fingerprints
 from harness.exact.probes import probe, probe_gradient
 from tests.harness.exact.enumeration import weight_of
 

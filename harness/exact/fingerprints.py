@@ -1,0 +1,121 @@
+"""Fingerprints of objectives: their gradients on the probe updates, computed once.
+
+They are kept in the user's cache folder, by canonical form and version of the code, so that a second look needs neither
+torch nor time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from grid import Objective
+
+_LINES_AT_ONCE = 500
+_BEFORE_MARK = ", ["
+"""What separates the key of a line from its numbers; no canonical form contains it."""
+
+Progress = Callable[[int, int], None]
+"""Called with (fingerprints computed so far, fingerprints to compute)."""
+
+
+def canonical_text(objective: Objective, on_policy: bool) -> str:
+    """The canonical form as one line of JSON: the key of the fingerprint cache."""
+    return json.dumps(objective.canonical(on_policy), sort_keys=True, default=str)
+
+
+def fingerprints(
+    objectives: Mapping[tuple[str, bool], Objective],
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[tuple[str, bool], list[float]]:
+    """The fingerprint of each objective under its schedule, from the cache or computed and added to it.
+
+    The user's own functions are computed every time: their code is not part of the cache's version.
+    """
+    file = _cache_file(cache)
+    found = _read(file, objectives)
+    missing = [key for key in objectives if key not in found]
+    if not missing:
+        return found
+
+    from harness.exact.probes import fingerprint
+
+    lines: list[str] = []
+    for done, key in enumerate(missing, start=1):
+        canonical, on_policy = key
+        found[key] = fingerprint(objectives[key], on_policy)
+        if not objectives[key].is_custom:
+            lines.append(json.dumps([canonical, on_policy, found[key]]))
+        if progress is not None:
+            progress(done, len(missing))
+        if len(lines) == _LINES_AT_ONCE:
+            _append(file, lines)
+            lines.clear()
+    _append(file, lines)
+    return found
+
+
+def known_fingerprints(keys: Collection[tuple[str, bool]], *, cache: Path | None = None) -> set[tuple[str, bool]]:
+    """Those of the keys whose fingerprints need not be computed (needs no torch)."""
+    return set(_read(_cache_file(cache), keys))
+
+
+def cache_folder() -> Path:
+    """Where fingerprints are kept: `$KLAB_CACHE`, else `klab` in the user's cache folder."""
+    if given := os.environ.get("KLAB_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klab"
+
+
+def code_version() -> str:
+    """Hash of the sources that decide a fingerprint: the objective, the probes, and the version of torch."""
+    here = Path(__file__).resolve().parent
+    sources = [*sorted((here.parent / "objective").glob("*.py")), here / "probes.py", here / "estimators.py"]
+    digest = hashlib.sha256(metadata.version("torch").encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache_file(cache: Path | None) -> Path:
+    return (cache or cache_folder()) / "fingerprints" / f"{code_version()}.jsonl"
+
+
+def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
+    """Those of the wanted fingerprints that are known; lines of others are passed over unparsed."""
+    if not file.exists():
+        return {}
+    heads = {_head(canonical, on_policy) for canonical, on_policy in wanted}
+    known: dict[tuple[str, bool], list[float]] = {}
+    for line in file.read_text().split("\n"):
+        if line.partition(_BEFORE_MARK)[0] not in heads:
+            continue
+        try:
+            canonical, on_policy, mark = json.loads(line)
+        except ValueError:  # a line torn by a crash
+            continue
+        known[canonical, on_policy] = mark
+    return known
+
+
+def _head(canonical: str, on_policy: bool) -> str:
+    """How the line of a fingerprint begins."""
+    return json.dumps([canonical, on_policy])[:-1]
+
+
+def _append(file: Path, lines: Sequence[str]) -> None:
+    """Add lines in one write; a cache that cannot be written only costs time."""
+    if not lines:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            stream.write("\n" + "\n".join(lines) + "\n")
+    except OSError:
+        return
