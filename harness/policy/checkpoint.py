@@ -30,7 +30,7 @@ def read_config(folder: str | Path, trusted: bool = False) -> Any:
 
 
 def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id, its own Python code only if `trusted`. Raises Mistake where there is none."""
+    """The tokenizer of a folder or hub id; `trusted`: as in `read_config`. Raises Mistake where there is none."""
     from transformers import AutoTokenizer
 
     try:

@@ -50,11 +50,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTempla
 
 
 def _opened(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, ...]:
-    ids = list(tokenizer(prompt)["input_ids"])
-    bare = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    while len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return tuple(ids)
+    ids = tuple(tokenizer(prompt)["input_ids"])
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    bare = tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return bare if len(ids) == len(bare) else ids[:-1]
 
 
 def read_generation(folder: str | Path) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ def prepare(members: Sequence[Member], reference: Policy) -> list[Examination]:
 
 def held_out(member: Member) -> list[Example]:
     """The prompts of every evaluation: they depend on the task and on their number alone, not on the seed."""
-    split = member.task.split("held_out")
+    split = member.split("held_out")
     count = min(len(split), member.cell.training.evaluation_prompts)
     return [split[index] for index in choose(len(split), count, "held out")]
 

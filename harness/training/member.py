@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from grid.cell import Cell
+from harness.policy.prompt import GENERATION
+from harness.training.prompts import chat_template, fitting
 from harness.training.schedule import Timetable
-from tasks.task import Task
+from tasks.task import Example, SplitName, Task
 
 _FREE = frozenset(
     {"lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm"}
@@ -57,6 +60,10 @@ class Member:
     def needs_greedy(self) -> bool:
         return self.cell.objective.advantage == "greedy_baseline"
 
+    def split(self, name: SplitName) -> Sequence[Example]:
+        """The examples of the task whose prompts are not too long; see `harness.training.prompts.fitting`."""
+        return fitting(self.task, name, self.cell, self.start, self.max_new_tokens)
+
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.
 
@@ -64,9 +71,10 @@ class Member:
         """
         training = self.cell.training.model_dump(mode="json", exclude=set(_FREE))
         training["max_new_tokens"] = self.max_new_tokens
-        examined = min(len(self.task.split("held_out")), self.cell.training.evaluation_prompts)
+        examined = min(len(self.split("held_out")), self.cell.training.evaluation_prompts)
         policy = self.cell.policy
         phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
+        phases += [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
         adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]
         text = json.dumps([training, phases, adapters, _architecture(self.start)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -74,7 +82,7 @@ class Member:
 
 def _architecture(start: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION):
         file = start / name
         digest.update(file.read_bytes() if file.exists() else b"")
     return digest.hexdigest()

@@ -15,8 +15,9 @@ from harness.policy.rollout import sample
 from harness.store import Run
 from harness.training.life import _prepared
 from harness.training.pack import Pack
+from harness.training.prompts import encode
 from harness.training.randomness import generator
-from harness.training.rollouts import encode, training_examples
+from harness.training.rollouts import training_examples
 from harness.training.schedule import Timetable
 
 # fmt: off
@@ -126,7 +127,7 @@ def test_a_lagged_rollout_comes_from_the_policy_of_that_many_updates_ago(
             examples = training_examples(member, number)
             again = sample(
                 old,
-                [encode(old, examples)],
+                [encode(old, member, examples)],
                 group_size=4,
                 max_new_tokens=4,
                 generators=[generator("cpu", "rollout", number, member.cell.seed)],
@@ -153,7 +154,7 @@ def test_greedy_baseline_scores_one_greedy_completion_per_prompt(make_run: MakeR
     examples = training_examples(member, 0)
     greedy = sample(
         trained.policy,
-        [encode(trained.policy, examples)],
+        [encode(trained.policy, member, examples)],
         group_size=1,
         max_new_tokens=4,
         generators=[torch.Generator()],
