@@ -206,18 +206,18 @@ def draw(logits: Tensor, generator: torch.Generator | Stretch | None, top_p: flo
     if generator is None:
         chosen = logp.argmax(-1, keepdim=True)
         return chosen.squeeze(-1), logp.gather(-1, chosen).squeeze(-1)
-    uniform = _uniform(generator, len(logp), logp.device)
+    numbers = uniform(generator, len(logp), logp.device)
     probabilities = logp.exp().double()
     if top_p < 1.0:
         ordered, order = probabilities.sort(stable=True, dim=-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the most likely token is never outside
         probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
     cumulative = probabilities.cumsum(-1)
-    chosen = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(max=logp.shape[-1] - 1)
+    chosen = (cumulative <= numbers * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(max=logp.shape[-1] - 1)
     return chosen.squeeze(-1), logp.gather(-1, chosen).squeeze(-1)
 
 
-def _uniform(generator: torch.Generator | Stretch, rows: int, device: torch.device) -> Tensor:
+def uniform(generator: torch.Generator | Stretch, rows: int, device: torch.device) -> Tensor:
     """Uniform numbers [rows, 1] in float64."""
     if isinstance(generator, torch.Generator):
         return torch.rand(rows, 1, generator=generator, device=device, dtype=torch.float64)
@@ -276,6 +276,24 @@ class Draft:
                 self.open[row] = self._answered(row)
             elif self.spent[row] >= self.budget:
                 self.open[row], self.truncated[row] = False, True
+
+    def turn(self, row: int, tokens: Sequence[int], logp: Sequence[float]) -> None:
+        """A whole turn of an open trajectory at once, and the environment's answer to it.
+
+        Without an end token or tokens of the budget left, what stopped the turn (the model's context) truncates it.
+        """
+        self.written[row] += tokens
+        self.own[row] += [True] * len(tokens)
+        self.logp[row] += logp
+        self.spent[row] += len(tokens)
+        if tokens and tokens[-1] in self.ends:
+            self.open[row] = self._answered(row)
+            self.written[row] += self.answers[row]
+            self.own[row] += [False] * len(self.answers[row])
+            self.logp[row] += [0.0] * len(self.answers[row])
+            self.answers[row] = []
+        else:
+            self.open[row], self.truncated[row] = False, True
 
     def _answered(self, row: int) -> bool:
         if self.environment is None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from harness.objective import Coefficients
 from harness.policy.rollout import Rollout
 from harness.store import files
+from harness.training.refill import Drawn
 from harness.training.rollouts import Experience
 
 FILE = "state.safetensors"
@@ -68,7 +69,8 @@ def to_bytes(state: State) -> bytes:
         for name, value in _tensors(experience).items():
             tensors[f"pending/{place}/{name}"] = value.detach().cpu().contiguous()
         plain = {name: value for name, value in _fields(experience.rollout).items() if not isinstance(value, Tensor)}
-        pending.append({"number": experience.number, "rollout": plain})
+        drawn = None if experience.drawn is None else asdict(experience.drawn)
+        pending.append({"number": experience.number, "rollout": plain, "drawn": drawn})
     counters = {
         "cell": state.cell,
         "update": state.update,
@@ -121,7 +123,7 @@ def read(file: Path, cell: str, device: torch.device) -> State:
     )
 
 
-_SCORES = ("rewards", "correct", "reference", "greedy", "values")
+_SCORES = ("rewards", "correct", "reference", "greedy", "values", "recomputed")
 
 
 def _fields(value: Rollout) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def _experience(described: Mapping[str, Any], stored: Mapping[str, Tensor], devi
     placed = {name: value.to(device) for name, value in stored.items()}
     scores: dict[str, Any] = {name: placed.get(name) for name in _SCORES}
     rollout: dict[str, Any] = {**described["rollout"], **_below(placed, "rollout/")}
-    return Experience(described["number"], Rollout(**rollout), **scores)
+    drawn = None if described["drawn"] is None else Drawn(**described["drawn"])
+    return Experience(described["number"], Rollout(**rollout), **scores, drawn=drawn)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -52,23 +52,31 @@ def update_row(
         gradient_norm: before clipping.
         nonfinite: the loss or the gradient was not finite, and the update was skipped.
     """
-    rollout, rewards = experience.rollout, experience.rewards.double()
-    tokens = int(rollout.mask.sum())
+    rollout = experience.rollout
     return {
         "update": update,
         "rollout": experience.number,
+        **sampled_figures(experience),
+        **{name: finite(metrics[name]) for name in FROM_OBJECTIVE},
+        "entropy": finite(float(entropy.masked_fill(~rollout.mask, 0.0).sum()) / max(1, int(rollout.mask.sum()))),
+        "gradient_norm": finite(gradient_norm),
+        "loss": finite(loss),
+        "lr": lr,
+        "nonfinite": nonfinite,
+    }
+
+
+def sampled_figures(experience: Experience) -> Row:
+    """What the task and the sampler say about the trajectories of a minibatch."""
+    rollout, rewards = experience.rollout, experience.rewards.double()
+    tokens = int(rollout.mask.sum())
+    return {
         "reward_mean": finite(float(rewards.mean())),
         "reward_std": finite(float(rewards.std(correction=0))),
         "correct": float(experience.correct.mean()),
-        **{name: finite(metrics[name]) for name in FROM_OBJECTIVE},
-        "entropy": finite(float(entropy.masked_fill(~rollout.mask, 0.0).sum()) / max(1, tokens)),
-        "gradient_norm": finite(gradient_norm),
         "length_mean": tokens / len(rewards),
         "truncated": float(rollout.truncated.double().mean()),
-        "loss": finite(loss),
         "tokens": tokens,
-        "lr": lr,
-        "nonfinite": nonfinite,
     }
 
 

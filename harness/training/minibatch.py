@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from harness.training.randomness import permutation
+from harness.training.refill import group_rows
 from harness.training.rollouts import Experience
 
 
@@ -28,7 +27,7 @@ def select(experience: Experience, groups: Sequence[int]) -> Experience:
     size = experience.rollout.group_size
     if len(groups) == len(experience.rollout.prompts):
         return experience
-    rows = (torch.tensor(groups)[:, None] * size + torch.arange(size)).flatten().to(experience.rewards.device)
+    rows = group_rows(groups, size).to(experience.rewards.device)
     return replace(
         experience,
         rollout=experience.rollout.rows(groups),
@@ -37,4 +36,5 @@ def select(experience: Experience, groups: Sequence[int]) -> Experience:
         reference=experience.reference[rows],
         greedy=None if experience.greedy is None else experience.greedy[rows],
         values=None if experience.values is None else experience.values[rows],
+        recomputed=None if experience.recomputed is None else experience.recomputed[rows],
     )
