@@ -24,7 +24,8 @@ def value_loss(
         totals: of the whole update; the losses of its micro-batches add up.
         clip: None does not clip.
     """
-    return token_mean(own(0.5 * _errors(values, old, targets, clip)[0], mask), mask, totals)
+    errors, _ = _errors(own(values, mask), own(old, mask), own(targets, mask), clip)
+    return token_mean(own(0.5 * errors, mask), mask, totals)
 
 
 def value_metrics(values: Tensor, old: Tensor, targets: Tensor, mask: Tensor, clip: float | None) -> dict[str, float]:
