@@ -24,6 +24,9 @@ from tasks.task import Task
 _TRAINED = ("lora", "gradient_checkpointing")
 """Settings of a policy that say how it is trained, not where it starts."""
 
+_OTHER_FORMATS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*")
+"""Files of a model on the hub that PyTorch does not read."""
+
 VERSION = 1
 """Of the warm-up procedure; part of every policy's address."""
 
@@ -45,7 +48,7 @@ def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, pr
         Mistake: no such checkpoint; a task without alphabet or solutions; a warm-up that ends outside 0.2..0.5.
     """
     if section.name != "tiny":
-        return _pretrained(section.model)
+        return _pretrained(section.model, section.revision)
     cache, digest = Path(cache), address(section, task_section)
     folder = cache / digest
     if _complete(folder):
@@ -90,18 +93,20 @@ def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int)
     )
 
 
-def _pretrained(model: str) -> Path:
+def _pretrained(model: str, revision: str | None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise Mistake("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
         return path
     if path.is_absolute() or model.startswith("."):
         raise Mistake("no such folder", key="policy.model", value=model)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model))
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(_OTHER_FORMATS)))
     except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
-        reason = str(error).strip().splitlines()[0]
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         problem = f"neither a folder nor a model that can be downloaded: {reason}"
         raise Mistake(problem, key="policy.model", value=model) from error
 
