@@ -1,4 +1,4 @@
-"""What an update makes of its minibatch: groups that leave it, tokens that stay out of the loss, and the record of both.
+"""What an update makes of its minibatch: groups that leave it, tokens that stay out of the loss, and what is recorded.
 
 An update with nothing in its loss changes nothing: no step, no weight decay, and no coefficient moves.
 """
