@@ -27,6 +27,7 @@ from harness.policy.output import wide_product
 from harness.policy.policy import Steps
 from harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
 from harness.policy.rollout import Rollout
+from harness.policy.static_decoding import StaticDecoding, decodes_statically
 
 Weights = dict[str, Tensor]
 
@@ -171,6 +172,8 @@ class Decoder:
         return self.architecture.context
 
     def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
+        if not plain and decodes_statically(self.device):
+            return StaticDecoding(self, prompts, group_size)
         return (PlainDecoding if plain else Decoding)(self, prompts, group_size)
 
     def scores(

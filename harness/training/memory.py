@@ -6,6 +6,8 @@ import gc
 
 import torch
 
+from harness.policy import static_decoding
+
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
@@ -21,7 +23,8 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def release() -> None:
-    """Give back what nothing refers to any more."""
+    """Give back what nothing refers to any more, and what can be made again."""
+    static_decoding.forget()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
