@@ -1,0 +1,200 @@
+"""A sampler that is not the trainer's policy: what it records, what is corrected, and that no mate matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+
+from grid import Mistake, Objective
+from grid.sections import Sampler, load_section
+from harness.objective import TokenBatch
+from harness.policy.decoder import Decoder
+from harness.policy.logprobs import token_scores
+from harness.policy.rollout import sample
+from harness.store import Run
+from harness.training import run_cells
+from harness.training.life import _prepared
+from harness.training.pack import Pack
+from harness.training.randomness import generator
+from harness.training.rollouts import encode, training_examples
+from harness.training.sampling import correction, mismatch
+from harness.training.update import Forward, _batch
+from tests.harness.objective.batches import gradient
+from tests.harness.objective.enumeration import Enumeration
+
+HOT = {"temperature": 1.5}
+
+
+def pack(run: Run) -> Pack:
+    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+
+
+def logs(*values: float) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.float64).log()
+
+
+def test_corrections_are_the_published_ones() -> None:
+    old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)  # ratios 4.5, 1, 0.25, 1.5
+    factors = {
+        kind: correction(Sampler(correction=kind, cap=2.0, low=0.5, high=5.0), old, sampled)
+        for kind in ("tis", "icepop")
+    }
+    torch.testing.assert_close(factors["tis"], torch.tensor([[2.0, 1.0, 0.25, 1.5]]).double())
+    torch.testing.assert_close(factors["icepop"], torch.tensor([[4.5, 1.0, 0.0, 1.5]]).double())
+    for kind in ("none", "ratio"):
+        assert correction(Sampler(correction=kind), old, sampled) is None
+
+
+def test_the_mismatch_is_measured_over_own_tokens() -> None:
+    old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)
+    mask = torch.tensor([[True, True, True, False]])
+    found = mismatch(Sampler(correction="tis"), old, sampled, mask)
+    kl = sum(r - 1 - torch.tensor(r).double().log().item() for r in (4.5, 1.0, 0.25)) / 3
+    assert found["sampler_kl"] == pytest.approx(kl)
+    assert found["sampler_ess"] == pytest.approx(5.75**2 / (3 * (4.5**2 + 1 + 0.25**2)))
+    assert found["correction_mean"] == pytest.approx((2.0 + 1.0 + 0.25) / 3)
+    assert mismatch(Sampler(), old, sampled, mask)["correction_mean"] == 1.0
+    assert set(mismatch(Sampler(), old, sampled, mask & False).values()) == {0.0}
+
+
+@pytest.mark.parametrize("sampler", [HOT, {"dtype": "bfloat16"}, {"dtype": "float64", "temperature": 0.5}])
+def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
+    make_run: MakeRun, sampler: dict[str, Any]
+) -> None:
+    trained = pack(make_run(training={"sampler": sampler, "temperature": 0.8}))
+    trained.advance()
+    trained.draw()
+    member, experience = trained.members[0], trained.pending[0][0]
+    dtype = getattr(torch, sampler.get("dtype", "float32"))
+    copies = {name: value.detach().to(dtype) for name, value in trained.policy.parameters.items()}
+    mu = Decoder(trained.policy.config, trained.policy.tokenizer, copies)
+    again = sample(
+        mu,
+        [encode(mu, member, training_examples(member, 1))],
+        group_size=4,
+        max_new_tokens=4,
+        generators=[generator("cpu", "rollout", 1, 0)],
+        temperature=sampler.get("temperature", 0.8),
+    )[0]
+    assert torch.equal(again.tokens, experience.rollout.tokens)
+    assert torch.equal(again.logp, experience.rollout.logp)
+    seen = token_scores(trained.policy, [experience.rollout], temperature=0.8)[0].logp
+    assert experience.recomputed is not None
+    assert torch.equal(experience.recomputed, seen.detach())
+    assert not torch.allclose(experience.recomputed, experience.rollout.logp.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "ratio", "tis", "icepop"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_ratio_is_to_the_trainer_unless_it_is_asked_to_be_to_the_sampler(
+    make_run: MakeRun, kind: str, epochs: int
+) -> None:
+    sampler = {**HOT, "correction": kind, "cap": 1.1, "low": 0.8, "high": 1.2}
+    trained = pack(make_run(training={"sampler": sampler, "updates_per_rollout": epochs}))
+    trained.draw()
+    member, experience = trained.members[0], trained.pending[0][0]
+    assert experience.recomputed is not None
+    now = experience.recomputed + 0.25
+    batch = _batch(member, experience, Forward(now, now))
+    if kind == "ratio":
+        assert torch.equal(batch.logp_behaviour, experience.rollout.logp)
+    else:
+        assert torch.equal(batch.logp_behaviour, now if epochs == 1 else experience.recomputed)
+    if kind in ("none", "ratio"):
+        assert batch.correction is None
+    else:
+        ratio = (experience.recomputed - experience.rollout.logp).exp()
+        inside = (ratio >= 0.8) & (ratio <= 1.2)
+        expected = ratio.clamp(max=1.1) if kind == "tis" else torch.where(inside, ratio, 0.0)
+        assert torch.equal(batch.correction, expected)
+
+
+def test_the_record_has_the_mismatch_where_there_is_a_sampler(make_run: MakeRun) -> None:
+    names = {"sampler_kl", "sampler_ess", "correction_mean"}
+    trained = [
+        pack(make_run(name, {"sampler": s})) for name, s in (("plain", None), ("hot", {**HOT, "correction": "tis"}))
+    ]
+    rows = [each.advance()[0] for each in trained]
+    assert set(rows[1]) - set(rows[0]) == names
+    assert rows[1]["sampler_kl"] > 1e-3
+    assert 0.5 < rows[1]["sampler_ess"] < 1
+    assert rows[1]["correction_mean"] != 1.0
+    assert rows[1]["ratio_max"] == 1.0  # on policy: the ratio is to the trainer's own policy
+
+
+@pytest.mark.parametrize(
+    ("sampler", "more"),
+    [
+        ({"dtype": "bfloat16", "correction": "tis"}, {"lag": 1}),
+        ({**HOT, "correction": "icepop"}, {"updates_per_rollout": 2, "equal_groups": "refill"}),
+        ({"dtype": "bfloat16", "correction": "ratio"}, {"micro_batch": 8}),
+    ],
+    ids=["bfloat16", "hot", "ratio"],
+)
+def test_interrupted_and_packed_cells_end_with_the_same_bits(
+    make_run: MakeRun, sampler: dict[str, Any], more: dict[str, Any]
+) -> None:
+    training = {**more, "sampler": sampler, "updates": 3, "evaluate_every": 3}
+    objectives = [{"advantage": "greedy_baseline"}, {"placement": "loss"}]
+    packed = finished(make_run("packed", training, objectives, seeds=2))
+    broken = make_run("broken", training, objectives, seeds=2)
+    for identity in broken.cells:
+        for _ in range(2):
+            run_cells(broken.path, [identity], stop=StopAfter(1))
+        run_cells(broken.path, [identity])
+        assert_same(packed, broken, identity)
+    assert {row["nonfinite"] for each in packed.cells for row in numbers(packed, each)["metrics"]} == {False}
+
+
+def corrected(space: Enumeration, objective: Objective, sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expected gradient of trajectories from μ with their correction, and that of trajectories from π_old."""
+    policy, old, mu, reference = (space.policy(seed) for seed in range(4))
+    rewards = torch.randn(len(space.sequences), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    number, here = len(space.sequences), space.logp(mu)
+    batch = TokenBatch(
+        logp=space.logp(policy),
+        logp_behaviour=space.logp(old),
+        logp_reference=space.logp(reference),
+        mask=torch.ones(number, space.steps, dtype=torch.bool),
+        rewards=rewards,
+        groups=torch.zeros(number, dtype=torch.long),
+        max_new_tokens=space.steps,
+        correction=correction(sampler, space.logp(old), here),
+    )
+    coefficients = number * gradient(objective, batch)
+    found = space.derivative(lambda z: (here.sum(1).exp() * (coefficients * space.logp(z)).sum(1)).sum(), policy)
+    return found, space.loss_gradient(objective, policy, old, reference, rewards)
+
+
+@pytest.mark.parametrize("weight", ["one", "ratio", "ppo_clip"])
+@pytest.mark.parametrize("placement", ["none", "reward", "advantage"])
+def test_without_a_cap_a_tokens_correction_is_exact(weight: str, placement: str) -> None:
+    objective = Objective(
+        weight=weight, placement=placement, advantage="raw", aggregation="sequence_sum", ratio="token"
+    )
+    found, truth = corrected(Enumeration(5, 1), objective, Sampler(correction="tis", cap=1e9))
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+    wide = Sampler(correction="icepop", low=0.0, high=1e9)
+    torch.testing.assert_close(corrected(Enumeration(5, 1), objective, wide)[0], truth, rtol=0, atol=1e-12)
+    # what makes it inexact: a cap, no correction at all, and tokens that follow others
+    for space, sampler in [
+        (Enumeration(5, 1), Sampler(correction="tis", cap=1.1)),
+        (Enumeration(5, 1), Sampler()),
+        (Enumeration(3, 2), Sampler(correction="tis", cap=1e9)),
+    ]:
+        biased, truth = corrected(space, objective, sampler)
+        assert float((biased - truth).norm() / truth.norm()) > 0.02
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(Mistake, match=r"training\.sampler\.low: must not exceed training\.sampler\.high \(got 2"):
+        load_section("training", {"sampler": {"correction": "icepop", "low": 2.0, "high": 1.0}})
+    vllm = {"sampler": {"engine": "vllm"}, "top_p": 0.9}
+    assert load_section("training", vllm)
+    with pytest.raises(
+        Mistake, match=r"training\.top_p: vllm records .* Set it to 1, or the temperature \(0\.7\) to 1"
+    ):
+        load_section("training", {**vllm, "temperature": 0.7})
