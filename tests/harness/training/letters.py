@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import product
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from harness.objective import Returns
 from tasks import Example, Score
 
 LETTERS = "abcd"
@@ -66,3 +68,22 @@ def broken(ratio: Tensor, advantage: Tensor) -> Tensor:
 def exploding(ratio: Tensor, advantage: Tensor) -> Tensor:
     """A custom weight that is infinite."""
     return ratio * float("inf")
+
+
+class Word(Letters):
+    """One prompt, two tokens; the reward is that of the letters at their places."""
+
+    max_new_tokens = 2
+    worth = ({"a": 0.5, "b": 0.1}, {"a": 0.2, "c": 0.4, "d": -0.3})
+
+    def split(self, name: Literal["train", "held_out"]) -> list[Example]:
+        return [Example("abc", "ac")]
+
+    def score(self, example: Example, completion: str) -> Score:
+        letters = zip(self.worth, completion, strict=False)
+        return Score(sum(worth.get(letter, 0.0) for worth, letter in letters), completion == example.answer)
+
+
+def nothing(returns: Returns) -> Tensor:
+    """A custom advantage of zero: only a critic learns."""
+    return torch.zeros_like(returns.returns)
