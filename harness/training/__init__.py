@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harness.training.life import Progress
+    from harness.training.world import World
 
 __all__ = ["run_cells"]
 
@@ -22,8 +23,9 @@ def run_cells(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     threads: int = 1,
+    world: World | None = None,
 ) -> dict[str, str]:
     """One life of a pack of cells; see `harness.training.life.run_cells`."""
     from harness.training import life
 
-    return life.run_cells(run_path, cell_ids, progress=progress, stop=stop, threads=threads)
+    return life.run_cells(run_path, cell_ids, progress=progress, stop=stop, threads=threads, world=world)

@@ -16,10 +16,11 @@ from harness.policy.rollout import Rollout
 from harness.policy.value_head import ValueHead
 from harness.training.member import Member
 from harness.training.metrics import Row, finite
-from harness.training.microbatch import micro_batches
+from harness.training.microbatch import by_turns
 from harness.training.optimizer import StackedAdamW, norm
 from harness.training.rollouts import Experience
 from harness.training.schedule import learning_rate
+from harness.training.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +100,20 @@ class Critics:
         return [torch.where(rollout.mask, each, 0.0) for rollout, each in zip(rollouts, found, strict=True)]
 
     @torch.no_grad()
-    def appraise(self, experiences: Sequence[Experience], policy: Policy, limit: int | None) -> None:
+    def appraise(
+        self, experiences: Sequence[Experience], policy: Policy, limit: int | None, world: World = ALONE
+    ) -> None:
         """Write V_old into rollouts that were just drawn, looking at `limit` rows at a time."""
-        turns = zip(*(micro_batches(each.rollout, limit) for each in experiences), strict=True)
-        passes = []
-        for turn in turns:
-            pieces = [rollout for rollout, _ in turn]
+
+        def values(pieces: list[Rollout]) -> list[Tensor]:
             states: list[Tensor | None] = [None] * len(pieces)
             if self.shares_trunk:
                 states = [scores.states for scores in token_scores(policy, pieces, states=True)]
-            passes.append(self.values(pieces, states))
-        for c, experience in enumerate(experiences):
-            experience.values = torch.cat([values[c] for values in passes])
+            return self.values(pieces, states)
+
+        found = by_turns([each.rollout for each in experiences], limit, values, world)
+        for experience, each in zip(experiences, found, strict=True):
+            experience.values = each
 
     def loss(self, values: Tensor, batch: TokenBatch, context: Context) -> Tensor:
         """The value loss of some rows of a cell's update, times `coefficient` where the trunk is the policy's."""

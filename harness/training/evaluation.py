@@ -22,6 +22,7 @@ from harness.training.member import Member
 from harness.training.metrics import Row, finite
 from harness.training.randomness import choose
 from harness.training.rollouts import draw, score
+from harness.training.world import ALONE, World
 from tasks.task import Example, Score
 
 SAMPLES = 4
@@ -34,17 +35,50 @@ _LOGITS = 2**22
 @dataclass(frozen=True, slots=True)
 class Examination:
     """What stays the same between the evaluations of one cell: its prompts, and completions of the reference
-    policy."""
+    policy; of the latter this process's share."""
 
     examples: list[Example]
-    reference: Rollout
+    reference: Rollout | None
 
 
-def prepare(members: Sequence[Member], reference: Policy) -> list[Examination]:
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What some of a cell's prompts came to; M = prompts × `evaluation_samples`.
+
+    Attributes:
+        best: the score of each prompt's greedy completion.
+        scores, texts: of the M samples.
+        tokens: float64 [M], own tokens of each sample.
+        reverse, forward, entropy: float64 [M], see `divergence`.
+    """
+
+    best: list[Score]
+    scores: list[Score]
+    texts: list[str]
+    tokens: Tensor
+    reverse: Tensor
+    forward: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """Those of several shares of a cell's prompts, in order."""
+        tensors = ("tokens", "reverse", "forward", "entropy")
+        return cls(
+            [score for part in parts for score in part.best],
+            [score for part in parts for score in part.scores],
+            [text for part in parts for text in part.texts],
+            *(torch.cat([getattr(part, name) for part in parts]) for name in tensors),
+        )
+
+
+def prepare(members: Sequence[Member], reference: Policy, world: World = ALONE) -> list[Examination]:
     """The held-out prompts of each cell, and the reference policy's completions of them."""
     examples = [held_out(member) for member in members]
-    samples = members[0].cell.training.evaluation_samples
-    drawn = draw(reference, members, examples, samples, ("evaluation of the reference",), seeded=False)
+    samples, share = members[0].cell.training.evaluation_samples, world.share(len(examples[0]))
+    if not share:
+        return [Examination(listed, None) for listed in examples]
+    drawn = draw(reference, members, examples, samples, ("evaluation of the reference",), seeded=False, share=share)
     return [Examination(*pair) for pair in zip(examples, drawn, strict=True)]
 
 
@@ -56,41 +90,47 @@ def held_out(member: Member) -> list[Example]:
 
 
 def evaluate(
-    policy: Policy, reference: Policy, members: Sequence[Member], examinations: Sequence[Examination], update: int
+    policy: Policy,
+    reference: Policy,
+    members: Sequence[Member],
+    examinations: Sequence[Examination],
+    update: int,
+    world: World = ALONE,
 ) -> list[Row]:
-    """One row of evaluations.jsonl per cell, after `update` updates.
+    """One row of evaluations.jsonl per cell, after `update` updates. The processes of `world` share the prompts.
 
     Raises:
         CellFailure: where a cell's reward raises.
     """
     samples = members[0].cell.training.evaluation_samples
     examples = [examination.examples for examination in examinations]
-    greedy = draw(policy, members, examples, 1, None)
-    fresh = draw(policy, members, examples, samples, ("evaluation", update))
-    reverse, entropy = divergence(policy, reference, members, fresh)
-    forward, _ = divergence(reference, policy, members, [examination.reference for examination in examinations])
+
+    def answered() -> list[Answers]:
+        share = world.share(len(examples[0]))
+        return _answers(policy, reference, members, examinations, update, share) if share else []
+
+    parts = [part for part in world.exchange("answers", answered, policy.device) if part]
     rows = []
     for c in range(len(members)):
-        best = score(members, c, examples[c], greedy[c])
-        scores = score(members, c, examples[c], fresh[c])
+        found = Answers.joined([part[c] for part in parts])
+        scores = found.scores
         solved = [sum(s.correct for s in scores[g : g + samples]) for g in range(0, len(scores), samples)]
-        tokens = fresh[c].mask.sum(1).double()
         rows.append(
             {
                 "update": update,
-                "accuracy": _mean([float(s.correct) for s in best]),
+                "accuracy": _mean([float(s.correct) for s in found.best]),
                 "reward": finite(_mean([s.reward for s in scores])),
                 "pass_at_k": _mean([pass_at(samples, count, samples) for count in solved]),
                 "k": samples,
-                "reverse_kl": finite(float(reverse[c].mean())),
-                "forward_kl": finite(float(forward[c].mean())),
-                "entropy": finite(float(entropy[c].sum() / tokens.sum().clamp(min=1))),
-                "length": float(tokens.mean()),
+                "reverse_kl": finite(float(found.reverse.mean())),
+                "forward_kl": finite(float(found.forward.mean())),
+                "entropy": finite(float(found.entropy.sum() / found.tokens.sum().clamp(min=1))),
+                "length": float(found.tokens.mean()),
                 "parts": _parts(scores),
                 "samples": [
                     {
                         "prompt": examples[c][row // samples].prompt,
-                        "completion": fresh[c].texts[row],
+                        "completion": found.texts[row],
                         "reward": finite(scores[row].reward),
                     }
                     for row in range(0, min(len(scores), SAMPLES * samples), samples)
@@ -98,6 +138,37 @@ def evaluate(
             }
         )
     return rows
+
+
+def _answers(
+    policy: Policy,
+    reference: Policy,
+    members: Sequence[Member],
+    examinations: Sequence[Examination],
+    update: int,
+    share: range,
+) -> list[Answers]:
+    """Per cell, what a share of its prompts came to."""
+    examples = [examination.examples for examination in examinations]
+    samples = members[0].cell.training.evaluation_samples
+    greedy = draw(policy, members, examples, 1, None, share=share)
+    fresh = draw(policy, members, examples, samples, ("evaluation", update), share=share)
+    kept = [examination.reference for examination in examinations if examination.reference is not None]
+    reverse, entropy = divergence(policy, reference, members, fresh)
+    forward, _ = divergence(reference, policy, members, kept)
+    own = [listed[share.start : share.stop] for listed in examples]
+    return [
+        Answers(
+            best=score(members, c, own[c], greedy[c]),
+            scores=score(members, c, own[c], fresh[c]),
+            texts=fresh[c].texts,
+            tokens=fresh[c].mask.sum(1).double(),
+            reverse=reverse[c],
+            forward=forward[c],
+            entropy=entropy[c],
+        )
+        for c in range(len(members))
+    ]
 
 
 @torch.no_grad()

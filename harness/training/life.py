@@ -32,8 +32,13 @@ from harness.training.checkpoint import State, UnusableCheckpoint
 from harness.training.member import CellFailure, Member
 from harness.training.memory import out_of_memory, release
 from harness.training.metrics import Row
+from harness.training.orders import Orders
 from harness.training.outcome import outcome
+from harness.training.overlong import check_buffer
 from harness.training.pack import Pack, device
+from harness.training.parallel import begin
+from harness.training.sampling import check_sampler
+from harness.training.world import ALONE, World
 from tasks import load_task
 
 BEAT_SECONDS = 2.0
@@ -61,6 +66,7 @@ def run_cells(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     threads: int = 1,
+    world: World | None = None,
 ) -> dict[str, str]:
     """Run cells of a run folder from where they are, in packs of equal shape and progress.
 
@@ -70,6 +76,7 @@ def run_cells(
         progress: called after every update of every cell.
         stop: asked at every update boundary; once it is true, every cell is checkpointed and the call returns.
         threads: torch threads of this process.
+        world: the processes that train together, of which this one leads; None: this one alone.
 
     Returns:
         Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
@@ -77,24 +84,28 @@ def run_cells(
     """
     torch.set_num_threads(threads)
     run = Run.open(Path(run_path))
-    life = _Life(run, progress or (lambda _: None), stop or (lambda: False))
-    folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
-    waiting: dict[tuple[str, int], list[tuple[Member, State | None]]] = {}
-    for identity, folder in folders.items():
-        with life.blaming(identity):
-            result = folder.result()
-            if result is not None:
-                life.states[identity] = str(result["state"])
-                continue
-            folder.forgive()
-            try:
-                member, state = _prepared(run, folder, life.warming_up)
-            except _Halted:
-                life.states[identity] = "interrupted"
-                continue
-            waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
-    for alike in waiting.values():
-        life.begin([member for member, _ in alike], [state for _, state in alike if state is not None])
+    orders = Orders(world or ALONE)
+    life = _Life(run, progress or (lambda _: None), stop or (lambda: False), orders)
+    try:
+        folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
+        waiting: dict[tuple[str, int], list[tuple[Member, State | None]]] = {}
+        for identity, folder in folders.items():
+            with life.blaming(identity):
+                result = folder.result()
+                if result is not None:
+                    life.states[identity] = str(result["state"])
+                    continue
+                folder.forgive()
+                try:
+                    member, state = _prepared(run, folder, life.warming_up)
+                except _Halted:
+                    life.states[identity] = "interrupted"
+                    continue
+                waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
+        for alike in waiting.values():
+            life.begin([member for member, _ in alike], [state for _, state in alike if state is not None])
+    finally:
+        orders.dismiss()
     return {identity: life.states[identity] for identity in folders}
 
 
@@ -108,7 +119,10 @@ def _prepared(
     cell = folder.cell()
     task = load_task(cell.task)
     start = starting_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
-    return Member(cell, task, start), _resume(folder)
+    member = Member(cell, task, start)
+    check_buffer(member)
+    check_sampler(member)
+    return member, _resume(folder)
 
 
 def _resume(folder: CellFolder) -> State | None:
@@ -132,8 +146,11 @@ def _resume(folder: CellFolder) -> State | None:
 class _Life:
     """The states of the cells of one call, and how each of them got there."""
 
-    def __init__(self, run: Run, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, run: Run, progress: Callable[[Progress], None], stop: Callable[[], bool], orders: Orders
+    ) -> None:
         self.states: dict[str, str] = {}
+        self._orders = orders
         self._run = run
         self._progress = progress
         self._stop = stop
@@ -150,7 +167,7 @@ class _Life:
     def begin(self, members: Sequence[Member], states: Sequence[State]) -> None:
         """Stack the members and live; states are all or none."""
         try:
-            pack = Pack.resumed(members, states) if states else Pack(members)
+            pack = begin(self._orders, members, states)
         except Exception as error:
             if len(members) == 1:
                 self._fail(members[0].id, error)

@@ -15,7 +15,7 @@ import torch
 
 from harness.policy.load import load_policy
 from harness.policy.policy import Policy
-from harness.training import controls
+from harness.training import controls, selection
 from harness.training.checkpoint import State
 from harness.training.critic import Critics
 from harness.training.evaluation import Examination, evaluate, prepare
@@ -23,10 +23,15 @@ from harness.training.member import Member
 from harness.training.metrics import Row
 from harness.training.minibatch import minibatch, select
 from harness.training.optimizer import StackedAdamW
+from harness.training.orders import Orders
 from harness.training.outcome import DIVERGED_AFTER
 from harness.training.rollouts import Experience, collect
 from harness.training.stopwatch import Stopwatch
 from harness.training.update import Models, update
+from harness.training.world import checksum
+
+CHECK_UPDATES = 8
+"""How often processes that train a pack together compare their weights."""
 
 
 class Pack:
@@ -43,10 +48,12 @@ class Pack:
         streaks: non-finite updates in a row, per member.
         evaluated: updates made at the last evaluation, -1 before the first.
         micro_batch: rows per forward and backward pass; None: all of an update's.
+        orders: how the processes of a job keep step; what several of them do is done by all.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], orders: Orders | None = None) -> None:
         self.members = list(members)
+        self.orders = orders or Orders()
         self.policy: Policy = _stack(self.members)
         self.reference: Policy = self.policy.frozen()
         self.optimizer = StackedAdamW(self.policy.parameters, [member.cell.training for member in self.members])
@@ -79,6 +86,9 @@ class Pack:
         Raises:
             CellFailure: where one member's reward or objective raises. The pack is then as it was before the call.
         """
+        return self.orders.carry_out(self, "advance", {}, self._advance, self._numbers)
+
+    def _advance(self) -> list[Row]:
         number, epoch, part = self._timetable.place(self.done)
         self.draw()
         current = self.pending[0]
@@ -90,15 +100,17 @@ class Pack:
             )
             for member, experience in zip(self.members, current, strict=True)
         ]
+        used = [selection.remaining(*pair) for pair in zip(self.members, chosen, strict=True)]
         rows = update(
             Models(self.policy, self.reference, self.critics),
             self.optimizer,
             self.members,
-            chosen,
+            used,
+            self.coefficients,
             self.done + 1,
             self._watch,
             self.micro_batch,
-            self.coefficients,
+            world=self.orders.world,
         )
         self.done += 1
         if self.done % self._timetable.span == 0:
@@ -106,15 +118,20 @@ class Pack:
         seconds = self._watch.take(len(self.members))
         for c, row in enumerate(rows):
             self.streaks[c] = self.streaks[c] + 1 if row["nonfinite"] else 0
-            self.coefficients[c] = controls.adapted(self.members[c].cell, self.coefficients[c], row)
+            row.update(selection.figures(self.members[c], chosen[c], used[c]))
+            if row.get("loss_tokens") != 0:
+                self.coefficients[c] = controls.adapted(self.members[c].cell, self.coefficients[c], row)
             row.update(seconds)
         return rows
 
     def halve(self) -> bool:
         """Make micro-batches half as large, which changes no gradient; False when that was done before or cannot be."""
+        return self.orders.carry_out(self, "halve", {}, self._halve)
+
+    def _halve(self) -> bool:
         training = self.members[0].cell.training
         rows = training.prompts * training.group_size // training.minibatches
-        size = min(rows, self.micro_batch or rows)
+        size = min(-(-rows // self.orders.world.size), self.micro_batch or rows)
         if self._halved or size == 1:
             return False
         self.micro_batch, self._halved = size // 2, True
@@ -128,17 +145,24 @@ class Pack:
         first = self.done // self._timetable.span
         for number in range(first + len(self.pending), self._timetable.drawn(self.done)):
             with torch.no_grad():
-                self.pending.append(
-                    collect(self.members, behaviour, self.reference, number, self._watch, self.micro_batch)
+                drawn = collect(
+                    self.members, behaviour, self.reference, number, self._watch, self.micro_batch, self.orders.world
                 )
+            if self.critics is not None:
+                with self._watch("forward"):
+                    self.critics.appraise(drawn, self.policy, self.micro_batch, self.orders.world)
+            self.pending.append(drawn)
 
     def evaluate(self) -> list[Row]:
         """One row of evaluations per member, of the policies as they are. Training does not notice."""
+        return self.orders.carry_out(self, "evaluate", {}, self._evaluate, lambda: self.done)
+
+    def _evaluate(self) -> list[Row]:
         started = time.perf_counter()
         with torch.no_grad():
             if not self._examinations:
-                self._examinations = prepare(self.members, self.reference)
-            rows = evaluate(self.policy, self.reference, self.members, self._examinations, self.done)
+                self._examinations = prepare(self.members, self.reference, self.orders.world)
+            rows = evaluate(self.policy, self.reference, self.members, self._examinations, self.done, self.orders.world)
         self.evaluated = self.done
         seconds = (time.perf_counter() - started) / len(self.members)
         return [{**row, "seconds": seconds} for row in rows]
@@ -163,9 +187,9 @@ class Pack:
         )
 
     @classmethod
-    def resumed(cls, members: Sequence[Member], states: Sequence[State]) -> Pack:
+    def resumed(cls, members: Sequence[Member], states: Sequence[State], orders: Orders | None = None) -> Pack:
         """The members as their states left them. All states must be of the same update."""
-        pack = cls(members)
+        pack = cls(members, orders)
         pack.done = pack.evaluated = states[0].update
         for position, state in enumerate(states):
             pack.optimizer.restore(position, state.optimizer)
@@ -182,10 +206,22 @@ class Pack:
             empty = copy(self)
             empty.members = []
             return empty
-        pack = Pack.resumed([self.members[c] for c in positions], [self.state(c) for c in positions])
+        rest = self.orders.carry_out(self, "only", {"positions": list(positions)}, lambda: self._only(positions))
+        return self.orders.count(rest)
+
+    def _only(self, positions: Sequence[int]) -> Pack:
+        chosen = [self.members[c] for c in positions]
+        pack = Pack.resumed(chosen, [self.state(c) for c in positions], self.orders)
         pack.evaluated = self.evaluated
         pack.micro_batch, pack._halved = self.micro_batch, self._halved
         return pack
+
+    def _numbers(self) -> tuple[int, ...]:
+        """What processes that train this pack together must agree on; the weights now and then."""
+        if self.done % CHECK_UPDATES and not self.over:
+            return (self.done,)
+        taught = {} if self.critics is None else self.critics.optimizer.parameters
+        return (self.done, *checksum([*self.policy.parameters.values(), *taught.values()]))
 
 
 def device() -> torch.device:

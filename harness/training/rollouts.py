@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from harness.policy.logprobs import token_scores
 from harness.policy.policy import Policy
-from harness.policy.rollout import Environment, Rollout, sample
+from harness.policy.rollout import Environment, Rollout, Stretch, sample
 from harness.training.deadline import deadline
 from harness.training.member import CellFailure, Member
-from harness.training.microbatch import micro_batches
-from harness.training.randomness import choose, generator
+from harness.training.microbatch import by_turns
+from harness.training.prompts import encode
+from harness.training.randomness import choose, generator, permutation
+from harness.training.refill import Draw, Drawn, filled, missing
+from harness.training.sampling import Sample, sampler_of, sampling_policy
 from harness.training.stopwatch import Stopwatch
+from harness.training.world import ALONE, World
 from tasks.task import Example, Score
 
 
@@ -28,10 +30,14 @@ class Experience:
     Attributes:
         number: which rollout of the cell, from 0.
         rollout: tokens, masks and the behaviour policy's log-probabilities as the sampler kept them.
-        rewards, correct: float [N].
+        rewards, correct: float [N], the task's.
         reference: float [N, T], log-probabilities of the sampled tokens under the reference policy.
         greedy: float [N], reward of the greedy completion of the same prompt (advantage `greedy_baseline`), else
         None.
+        values: float [N, T], the critic's value before each own token as the rollout was drawn; None without a critic.
+        recomputed: float [N, T], log π_old of the sampled tokens as the trainer computes it, where `training.sampler`
+            draws them from another μ (whose log-probabilities `rollout` holds), else None.
+        drawn: with dynamic sampling, what was drawn to find these groups, else None.
     """
 
     number: int
@@ -40,6 +46,9 @@ class Experience:
     correct: Tensor
     reference: Tensor
     greedy: Tensor | None = None
+    values: Tensor | None = None
+    recomputed: Tensor | None = None
+    drawn: Drawn | None = None
 
 
 def collect(
@@ -49,51 +58,181 @@ def collect(
     number: int,
     watch: Stopwatch,
     micro_batch: int | None = None,
+    world: World = ALONE,
 ) -> list[Experience]:
     """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
 
-    The reference policy looks at `micro_batch` rows at a time, None is all of them.
+    The reference policy looks at `micro_batch` rows at a time, None is all of them. The processes of `world` share the
+    prompts, and all get the whole rollout.
 
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
     """
     training = members[0].cell.training
-    size = training.group_size
-    examples = [training_examples(member, number) for member in members]
-    with watch("rollout"):
-        rollouts = draw(behaviour, members, examples, size, ("rollout", number), training.temperature, training.top_p)
-        greedy = draw(behaviour, members, examples, 1, None) if members[0].needs_greedy else None
-    with watch("reward"):
-        scores = [score(members, c, examples[c], rollout) for c, rollout in enumerate(rollouts)]
-        baselines = None if greedy is None else [score(members, c, examples[c], one) for c, one in enumerate(greedy)]
+    draws, drawn = _drawn(members, behaviour, number, watch, world)
+    rollouts = [each.rollout for each in draws]
+    baselines = _greedy(members, behaviour, draws, watch, world) if members[0].needs_greedy else None
     with watch("reference"):
-        looked_up = log_probabilities(reference, rollouts, training.temperature, micro_batch)
-    found = []
-    for c, rollout in enumerate(rollouts):
-        rewards = _column(rollout, [s.reward for s in scores[c]])
-        correct = _column(rollout, [float(s.correct) for s in scores[c]])
-        baseline = None
-        if baselines is not None:
-            baseline = _column(rollout, [s.reward for s in baselines[c]]).repeat_interleave(size)
-        found.append(Experience(number, rollout, rewards, correct, looked_up[c], baseline))
-    return found
+        looked_up = log_probabilities(reference, rollouts, training.temperature, micro_batch, world)
+        recomputed = None
+        if training.sampler is not None:
+            recomputed = log_probabilities(behaviour, rollouts, training.temperature, micro_batch, world)
+    return [
+        Experience(
+            number,
+            each.rollout,
+            each.rewards,
+            each.correct,
+            looked_up[c],
+            greedy=None if baselines is None else baselines[c],
+            recomputed=None if recomputed is None else recomputed[c],
+            drawn=drawn[c],
+        )
+        for c, each in enumerate(draws)
+    ]
+
+
+def _drawn(
+    members: Sequence[Member], behaviour: Policy, number: int, watch: Stopwatch, world: World
+) -> tuple[list[Draw], list[Drawn | None]]:
+    """The groups of rollout `number` of every cell, and, with dynamic sampling, what was drawn to find them.
+
+    A cell that needs another draw shares it with those that need one too: what a cell gets does not depend on them.
+    """
+    training = members[0].cell.training
+    with watch("rollout"):
+        policy = sampling_policy(behaviour, training)
+    everyone = list(range(len(members)))
+    examples = [training_examples(member, number) for member in members]
+    found = [[first] for first in _scored(policy, members, everyone, examples, ("rollout", number), watch, world)]
+    if training.equal_groups != "refill":
+        return [draws[0] for draws in found], [None] * len(members)
+    for again in range(1, training.refill_rounds + 1):
+        needing = [c for c in everyone if missing(found[c], training.prompts)]
+        if not needing:
+            break
+        examples = [training_examples(members[c], number, again) for c in needing]
+        more = _scored(policy, members, needing, examples, ("rollout", number, "again", again), watch, world)
+        for c, another in zip(needing, more, strict=True):
+            found[c].append(another)
+    return [filled(draws, training.prompts) for draws in found], [Drawn.of(draws) for draws in found]
+
+
+def _scored(
+    policy: Policy,
+    members: Sequence[Member],
+    positions: Sequence[int],
+    examples: Sequence[list[Example]],
+    purpose: tuple[int | str, ...],
+    watch: Stopwatch,
+    world: World,
+) -> list[Draw]:
+    """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
+    share = world.share(len(examples[0]))
+
+    def drawn() -> list[tuple[Rollout, Tensor, Tensor]]:
+        return _share_scored(policy, members, positions, examples, purpose, watch, share) if share else []
+
+    parts = [part for part in world.exchange("a draw", drawn, policy.device) if part]
+    return [
+        Draw(
+            listed,
+            Rollout.joined([part[c][0] for part in parts]),
+            torch.cat([part[c][1] for part in parts]),
+            torch.cat([part[c][2] for part in parts]),
+        )
+        for c, listed in enumerate(examples)
+    ]
+
+
+def _share_scored(
+    policy: Policy,
+    members: Sequence[Member],
+    positions: Sequence[int],
+    examples: Sequence[list[Example]],
+    purpose: tuple[int | str, ...],
+    watch: Stopwatch,
+    share: range,
+) -> list[tuple[Rollout, Tensor, Tensor]]:
+    """Per cell, the trajectories of a share of its examples, their rewards and whether they are correct."""
+    training = members[0].cell.training
+    temperature = training.temperature
+    if training.sampler is not None and training.sampler.temperature is not None:
+        temperature = training.sampler.temperature
+    with watch("rollout"):
+        rollouts = draw(
+            policy if len(positions) == len(members) else policy.only(positions),
+            [members[c] for c in positions],
+            examples,
+            training.group_size,
+            purpose,
+            temperature,
+            training.top_p,
+            sampler=sampler_of(training),
+            positions=positions,
+            share=share,
+        )
+    with watch("reward"):
+        asked = zip(positions, examples, rollouts, strict=True)
+        scores = [score(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked]
+    return [
+        (rollout, _column(rollout, [s.reward for s in each]), _column(rollout, [float(s.correct) for s in each]))
+        for rollout, each in zip(rollouts, scores, strict=True)
+    ]
+
+
+def _greedy(
+    members: Sequence[Member], behaviour: Policy, draws: Sequence[Draw], watch: Stopwatch, world: World
+) -> list[Tensor]:
+    """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt."""
+    examples = [each.examples for each in draws]
+    share = world.share(len(examples[0]))
+
+    def rewards() -> list[Tensor]:
+        with watch("rollout"):
+            rollouts = draw(behaviour, members, examples, 1, None, share=share)
+        with watch("reward"):
+            own = [listed[share.start : share.stop] for listed in examples]
+            scores = [score(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
+        return [_column(rollout, [s.reward for s in each]) for rollout, each in zip(rollouts, scores, strict=True)]
+
+    parts = [part for part in world.exchange("greedy", lambda: rewards() if share else [], behaviour.device) if part]
+    size = members[0].cell.training.group_size
+    return [torch.cat([part[c] for part in parts]).repeat_interleave(size) for c in range(len(members))]
 
 
 @torch.no_grad()
 def log_probabilities(
-    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: int | None
+    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: int | None, world: World = ALONE
 ) -> list[Tensor]:
     """Per cell, log-probabilities [N, T] of its trajectories, at most `limit` rows at a time."""
-    turns = zip(*(micro_batches(rollout, limit) for rollout in rollouts), strict=True)
-    passes = [token_scores(policy, [piece for piece, _ in turn], temperature=temperature) for turn in turns]
-    return [torch.cat([scores[c].logp for scores in passes]) for c in range(len(rollouts))]
+
+    def scored(pieces: list[Rollout]) -> list[Tensor]:
+        return [scores.logp for scores in token_scores(policy, pieces, temperature=temperature)]
+
+    return by_turns(rollouts, limit, scored, world)
 
 
-def training_examples(member: Member, number: int) -> list[Example]:
-    """The prompts of a rollout: a function of the seed and the rollout's number alone."""
-    split = member.task.split("train")
-    chosen = choose(len(split), member.cell.training.prompts, "prompts", member.cell.seed, number)
+def training_examples(member: Member, number: int, again: int = 0) -> list[Example]:
+    """The prompts of a rollout, or of its further draw `again` (from 1): a function of the seed and the two numbers.
+
+    A further draw has none of the prompts drawn for this rollout before, as long as there are others.
+    """
+    split, training = member.split("train"), member.cell.training
+    purpose = ("prompts", member.cell.seed, number)
+    chosen, before = choose(len(split), training.prompts, *purpose), set[int]()
+    for draw in range(1, again + 1):
+        before.update(chosen)
+        chosen = _others(len(split), training.prompts, before, *purpose, draw)
     return [split[index] for index in chosen]
+
+
+def _others(size: int, count: int, before: Collection[int], *purpose: int | str) -> list[int]:
+    """`count` indices below `size`, those that were not drawn before first."""
+    if size - len(before) >= count:
+        return [index for index in choose(size, count + len(before), *purpose) if index not in before][:count]
+    order = sorted(permutation(size, *purpose), key=before.__contains__)
+    return (order * -(-count // size))[:count]
 
 
 def draw(
@@ -105,27 +244,40 @@ def draw(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seeded: bool = True,
+    sampler: Sample = sample,
+    positions: Sequence[int] | None = None,
+    share: range | None = None,
 ) -> list[Rollout]:
     """Completions of each cell's examples.
 
-    `purpose` names the random draw, None is greedy decoding. An unseeded draw is the same for all seeds.
+    Args:
+        purpose: names the random draw, None is greedy decoding.
+        seeded: an unseeded draw is the same for all seeds.
+        sampler: who draws.
+        positions: where the members stand in their pack, if they are not all of it.
+        share: only of these examples of each cell, with the random numbers that they have among all of them.
     """
+    share = range(len(examples[0])) if share is None else share
+    own = [listed[share.start : share.stop] for listed in examples]
+    stretches = [(share.start * group_size, len(listed) * group_size) for listed in examples]
     draws = [(*(purpose or ("greedy",)), member.cell.seed if seeded else "every seed") for member in members]
-    return sample(
+    return sampler(
         policy,
-        [encode(policy, chosen) for chosen in examples],
+        [encode(policy, member, chosen) for member, chosen in zip(members, own, strict=True)],
         group_size=group_size,
         max_new_tokens=members[0].max_new_tokens,
-        generators=[generator(policy.device, *parts) for parts in draws],
+        generators=[
+            Stretch(generator(policy.device, *parts), *where) for parts, where in zip(draws, stretches, strict=True)
+        ],
         temperature=temperature,
         top_p=top_p,
         greedy=purpose is None,
-        environment=_environment(members, examples, group_size),
+        environment=_environment(members, own, group_size, positions or range(len(members))),
     )
 
 
 def _environment(
-    members: Sequence[Member], examples: Sequence[Sequence[Example]], group_size: int
+    members: Sequence[Member], examples: Sequence[Sequence[Example]], group_size: int, positions: Sequence[int]
 ) -> Environment | None:
     """The tasks' answers to what the policies write; None where no task ever answers, which spares much asking."""
     if not any(getattr(member.task, "interactive", True) for member in members):
@@ -138,22 +290,12 @@ def _environment(
         except Exception as error:
             name = members[cell].task.name
             raise CellFailure(
-                cell,
+                positions[cell],
                 f"the environment of task {name!r} raised {type(error).__name__}: {error} "
                 f"(prompt {example.prompt!r}, transcript {transcript!r})",
             ) from error
 
     return answer
-
-
-def encode(policy: Policy, examples: Sequence[Example]) -> list[list[int]]:
-    """Token ids of the examples' prompts."""
-    return [list(_ids(policy.tokenizer, example.prompt)) for example in examples]
-
-
-@lru_cache(maxsize=16384)
-def _ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, ...]:
-    return tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def score(members: Sequence[Member], position: int, examples: Sequence[Example], rollout: Rollout) -> list[Score]:

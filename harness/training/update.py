@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grid.sections import Sampler
 from harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
 from harness.policy.logprobs import token_scores
 from harness.policy.policy import Policy
@@ -27,11 +28,15 @@ from harness.training.controls import figures
 from harness.training.critic import Critics, Lesson
 from harness.training.member import CellFailure, Member
 from harness.training.metrics import Row, update_row
-from harness.training.microbatch import micro_batches
+from harness.training.microbatch import empty, turns
 from harness.training.optimizer import StackedAdamW, norm
+from harness.training.overlong import left_out, training_rewards
 from harness.training.rollouts import Experience
+from harness.training.sampling import correction
 from harness.training.schedule import learning_rate
+from harness.training.selection import silent
 from harness.training.stopwatch import Stopwatch
+from harness.training.world import ALONE, World
 
 _ALL = slice(None)
 
@@ -77,11 +82,17 @@ def update(
     number: int,
     watch: Stopwatch,
     micro_batch: int | None = None,
+    world: World = ALONE,
 ) -> list[Row]:
     """Update number `number` (1-based) of every cell on its minibatch, in place; one row of metrics per cell.
 
     A cell whose loss or gradient, or that of its critic, is not finite keeps all weights and moments, and its row says
-    `nonfinite`. While a critic learns alone its policy is left as it is; the row says `lr` 0.
+    `nonfinite`. While a critic learns alone its policy is left as it is; the row says `lr` 0. So is a cell with nothing
+    in its loss (see `selection.py`).
+
+    Args:
+        world: the processes that make this update together, on the same minibatches; each works on some of the
+            micro-batches, and all take the same step.
 
     Raises:
         CellFailure: where a cell's objective raises. Nothing has been changed then.
@@ -91,25 +102,30 @@ def update(
     optimizer.clear()
     if critics is not None:
         critics.optimizer.clear()
-    if micro_batch is None or micro_batch >= len(minibatches[0].rewards):
+    training = members[0].cell.training
+    largest = training.prompts * training.group_size // training.minibatches
+    if world.size == 1 and (micro_batch is None or micro_batch >= largest):
         results = _whole(models, members, minibatches, coefficients, alone, watch)
     else:
-        results = _in_pieces(models, members, minibatches, coefficients, alone, micro_batch, watch)
+        results = _in_pieces(models, members, minibatches, coefficients, alone, micro_batch, watch, world)
     rows = []
     with watch("step"):
+        taught_parameters = {} if critics is None else critics.optimizer.parameters
+        world.sum_gradients([*optimizer.parameters.values(), *taught_parameters.values()])
         gradients = optimizer.gradients()
         norms = torch.stack([norm(slices) for slices in gradients]).tolist()
         taught = None if critics is None else critics.gradients()
         for c, (member, result) in enumerate(zip(members, results, strict=True)):
             lr = 0.0 if alone else learning_rate(member.cell.training, number)
             sound = math.isfinite(result.loss) and math.isfinite(norms[c])
+            learns = not silent(member, minibatches[c])
             more = figures(member.cell, coefficients[c])
             if critics is not None and taught is not None and result.lesson is not None:
                 sound = sound and result.lesson.sound(taught[c])
                 more |= result.lesson.row(taught[c])
-                if sound:
+                if sound and learns:
                     critics.step(c, taught[c], number)
-            if sound and not alone:
+            if sound and learns and not alone:
                 optimizer.step(c, gradients[c], lr, norms[c])
             rows.append(
                 update_row(
@@ -159,27 +175,37 @@ def _in_pieces(
     minibatches: Sequence[Experience],
     coefficients: Sequence[Coefficients],
     alone: bool,
-    limit: int,
+    limit: int | None,
     watch: Stopwatch,
+    world: World,
 ) -> list[Result]:
-    pieces = [micro_batches(m.rollout, limit) for m in minibatches]
-    turns = list(zip(*pieces, strict=True))  # [micro-batch][cell]
+    every = turns([m.rollout for m in minibatches], limit, world)  # [micro-batch][cell]
+    mine = world.turns(len(every))
+    kept = world.size > 1 and len(mine) == 1  # the graph of a single piece, which spares its second pass
+    with watch("forward"), torch.set_grad_enabled(kept):
+        found = {place: _forward(models, members, [r for r, _ in every[place]], alone) for place in mine}
     with watch("forward"), torch.no_grad():
-        passes = [_forward(models, members, [rollout for rollout, _ in turn], alone) for turn in turns]
+        passes: dict[int, list[Forward]] = {}
+        for part in world.exchange("log-probabilities", lambda: found, models.policy.device):
+            passes |= part
         contexts, results = [], []
         for c, member in enumerate(members):
-            joined = _join([turn[c] for turn in passes])
+            joined = _join([passes[place][c] for place, turn in enumerate(every) if not empty(turn[c])])
             batch = _batch(member, minibatches[c], joined)
             contexts.append(_context(c, member, batch, coefficients[c]))
             loss, metrics = _loss(c, member, batch, contexts[c])
             lesson = _lesson(models.critics, joined, batch, contexts[c])
             results.append(Result(float(loss), metrics, joined.entropy, lesson))
         passes.clear()
-    for turn in turns:
+        if not kept:
+            found.clear()
+    for turn in map(every.__getitem__, mine):
         with watch("forward"):
-            forwards = _forward(models, members, [rollout for rollout, _ in turn], alone)
+            forwards = found.popitem()[1] if kept else _forward(models, members, [r for r, _ in turn], alone)
             losses = []
             for c, member in enumerate(members):
+                if empty(turn[c]):
+                    continue
                 rows = turn[c][1]
                 batch = _batch(member, minibatches[c], forwards[c], rows)
                 context = contexts[c].rows(rows)
@@ -229,19 +255,34 @@ def _join(passes: Sequence[Forward]) -> Forward:
 
 
 def _batch(member: Member, experience: Experience, forward: Forward, rows: slice = _ALL) -> TokenBatch:
-    rollout = experience.rollout
+    rollout, training = experience.rollout, member.cell.training
+    sampler, out, factors = training.sampler, left_out(member, rollout), None
+    if sampler is not None and experience.recomputed is not None:
+        factors = correction(sampler, experience.recomputed, rollout.logp)
     return TokenBatch(
         logp=forward.logp,
-        logp_behaviour=forward.logp.detach() if member.cell.training.on_policy else rollout.logp[rows],
+        logp_behaviour=forward.logp.detach() if training.on_policy else _behaviour(experience, sampler)[rows],
         logp_reference=experience.reference[rows],
         mask=rollout.mask[rows],
-        rewards=experience.rewards[rows],
+        rewards=training_rewards(member, rollout, experience.rewards)[rows],
         groups=rollout.groups[rows],
         max_new_tokens=member.max_new_tokens,
         logits=forward.logits,
         logits_reference=forward.logits_reference,
         greedy_rewards=None if experience.greedy is None else experience.greedy[rows],
         values=None if experience.values is None else experience.values[rows],
+        correction=None if factors is None else factors[rows],
+        left_out=None if out is None else out[rows],
+    )
+
+
+def _behaviour(experience: Experience, sampler: Sampler | None) -> Tensor:
+    """log π_old [N, T]: the trainer's own where another sampler drew the tokens, unless the ratio is to that one."""
+    recomputed = experience.recomputed
+    return (
+        experience.rollout.logp
+        if recomputed is None or sampler is None or sampler.correction == "ratio"
+        else recomputed
     )
 
 

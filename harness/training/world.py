@@ -85,6 +85,10 @@ class World:
         first = self.rank * small + min(self.rank, larger)
         return range(first, first + small + (self.rank < larger))
 
+    def turns(self, count: int) -> range:
+        """Which of `count` pieces of work this process takes: every `size`-th, from its rank on."""
+        return range(self.rank, count, self.size)
+
     def exchange(self, name: str, work: Callable[[], T], device: torch.device | str = "cpu") -> list[T]:
         """What `work` returns in each process, by rank; tensors arrive on `device`, detached.
 
@@ -151,6 +155,21 @@ class World:
             summed = torch.split(pieces.view(-1), [*map(len, bucket), short])
             for part, value in zip(bucket, summed, strict=False):
                 part.copy_(value)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each parameter's gradient by the sum over all processes; none at all counts as zeros."""
+        if self.size == 1:
+            return
+        listed = list(parameters)
+
+        def ready() -> None:
+            for parameter in listed:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = parameter.grad.contiguous()
+
+        self.exchange("gradients", ready)
+        self.sum(each.grad for each in listed if each.grad is not None)
 
     def leave(self) -> None:
         """Take no part any more."""

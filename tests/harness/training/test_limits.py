@@ -49,10 +49,10 @@ def test_out_of_memory_is_tried_again_with_half_the_micro_batch(
 ) -> None:
     """Memory for 8 of the 16 rows of an update: the cell ends like one whose micro-batch was 8 from the beginning."""
 
-    def scarce(*arguments: Any) -> Any:
+    def scarce(*arguments: Any, **named: Any) -> Any:
         if arguments[-1] is None or arguments[-1] > 8:
             raise error
-        return update(*arguments)
+        return update(*arguments, **named)
 
     monkeypatch.setattr(pack_module, "update", scarce)
     short = finished(make_run("short"))
@@ -66,7 +66,7 @@ def test_out_of_memory_is_tried_again_with_half_the_micro_batch(
 def test_out_of_memory_twice_fails_with_the_reason(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def scarce(*arguments: Any) -> Any:
+    def scarce(*arguments: Any, **named: Any) -> Any:
         tried.append(arguments[-1])
         raise MemoryError("nothing left")
 
