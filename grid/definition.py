@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grid.cell import Cell
-from grid.expansion import Point, expand
+from grid.expansion import expand
 from grid.mistake import Mistake
+from grid.point import Point
 from grid.sections import Resources, load_section
 from grid.source import parse_yaml, read_text
 from grid.workshop import Workshop

@@ -4,99 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from grid.catalogue import AXES, PARAMETERS
 from grid.mistake import Mistake
+from grid.point import SECTIONS, Change, Point, Spread, mapping, place
 from grid.sections import TrainingSection
 
 DESIGNS = ("product", "one_at_a_time", "zip", "list")
-SECTIONS = ("task", "policy", "training", "objective")
 LARGEST = 1_000_000
-_OBJECTIVE_KEYS = ("algorithm", *AXES, *PARAMETERS)
-
-
-@dataclass(frozen=True)
-class Point:
-    """The written settings of one configuration: the four sections, and how it differs from the baseline."""
-
-    sections: Mapping[str, Mapping[str, Any]]
-    changes: tuple[tuple[str, Any], ...] = ()
-
-    @classmethod
-    def from_sections(cls, data: Mapping[str, Any]) -> Point:
-        """The baseline: the sections as they stand in the grid file."""
-        sections: dict[str, Mapping[str, Any]] = {}
-        for name in SECTIONS:
-            given = data.get(name, {"name": "tiny"} if name == "policy" else {})
-            if isinstance(given, str) and name in ("task", "policy"):
-                given = {"name": given}
-            if isinstance(given, str) and name == "objective":
-                given = {"algorithm": given}
-            if not isinstance(given, Mapping):
-                raise Mistake("not a mapping", key=name, value=given)
-            sections[name] = given
-        for key in sections["objective"]:
-            if key not in _OBJECTIVE_KEYS:
-                raise Mistake("unknown key", key="objective", value=key, allowed=_OBJECTIVE_KEYS)
-        return cls(sections)
-
-    def changed(self, changes: Iterable[tuple[str, Any]]) -> Point:
-        """This point with some dotted fields set; a change to the written value is no change."""
-        sections = dict(self.sections)
-        real: list[tuple[str, Any]] = []
-        for key, value in changes:
-            section, field = place(key)
-            before = sections[section]
-            if field is None:
-                after = {**before, **_mapping(key, value)} if section == "training" else _mapping(key, value)
-            else:
-                after = _with(before, field, value)
-            if after != before:
-                real.append((key, value))
-            sections[section] = after
-        return Point(sections, (*self.changes, *real))
-
-    @property
-    def spelling(self) -> str:
-        """The changes as one line, as a person would write them."""
-        return ", ".join(f"{key}={shown(value)}" for key, value in self.changes) or "baseline"
-
-
-def shown(value: Any) -> str:
-    """An axis value in few characters, for labels and tables."""
-    if isinstance(value, Mapping):
-        rest = ", ".join(f"{key}={shown(item)}" for key, item in value.items() if key != "name")
-        return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def place(key: str) -> tuple[str, str | None]:
-    """Which section and field a dotted axis key means; None stands for the whole section.
-
-    Raises:
-        Mistake: for a key that means nothing.
-    """
-    if key in _OBJECTIVE_KEYS:
-        return "objective", key
-    if key in ("task", "policy", "training"):
-        return key, None
-    section, _, field = key.partition(".")
-    if section == "objective" and field in _OBJECTIVE_KEYS:
-        return "objective", field
-    if section == "training" and field.partition(".")[0] in TrainingSection.model_fields:
-        return section, field
-    if section in ("task", "policy") and field:
-        return section, field
-    allowed = [
-        *_OBJECTIVE_KEYS,
-        *(f"training.{name}" for name in TrainingSection.model_fields),
-        "task",
-        "policy",
-        "training",
-    ]
-    raise Mistake("unknown axis", key="axes", value=key, allowed=allowed)
 
 
 def expand(
@@ -116,19 +31,20 @@ def expand(
         if "axes" in data:
             raise Mistake("design list takes cells, not axes", key="axes")
         listed, axes = _listed(data.get("cells"))
-        changes: Iterable[list[tuple[str, Any]]] = listed
+        changes: Iterable[list[Change]] = listed
     else:
         if "cells" in data:
             raise Mistake("cells belong to design: list", key="cells")
         axes = _axes(data.get("axes", {}))
         changes = _designed(design, axes)
     points: list[Point] = []
-    seen: set[str] = set()
+    spread = Spread(baseline)
+    seen: set[tuple[int, ...]] = set()
     for change in changes:
-        point = baseline.changed(change)
+        point = spread.point(change)
         if design == "one_at_a_time" and not point.changes:
             point = baseline
-        identity = repr(point.sections)
+        identity = tuple(id(point.sections[name]) for name in SECTIONS)
         if identity in seen:
             if design == "one_at_a_time" and not point.changes:
                 continue
@@ -143,7 +59,7 @@ def expand(
 
 def _axes(axes: object) -> dict[str, tuple[Any, ...]]:
     result: dict[str, tuple[Any, ...]] = {}
-    for key, values in _mapping("axes", axes).items():
+    for key, values in mapping("axes", axes).items():
         place(key)
         if not isinstance(values, list):
             raise Mistake("not a list of values", key=f"axes.{key}", value=values)
@@ -156,7 +72,7 @@ def _axes(axes: object) -> dict[str, tuple[Any, ...]]:
     return result
 
 
-def _designed(design: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[list[tuple[str, Any]]]:
+def _designed(design: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[list[Change]]:
     if design == "one_at_a_time":
         yield []
         for key, values in axes.items():
@@ -176,10 +92,10 @@ def _designed(design: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[list
     yield from ([*zip(axes, values, strict=True)] for values in itertools.product(*axes.values()))
 
 
-def _listed(cells: object) -> tuple[list[list[tuple[str, Any]]], dict[str, tuple[Any, ...]]]:
+def _listed(cells: object) -> tuple[list[list[Change]], dict[str, tuple[Any, ...]]]:
     if not isinstance(cells, list) or not cells:
         raise Mistake("design list needs a list of cells", key="cells", value=cells)
-    changes = [list(_mapping(f"cells.{index}", entry).items()) for index, entry in enumerate(cells)]
+    changes = [list(mapping(f"cells.{index}", entry).items()) for index, entry in enumerate(cells)]
     axes: dict[str, list[Any]] = {}
     for change in changes:
         for key, value in change:
@@ -195,7 +111,7 @@ def _excluded(points: list[Point], rules: object, settings: Callable[[Point], Ma
         raise Mistake("not a list of rules", key="exclude", value=rules)
     for index, rule in enumerate(rules):
         key = f"exclude.{index}"
-        wanted = [(place(name), value) for name, value in _mapping(key, rule).items()]
+        wanted = [(place(name), value) for name, value in mapping(key, rule).items()]
         if not wanted:
             raise Mistake("an empty rule would exclude everything", key=key, value=rule)
         kept = [point for point in points if not all(_matches(point, settings, *item) for item in wanted)]
@@ -225,20 +141,3 @@ def _same(present: Any, wanted: Any) -> bool:
     if isinstance(present, Mapping):
         return bool(present.get("name") == wanted)
     return bool(present == wanted)
-
-
-def _with(section: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
-    """A section with one field set; a dotted field reaches into the section inside it (`critic.lr`)."""
-    name, _, rest = field.partition(".")
-    if not rest:
-        return {**section, name: value}
-    inside = section.get(name)
-    return {**section, name: _with(inside if isinstance(inside, Mapping) else {}, rest, value)}
-
-
-def _mapping(key: str, value: object) -> Mapping[str, Any]:
-    if isinstance(value, str) and key in ("task", "policy"):
-        return {"name": value}
-    if not isinstance(value, Mapping):
-        raise Mistake("not a mapping", key=key, value=value)
-    return value

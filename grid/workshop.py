@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from grid.algorithms import load_algorithm
 from grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
 from grid.cell import Cell
-from grid.expansion import Point
 from grid.mistake import Mistake
 from grid.objective import Objective, split_value
+from grid.point import Point
 from grid.sections import Section, TrainingSection, load_section
+
+_UNUSED = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
+"""What a training setting is set to where it does nothing."""
 
 NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
 """Values that say that nothing happens: where the axis is idle, they are true rather than silent no-ops."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a written objective section means."""
+
+    written: Mapping[str, Any]
+    algorithm: str | None
+    objective: Objective
 
 
 class Workshop:
@@ -23,30 +36,36 @@ class Workshop:
     def __init__(self) -> None:
         self._sections: dict[str, Section] = {}
         self._seen: dict[int, tuple[Mapping[str, Any], Section]] = {}
+        self._chosen: dict[int, _Chosen] = {}
         self._objectives: dict[str, Objective] = {}
+        self._settings: dict[Objective, Mapping[str, Any]] = {}
+        self._merged: dict[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
         self._reasons: dict[str, str] = {}
         self._acting: set[str] = set()
-        self._merged: dict[str, Mapping[str, Any]] = {}
+        self._accounted: set[tuple[int, bool]] = set()
 
     def cell(self, point: Point, seed: int, count: bool = True) -> Cell:
         """The cell of a point; with ``count``, its settings enter the account of `refuse_idle`."""
         task = self._section("task", point.sections["task"])
         policy = self._section("policy", point.sections["policy"])
-        algorithm, written = _layers(point)
-        objective = self._objective(_applicable(written))
-        training = self._training(point, algorithm)
-        idle = idle_training(training, objective)
+        chosen = self._objective(point.sections["objective"])
+        training = self._training(point, chosen.algorithm)
+        idle = idle_training(training, chosen.objective)
         if count:
-            self._account(point, objective, training.on_policy)
-            self._account_training(point, idle)
-        if idle:
-            training = training.model_copy(update=dict.fromkeys(idle))
-        return Cell(objective, task, policy, training, seed, algorithm, (point.spelling,))  # type: ignore[arg-type]
+            self._account(chosen, training.on_policy)
+            self._account_training(point.sections["training"], idle)
+        written = {name: _UNUSED[name] for name in idle if getattr(training, name) != _UNUSED[name]}
+        if written:
+            training = training.model_copy(update=written)
+        spellings = (point.spelling,)
+        return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
-    def settings(self, point: Point) -> dict[str, Any]:
+    def settings(self, point: Point) -> Mapping[str, Any]:
         """All objective settings of a point, as exclude rules see them."""
-        _, written = _layers(point)
-        return self._objective(_applicable(written)).settings()
+        objective = self._objective(point.sections["objective"]).objective
+        if objective not in self._settings:
+            self._settings[objective] = objective.settings()
+        return self._settings[objective]
 
     def refuse_idle(self) -> None:
         """Raises a Mistake when a written setting acts in no cell at all: a silent no-op."""
@@ -55,21 +74,6 @@ class Workshop:
                 raise Mistake(
                     f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
                 )
-
-    def _training(self, point: Point, algorithm: str | None) -> TrainingSection:
-        """The written training settings, on top of those that belong to the named algorithm."""
-        written = point.sections["training"]
-        own = load_algorithm(algorithm).training if algorithm else {}
-        if own:
-            written = self._merged.setdefault(f"{algorithm}:{written!r}", {**own, **written})
-        return self._section("training", written)  # type: ignore[return-value]
-
-    def _account_training(self, point: Point, idle: Mapping[str, str]) -> None:
-        for name in point.sections["training"]:
-            if name in idle:
-                self._reasons.setdefault(f"training.{name}", idle[name])
-            else:
-                self._acting.add(f"training.{name}")
 
     def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
         known = self._seen.get(id(given))
@@ -81,16 +85,43 @@ class Workshop:
         self._seen[id(given)] = given, self._sections[key]
         return self._sections[key]
 
-    def _objective(self, settings: dict[str, Any]) -> Objective:
-        key = repr(settings)
-        if key not in self._objectives:
-            self._objectives[key] = Objective(**settings)
-        return self._objectives[key]
+    def _training(self, point: Point, algorithm: str | None) -> TrainingSection:
+        """The written training settings, on top of those that belong to the named algorithm."""
+        written = point.sections["training"]
+        own = load_algorithm(algorithm).training if algorithm else {}
+        if algorithm and own:
+            known = self._merged.get((algorithm, id(written)))
+            if known is None or known[0] is not written:
+                known = self._merged[algorithm, id(written)] = written, {**own, **written}
+            written = known[1]
+        return self._section("training", written)  # type: ignore[return-value]
 
-    def _account(self, point: Point, objective: Objective, on_policy: bool) -> None:
+    def _objective(self, written: Mapping[str, Any]) -> _Chosen:
+        known = self._chosen.get(id(written))
+        if known is None or known.written is not written:
+            algorithm, layered = _layers(written)
+            applicable = _applicable(layered)
+            key = repr(applicable)
+            if key not in self._objectives:
+                self._objectives[key] = Objective(**applicable)
+            known = self._chosen[id(written)] = _Chosen(written, algorithm, self._objectives[key])
+        return known
+
+    def _account_training(self, written: Mapping[str, Any], idle: Mapping[str, str]) -> None:
+        for name in written:
+            if name in idle:
+                self._reasons.setdefault(f"training.{name}", idle[name])
+            else:
+                self._acting.add(f"training.{name}")
+
+    def _account(self, chosen: _Chosen, on_policy: bool) -> None:
+        if (id(chosen.written), on_policy) in self._accounted:
+            return
+        self._accounted.add((id(chosen.written), on_policy))
+        objective = chosen.objective
         used = {name for axis in AXES for name in objective.arguments(axis)}
         idle = objective.form(on_policy).idle
-        for key, value in point.sections["objective"].items():
+        for key, value in chosen.written.items():
             if key == "algorithm":
                 continue
             names = [key]
@@ -110,6 +141,12 @@ class Workshop:
 def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:
     """Training settings that do nothing beside this objective, and why."""
     idle = {}
+    if training.equal_groups != "refill":
+        idle["refill_rounds"] = "only equal_groups: refill draws again"
+    if training.overlong_buffer is None:
+        idle["overlong_penalty"] = "there is no overlong_buffer"
+    if training.critic is None and training.beta_control is None and training.trust_region is None:
+        return idle
     if training.critic is not None and objective.advantage != "gae" and not is_import_path(objective.advantage):
         idle["critic"] = "only the advantage 'gae' reads a critic's values"
     canonical = objective.form(training.on_policy).canonical
@@ -121,9 +158,9 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
     return idle
 
 
-def _layers(point: Point) -> tuple[str | None, dict[str, Any]]:
-    """The named algorithm of a point, and its settings with the written ones on top."""
-    written = dict(point.sections["objective"])
+def _layers(section: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The named algorithm of an objective section, and its settings with the written ones on top."""
+    written = dict(section)
     named = written.pop("algorithm", None)
     if named is None:
         return None, written
