@@ -1,0 +1,166 @@
+"""Coefficients that follow the updates: β to a KL from the reference, the trust region's to one from the sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+
+from grid import Cell, Objective
+from grid.sections import AdditionTask, BetaControl, Critic, TinyPolicy, TrainingSection, TrustRegion
+from harness.objective import Coefficients
+from harness.training import run_cells
+from harness.training.controls import adapted, figures, first
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "beta": {"beta_control": {"target": 0.001}, "updates_per_rollout": 2},
+    "trust": {"trust_region": {"target": 1e-4}, "updates_per_rollout": 2},
+    "both, lagged": {"beta_control": {"target": 0.5}, "trust_region": {"coefficient": 0.3, "target": 0.1}, "lag": 2},
+}
+
+
+def cell(objective: Objective | None = None, **training: Any) -> Cell:
+    return Cell(objective or Objective(), AdditionTask(), TinyPolicy(), TrainingSection(**training), 0)
+
+
+def row(update: int = 1, k3: float | None = 0.0, kl: float | None = 0.0, nonfinite: bool = False) -> dict[str, Any]:
+    return {"update": update, "k3": k3, "kl_behaviour": kl, "nonfinite": nonfinite}
+
+
+def test_beta_follows_ziegler_by_hand() -> None:
+    """Target 0.1, horizon 10: errors of +1 (clipped to 0.2), −0.1, −1 (clipped), 0, and one that is not finite."""
+    controlled = cell(Objective(beta=0.5), beta_control=BetaControl(target=0.1))
+    at, betas = first(controlled), []
+    for update, k3 in enumerate((0.2, 0.09, 0.0, 0.1, None), start=1):
+        betas.append(figures(controlled, at)["beta"])
+        at = adapted(controlled, at, row(update, k3))
+    expected = [0.5, 0.5 * 1.02, 0.5 * 1.02 * 0.99, 0.5 * 1.02 * 0.99 * 0.98, 0.5 * 1.02 * 0.99 * 0.98]
+    assert betas == pytest.approx(expected, rel=1e-15)
+    assert figures(controlled, at)["beta"] == betas[-1]
+
+
+@given(st.floats(0, 10), st.floats(1e-3, 10), st.floats(0.5, 100), st.floats(1e-3, 1e3))
+def test_beta_moves_towards_the_target_and_never_far(k3: float, target: float, horizon: float, kl: float) -> None:
+    controlled = cell(beta_control=BetaControl(target=target, horizon=horizon))
+    after = adapted(controlled, Coefficients(kl=kl), row(k3=k3)).kl / kl
+    assert (after > 1) <= (k3 > target)
+    assert (after < 1) <= (k3 < target)
+    assert abs(after - 1) <= 0.2 / horizon * (1 + 1e-12)
+
+
+def test_the_trust_region_doubles_and_halves_once_per_rollout() -> None:
+    """Two epochs of two minibatches; the KL of the fourth update decides, with a target of 0.1: above 0.15, below
+    0.0667."""
+    controlled = cell(updates_per_rollout=2, minibatches=2, trust_region=TrustRegion(coefficient=3.0, target=0.1))
+    at, found = first(controlled), []
+    for last in (0.16, 0.14, 0.07, 0.06, None, 0.0):
+        for place, kl in enumerate((0.0, 9.0, 9.0, last), start=1):
+            at = adapted(controlled, at, row(4 * len(found) + place, kl=kl))
+        found.append(figures(controlled, at)["trust_coefficient"])
+    assert found == [6.0, 6.0, 6.0, 3.0, 3.0, 1.5]
+
+
+def test_the_trust_regions_coefficient_stays_within_a_thousandfold() -> None:
+    controlled = cell(lag=1, trust_region=TrustRegion(coefficient=3.0, target=0.1))
+    for kl, limit in ((1.0, 3.0 * 1024), (0.0, 3.0 / 1024)):
+        at = first(controlled)
+        for update in range(1, 30):
+            at = adapted(controlled, at, row(update, kl=kl))
+        assert at.trust == limit
+
+
+@pytest.mark.parametrize("place", [{"nonfinite": True}, {"update": 2}], ids=["skipped", "the critic alone"])
+def test_updates_that_did_not_move_the_policy_move_no_coefficient(place: dict[str, Any]) -> None:
+    controlled = cell(
+        Objective(advantage="gae"),
+        lag=1,
+        critic=Critic(warmup_updates=2),
+        beta_control=BetaControl(target=0.1),
+        trust_region=TrustRegion(target=0.1),
+    )
+    at = first(controlled)
+    assert adapted(controlled, at, row(**{"update": 3, "k3": 1.0, "kl": 1.0} | place)) == at
+    assert adapted(controlled, at, row(3, 1.0, 1.0)) == Coefficients(kl=1.02, trust=2.0)
+
+
+def test_without_controls_nothing_moves_and_no_column_appears(make_run: MakeRun) -> None:
+    assert figures(cell(), first(cell())) == {}
+    assert adapted(cell(), first(cell()), row(k3=9.0, kl=9.0)) == Coefficients(kl=1.0, trust=0.0)
+    fixed = cell(lag=1, trust_region=TrustRegion(coefficient=2.0))
+    assert adapted(fixed, first(fixed), row(kl=9.0)) == Coefficients(kl=1.0, trust=2.0)
+
+
+@pytest.mark.parametrize("training", CONTROLS.values(), ids=CONTROLS.keys())
+def test_resumed_is_undisturbed_and_packed_is_alone(make_run: MakeRun, training: dict[str, Any]) -> None:
+    objectives = [{"beta": 0.5}, {"estimator": "k1", "placement": "reward_to_go", "beta": 0.1}]
+    packed, broken = (make_run(name, training, objectives) for name in ("packed", "broken"))
+    finished(packed)
+    for identity in broken.cells:
+        for _ in range(5):
+            assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
+        assert run_cells(broken.path, [identity]) == {identity: "finished"}
+        assert_same(packed, broken, identity)
+    moving = numbers(packed, packed.cells[0])["metrics"]
+    for column, section in (("beta", "beta_control"), ("trust_coefficient", "trust_region")):
+        values = [each[column] for each in moving if column in each]
+        assert len(values) == (6 if section in training else 0)
+        assert not values or len(set(values)) > 1
+
+
+@pytest.mark.parametrize("placement", ["loss", "reward_to_go", "advantage"])
+def test_every_update_has_the_beta_that_the_rows_before_it_ask_for(make_run: MakeRun, placement: str) -> None:
+    training = {"beta_control": {"target": 0.002, "horizon": 2.0}}
+    run = finished(make_run("controlled", training, [{"estimator": "k3", "placement": placement, "beta": 0.3}]))
+    rows = numbers(run, run.cells[0])["metrics"]
+    beta = 0.3
+    for each in rows:
+        assert each["beta"] == pytest.approx(beta, rel=1e-14)
+        beta *= 1 + max(-0.2, min(0.2, each["k3"] / 0.002 - 1)) / 2
+    assert {round(each["beta"], 9) for each in rows} != {0.3}
+    still = finished(make_run("still", {}, [{"estimator": "k3", "placement": placement, "beta": 0.3}]))
+    fixed = numbers(still, still.cells[0])["metrics"]
+    assert "beta" not in fixed[0]
+    assert fixed[0]["loss"] == rows[0]["loss"]
+    assert fixed[1]["loss"] != rows[1]["loss"]
+
+
+def test_a_controller_at_rest_is_a_fixed_beta_to_the_bit(make_run: MakeRun) -> None:
+    """With an endless horizon 1 + step/horizon is 1."""
+    objective = {"estimator": "k3", "placement": "reward_to_go", "beta": 0.3}
+    moving = finished(make_run("moving", {"beta_control": {"target": 0.1, "horizon": 1e300}}, [objective]))
+    fixed = finished(make_run("fixed", {}, [objective]))
+    mine, theirs = (numbers(run, run.cells[0])["metrics"] for run in (moving, fixed))
+    assert [{k: v for k, v in each.items() if k != "beta"} for each in mine] == theirs
+    assert {each["beta"] for each in mine} == {0.3}
+
+
+def test_a_stronger_trust_region_keeps_the_policy_nearer_to_its_sampler(make_run: MakeRun) -> None:
+    found = []
+    for coefficient in (0.001, 1.0, 30.0):
+        training = {"trust_region": {"coefficient": coefficient}, "updates_per_rollout": 6, "clip_norm": None}
+        run = finished(
+            make_run(f"times{coefficient:g}", training, [{"placement": "none", "weight": "ratio", "advantage": "raw"}])
+        )
+        rows = numbers(run, run.cells[0])["metrics"]
+        assert rows[0]["kl_behaviour"] == pytest.approx(0.0, abs=1e-9)
+        found.append(rows[-1]["kl_behaviour"])
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 2 * found[2] > 0
+
+
+@pytest.mark.parametrize("limit", [1, 6])
+def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun, limit: int) -> None:
+    common = {
+        "trust_region": {"coefficient": 2.0, "target": 1e-3}, "beta_control": {"target": 1e-3},
+        "updates": 4, "updates_per_rollout": 2, "adam_eps": 1.0, "clip_norm": None, "lr": 0.3,
+    }  # fmt: skip
+    found = []
+    for name, more in (("whole", {}), ("pieces", {"micro_batch": limit})):
+        run = make_run(name, {**common, **more}, [{"policy.dtype": "float64", "beta": 0.2}])
+        found.append(numbers(finished(run), run.cells[0])["metrics"])
+    for whole, pieces in zip(*found, strict=True):
+        for column in ("loss", "gradient_norm", "kl_behaviour", "k3", "beta", "trust_coefficient"):
+            assert pieces[column] == pytest.approx(whole[column], rel=1e-11, abs=1e-12), column
