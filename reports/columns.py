@@ -40,7 +40,7 @@ METRICS = {
     "k1": "mean per token of log pi - log pi_ref",
     "k2": "mean per token of k1 squared / 2",
     "k3": "mean per token of exp(-k1) - 1 + k1",
-    "kl_behaviour": "k3 of the current to the behaviour policy, mean per token",
+    "kl_behaviour": "KL(behaviour || policy), k3 on the sampled tokens, mean per token: how far a trust region reached",
     "entropy": "mean entropy per token in nats",
     "gradient_norm": "norm of the gradient before clipping",
     "ratio_mean": "mean importance ratio",
@@ -62,6 +62,16 @@ METRICS = {
     "seconds_step": "seconds in the optimizer",
     "nonfinite": "1 if the loss or the gradient was not finite",
 }
+
+METRICS_OF_SOME = {
+    "beta": "coefficient of the KL term in this update (training.beta_control)",
+    "trust_coefficient": "coefficient of the trust region in this update (training.trust_region)",
+    "value_loss": "loss of the critic (training.critic)",
+    "explained_variance": "share of the variance of its targets that the critic explains",
+    "value_clip_fraction": "share of tokens whose value is clipped",
+    "critic_gradient_norm": "norm of the critic's gradient before clipping",
+}
+"""Columns that are there only where some cell has the setting behind them."""
 
 EVALUATIONS = {
     "update": "after this many updates",

@@ -25,7 +25,12 @@ _QUANTITIES = (
     ("evaluations", "reverse_kl", "KL to the reference"),
     ("metrics", "entropy", "entropy"),
     ("metrics", "ess", "effective sample size"),
+    ("metrics", "kl_behaviour", "KL to the behaviour policy"),
+    ("metrics", "beta", "β"),
+    ("metrics", "trust_coefficient", "coefficient of the trust region"),
+    ("metrics", "explained_variance", "variance explained by the critic"),
 )
+"""What is drawn per configuration, where some cell has it and it is not 0 everywhere."""
 
 
 class Panel(NamedTuple):
@@ -62,7 +67,11 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
     """Every configuration of a task, in the order of the ranking. Curves get coarser as configurations get many."""
     cells = study.cells[study.cells["task"] == comparison.task]
     by_group = _by(records(cells), "group")
-    cubes = [(title, cube(study, comparison, getattr(study, source), column)) for source, column, title in _QUANTITIES]
+    cubes = [
+        (title, cube(study, comparison, frame, column))
+        for source, column, title in _QUANTITIES
+        if column in (frame := getattr(study, source)) and frame[column].fillna(0.0).any()
+    ]
     points = int(np.clip(_BUDGET // max(len(by_group), 1), 14, 60))
     shown = 8 if len(by_group) <= 100 else 0
     position = {group: i for i, group in enumerate(comparison.groups)}

@@ -152,6 +152,7 @@ def _metrics(cell: Cell, update: int, reward: float, kl: float, generator: np.ra
         "seconds_backward": 0.02,
         "seconds_step": 0.002,
         "nonfinite": False,
+        **({} if cell.training.beta_control is None else {"beta": cell.objective.beta * 1.02**update}),
     }
 
 

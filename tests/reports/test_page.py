@@ -96,6 +96,22 @@ def test_the_first_screen_answers(page: Path, outline: Outline) -> None:
     assert {"Best cells", "Which axes matter", "What was lost", "How much evidence"} <= set(outline.headings)
 
 
+def test_a_coefficient_that_moves_is_drawn_for_the_cells_that_have_it(tmp_path: Path) -> None:
+    text = """
+name: moving
+task: {name: addition, digits: 2}
+training: {updates: 10, updates_per_rollout: 2, evaluate_every: 5}
+objective: {algorithm: grpo, beta: 0.05}
+design: list
+cells: [{}, {training.beta_control: {target: 0.1}}]
+seeds: 2
+"""
+    found = render(write_run(tmp_path / "moving", text).path, tmp_path / "report").read_text()
+    assert found.count("<figcaption>KL to the behaviour policy ") == 2
+    assert found.count("<figcaption>β ") == 1
+    assert "coefficient of the trust region" not in found
+
+
 def test_untrusted_texts_stay_texts(page: Path, outline: Outline) -> None:
     text = page.read_text()
     assert "<script>alert" not in text

@@ -19,6 +19,7 @@ from harness.training.prompts import encode
 from harness.training.randomness import generator
 from harness.training.rollouts import training_examples
 from harness.training.schedule import Timetable
+from reports.columns import METRICS, METRICS_OF_SOME
 
 # fmt: off
 UPDATE = [
@@ -188,5 +189,11 @@ def test_the_saved_policy_is_an_ordinary_checkpoint(make_run: MakeRun) -> None:
 def test_a_row_holds_what_the_report_reads(make_run: MakeRun) -> None:
     run = finished(make_run())
     rows = run.cell(run.cells[0]).metrics()
-    assert set(rows[0]) == {*UPDATE, *(f"seconds_{phase}" for phase in PHASES)}
+    assert set(rows[0]) == {*UPDATE, *(f"seconds_{phase}" for phase in PHASES)} == set(METRICS)
     assert set(run.cell(run.cells[0]).evaluations()[0]) == set(EVALUATION)
+
+
+def test_rows_of_critics_and_moving_coefficients_have_the_columns_that_the_report_knows(make_run: MakeRun) -> None:
+    training = {"critic": {}, "beta_control": {"target": 0.1}, "trust_region": {}, "updates": 1, "lag": 1}
+    run = finished(make_run(training=training, objectives=[{"advantage": "gae"}]))
+    assert set(run.cell(run.cells[0]).metrics()[0]) - set(METRICS) == set(METRICS_OF_SOME)
