@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from grid import Objective
+from grid import Cell, Objective
+from grid.sections import AdditionTask, BetaControl, TinyPolicy, TrainingSection
 
 try:
     installed = version("verl")
@@ -29,7 +31,7 @@ except PackageNotFoundError:
 if installed != "0.9.1":
     pytest.skip(f"verl {installed} is installed; parity is with 0.9.1 (`make parity-test`)", allow_module_level=True)
 
-from harness.objective import update_context
+from harness.objective import update_context, value_loss, value_metrics
 from tests.parity.probe import BUDGET, WIDTH, Probe, assert_same, klab_gradient, probe, relative_error
 from tests.parity.verl_peer import token_rewards, verl_advantages, verl_gradient
 
@@ -202,22 +204,65 @@ def test_reinforce_pp_baseline_is_parallel_to_group_center_batch_norm_for_equal_
     assert abs(scale - 1) > 1e-3
 
 
-def test_the_critics_advantages_are_verls_before_its_whitening() -> None:
-    """verl whitens GAE's advantages always; klab's `gae` does not whiten. verl's returns minus values are the
-    advantages before."""
+@pytest.mark.parametrize("whiten", ["none", "batch"])
+def test_the_critics_advantages_and_targets_are_verls(whiten: str) -> None:
+    """verl whitens GAE's advantages always; its returns minus values are the advantages before."""
     from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 
-    data = probe(drift=0.3)
-    values = torch.randn(data.logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    rewards = token_rewards(data, 0.05)
+    data, values = probe(drift=0.3), critic_values(1)
     mask = data.own.to(values.dtype)
-    returns = compute_gae_advantage_return(rewards, values, mask, 0.97, 0.9)[1]
+    whitened, returns = compute_gae_advantage_return(token_rewards(data, 0.05), values, mask, 0.97, 0.9)
     placement = {"name": "reward_to_go", "beta": 0.05, "kl_scale": "sum"}
-    objective = verl(estimator="k1", placement=placement, advantage={"name": "gae", "gamma": 0.97, "lam": 0.9})
-    ours = update_context(objective, data.batch(data.logp).replace(values=values)).advantages
-    error = relative_error(ours, (returns - values) * mask)
-    print(f"{'verl GAE, advantages before whitening':<60} {error:.2e}")
+    advantage = {"name": "gae", "gamma": 0.97, "lam": 0.9, "whiten": whiten}
+    objective = verl(estimator="k1", placement=placement, advantage=advantage)
+    ours = update_context(objective, data.batch(data.logp).replace(values=values))
+    assert ours.value_targets is not None
+    wanted = (returns - values) if whiten == "none" else whitened
+    errors = relative_error(ours.advantages, wanted * mask), relative_error(ours.value_targets, returns * mask)
+    print(f"{f'verl GAE, whitening {whiten}: advantages, targets':<60} {errors[0]:.2e} {errors[1]:.2e}")
+    assert max(errors) <= 1e-8
+
+
+def critic_values(seed: int) -> Tensor:
+    return torch.randn(probe().logp.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_clipped_value_loss_is_verls() -> None:
+    from verl.trainer.ppo.core_algos import compute_value_loss
+
+    data = probe()
+    old, moved, targets = critic_values(1), critic_values(2), critic_values(3)
+    found = []
+    for theirs in (False, True):
+        values = (old + 0.5 * moved).requires_grad_()
+        if theirs:
+            loss, clipped = compute_value_loss(values, targets, old, data.own.to(values.dtype), 0.2)
+        else:
+            totals = update_context(verl(), data.batch(data.logp)).totals
+            loss = value_loss(values, old, targets, data.own, totals, 0.2)
+            clipped = value_metrics(values.detach(), old, targets, data.own, 0.2)["value_clip_fraction"]
+        found.append((loss.detach(), float(clipped), torch.autograd.grad(loss, values)[0]))
+    error = relative_error(found[0][2], found[1][2])
+    print(f"{'verl clipped value loss':<60} {error:.2e}")
     assert error <= 1e-8
+    assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-8)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-6)
+    assert found[0][1] > 0.1
+
+
+def test_an_adaptive_beta_is_verls() -> None:
+    from verl.trainer.ppo.core_algos import AdaptiveKLController
+
+    from harness.training.controls import adapted, figures, first
+
+    theirs = AdaptiveKLController(0.05, target_kl=0.1, horizon=25.0)
+    training = TrainingSection(beta_control=BetaControl(target=0.1, horizon=25.0))
+    cell = Cell(verl(placement={"name": "loss", "beta": 0.05}), AdditionTask(), TinyPolicy(), training, 0)
+    ours = first(cell)
+    for update, kl in enumerate((0.3, 0.11, 0.1, 0.095, 0.0, 0.02), start=1):
+        theirs.update(kl, n_steps=1)
+        ours = adapted(cell, ours, {"update": update, "k3": kl, "kl_behaviour": 0.0, "nonfinite": False})
+        assert figures(cell, ours)["beta"] == pytest.approx(theirs.value, rel=1e-14)
 
 
 def far_reference() -> Probe:
