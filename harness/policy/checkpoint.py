@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from grid.mistake import Mistake
 from harness.policy.architecture import Architecture
 
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Tokenizer classes without rules of their own."""
+
 
 def read_config(folder: str | Path, trusted: bool = False) -> Any:
     """The transformers configuration of a folder or hub id; `trusted`: its own Python code may run.
@@ -30,13 +33,26 @@ def read_config(folder: str | Path, trusted: bool = False) -> Any:
 
 
 def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id; `trusted`: as in `read_config`. Raises Mistake where there is none."""
+    """The tokenizer of a folder or hub id; `trusted`: as in `read_config`. Raises Mistake where there is none.
+
+    One that says of itself that it is all in its `tokenizer.json` is taken at its word: `AutoTokenizer` would give a
+    Qwen2 model Qwen2's own way to split text.
+    """
     from transformers import AutoTokenizer
 
+    loader: Any = PreTrainedTokenizerFast if _tokenizer_class(Path(folder)) in _GENERIC else AutoTokenizer
     try:
-        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trusted))
+        return cast(PreTrainedTokenizerFast, loader.from_pretrained(str(folder), trust_remote_code=trusted))
     except (OSError, ValueError) as error:
         raise Mistake(f"no readable tokenizer: {_first_line(error)}", file=folder) from error
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    try:
+        found: str | None = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
 
 
 def read_weights(folder: str | Path, architecture: Architecture) -> dict[str, Tensor]:

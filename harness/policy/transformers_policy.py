@@ -22,6 +22,8 @@ from harness.policy.rollout import Rollout
 from harness.policy.skeleton import Skeleton
 from harness.policy.transformers_decoding import CachedDecoding, WholeDecoding, padded
 
+_ALIGNMENT = 64
+
 BOUNDLESS = 2**31
 """The context of a model whose configuration names none."""
 
@@ -88,8 +90,9 @@ class TransformersPolicy:
         own = skeleton.emptied()
         if gradient_checkpointing:
             skeleton.checkpoint_gradients()
-        trained = {name: value.detach() for name, value in own.items() if lora is None or peft_adapters.is_part(name)}
-        shared = {name: value.detach() for name, value in own.items() if name not in trained}
+        names = [name for name in own if lora is None or peft_adapters.is_part(name)]
+        trained = {name: _aligned(own.pop(name).detach()) for name in names}
+        shared = {name: _aligned(own.pop(name).detach()) for name in list(own)}
         if lora is not None:
             stacked = peft_adapters.initial(trained, seeds)
         else:
@@ -135,10 +138,16 @@ class TransformersPolicy:
         return next(iter((self.shared or self.parameters).values()))
 
     def weights(self) -> list[dict[str, Tensor]]:
-        """What the module is lent for each cell; carries gradients to the stacked parameters."""
+        """What the module is lent for each cell; carries gradients to the stacked parameters where they are enabled.
+
+        Elsewhere nothing may look as if it did: how a product is computed depends on that.
+        """
+        own = self.parameters
+        if not torch.is_grad_enabled():
+            own = {name: value.detach() for name, value in own.items()}
         if self.cells == 1:
-            return [{**self.shared, **{name: value.squeeze(0) for name, value in self.parameters.items()}}]
-        slices = {name: value.unbind(0) for name, value in self.parameters.items()}
+            return [{**self.shared, **{name: value.squeeze(0) for name, value in own.items()}}]
+        slices = {name: value.unbind(0) for name, value in own.items()}
         return [{**self.shared, **{name: each[c] for name, each in slices.items()}} for c in range(self.cells)]
 
     def logits(
@@ -275,6 +284,11 @@ def _without_dropout(config: Any) -> Any:
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """The tensor, allocated; in a mapped file it begins anywhere, and the bits of products depend on where."""
+    return value if value.data_ptr() % _ALIGNMENT == 0 else value.clone()
 
 
 def _copies(value: Tensor, cells: int) -> Tensor:
