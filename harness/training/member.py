@@ -74,9 +74,9 @@ class Member:
         examined = min(len(self.split("held_out")), self.cell.training.evaluation_prompts)
         policy = self.cell.policy
         phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
-        phases += [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
+        engine = [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
         adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]
-        text = json.dumps([training, phases, adapters, _architecture(self.start)], sort_keys=True)
+        text = json.dumps([training, phases, engine, adapters, _architecture(self.start)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
