@@ -7,8 +7,8 @@ with advantages of both signs, so that every threshold of a weight has ratios on
 everywhere. The probe of an on-policy schedule is the same update with every log-ratio to the behaviour policy set to 0.
 
 The fingerprint is the gradient of the loss with respect to the logits (through the log-probabilities and, for `full`,
-directly),
-seen block by block: its norm and its products with `PROJECTIONS` fixed random directions.
+directly), seen block by block: its norm and its products with `PROJECTIONS` fixed random directions. There is no critic
+in it (V = 0): cells with one are never merged by measurement.
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ def probe(on_policy: bool) -> Probe:
         logits=logits,
         logits_reference=logits_reference,
         greedy_rewards=normal(rows // GROUP_SIZE)[groups],
-        values=0.5 * normal(rows, POSITIONS) * mask,
     )
     scores = torch.nn.functional.one_hot(tokens, VOCABULARY) - torch.softmax(logits, -1)
     return Probe(batch, scores, tuple(blocks), normal(PROJECTIONS, rows, POSITIONS, VOCABULARY))

@@ -45,6 +45,7 @@ EQUAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"weight": "power", "q": 1.0}, {"weight": "ratio"}),
     ({"weight": "power", "q": 0.0}, {"weight": "one"}),
     ({"advantage": "positive", "placement": "reward"}, {"advantage": "positive", "placement": "none"}),
+    ({"advantage": "gae", "placement": "reward_to_go"}, {"advantage": "raw", "placement": "reward_to_go"}),
 ]
 
 DIFFERENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -59,7 +60,11 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"std": "population"}, {"std": "sample"}),
     ({"eps": 1e-6}, {"eps": 1e-5}),
     ({"ratio": "sequence_product", "path": "ratio"}, {"ratio": "sequence_product"}),
-    ({"advantage": "gae", "placement": "reward_to_go"}, {"advantage": "raw", "placement": "reward_to_go"}),
+    (
+        {"advantage": "gae", "gamma": 0.9, "placement": "reward_to_go"},
+        {"advantage": "raw", "placement": "reward_to_go"},
+    ),
+    ({"advantage": "gae", "whiten": "batch"}, {"advantage": "batch_norm", "std": "sample", "eps": 0.0}),
     ({"advantage": "group_center"}, {"advantage": "leave_one_out"}),
     ({"advantage": "group_center"}, {"advantage": "length_baseline"}),
     ({"aggregation": "token_mean"}, {"aggregation": "constant"}),
@@ -83,7 +88,7 @@ def test_different_algorithms_are_two_classes(first: dict[str, Any], second: dic
 
 
 def test_every_pair_of_weights_ratios_estimators_and_advantages_is_told_apart_off_policy(tmp_path: Path) -> None:
-    """The probes are degenerate for no value: changing one axis alone is seen, but for the two known equalities."""
+    """The probes are degenerate for no value: changing one axis alone is seen, but for the three known equalities."""
     start = {"estimator": "k1", "placement": "reward_to_go", "ratio": "future_product", "weight": "ratio",
              "advantage": "group_center", "aggregation": "sequence_sum", "path": "ratio"}  # fmt: skip
     merged = set()
@@ -93,7 +98,7 @@ def test_every_pair_of_weights_ratios_estimators_and_advantages_is_told_apart_of
             names = tuple(getattr(member.objective, axis) for member in found.members)
             if len(names) > 1:
                 merged.add(names)
-    assert merged == {("k3", "k3_plus"), ("none", "log_ratio")}
+    assert merged == {("k3", "k3_plus"), ("none", "log_ratio"), ("raw", "gae")}
 
 
 def test_on_policy_schedules_collapse_ratios_and_weights_and_off_policy_ones_do_not(tmp_path: Path) -> None:

@@ -324,3 +324,12 @@ def test_a_function_of_the_users_own_is_called_update_by_update() -> None:
     found = measured(own, setting)
     assert torch.allclose(found.expectation, built_in.expectation, atol=1e-15)
     assert found.variance == pytest.approx(built_in.variance, rel=1e-12)
+
+
+def test_whitened_gae_has_batch_statistics_and_the_gradient_of_batch_norm_up_to_verls_1e_8() -> None:
+    setting = lab(12)
+    whitened = measured(cell(advantage="gae", whiten="batch"), setting, group_size=3)
+    assert whitened.method == "groups"
+    normed = measured(cell(advantage="batch_norm", std="sample", eps=0.0), setting, group_size=3)
+    assert torch.allclose(whitened.expectation, normed.expectation, rtol=1e-5, atol=1e-9)
+    assert not torch.equal(whitened.expectation, normed.expectation)
