@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, overload
@@ -81,6 +81,10 @@ class File:
 
     def score(self, example: Example, completion: str) -> Score:
         return self._rewards.score(example, completion)
+
+    def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
+        """The scores of many completions, in order; a reward model reads several at a time."""
+        return self._rewards.score_all(examples, completions)
 
     def respond(self, example: Example, transcript: str) -> str | None:
         return None

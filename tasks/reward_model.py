@@ -2,16 +2,23 @@
 
 Input is the reward model's own chat template where its tokenizer has one (the prompt as the user's turn, the completion
 as the assistant's), else prompt and completion one after the other; what is too long loses its beginning.
+
+Completions are read several at a time, texts of similar length together, padded at the right. Which ones go together is
+a function of the texts alone, so the same texts have the same rewards, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from grid.mistake import Mistake
 from tasks.task import Example
 from tasks.verdict import Verdict
+
+ROWS, TOKENS = 32, 16_384
+"""Most texts, and most tokens with padding, that go through the model at once."""
 
 
 @lru_cache(maxsize=4)
@@ -21,7 +28,7 @@ def reward_model(checkpoint: str) -> RewardModel:
 
 
 class RewardModel:
-    """Scores one completion at a time, on the GPU where there is one.
+    """Scores completions, on the GPU where there is one.
 
     Args:
         checkpoint: folder or hub id of a sequence classifier in safetensors format.
@@ -61,18 +68,56 @@ class RewardModel:
         self.longest = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
 
     def __call__(self, example: Example, completion: str) -> Verdict:
-        import torch
+        return next(self.verdicts([example], [completion]))
 
+    def verdicts(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Verdict]:
+        """The verdict on each completion, in order; a batch is computed when the first of its completions is due."""
+        texts = [self._encoded(example, completion) for example, completion in zip(examples, completions, strict=True)]
+        rows = ROWS if self.model.config.pad_token_id is not None else 1  # transformers would not know where texts end
+        batch_of = {text: batch for batch in batches([len(text) for text in texts], rows) for text in batch}
+        known: dict[int, float] = {}
+        for place in range(len(texts)):
+            if place not in known:
+                batch = batch_of[place]
+                known.update(zip(batch, self._logits([texts[text] for text in batch]), strict=True))
+            yield Verdict(known[place])
+
+    def _encoded(self, example: Example, completion: str) -> list[int]:
         text, special = example.prompt + completion, True
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": completion}]
             text, special = self.tokenizer.apply_chat_template(turns, tokenize=False), False
-        encoded = self.tokenizer(
-            text, add_special_tokens=special, truncation=True, max_length=self.longest, return_tensors="pt"
-        )
-        tokens = {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        encoded = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=self.longest)
+        return list(encoded["input_ids"])
+
+    def _logits(self, texts: Sequence[list[int]]) -> list[float]:
+        import torch
+
+        width, padding = max(map(len, texts)), self.model.config.pad_token_id
+        rows = [[*text, *[padding] * (width - len(text))] for text in texts]
+        attended = [[1] * len(text) + [0] * (width - len(text)) for text in texts]
         with torch.no_grad():
-            return Verdict(float(self.model(**tokens).logits[0, 0]))
+            logits = self.model(
+                input_ids=torch.tensor(rows, device=self.device),
+                attention_mask=torch.tensor(attended, device=self.device),
+            ).logits
+        return [float(value) for value in logits[:, 0].float().tolist()]
+
+
+def batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Which texts go through the model together: at most `rows` neighbours by length.
+
+    Args:
+        lengths: tokens of each text.
+    """
+    found: list[list[int]] = []
+    for text in sorted(range(len(lengths)), key=lengths.__getitem__):
+        last = found[-1] if found else None
+        if last is not None and len(last) < rows and (len(last) + 1) * lengths[text] <= TOKENS:
+            last.append(text)
+        else:
+            found.append([text])
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,8 @@ A term is one of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from grid.mistake import Mistake
 from grid.task_sections import RewardTerm, reward_terms
@@ -23,6 +24,17 @@ from tasks.verdict import Verdict
 from tasks.worker import CallOverdue, Worker
 
 Reward = Callable[[Example, str], Verdict]
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """A reward that can look at several completions at once."""
+
+    def __call__(self, example: Example, completion: str) -> Verdict: ...
+
+    def verdicts(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Verdict]:
+        """The verdict on each completion, in order."""
+        ...
 
 
 class Rewards:
@@ -51,9 +63,24 @@ class Rewards:
             Mistake: a function that returns something else than a finite number, or takes too long.
             CallFailed: a function that raises or ends its process.
         """
+        return next(self.score_all([example], [completion]))
+
+    def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
+        """The score of every completion, in order: `score`, with models that read several at a time.
+
+        Raises:
+            Mistake, CallFailed: as `score`, when the guilty completion's turn comes.
+        """
+        columns = [
+            term.verdicts(examples, completions) if isinstance(term, Batched) else map(term, examples, completions)
+            for term in self.terms
+        ]
+        for verdicts in zip(*columns, strict=True):
+            yield self._total(verdicts)
+
+    def _total(self, verdicts: Sequence[Verdict]) -> Score:
         total, parts, judged = 0.0, {}, []
-        for name, weight, term in zip(self.names, self.weights, self.terms, strict=True):
-            verdict = term(example, completion)
+        for name, weight, verdict in zip(self.names, self.weights, verdicts, strict=True):
             if not math.isfinite(verdict.value):
                 raise Mistake("a reward must be finite", key=f"task.reward.{name}", value=verdict.value)
             total += weight * verdict.value

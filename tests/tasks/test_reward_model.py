@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grid.mistake import Mistake
 from harness.policy.tokenizer import character_tokenizer
 from tasks import Example
-from tasks.reward_model import RewardModel
+from tasks.reward_model import ROWS, TOKENS, RewardModel, batches
 from tasks.rewards import Rewards
 
 EXAMPLE = Example("ab", "")
@@ -107,3 +111,48 @@ def test_a_model_that_gives_nan(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(Mistake, match=r"task\.reward\.model: a reward must be finite \(got nan\)"):
         Rewards({"model": str(folder)}).score(EXAMPLE, "c")
+
+
+TEXTS = ["", "a", "cd", "abcdabcdabcd", "b", "dd", "abca", "ab", "dcb", "cd"] * 5
+
+
+def test_many_at_once_have_the_rewards_that_they_have_alone(tmp_path: Path) -> None:
+    model = RewardModel(checkpoint(tmp_path / "plain"))
+    examples = [Example("ab"[: 1 + i % 2], "") for i in range(len(TEXTS))]
+    together = [verdict.value for verdict in model.verdicts(examples, TEXTS)]
+    alone = [model(example, text).value for example, text in zip(examples, TEXTS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert together == [verdict.value for verdict in model.verdicts(examples, TEXTS)]
+    assert len({round(value, 6) for value in together}) > 5
+
+
+def test_rewards_of_many_are_the_rewards_of_each(tmp_path: Path) -> None:
+    rewards = Rewards([{"model": checkpoint(tmp_path / "plain"), "weight": 0.5}, "exact"])
+    examples = [Example("ab", text[:2]) for text in TEXTS]
+    for many, example, text in zip(rewards.score_all(examples, TEXTS), examples, TEXTS, strict=True):
+        one = rewards.score(example, text)
+        assert many.reward == pytest.approx(one.reward, abs=1e-6)
+        assert many.correct == one.correct == (example.answer == text)
+        assert many.parts.keys() == one.parts.keys() == {"model", "exact"}
+
+
+def test_a_model_without_padding_reads_one_at_a_time(tmp_path: Path) -> None:
+    folder = Path(checkpoint(tmp_path / "plain"))
+    with_padding = [v.value for v in RewardModel(str(folder)).verdicts([EXAMPLE] * 10, TEXTS[:10])]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    alone = [v.value for v in RewardModel(str(folder)).verdicts([EXAMPLE] * 10, TEXTS[:10])]
+    assert alone == pytest.approx(with_padding, abs=1e-6)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 6_000), max_size=100), st.sampled_from([1, 4, ROWS]))
+def test_batches_are_small_and_hold_every_text_once(lengths: list[int], rows: int) -> None:
+    found = batches(lengths, rows)
+    assert sorted(text for batch in found for text in batch) == list(range(len(lengths)))
+    for batch in found:
+        longest = max(lengths[text] for text in batch)
+        assert len(batch) <= rows
+        assert len(batch) == 1 or len(batch) * longest <= TOKENS
+    for one, two in pairwise(found):
+        assert max(lengths[text] for text in one) <= min(lengths[text] for text in two)

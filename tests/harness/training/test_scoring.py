@@ -1,0 +1,40 @@
+"""Rewards that are computed for many completions at once: the same numbers, limits and messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from together import ASKED, Together
+from training_records import MakeRun, finished, numbers
+
+from harness.training import run_cells
+
+
+def test_a_task_that_scores_many_at_once_is_asked_once_per_rollout(make_run: MakeRun) -> None:
+    ASKED.clear()
+    one = finished(make_run("one", {"updates": 2}))
+    run = finished(make_run("together", {"updates": 2}, task={"name": "together:Together"}))
+    mine, theirs = numbers(run, run.cells[0]), numbers(one, one.cells[0])
+    assert mine["metrics"] == theirs["metrics"]
+    assert mine["evaluations"] == theirs["evaluations"]
+    # two evaluations of 6 greedy and 18 sampled completions, two rollouts of 16
+    assert sorted(ASKED) == [6, 6, 16, 16, 18, 18]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("raise", "RuntimeError: the fourth is broken"),
+        ("hang", "Overdue: no answer within 0.2 s"),
+        ("end", "StopIteration"),
+    ],
+)
+def test_the_completion_whose_turn_it_was_is_named(make_run: MakeRun, trouble: str, said: str) -> None:
+    task: dict[str, Any] = {"name": "together:Together", "trouble": trouble}
+    run = make_run(training={"reward_seconds": 0.2}, task=task)
+    assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
+    message = str(run.cell(run.cells[0]).error())
+    fourth = Together().split("held_out")
+    assert said in message
+    assert any(f"(prompt {example.prompt!r}, answer" in message for example in fourth)
