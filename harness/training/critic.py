@@ -16,7 +16,7 @@ from harness.policy.rollout import Rollout
 from harness.policy.value_head import ValueHead
 from harness.training.member import Member
 from harness.training.metrics import Row, finite
-from harness.training.microbatch import by_turns
+from harness.training.microbatch import WHOLE, Limit, by_turns
 from harness.training.optimizer import StackedAdamW, norm
 from harness.training.rollouts import Experience
 from harness.training.schedule import learning_rate
@@ -101,9 +101,9 @@ class Critics:
 
     @torch.no_grad()
     def appraise(
-        self, experiences: Sequence[Experience], policy: Policy, limit: int | None, world: World = ALONE
+        self, experiences: Sequence[Experience], policy: Policy, limit: Limit = WHOLE, world: World = ALONE
     ) -> None:
-        """Write V_old into rollouts that were just drawn, looking at `limit` rows at a time."""
+        """Write V_old into rollouts that were just drawn, within the limit at a time."""
 
         def values(pieces: list[Rollout]) -> list[Tensor]:
             states: list[Tensor | None] = [None] * len(pieces)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from harness.policy.policy import Policy
 from harness.policy.rollout import Rollout
 from harness.training.member import Member
 from harness.training.metrics import Row, finite
+from harness.training.microbatch import WHOLE, Limit, empty, turns
 from harness.training.randomness import choose
 from harness.training.rollouts import draw, score
 from harness.training.world import ALONE, World
@@ -29,7 +30,7 @@ SAMPLES = 4
 """Completions shown in a row."""
 
 _LOGITS = 2**22
-"""Logits held at once: prompts are taken in chunks, so that a large vocabulary fits in memory."""
+"""Logits held at once: rows are taken in chunks, so that a large vocabulary fits in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,16 @@ class Answers:
         )
 
 
-def prepare(members: Sequence[Member], reference: Policy, world: World = ALONE) -> list[Examination]:
+def prepare(
+    members: Sequence[Member], reference: Policy, limit: Limit = WHOLE, world: World = ALONE
+) -> list[Examination]:
     """The held-out prompts of each cell, and the reference policy's completions of them."""
     examples = [held_out(member) for member in members]
     samples, share = members[0].cell.training.evaluation_samples, world.share(len(examples[0]))
     if not share:
         return [Examination(listed, None) for listed in examples]
-    drawn = draw(reference, members, examples, samples, ("evaluation of the reference",), seeded=False, share=share)
+    purpose = ("evaluation of the reference",)
+    drawn = draw(reference, members, examples, samples, purpose, seeded=False, limit=limit, share=share)
     return [Examination(*pair) for pair in zip(examples, drawn, strict=True)]
 
 
@@ -95,9 +99,13 @@ def evaluate(
     members: Sequence[Member],
     examinations: Sequence[Examination],
     update: int,
+    limit: Limit = WHOLE,
     world: World = ALONE,
 ) -> list[Row]:
     """One row of evaluations.jsonl per cell, after `update` updates. The processes of `world` share the prompts.
+
+    Args:
+        limit: what may go through the policies at once.
 
     Raises:
         CellFailure: where a cell's reward raises.
@@ -107,7 +115,7 @@ def evaluate(
 
     def answered() -> list[Answers]:
         share = world.share(len(examples[0]))
-        return _answers(policy, reference, members, examinations, update, share) if share else []
+        return _answers(policy, reference, members, examinations, update, limit, share) if share else []
 
     parts = [part for part in world.exchange("answers", answered, policy.device) if part]
     rows = []
@@ -146,16 +154,17 @@ def _answers(
     members: Sequence[Member],
     examinations: Sequence[Examination],
     update: int,
+    limit: Limit,
     share: range,
 ) -> list[Answers]:
     """Per cell, what a share of its prompts came to."""
     examples = [examination.examples for examination in examinations]
     samples = members[0].cell.training.evaluation_samples
-    greedy = draw(policy, members, examples, 1, None, share=share)
-    fresh = draw(policy, members, examples, samples, ("evaluation", update), share=share)
+    greedy = draw(policy, members, examples, 1, None, limit=limit, share=share)
+    fresh = draw(policy, members, examples, samples, ("evaluation", update), limit=limit, share=share)
     kept = [examination.reference for examination in examinations if examination.reference is not None]
-    reverse, entropy = divergence(policy, reference, members, fresh)
-    forward, _ = divergence(reference, policy, members, kept)
+    reverse, entropy = divergence(policy, reference, members, fresh, limit)
+    forward, _ = divergence(reference, policy, members, kept, limit)
     own = [listed[share.start : share.stop] for listed in examples]
     return [
         Answers(
@@ -173,22 +182,22 @@ def _answers(
 
 @torch.no_grad()
 def divergence(
-    policy: Policy, other: Policy, members: Sequence[Member], rollouts: Sequence[Rollout]
+    policy: Policy, other: Policy, members: Sequence[Member], rollouts: Sequence[Rollout], limit: Limit = WHOLE
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per cell: KL(policy ‖ other) and the policy's entropy, each summed over a trajectory's own tokens, float64 [N].
 
     Both are exact at each position: Σ_v p(v)·(log p(v) − log q(v)) and −Σ_v p(v)·log p(v).
     """
-    groups, size = len(rollouts[0].prompts), rollouts[0].group_size
-    row = size * members[0].max_new_tokens * policy.vocabulary
-    chunk = max(1, _LOGITS // row)  # from shapes that a pack shares, so a cell is cut alike alone and packed
+    rows = max(1, _LOGITS // (members[0].max_new_tokens * policy.vocabulary))
+    limit = replace(limit, rows=min(limit.rows or rows, rows))
     kl: list[list[Tensor]] = [[] for _ in rollouts]
     entropy: list[list[Tensor]] = [[] for _ in rollouts]
-    for start in range(0, groups, chunk):
-        part = range(start, min(groups, start + chunk))
-        pieces = [rollout if len(part) == groups else rollout.rows(list(part)) for rollout in rollouts]
+    for turn in turns(rollouts, limit):
+        pieces = [piece for piece, _ in turn]
         mine, theirs = (token_scores(each, pieces, logits=True) for each in (policy, other))
         for c, piece in enumerate(pieces):
+            if empty(turn[c]):
+                continue
             p, q = _log_softmax(mine[c].logits), _log_softmax(theirs[c].logits)
             mass = p.exp()
             # 0·log 0 = 0, also where a logit is −∞; NaN stays NaN

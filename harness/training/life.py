@@ -222,7 +222,7 @@ class _Life:
                 if not smaller:
                     pack = self._after(pack, error)
             if smaller:  # here nothing holds the failed attempt's tensors any more
-                print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.micro_batch} rows")
+                print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.limit.rows} rows")
                 release()
         return pack, []
 
@@ -284,7 +284,7 @@ class _Life:
         partial.rename(folder.policy)
         planned = pack.members[position].cell.training.updates
         found = outcome(planned, folder.metrics(), folder.evaluations(), stopped)
-        folder.finish({**found, **_provenance()})
+        folder.finish({**found, **_provenance(self._orders.world.size)})
         self.states[folder.id] = found["state"]
         shutil.rmtree(folder.checkpoint, ignore_errors=True)
 
@@ -328,5 +328,5 @@ def _make_durable(folder: Path) -> None:
 
 
 @cache
-def _provenance() -> dict[str, Any]:
-    return {"versions": machine.versions(), "hardware": machine.hardware()}
+def _provenance(processes: int) -> dict[str, Any]:
+    return {"versions": machine.versions(), "hardware": {**machine.hardware(), "processes": processes}}

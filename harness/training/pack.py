@@ -21,6 +21,7 @@ from harness.training.critic import Critics
 from harness.training.evaluation import Examination, evaluate, prepare
 from harness.training.member import Member
 from harness.training.metrics import Row
+from harness.training.microbatch import Limit
 from harness.training.minibatch import minibatch, select
 from harness.training.optimizer import StackedAdamW
 from harness.training.orders import Orders
@@ -47,7 +48,7 @@ class Pack:
         pending: rollouts drawn and not used up; one entry per rollout, each with one experience per member.
         streaks: non-finite updates in a row, per member.
         evaluated: updates made at the last evaluation, -1 before the first.
-        micro_batch: rows per forward and backward pass; None: all of an update's.
+        limit: what may go through the policies at once.
         orders: how the processes of a job keep step; what several of them do is done by all.
     """
 
@@ -63,7 +64,7 @@ class Pack:
         self.evaluated = -1
         self.pending: list[list[Experience]] = []
         self.streaks = [0] * len(self.members)
-        self.micro_batch = self.members[0].cell.training.micro_batch
+        self.limit = Limit.of(self.members[0].cell.training)
         self._halved = False
         self._timetable = self.members[0].timetable
         self._watch = Stopwatch()
@@ -109,7 +110,7 @@ class Pack:
             self.coefficients,
             self.done + 1,
             self._watch,
-            self.micro_batch,
+            self.limit,
             world=self.orders.world,
         )
         self.done += 1
@@ -125,16 +126,17 @@ class Pack:
         return rows
 
     def halve(self) -> bool:
-        """Make micro-batches half as large, which changes no gradient; False when that was done before or cannot be."""
+        """Halve what goes through the policies at once, which changes no gradient; False when that was done before or
+        cannot be."""
         return self.orders.carry_out(self, "halve", {}, self._halve)
 
     def _halve(self) -> bool:
         training = self.members[0].cell.training
         rows = training.prompts * training.group_size // training.minibatches
-        size = min(-(-rows // self.orders.world.size), self.micro_batch or rows)
-        if self._halved or size == 1:
+        rows = -(-rows // self.orders.world.size)
+        if self._halved or min(rows, self.limit.rows or rows) == 1:
             return False
-        self.micro_batch, self._halved = size // 2, True
+        self.limit, self._halved = self.limit.halved(rows), True
         return True
 
     def draw(self) -> None:
@@ -146,11 +148,11 @@ class Pack:
         for number in range(first + len(self.pending), self._timetable.drawn(self.done)):
             with torch.no_grad():
                 drawn = collect(
-                    self.members, behaviour, self.reference, number, self._watch, self.micro_batch, self.orders.world
+                    self.members, behaviour, self.reference, number, self._watch, self.limit, self.orders.world
                 )
             if self.critics is not None:
                 with self._watch("forward"):
-                    self.critics.appraise(drawn, self.policy, self.micro_batch, self.orders.world)
+                    self.critics.appraise(drawn, self.policy, self.limit, self.orders.world)
             self.pending.append(drawn)
 
     def evaluate(self) -> list[Row]:
@@ -161,8 +163,16 @@ class Pack:
         started = time.perf_counter()
         with torch.no_grad():
             if not self._examinations:
-                self._examinations = prepare(self.members, self.reference, self.orders.world)
-            rows = evaluate(self.policy, self.reference, self.members, self._examinations, self.done, self.orders.world)
+                self._examinations = prepare(self.members, self.reference, self.limit, self.orders.world)
+            rows = evaluate(
+                self.policy,
+                self.reference,
+                self.members,
+                self._examinations,
+                self.done,
+                self.limit,
+                self.orders.world,
+            )
         self.evaluated = self.done
         seconds = (time.perf_counter() - started) / len(self.members)
         return [{**row, "seconds": seconds} for row in rows]
@@ -213,7 +223,7 @@ class Pack:
         chosen = [self.members[c] for c in positions]
         pack = Pack.resumed(chosen, [self.state(c) for c in positions], self.orders)
         pack.evaluated = self.evaluated
-        pack.micro_batch, pack._halved = self.micro_batch, self._halved
+        pack.limit, pack._halved = self.limit, self._halved
         return pack
 
     def _numbers(self) -> tuple[int, ...]:

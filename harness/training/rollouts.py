@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,14 @@ from harness.policy.policy import Policy
 from harness.policy.rollout import Environment, Rollout, Stretch, sample
 from harness.training.deadline import deadline
 from harness.training.member import CellFailure, Member
-from harness.training.microbatch import by_turns
+from harness.training.microbatch import WHOLE, Limit, by_turns
 from harness.training.prompts import encode
 from harness.training.randomness import choose, generator, permutation
 from harness.training.refill import Draw, Drawn, filled, missing
 from harness.training.sampling import Sample, sampler_of, sampling_policy
 from harness.training.stopwatch import Stopwatch
 from harness.training.world import ALONE, World
-from tasks.task import Example, Score
+from tasks.task import Example, Score, Task
 
 
 @dataclass(slots=True)
@@ -57,26 +57,26 @@ def collect(
     reference: Policy,
     number: int,
     watch: Stopwatch,
-    micro_batch: int | None = None,
+    limit: Limit = WHOLE,
     world: World = ALONE,
 ) -> list[Experience]:
     """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
 
-    The reference policy looks at `micro_batch` rows at a time, None is all of them. The processes of `world` share the
-    prompts, and all get the whole rollout.
+    Prompts are sampled, and trajectories looked at by the reference policy, within the limit at a time. The processes
+    of `world` share the prompts, and all get the whole rollout.
 
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
     """
     training = members[0].cell.training
-    draws, drawn = _drawn(members, behaviour, number, watch, world)
+    draws, drawn = _drawn(members, behaviour, number, watch, limit, world)
     rollouts = [each.rollout for each in draws]
-    baselines = _greedy(members, behaviour, draws, watch, world) if members[0].needs_greedy else None
+    baselines = _greedy(members, behaviour, draws, watch, limit, world) if members[0].needs_greedy else None
     with watch("reference"):
-        looked_up = log_probabilities(reference, rollouts, training.temperature, micro_batch, world)
+        looked_up = log_probabilities(reference, rollouts, training.temperature, limit, world)
         recomputed = None
         if training.sampler is not None:
-            recomputed = log_probabilities(behaviour, rollouts, training.temperature, micro_batch, world)
+            recomputed = log_probabilities(behaviour, rollouts, training.temperature, limit, world)
     return [
         Experience(
             number,
@@ -93,7 +93,7 @@ def collect(
 
 
 def _drawn(
-    members: Sequence[Member], behaviour: Policy, number: int, watch: Stopwatch, world: World
+    members: Sequence[Member], behaviour: Policy, number: int, watch: Stopwatch, limit: Limit, world: World
 ) -> tuple[list[Draw], list[Drawn | None]]:
     """The groups of rollout `number` of every cell, and, with dynamic sampling, what was drawn to find them.
 
@@ -104,7 +104,9 @@ def _drawn(
         policy = sampling_policy(behaviour, training)
     everyone = list(range(len(members)))
     examples = [training_examples(member, number) for member in members]
-    found = [[first] for first in _scored(policy, members, everyone, examples, ("rollout", number), watch, world)]
+    found = [
+        [first] for first in _scored(policy, members, everyone, examples, ("rollout", number), watch, limit, world)
+    ]
     if training.equal_groups != "refill":
         return [draws[0] for draws in found], [None] * len(members)
     for again in range(1, training.refill_rounds + 1):
@@ -112,7 +114,7 @@ def _drawn(
         if not needing:
             break
         examples = [training_examples(members[c], number, again) for c in needing]
-        more = _scored(policy, members, needing, examples, ("rollout", number, "again", again), watch, world)
+        more = _scored(policy, members, needing, examples, ("rollout", number, "again", again), watch, limit, world)
         for c, another in zip(needing, more, strict=True):
             found[c].append(another)
     return [filled(draws, training.prompts) for draws in found], [Drawn.of(draws) for draws in found]
@@ -125,13 +127,14 @@ def _scored(
     examples: Sequence[list[Example]],
     purpose: tuple[int | str, ...],
     watch: Stopwatch,
+    limit: Limit,
     world: World,
 ) -> list[Draw]:
     """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
     share = world.share(len(examples[0]))
 
     def drawn() -> list[tuple[Rollout, Tensor, Tensor]]:
-        return _share_scored(policy, members, positions, examples, purpose, watch, share) if share else []
+        return _share_scored(policy, members, positions, examples, purpose, watch, limit, share) if share else []
 
     parts = [part for part in world.exchange("a draw", drawn, policy.device) if part]
     return [
@@ -152,6 +155,7 @@ def _share_scored(
     examples: Sequence[list[Example]],
     purpose: tuple[int | str, ...],
     watch: Stopwatch,
+    limit: Limit,
     share: range,
 ) -> list[tuple[Rollout, Tensor, Tensor]]:
     """Per cell, the trajectories of a share of its examples, their rewards and whether they are correct."""
@@ -170,6 +174,7 @@ def _share_scored(
             training.top_p,
             sampler=sampler_of(training),
             positions=positions,
+            limit=limit,
             share=share,
         )
     with watch("reward"):
@@ -182,7 +187,7 @@ def _share_scored(
 
 
 def _greedy(
-    members: Sequence[Member], behaviour: Policy, draws: Sequence[Draw], watch: Stopwatch, world: World
+    members: Sequence[Member], behaviour: Policy, draws: Sequence[Draw], watch: Stopwatch, limit: Limit, world: World
 ) -> list[Tensor]:
     """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt."""
     examples = [each.examples for each in draws]
@@ -190,7 +195,7 @@ def _greedy(
 
     def rewards() -> list[Tensor]:
         with watch("rollout"):
-            rollouts = draw(behaviour, members, examples, 1, None, share=share)
+            rollouts = draw(behaviour, members, examples, 1, None, limit=limit, share=share)
         with watch("reward"):
             own = [listed[share.start : share.stop] for listed in examples]
             scores = [score(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
@@ -203,9 +208,9 @@ def _greedy(
 
 @torch.no_grad()
 def log_probabilities(
-    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: int | None, world: World = ALONE
+    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: Limit = WHOLE, world: World = ALONE
 ) -> list[Tensor]:
-    """Per cell, log-probabilities [N, T] of its trajectories, at most `limit` rows at a time."""
+    """Per cell, log-probabilities [N, T] of its trajectories, within the limit at a time."""
 
     def scored(pieces: list[Rollout]) -> list[Tensor]:
         return [scores.logp for scores in token_scores(policy, pieces, temperature=temperature)]
@@ -246,6 +251,7 @@ def draw(
     seeded: bool = True,
     sampler: Sample = sample,
     positions: Sequence[int] | None = None,
+    limit: Limit = WHOLE,
     share: range | None = None,
 ) -> list[Rollout]:
     """Completions of each cell's examples.
@@ -255,25 +261,42 @@ def draw(
         seeded: an unseeded draw is the same for all seeds.
         sampler: who draws.
         positions: where the members stand in their pack, if they are not all of it.
+        limit: what may be sampled at once; trajectories get the random numbers that they would have without it.
         share: only of these examples of each cell, with the random numbers that they have among all of them.
     """
     share = range(len(examples[0])) if share is None else share
-    own = [listed[share.start : share.stop] for listed in examples]
-    stretches = [(share.start * group_size, len(listed) * group_size) for listed in examples]
     draws = [(*(purpose or ("greedy",)), member.cell.seed if seeded else "every seed") for member in members]
-    return sampler(
-        policy,
-        [encode(policy, member, chosen) for member, chosen in zip(members, own, strict=True)],
-        group_size=group_size,
-        max_new_tokens=members[0].max_new_tokens,
-        generators=[
-            Stretch(generator(policy.device, *parts), *where) for parts, where in zip(draws, stretches, strict=True)
-        ],
-        temperature=temperature,
-        top_p=top_p,
-        greedy=purpose is None,
-        environment=_environment(members, own, group_size, positions or range(len(members))),
-    )
+    prompts = [
+        encode(policy, member, listed[share.start : share.stop])
+        for member, listed in zip(members, examples, strict=True)
+    ]
+    cuts = [limit.draws([len(p) for p in listed], group_size, members[0].max_new_tokens) for listed in prompts]
+    found: list[list[Rollout]] = [[] for _ in members]
+    for turn in range(max(map(len, cuts))):
+        cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
+        starts = [share.start + cuts[c][turn].start for c in cells]
+        sampled = sampler(
+            policy if len(cells) == len(members) else policy.only(cells),
+            [prompts[c][cuts[c][turn]] for c in cells],
+            group_size=group_size,
+            max_new_tokens=members[0].max_new_tokens,
+            generators=[
+                Stretch(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
+                for c, start in zip(cells, starts, strict=True)
+            ],
+            temperature=temperature,
+            top_p=top_p,
+            greedy=purpose is None,
+            environment=_environment(
+                [members[c] for c in cells],
+                [examples[c][start:] for c, start in zip(cells, starts, strict=True)],
+                group_size,
+                [(positions or range(len(members)))[c] for c in cells],
+            ),
+        )
+        for c, rollout in zip(cells, sampled, strict=True):
+            found[c].append(rollout)
+    return [Rollout.joined(parts) for parts in found]
 
 
 def _environment(
@@ -302,17 +325,18 @@ def score(members: Sequence[Member], position: int, examples: Sequence[Example],
     """The task's score of every trajectory. Rewards may be NaN or infinite: the update they spoil is recorded so.
 
     Raises:
-        CellFailure: where the task raises, takes longer than `training.reward_seconds`, or returns something else than
-            a `Score`; the message shows the example.
+        CellFailure: where the task raises, takes longer than `training.reward_seconds` for the next score, or returns
+            something else than a `Score`; the message shows the example.
     """
     task, limit = members[position].task, members[position].cell.training.reward_seconds
+    answered = [examples[row // rollout.group_size] for row in range(len(rollout.texts))]
     found: list[Score] = []
     with deadline(limit) as restart:
-        for row, completion in enumerate(rollout.texts):
-            example = examples[row // rollout.group_size]
+        values = _scores(task, answered, rollout.texts)
+        for example, completion in zip(answered, rollout.texts, strict=True):
             try:
                 restart()
-                value = task.score(example, completion)
+                value = next(values)
                 if not isinstance(value, Score):
                     raise TypeError(f"a task's score is a tasks.Score, not {type(value).__name__}")
                 float(value.reward)
@@ -324,6 +348,14 @@ def score(members: Sequence[Member], position: int, examples: Sequence[Example],
                 ) from error
             found.append(value)
     return found
+
+
+def _scores(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
+    score_all = getattr(task, "score_all", None)
+    if score_all is not None:
+        yield from score_all(examples, completions)
+    else:
+        yield from map(task.score, examples, completions)
 
 
 def _column(rollout: Rollout, values: list[float]) -> Tensor:

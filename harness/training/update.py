@@ -28,7 +28,7 @@ from harness.training.controls import figures
 from harness.training.critic import Critics, Lesson
 from harness.training.member import CellFailure, Member
 from harness.training.metrics import Row, update_row
-from harness.training.microbatch import empty, turns
+from harness.training.microbatch import WHOLE, Limit, Turn, empty, turns
 from harness.training.optimizer import StackedAdamW, norm
 from harness.training.overlong import left_out, training_rewards
 from harness.training.rollouts import Experience
@@ -81,7 +81,7 @@ def update(
     coefficients: Sequence[Coefficients],
     number: int,
     watch: Stopwatch,
-    micro_batch: int | None = None,
+    limit: Limit = WHOLE,
     world: World = ALONE,
 ) -> list[Row]:
     """Update number `number` (1-based) of every cell on its minibatch, in place; one row of metrics per cell.
@@ -91,6 +91,7 @@ def update(
     in its loss (see `selection.py`).
 
     Args:
+        limit: what may go through a policy at once; it does not change the gradient.
         world: the processes that make this update together, on the same minibatches; each works on some of the
             micro-batches, and all take the same step.
 
@@ -102,12 +103,11 @@ def update(
     optimizer.clear()
     if critics is not None:
         critics.optimizer.clear()
-    training = members[0].cell.training
-    largest = training.prompts * training.group_size // training.minibatches
-    if world.size == 1 and (micro_batch is None or micro_batch >= largest):
+    every = turns([m.rollout for m in minibatches], limit, world)
+    if world.size == 1 and len(every) == 1:
         results = _whole(models, members, minibatches, coefficients, alone, watch)
     else:
-        results = _in_pieces(models, members, minibatches, coefficients, alone, micro_batch, watch, world)
+        results = _in_pieces(models, members, minibatches, coefficients, alone, every, watch, world)
     rows = []
     with watch("step"):
         taught_parameters = {} if critics is None else critics.optimizer.parameters
@@ -175,11 +175,10 @@ def _in_pieces(
     minibatches: Sequence[Experience],
     coefficients: Sequence[Coefficients],
     alone: bool,
-    limit: int | None,
+    every: Sequence[Turn],
     watch: Stopwatch,
     world: World,
 ) -> list[Result]:
-    every = turns([m.rollout for m in minibatches], limit, world)  # [micro-batch][cell]
     mine = world.turns(len(every))
     kept = world.size > 1 and len(mine) == 1  # the graph of a single piece, which spares its second pass
     with watch("forward"), torch.set_grad_enabled(kept):

@@ -75,9 +75,9 @@ def test_values_are_those_of_the_critic_when_the_rollout_was_drawn(make_run: Mak
     assert [each.number for each in drawn] == [2, 3, 4]
     before = [each.values.clone() for each in drawn]  # type: ignore[union-attr]
     assert all(bool(each.any()) for each in before[1:])
-    trained.critics.appraise([drawn[-1]], trained.policy, None)
+    trained.critics.appraise([drawn[-1]], trained.policy)
     assert torch.equal(drawn[-1].values, before[-1])  # type: ignore[arg-type]
-    trained.critics.appraise([drawn[0]], trained.policy, None)
+    trained.critics.appraise([drawn[0]], trained.policy)
     assert not torch.equal(drawn[0].values, before[0]), "an older rollout has older values"  # type: ignore[arg-type]
     assert not bool(before[-1][~drawn[-1].rollout.mask].any())
 
@@ -192,7 +192,7 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
     fresh = pack(make_run("fresh", {"prompts": 16, "group_size": 64}, [GAE], task={"name": "letters:Word"}))
     fresh.draw()
     experience = fresh.pending[0][0]
-    trained.critics.appraise([experience], trained.policy, None)
+    trained.critics.appraise([experience], trained.policy)
     rollout, rewards, found = experience.rollout, experience.rewards, experience.values
     truth, checked = exact_values(trained), 0
     assert found is not None

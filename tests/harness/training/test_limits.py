@@ -50,7 +50,7 @@ def test_out_of_memory_is_tried_again_with_half_the_micro_batch(
     """Memory for 8 of the 16 rows of an update: the cell ends like one whose micro-batch was 8 from the beginning."""
 
     def scarce(*arguments: Any, **named: Any) -> Any:
-        if arguments[-1] is None or arguments[-1] > 8:
+        if arguments[-1].rows is None or arguments[-1].rows > 8:
             raise error
         return update(*arguments, **named)
 
@@ -67,7 +67,7 @@ def test_out_of_memory_twice_fails_with_the_reason(make_run: MakeRun, monkeypatc
     tried = []
 
     def scarce(*arguments: Any, **named: Any) -> Any:
-        tried.append(arguments[-1])
+        tried.append(arguments[-1].rows)
         raise MemoryError("nothing left")
 
     monkeypatch.setattr(pack_module, "update", scarce)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.policy.rollout import Rollout
-from harness.training.microbatch import micro_batches
+from harness.training.microbatch import Limit, micro_batches
 from harness.training.minibatch import minibatch, select
 from harness.training.rollouts import Experience
 
@@ -62,7 +62,7 @@ def test_an_epoch_visits_every_trajectory_once(parts: int, group_size: int) -> N
 @given(st.integers(1, 5), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 40)))
 def test_micro_batches_cover_every_row_once_in_order(prompts: int, group_size: int, limit: int | None) -> None:
     whole = experience(prompts, group_size).rollout
-    pieces = micro_batches(whole, limit)
+    pieces = micro_batches(whole, Limit(limit))
     assert [row for _, rows in pieces for row in range(rows.start, rows.stop)] == list(range(prompts * group_size))
     for piece, rows in pieces:
         assert limit is None or len(piece.tokens) <= limit
@@ -70,3 +70,13 @@ def test_micro_batches_cover_every_row_once_in_order(prompts: int, group_size: i
         assert piece.texts == whole.texts[rows]
         answered = [piece.prompts[g][0] for g in piece.groups.tolist()]
         assert answered == [row // group_size for row in range(rows.start, rows.stop)]
+
+
+def test_whole_groups_go_together_where_they_fit_and_others_are_cut() -> None:
+    whole = experience(5, 4).rollout
+
+    def bounds(limit: int) -> list[tuple[int, int]]:
+        return [(rows.start, rows.stop) for _, rows in micro_batches(whole, Limit(limit))]
+
+    assert bounds(9) == [(0, 8), (8, 16), (16, 20)]
+    assert bounds(3) == [(0, 3), (3, 4), (4, 7), (7, 8), (8, 11), (11, 12), (12, 15), (15, 16), (16, 19), (19, 20)]
