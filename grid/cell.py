@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -38,13 +38,34 @@ class Cell:
     @cached_property
     def group(self) -> str:
         """The id without the seed: the cells of a group are repetitions of one configuration."""
-        return f"{_readable(self.objective, self.training.on_policy)}-{_digest(self._identity())}"
+        return self._named(hashlib.sha256(self.identity.encode()))
 
     @cached_property
     def id(self) -> str:
         """Readable values and 8 hexadecimal digits of the hash of the resolved cell; safe as a folder name."""
+        return self._named(hashlib.sha256(f"{self.identity}@{self.seed}".encode()), self.seed)
+
+    @property
+    def identity(self) -> str:
+        """What ids are hashes of, the seed apart: version, active settings and sections, as JSON."""
+        objective = _objective_json(self.objective, self.training.on_policy)
+        return f"[{ID_VERSION},{objective},{_sections_json(self.task, self.policy, self.training)}]"
+
+    def with_seeds(self, seeds: Iterable[int]) -> list[Cell]:
+        """The same configuration with other seeds."""
+        digest = hashlib.sha256(self.identity.encode())
+        cells = []
+        for seed in seeds:
+            seeded = digest.copy()
+            seeded.update(f"@{seed}".encode())
+            cell = replace(self, seed=seed)
+            cell.__dict__.update(id=self._named(seeded, seed), group=self.group)  # what the properties would find
+            cells.append(cell)
+        return cells
+
+    def _named(self, digest: Any, seed: int | None = None) -> str:
         readable = _readable(self.objective, self.training.on_policy)
-        return f"{readable}-s{self.seed}-{_digest(self._identity(), self.seed)}"
+        return f"{readable}{'' if seed is None else f'-s{seed}'}-{digest.hexdigest()[:8]}"
 
     def canonical(self) -> dict[str, Any]:
         """Everything that can change a number of this cell: active settings only, defaults resolved."""
@@ -57,15 +78,18 @@ class Cell:
         }
 
     def resolved(self) -> dict[str, Any]:
-        """All settings, as plain data; `Cell.from_resolved` is the inverse."""
+        """All settings, as plain data; `Cell.from_resolved` is the inverse.
+
+        Cells share the dictionaries of their sections, which therefore must not be changed.
+        """
         return {
             "id": self.id,
             "id_version": ID_VERSION,
             "algorithm": self.algorithm,
             "objective": self.objective.settings(),
-            "task": self.task.model_dump(mode="json"),
-            "policy": self.policy.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json"),
+            "task": _section_data(self.task),
+            "policy": _section_data(self.policy),
+            "training": _section_data(self.training),
             "seed": self.seed,
             "spellings": list(self.spellings),
         }
@@ -100,15 +124,15 @@ class Cell:
             raise Mistake("does not belong to these settings", key="id", value=data["id"], hint=f"They have {cell.id}.")
         return cell
 
-    def _identity(self) -> str:
-        sections = (_section_json(self.task), _section_json(self.policy), _section_json(self.training))
-        objective = _objective_json(self.objective, self.training.on_policy)
-        return f"[{ID_VERSION},{objective},{','.join(sections)}]"
+
+@lru_cache(maxsize=65536)
+def _section_data(section: Section) -> dict[str, Any]:
+    return section.model_dump(mode="json")
 
 
-def _digest(identity: str, seed: int | None = None) -> str:
-    text = identity if seed is None else f"{identity}@{seed}"
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+@lru_cache(maxsize=65536)
+def _sections_json(*sections: Section) -> str:
+    return ",".join(map(_section_json, sections))
 
 
 @lru_cache(maxsize=65536)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,11 +120,14 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     workshop = Workshop()
     points, axes = expand(baseline, data, workshop.settings)
     cells: dict[str, Cell] = {}
+    spellings: dict[str, dict[str, None]] = {}
     for point in points:
-        first = workshop.cell(point, seeds[0])
-        for seed in seeds:
-            cell = first if seed == seeds[0] else replace(first, seed=seed)
-            _add(cells, cell)
+        cell = workshop.cell(point, seeds[0])
+        known = cells.setdefault(cell.id, cell)
+        if known is not cell and known.identity != cell.identity:
+            raise Mistake("two different cells have the same id; change a value slightly", value=cell.id)
+        spellings.setdefault(cell.id, {}).update(dict.fromkeys(cell.spellings))
+    cells = _with_seeds(cells, spellings, seeds)
     workshop.refuse_idle()
     base = next((point for point in points if not point.changes), None)
     return Grid(
@@ -142,15 +145,20 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     )
 
 
-def _add(cells: dict[str, Cell], cell: Cell) -> None:
-    known = cells.get(cell.id)
-    if known is None:
-        cells[cell.id] = cell
-        return
-    if known.canonical() != cell.canonical():
-        raise Mistake("two different cells have the same id; change a value slightly", value=cell.id)
-    merged = tuple(dict.fromkeys(known.spellings + cell.spellings))
-    cells[cell.id] = replace(known, spellings=merged)
+def _with_seeds(
+    first: Mapping[str, Cell], spellings: Mapping[str, Mapping[str, None]], seeds: Sequence[int]
+) -> dict[str, Cell]:
+    """Every configuration with all its spellings and every seed, from the cells of the first one."""
+    cells: dict[str, Cell] = {}
+    for identity, cell in first.items():
+        words = spellings[identity]
+        if len(words) > 1:
+            cell = replace(cell, spellings=tuple(words))
+        for seeded in cell.with_seeds(seeds):
+            if seeded.id in cells:
+                raise Mistake("two different cells have the same id; change a value slightly", value=seeded.id)
+            cells[seeded.id] = seeded
+    return cells
 
 
 def _baseline(workshop: Workshop, point: Point, cells: Iterable[Cell]) -> str | None:
