@@ -67,9 +67,15 @@ __all__ = [
 
 
 class Resources(Section):
-    """What one job gets, and how many cells it runs; locally, ``cells_per_job`` and ``max_parallel`` count."""
+    """What one job gets, and how many cells it runs; locally ``cells_per_job``, ``max_parallel``, ``cpus``, ``gpus``
+    and ``processes`` count.
+
+    ``processes`` of each node train every cell of the job together, each with ``cpus`` threads and, where there are
+    GPUs, one of its own; None: one per GPU, or one. ``gpus`` and ``memory_gb`` are those of a node.
+    """
 
     cells_per_job: Count | None = None
+    processes: Count | None = None
     max_parallel: Count | None = None
     gpus: Annotated[int, Field(ge=0)] = 0
     cpus: Count = 1
@@ -84,6 +90,10 @@ class Resources(Section):
     setup: tuple[str, ...] = ()
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     profile: str | None = None
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.processes or max(1, self.gpus)
 
 
 def load_section(kind: str, given: object) -> Section:
@@ -107,6 +117,13 @@ def load_section(kind: str, given: object) -> Section:
         _check_training(section)
     if isinstance(section, TinyPolicy):
         _check_tiny(section)
+    if isinstance(section, Resources) and section.gpus and section.processes_per_node > section.gpus:
+        raise Mistake(
+            f"each process needs a GPU of its own, and a node has {section.gpus} of them for the job",
+            key="resources.processes",
+            value=section.processes,
+            hint="resources.gpus: 0 trains on processors.",
+        )
     if isinstance(section, RewardTable):
         check_table(section)
     return section

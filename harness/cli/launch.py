@@ -53,7 +53,10 @@ def launch(
     exclude: Annotated[str | None, typer.Option(help="Slurm: nodes not to use.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Slurm: nodes per job.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="Slurm: GPUs per job.")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="Cores, hence threads, per job.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Cores, hence threads, per process.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train a cell together; default: one per GPU, or one.")
+    ] = None,
     memory_gb: Annotated[float | None, typer.Option(help="Slurm: memory per job.")] = None,
     minutes: Annotated[int | None, typer.Option(min=1, help="Slurm: time limit of a job.")] = None,
     setup: Annotated[list[str] | None, typer.Option(help="Slurm: shell line before the job; may be repeated.")] = None,
@@ -78,6 +81,7 @@ def launch(
         "nodes": nodes,
         "gpus": gpus,
         "cpus": cpus,
+        "processes": processes,
         "memory_gb": memory_gb,
         "minutes": minutes,
         "max_parallel": max_parallel,
@@ -93,6 +97,7 @@ def launch(
         _rehearse(study, runs / study.name, executor, workers, size, retry_failed, as_json)
         return
     require_trackers(study.track)
+    _require_samplers(study)
     run = Run.create(runs / study.name, study)
     tracking = Tracking(run)
     if board is not None:
@@ -138,7 +143,15 @@ def _backend(
 
         return Here(progress=board.tell if board else None, device=choice), 1, resources
     local = Local(max_parallel=resources.max_parallel, device=choice)
-    return local, local.slots(resources.cpus), resources
+    return local, local.slots(resources.cpus, local.processes(resources)), resources
+
+
+def _require_samplers(study: Grid) -> None:
+    """Raises a Mistake where a cell's sampler is not installed: before anything is submitted."""
+    if any(cell.training.sampler is not None and cell.training.sampler.engine == "vllm" for cell in study.cells):
+        from harness.policy.vllm_sampler import require_vllm
+
+        require_vllm()
 
 
 def _rehearse(

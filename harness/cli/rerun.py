@@ -160,7 +160,9 @@ def _same_bits(old: object, new: object) -> bool:
 
 def _repeat(origin: Run, cell: Cell, place: Path, quiet: bool) -> CellFolder:
     """Train the cell in a run folder of its own, with the original's starting policies."""
-    from harness.dispatch.job import limit_threads, work
+    from harness.dispatch.job import work
+    from harness.dispatch.local import Local
+    from harness.dispatch.threads import limit_threads
 
     place.mkdir(parents=True, exist_ok=True)
     policies = place / "policies"
@@ -168,9 +170,19 @@ def _repeat(origin: Run, cell: Cell, place: Path, quiet: bool) -> CellFolder:
         policies.symlink_to(origin.policies)
     scratch = Run.create(place, _alone(origin, cell))
     limit_threads(1)
+    processes = _processes(origin, cell)
     with _bar(cell, quiet) as tell:
-        work(scratch.path, (cell.id,), executor="here", progress=tell)
+        devices = Local().gpus()[:processes]
+        work(scratch.path, (cell.id,), executor="here", progress=tell, processes=processes, devices=devices)
     return scratch.cell(cell.id)
+
+
+def _processes(origin: Run, cell: Cell) -> int:
+    """How many processes trained the cell: as many give the same bits."""
+    result = origin.cell(cell.id).result() if cell.id in origin.cells else None
+    hardware = (result or {}).get("hardware")
+    found = hardware.get("processes") if isinstance(hardware, Mapping) else None
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def _alone(origin: Run, cell: Cell) -> Grid:

@@ -65,6 +65,7 @@ def _obey(pool: Pool, request: dict[str, Any]) -> None:
         [Pack(tuple(cells)) for cells in request.get("packs", [])],
         slots=max(1, int(request.get("slots", 1))),
         threads=max(1, int(request.get("threads", 1))),
+        processes=max(1, int(request.get("processes", 1))),
         gpus=[str(device) for device in request.get("gpus", [])],
     )
 

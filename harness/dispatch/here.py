@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from grid.sections import Resources
 from harness.dispatch.executor import Pack, SchedulerState
-from harness.dispatch.job import Interruption, limit_threads, work
+from harness.dispatch.job import Interruption, work
+from harness.dispatch.local import Local
+from harness.dispatch.threads import limit_threads
 from harness.store import Run, machine
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class Here:
         """Train all packs; returns when they are done, failed, or interrupted (then `interrupted` is set)."""
         threads = max(1, min(resources.cpus, machine.cores()))
         limit_threads(threads)
+        local = Local(device=self.device)
+        processes, gpus = local.processes(resources), local.gpus()
         if self.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with Interruption(signal.SIGINT, signal.SIGTERM) as interruption:
@@ -46,6 +50,8 @@ class Here:
                     threads=threads,
                     progress=self.progress,
                     stop=interruption.asked,
+                    processes=processes,
+                    devices=gpus[:processes],
                 )
                 if interruption.asked():
                     self.interrupted = True

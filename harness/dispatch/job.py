@@ -10,19 +10,22 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from grid import Mistake
+from harness.dispatch.processes import several
+from harness.dispatch.threads import limit_threads
 from harness.store import CellFolder, Held, Holder, Run
 from harness.store.lock import TOUCH_SECONDS
 
 if TYPE_CHECKING:
     from harness.training.life import Progress
+    from harness.training.world import World
 
 GRACE_SECONDS = 40.0
 """How long a scheduler's signal waits for the end of an update before the job gives way without a fresh checkpoint."""
@@ -32,21 +35,30 @@ GRACE_SECONDS = 40.0
 class PackJob:
     """The callable that submitit pickles for the local pool.
 
-    `gpu` is the device that the local pool handed out (None leaves the environment as it is), `threads` the number of
-    threads of the process.
+    `gpu` is the device that the local pool handed out, or those of several processes with commas between them (None
+    leaves the environment as it is), `threads` the number of threads of each process.
     """
 
     run: str
     cells: tuple[str, ...]
     threads: int = 1
     gpu: str | None = None
+    processes: int = 1
 
     def __call__(self) -> dict[str, str]:
         limit_threads(self.threads)
         if self.gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         with Interruption() as interruption:
-            states = work(self.run, self.cells, executor="local", threads=self.threads, stop=interruption.asked)
+            states = work(
+                self.run,
+                self.cells,
+                executor="local",
+                threads=self.threads,
+                stop=interruption.asked,
+                processes=self.processes,
+                devices=self.gpu.split(",") if self.gpu else (),
+            )
         interruption.give_way()
         return states
 
@@ -65,19 +77,29 @@ def work(
     threads: int = 1,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    processes: int = 1,
+    devices: Sequence[str] = (),
+    world: World | None = None,
 ) -> dict[str, str]:
-    """Train those of the cells that have no result and no other living worker; how each one ended."""
+    """Train those of the cells that have no result and no other living worker; how each one ended.
+
+    Args:
+        processes: how many train each cell together; the others are started here, on `devices`.
+        world: those that train together, where they have met already.
+    """
     run = Run.open(run_path)
-    place = {"executor": executor, **_place(run)}
+    place = {"executor": executor, **_place(run), "processes": processes if world is None else world.size}
     claimed = [folder for folder in map(run.cell, cells) if _claim(folder, place)]
     states: dict[str, str] = {}
     try:
         with _keep_touching(claimed):
             try:
-                from harness.training import run_cells
-
                 ids = [folder.id for folder in claimed]
-                states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads) if ids else {}
+                if ids:
+                    with nullcontext(world) if world else several(run, processes, threads, devices) as together:
+                        from harness.training import run_cells
+
+                        states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads, world=together)
             except Exception:
                 for folder in claimed:
                     _fail(folder, traceback.format_exc())
@@ -86,13 +108,6 @@ def work(
         for folder in claimed:
             _leave(folder, states.get(folder.id, "failed" if folder.error() is not None else "interrupted"))
     return states
-
-
-def limit_threads(threads: int) -> None:
-    """Keep numerical libraries that are loaded from now on to this many threads."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Interruption:

@@ -48,20 +48,40 @@ class Local:
             raise Mistake("there is no NVIDIA device here", key="--device", value="cuda", allowed=["cpu"])
         return found
 
-    def slots(self, threads: int = 1) -> int:
+    def processes(self, wanted: Resources) -> int:
+        """Processes per job. GPUs that the grid file wants of a larger machine are no reason to fail on this one.
+
+        Raises:
+            Mistake: more processes than GPUs.
+        """
+        gpus = len(self.gpus())
+        if wanted.processes is None:
+            return max(1, min(wanted.gpus, gpus))
+        if gpus and wanted.processes > gpus:
+            raise Mistake(
+                f"each process needs a GPU of its own, and there are {gpus} here",
+                key="resources.processes",
+                value=wanted.processes,
+                hint="--device cpu leaves GPUs alone.",
+            )
+        return wanted.processes
+
+    def slots(self, threads: int = 1, processes: int = 1) -> int:
         """Jobs at a time."""
-        return self.max_parallel or len(self.gpus()) or max(1, machine.cores() // threads)
+        places = len(self.gpus()) or machine.cores() // threads
+        return self.max_parallel or max(1, places // processes)
 
     def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
         """Make these packs the controller's queue and see that there is a controller."""
-        threads = min(resources.cpus, machine.cores())
+        threads, processes = min(resources.cpus, machine.cores()), self.processes(resources)
         run.jobs.mkdir(parents=True, exist_ok=True)
         request = {
             "ticket": secrets.token_hex(8),
             "at": time.time(),
             "packs": [list(pack.cells) for pack in packs],
-            "slots": self.slots(threads),
+            "slots": self.slots(threads, processes),
             "threads": threads,
+            "processes": processes,
             "gpus": self.gpus(),
         }
         files.replace(request_path(run), files.seal(request))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.dispatch.executor import Pack
-from harness.dispatch.job import PackJob, limit_threads
+from harness.dispatch.job import PackJob
+from harness.dispatch.threads import limit_threads
 from harness.store import Holder, Run, Snapshot, scan
 
 LOSSES = 3
@@ -44,16 +45,17 @@ class Pool:
         self.flying: list[InFlight] = []
         self.slots = 1
         self.threads = 1
+        self.processes = 1
         self.gpus: list[str] = []
         self._losses: dict[str, tuple[int, int]] = {}
         self._folder: Path | None = None
 
-    def renew(self, packs: Iterable[Pack], *, slots: int, threads: int, gpus: list[str]) -> None:
+    def renew(self, packs: Iterable[Pack], *, slots: int, threads: int, gpus: list[str], processes: int = 1) -> None:
         """Replace what is waiting; cells in flight stay where they are."""
         flying = {cell for flight in self.flying for cell in flight.cells}
         left = (tuple(cell for cell in pack.cells if cell not in flying) for pack in packs)
         self.waiting = deque(Pack(cells) for cells in left if cells)
-        self.slots, self.threads, self.gpus = slots, threads, gpus
+        self.slots, self.threads, self.gpus, self.processes = slots, threads, gpus, processes
         self._losses.clear()
 
     def adopt(self) -> None:
@@ -84,9 +86,9 @@ class Pool:
     def _start(self, pack: Pack) -> None:
         gpu = None
         if self.gpus:
-            used = {flight.gpu for flight in self.flying}
-            gpu = next((device for device in self.gpus if device not in used), self.gpus[0])
-        job = PackJob(str(self.run.path), pack.cells, threads=self.threads, gpu=gpu)
+            used = {device for flight in self.flying for device in (flight.gpu or "").split(",")}
+            gpu = ",".join(sorted(self.gpus, key=used.__contains__)[: self.processes])
+        job = PackJob(str(self.run.path), pack.cells, self.threads, gpu, self.processes)
         limit_threads(self.threads)
         self.flying.append(InFlight(pack.cells, job=self._executor().submit(job), gpu=gpu))
 

@@ -20,7 +20,10 @@ from harness.store import Run
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-OURS = ("array", "job-name", "output", "error", "open-mode", "signal", "chdir", "dependency", "requeue", "no-requeue")
+OURS = (
+    *("array", "job-name", "output", "error", "open-mode", "signal", "chdir", "dependency", "requeue", "no-requeue"),
+    *("nodes", "ntasks", "ntasks-per-node"),
+)
 """Options of sbatch that klab sets itself."""
 
 _SHIELD = 'trap "" USR2 TERM; exec "$@"'
@@ -62,8 +65,8 @@ def script(order: Order) -> str:
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(order.folder))}"
-    tasks = len(order.cells) if len(order.cells) > 1 else None
-    text: str = _make_sbatch_string(command, order.folder, map_count=tasks, **parameters(order))
+    elements = len(order.cells) if len(order.cells) > 1 else None
+    text: str = _make_sbatch_string(command, order.folder, map_count=elements, **parameters(order))
     return text
 
 
@@ -78,10 +81,11 @@ def submit(order: Order) -> str:
 
     executor = _executor(order)
     grace = signal_delay(order.resources.minutes) / 2
-    tasks = [Task(str(order.run.path), cells, order.resources.cpus, grace) for cells in order.cells]
+    wanted = order.resources
+    jobs_tasks = [Task(str(order.run.path), cells, wanted.cpus, grace, tasks(wanted)) for cells in order.cells]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
-            jobs = executor.submit_array(tasks)
+            jobs = executor.submit_array(jobs_tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         job = scheduler.find([order.name]).get(order.name)  # a lost answer is not a refusal
         if job is None:
@@ -94,9 +98,7 @@ def parameters(order: Order) -> dict[str, Any]:
     """submitit's parameters for an order."""
     wanted = order.resources
     extra = {name.lstrip("-").replace("_", "-"): value for name, value in wanted.sbatch.items() if value is not False}
-    if order.parallel and wanted.nodes > 1:
-        extra.setdefault("ntasks-per-node", 1)
-    given = {
+    given: dict[str, Any] = {
         "job_name": order.name or job_name(order.run.name, order.number),
         "time": wanted.minutes,
         "nodes": wanted.nodes,
@@ -115,7 +117,14 @@ def parameters(order: Order) -> dict[str, Any]:
         "additional_parameters": {"requeue": True, **extra},
         "wckey": None,
     }
+    if tasks(wanted) > 1:  # one that dies takes the others with it
+        given |= {"ntasks_per_node": wanted.processes_per_node, "srun_args": ["--kill-on-bad-exit=1"]}
     return given
+
+
+def tasks(resources: Resources) -> int:
+    """The processes of a job, over all of its nodes, which train together."""
+    return resources.nodes * resources.processes_per_node
 
 
 def signal_delay(minutes: int) -> int:

@@ -152,7 +152,7 @@ class Slurm:
     ) -> str:
         """Submit one array; in halves, one after the other, where it exceeds what the user may have in the queue."""
         part = packs[chunk.first : chunk.first + chunk.count]
-        intent = intend(run, part, cluster=cluster, threads=resources.cpus)
+        intent = intend(run, part, cluster=cluster, threads=resources.cpus, processes=sbatch.tasks(resources))
         order = sbatch.Order(run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name)
         try:
             job = sbatch.submit(order)

@@ -32,6 +32,7 @@ class Submission:
     at: float
     cluster: str = ""
     threads: int = 1
+    processes: int = 1
     job: str | None = None
 
     @property
@@ -46,7 +47,7 @@ class Submission:
     def write(self) -> None:
         """Store the record, replacing the one there is."""
         record: dict[str, Any] = {"name": self.name, "at": self.at, "cluster": self.cluster, "threads": self.threads}
-        record |= {"job": self.job, "cells": [list(cells) for cells in self.cells]}
+        record |= {"processes": self.processes, "job": self.job, "cells": [list(cells) for cells in self.cells]}
         files.replace(self.folder / _RECORD, files.seal(record))
 
     def forget(self) -> None:
@@ -55,13 +56,13 @@ class Submission:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def intend(run: Run, packs: Sequence[Pack], *, cluster: str, threads: int) -> Submission:
+def intend(run: Run, packs: Sequence[Pack], *, cluster: str, threads: int, processes: int = 1) -> Submission:
     """Write down that these packs are about to be submitted. The caller holds the run's lock."""
     number = next_number(run.jobs)
     path = folder(run.jobs, number)
     path.mkdir(parents=True)
     cells = tuple(pack.cells for pack in packs)
-    submission = Submission(path, job_name(run.name, number), cells, time.time(), cluster, threads)
+    submission = Submission(path, job_name(run.name, number), cells, time.time(), cluster, threads, processes)
     submission.write()
     files.sync_folder(path.parent)
     return submission
@@ -89,7 +90,7 @@ def read(path: Path) -> Submission | None:
         raise files.damaged(file, "does not describe a submission")
     if job is not None and not job.isdigit():
         raise files.damaged(file, f"has the job {job[:40]!r}")
-    threads = record.get("threads")
+    threads, processes = record.get("threads"), record.get("processes")
     return Submission(
         path,
         str(name),
@@ -97,6 +98,7 @@ def read(path: Path) -> Submission | None:
         float(at),  # type: ignore[arg-type]
         str(record.get("cluster", "")),
         threads if isinstance(threads, int) and threads > 0 else 1,
+        processes if isinstance(processes, int) and processes > 0 else 1,
         job,
     )
 

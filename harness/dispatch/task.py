@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.dispatch import scheduler
-from harness.dispatch.job import Interruption, limit_threads, work
+from harness.dispatch.job import Interruption, work
+from harness.dispatch.processes import choose_gpu, follow, leading
+from harness.dispatch.threads import limit_threads
 from harness.store import Run
+
+if TYPE_CHECKING:
+    from harness.training.world import World
 
 ROUNDS = 1000
 """Requeues after which a job gives up: it would come back for ever without getting anywhere."""
@@ -34,22 +41,43 @@ _PATIENCE = 60.0
 class Task:
     """The callable that submitit pickles: a run folder and the cells to train there.
 
-    `grace`: seconds after a signal at which the job gives way even in the middle of an update.
+    `grace`: seconds after a signal at which the job gives way even in the middle of an update. `processes`: tasks of
+    the job, over all of its nodes, that train together.
     """
 
     run: str
     cells: tuple[str, ...]
     threads: int = 1
     grace: float = 40.0
+    processes: int = 1
 
     def __call__(self) -> dict[str, str]:
-        if int(os.environ.get("SLURM_PROCID", "0")):
-            return {}  # a further node or task of the same job: training is one process
+        rank = int(os.environ.get("SLURM_PROCID", "0"))
         limit_threads(self.threads)
+        if self.processes > 1:
+            choose_gpu(int(os.environ.get("SLURM_LOCALID", "0")))
+        if rank:
+            if rank < self.processes:
+                follow(self.run, rank, self.processes, self.threads, _meeting())
+            return {}
         signal.signal(signal.SIGUSR2, _requeue)  # what `Interruption` falls back to; submitit's own until here
+        if self.processes == 1:
+            return self._lead()
+        alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+        with leading(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
+            return self._lead(world)
+
+    def _lead(self, world: World | None = None) -> dict[str, str]:
         while True:
             with Interruption(grace=self.grace) as interruption:
-                states = work(self.run, self.cells, executor="slurm", threads=self.threads, stop=interruption.asked)
+                states = work(
+                    self.run,
+                    self.cells,
+                    executor="slurm",
+                    threads=self.threads,
+                    stop=interruption.asked,
+                    world=world,
+                )
             if "interrupted" not in states.values():
                 return states
             interruption.give_way()
@@ -64,6 +92,14 @@ class Task:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _meeting() -> Path:
+    """Where the processes of this life of the job meet."""
+    from submitit.core.job_environment import JobEnvironment
+
+    life = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return Path(os.environ["SUBMITIT_FOLDER"]) / f"{JobEnvironment().job_id}_{life}.meeting"
 
 
 def _fate() -> str | None:
@@ -105,7 +141,7 @@ def heal(run: str, number: int) -> None:
     os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     environment = JobEnvironment()
     index = int(environment.array_task_id or 0)
-    delayed = DelayedSubmission(Task(run, submission.cells[index], submission.threads))
+    delayed = DelayedSubmission(Task(run, submission.cells[index], submission.threads, processes=submission.processes))
     delayed.set_timeout(ROUNDS, ROUNDS)
     target = JobPaths(path, job_id=environment.job_id).submitted_pickle
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

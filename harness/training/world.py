@@ -35,6 +35,8 @@ JOIN_SECONDS = 300.0
 PATIENCE = timedelta(hours=1)
 """How long a process waits in an exchange for those that live and do not come."""
 
+LOOPBACK = "127.0.0.1"
+
 _BUCKET = 2**24
 """Numbers that are summed at a time."""
 
@@ -250,25 +252,28 @@ def join(
     size: int,
     meeting: Path,
     *,
-    address: str,
     device: torch.device,
+    address: str = LOOPBACK,
     watch: Callable[[], None] = lambda: None,
 ) -> World:
     """Meet the other processes of the job; returns when all are there.
 
     Args:
         meeting: a file that all of them see and no other job has; it exists while they meet.
-        address: where rank 0 can be reached; 127.0.0.1 where all are on one machine.
         device: where they train; gradients are summed by NCCL on GPUs and by Gloo on processors.
+        address: where the others reach this process, if it is rank 0; `LOOPBACK`: all are on one machine.
         watch: called while rank 0 waits; may raise.
 
     Raises:
         WorldLost: when the others do not come.
     """
-    if address == "127.0.0.1" and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     deadline = time.monotonic() + JOIN_SECONDS
-    store = _lead(size, meeting, address, deadline, watch) if rank == 0 else _follow(rank, size, meeting, deadline)
+    if rank == 0:
+        store = _lead(size, meeting, address, deadline, watch)
+    else:
+        store, address = _follow(rank, size, meeting, deadline)
+    if address == LOOPBACK and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     if rank == 0:
@@ -294,7 +299,7 @@ def _lead(size: int, meeting: Path, address: str, deadline: float, watch: Callab
     return store
 
 
-def _follow(rank: int, size: int, meeting: Path, deadline: float) -> Any:
+def _follow(rank: int, size: int, meeting: Path, deadline: float) -> tuple[Any, str]:
     while not meeting.exists():
         if time.monotonic() > deadline:
             raise WorldLost(f"klab: process 0 of {size} did not come within {JOIN_SECONDS:.0f} s")
@@ -302,7 +307,7 @@ def _follow(rank: int, size: int, meeting: Path, deadline: float) -> Any:
     address, port = meeting.read_text().split()
     store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
     store.set(f"process {rank}", "is here")
-    return store
+    return store, address
 
 
 def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:

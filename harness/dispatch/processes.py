@@ -1,0 +1,141 @@
+"""Several processes that train a job's cells together: started on this machine, or tasks of a Slurm job.
+
+The first one leads: it holds the claims and writes; the others do what it says (`harness.training.parallel`). They hear
+no signals, and end when the first one does. As a program this module is one of the others:
+`python -m harness.dispatch.processes RUN RANK SIZE THREADS MEETING`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.dispatch.threads import limit_threads
+from harness.store import Run, machine
+
+if TYPE_CHECKING:
+    from harness.training.world import World
+
+_END_SECONDS = 20.0
+"""How long processes that were let go may take to end."""
+
+
+@contextmanager
+def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) -> Iterator[World | None]:
+    """A world of this process, which leads, and `size` - 1 others that are started here and end with the block.
+
+    Args:
+        devices: GPUs, as CUDA names them, one for each; none leaves the environment as it is.
+    """
+    if size == 1:
+        yield None
+        return
+    run.jobs.mkdir(parents=True, exist_ok=True)
+    meeting = run.jobs / f"meeting-{secrets.token_hex(6)}"
+    others = [_start(run, rank, size, threads, meeting, devices) for rank in range(1, size)]
+    try:
+        if devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
+        with leading(size, meeting, others=others) as world:
+            yield world
+        with suppress(subprocess.TimeoutExpired):
+            for other in others:
+                other.wait(_END_SECONDS)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+@contextmanager
+def leading(
+    size: int, meeting: Path, address: str | None = None, others: Sequence[subprocess.Popen[bytes]] = ()
+) -> Iterator[World]:
+    """The world that this process leads, once the others have come to the meeting; they are let go after the block.
+
+    Args:
+        address: where they reach this process; None: all are on this machine.
+        others: those that were started here, watched while they are awaited.
+
+    Raises:
+        SystemExit: where the processes lose one another.
+    """
+    from harness.training.pack import device
+    from harness.training.parallel import finish
+    from harness.training.world import LOOPBACK, WorldLost, join
+
+    def watch() -> None:
+        for rank, other in enumerate(others, 1):
+            if other.poll() is not None:
+                raise WorldLost(f"klab: process {rank} of {size} ended at its start with code {other.returncode}")
+
+    try:
+        world = join(0, size, meeting, device=device(), address=address or LOOPBACK, watch=watch)
+        try:
+            yield world
+        finally:
+            finish(world)
+            world.leave()
+    except WorldLost as lost:
+        sys.exit(str(lost))
+
+
+def follow(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -> None:
+    """Be one of the others, until the first process is done.
+
+    Raises:
+        SystemExit: where the processes lose one another.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    from harness.training import parallel
+    from harness.training.pack import device
+    from harness.training.world import WorldLost, join
+
+    try:
+        world = join(rank, size, meeting, device=device())
+        try:
+            parallel.follow(run, world, threads)
+        finally:
+            world.leave()
+    except WorldLost as lost:
+        sys.exit(str(lost))
+
+
+def choose_gpu(local: int) -> None:
+    """Leave the `local`-th process of a node one of the GPUs that all of them see. Before torch looks for GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [str(number) for number in range(len(machine.gpus()))] if visible is None else visible.split(",")
+    if len(found) > 1:
+        if local >= len(found):
+            sys.exit(f"klab: process {local} of this node has no GPU: there are {', '.join(found)}")
+        os.environ["CUDA_VISIBLE_DEVICES"] = found[local]
+
+
+def _start(
+    run: Run, rank: int, size: int, threads: int, meeting: Path, devices: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    """Start one of the others; it writes where this process writes, and no terminal signals it."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path}
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
+    words = [str(run.path), str(rank), str(size), str(threads), str(meeting)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness.dispatch.processes", *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+if __name__ == "__main__":
+    limit_threads(int(sys.argv[4]))
+    follow(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
