@@ -29,6 +29,13 @@ def read_config(folder: str | Path, trusted: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
     except (OSError, ValueError) as error:
+        if not trusted and "custom code" in str(error):
+            raise Mistake(
+                "the model brings Python code of its own, which is run only where you say so",
+                file=folder,
+                key="policy.trust_remote_code",
+                value=False,
+            ) from error
         raise Mistake(f"no readable model configuration: {_first_line(error)}", file=folder) from error
 
 
