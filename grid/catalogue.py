@@ -250,6 +250,7 @@ _ADVANTAGE = _axis(
     Value("position_norm", "(r_j − μ_j)/(σ_j + eps)", "statistics at own position j", "S1", _NORM),
     Value("position_center", "r_j − μ_j", "", "S1 without the standard deviation"),
     Value("positive", "1[R > 0]", "imitate what was accepted", "RAFT"),
+    Value("signed", "r − R ± 1, + where R > 0", "as if the task rewarded with 1 and −1", "Reinforce-Rej"),
     Value("greedy_baseline", "r − R of the greedy completion of the same prompt", "", "ReMax"),
     Value("length_baseline", "r − Σ H·R / Σ H", "", "OPO"),
     Value(

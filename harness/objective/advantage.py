@@ -130,6 +130,13 @@ def positive(returns: Returns) -> Tensor:
 
 
 @ADVANTAGES
+def signed(returns: Returns) -> Tensor:
+    """r with 1 in place of a reward R > 0 and −1 in place of any other (Reinforce-Rej)."""
+    verdict = torch.where(returns.rewards > 0, 1.0, -1.0).to(returns.returns.dtype)
+    return (returns.returns - returns.rewards[:, None]) + verdict[:, None]
+
+
+@ADVANTAGES
 def greedy_baseline(returns: Returns) -> Tensor:
     """r − R of the greedy completion of the same prompt (ReMax)."""
     if returns.greedy_rewards is None:
