@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grid import Cell, Grid
+from grid import Cell, Grid, Objective
 from grid.definition import Equality
-from harness.exact.equivalence import equivalence_classes, unknown_fingerprints
+from harness.exact.equivalence import contested_fingerprints, equivalence_classes
 from harness.exact.fingerprints import cache_folder
 
 Progress = Callable[[int, int], None]
@@ -46,12 +46,13 @@ def merge_equal(
         return Merged(grid, 0)
     with tempfile.TemporaryDirectory(prefix="klab-") as scratch:
         cache = _writable(cache_folder(), Path(scratch))
-        unknown = unknown_fingerprints(own, cache=cache)
-        if at_most is not None and unknown > at_most:
-            return Merged(grid, unknown)
+        known, unknown = contested_fingerprints(own, cache=cache)
+        if at_most is not None and len(unknown) > at_most:
+            return Merged(grid, len(unknown))
         if unknown:
-            _measure(own, cache, progress)
-        classes = [found.members for found in equivalence_classes(own, cache=cache) if len(found.members) > 1]
+            _measure(unknown, cache, progress)
+        found = equivalence_classes(own, cache=cache, known=None if unknown else known)
+        classes = [each.members for each in found if len(each.members) > 1]
     return Merged(_with_one_of_each(grid, classes, keep), 0)
 
 
@@ -73,9 +74,9 @@ def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Colle
     return replace(grid, cells=cells, equalities=tuple(equalities))
 
 
-def _measure(cells: Sequence[Cell], cache: Path, progress: Progress | None) -> None:
-    """Run `python -m harness.exact.measure` on the distinct objectives of these cells."""
-    wanted = {json.dumps([cell.objective.settings(), cell.training.on_policy], sort_keys=True): None for cell in cells}
+def _measure(unknown: Mapping[tuple[str, bool], Objective], cache: Path, progress: Progress | None) -> None:
+    """Run `python -m harness.exact.measure` on these objectives."""
+    wanted = [json.dumps([objective.settings(), on_policy]) for (_, on_policy), objective in unknown.items()]
     command = [sys.executable, "-m", "harness.exact.measure", str(cache)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from grid import Cell, Objective
 from grid.sections import NUMERICALLY_IDLE, PolicySection, TaskSection, TrainingSection
-from harness.exact.fingerprints import Progress, canonical_text, fingerprints, known_fingerprints
+from harness.exact.fingerprints import Marks, Progress, canonical_text, fingerprints, known_fingerprints
 
 TOLERANCE = 1e-12
 """Largest relative difference of two gradients that count as equal."""
@@ -55,7 +55,7 @@ class Class:
 
 
 def equivalence_classes(
-    cells: Iterable[Cell], *, cache: Path | None = None, progress: Progress | None = None
+    cells: Iterable[Cell], *, cache: Path | None = None, known: Marks | None = None, progress: Progress | None = None
 ) -> list[Class]:
     """Group cells into classes of equal algorithms, in the order of their first members.
 
@@ -64,12 +64,13 @@ def equivalence_classes(
     Args:
         cells: the cells of a study.
         cache: folder of known fingerprints; `cache_folder()` when None.
+        known: what `contested_fingerprints` read there.
         progress: called while fingerprints are computed.
     """
     by_key, objectives = _by_key(cells)
     contested = _contested(by_key)
     wanted = {key: objective for key, objective in objectives.items() if key in contested}
-    marks = fingerprints(wanted, cache=cache, progress=progress)
+    marks = fingerprints(wanted, cache=cache, known=known, progress=progress)
 
     rooms: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for surroundings, on_policy, canonical in by_key:
@@ -87,10 +88,17 @@ def equivalence_classes(
     return sorted(classes, key=lambda found: position[id(found.representative)])
 
 
-def unknown_fingerprints(cells: Iterable[Cell], *, cache: Path | None = None) -> int:
-    """How many fingerprints `equivalence_classes` would have to compute (needs no torch)."""
-    keys = _contested(_by_key(cells)[0])
-    return len(keys - known_fingerprints(keys, cache=cache)) if keys else 0
+def contested_fingerprints(
+    cells: Iterable[Cell], *, cache: Path | None = None
+) -> tuple[Marks, dict[tuple[str, bool], Objective]]:
+    """What `equivalence_classes` needs: the fingerprints that the cache has, and the objectives of those it lacks.
+
+    Needs no torch.
+    """
+    by_key, objectives = _by_key(cells)
+    keys = _contested(by_key)
+    known = known_fingerprints(keys, cache=cache) if keys else {}
+    return known, {key: objective for key, objective in objectives.items() if key in keys and key not in known}
 
 
 def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Path | None = None) -> dict[str, int]:

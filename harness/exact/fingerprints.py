@@ -9,13 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 
 from grid import Objective
 
+Marks = dict[tuple[str, bool], list[float]]
+"""Fingerprints by canonical form and schedule."""
+
 _LINES_AT_ONCE = 500
+_CHUNK = 50
 _BEFORE_MARK = ", ["
 """What separates the key of a line from its numbers; no canonical form contains it."""
 
@@ -23,6 +30,7 @@ Progress = Callable[[int, int], None]
 """Called with (fingerprints computed so far, fingerprints to compute)."""
 
 
+@lru_cache(maxsize=2**17)
 def canonical_text(objective: Objective, on_policy: bool) -> str:
     """The canonical form as one line of JSON: the key of the fingerprint cache."""
     return json.dumps(objective.canonical(on_policy), sort_keys=True, default=str)
@@ -32,24 +40,31 @@ def fingerprints(
     objectives: Mapping[tuple[str, bool], Objective],
     *,
     cache: Path | None = None,
+    known: Marks | None = None,
+    workers: int = 1,
     progress: Progress | None = None,
-) -> dict[tuple[str, bool], list[float]]:
+) -> Marks:
     """The fingerprint of each objective under its schedule, from the cache or computed and added to it.
 
     The user's own functions are computed every time: their code is not part of the cache's version.
+
+    Args:
+        objectives: by canonical form and schedule.
+        cache: the folder; `cache_folder()` when None.
+        known: what `known_fingerprints` found there, not to be read again.
+        workers: processes that compute; with more than one, the numbers are the same.
+        progress: called while fingerprints are computed.
     """
     file = _cache_file(cache)
-    found = _read(file, objectives)
-    missing = [key for key in objectives if key not in found]
+    found = dict(_read(file, objectives) if known is None else known)
+    missing = {key: objective for key, objective in objectives.items() if key not in found}
     if not missing:
         return found
 
-    from harness.exact.probes import fingerprint
-
     lines: list[str] = []
-    for done, key in enumerate(missing, start=1):
+    for done, (key, mark) in enumerate(_computed(missing, workers), start=1):
         canonical, on_policy = key
-        found[key] = fingerprint(objectives[key], on_policy)
+        found[key] = mark
         if not objectives[key].is_custom:
             lines.append(json.dumps([canonical, on_policy, found[key]]))
         if progress is not None:
@@ -61,9 +76,26 @@ def fingerprints(
     return found
 
 
-def known_fingerprints(keys: Collection[tuple[str, bool]], *, cache: Path | None = None) -> set[tuple[str, bool]]:
-    """Those of the keys whose fingerprints need not be computed (needs no torch)."""
-    return set(_read(_cache_file(cache), keys))
+def _computed(
+    missing: Mapping[tuple[str, bool], Objective], workers: int
+) -> Iterator[tuple[tuple[str, bool], list[float]]]:
+    from harness.exact.probes import fingerprint
+
+    schedules = [on_policy for _, on_policy in missing]
+    if workers <= 1:
+        yield from zip(missing, map(fingerprint, missing.values(), schedules), strict=True)
+        return
+    import torch
+
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield from zip(missing, pool.map(fingerprint, missing.values(), schedules, chunksize=_CHUNK), strict=True)
+
+
+def known_fingerprints(keys: Collection[tuple[str, bool]], *, cache: Path | None = None) -> Marks:
+    """The fingerprints that the cache has of these keys (needs no torch)."""
+    return _read(_cache_file(cache), keys)
 
 
 def cache_folder() -> Path:
@@ -87,12 +119,12 @@ def _cache_file(cache: Path | None) -> Path:
     return (cache or cache_folder()) / "fingerprints" / f"{code_version()}.jsonl"
 
 
-def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
+def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> Marks:
     """Those of the wanted fingerprints that are known; lines of others are passed over unparsed."""
     if not file.exists():
         return {}
     heads = {_head(canonical, on_policy) for canonical, on_policy in wanted}
-    known: dict[tuple[str, bool], list[float]] = {}
+    known: Marks = {}
     for line in file.read_text().split("\n"):
         if line.partition(_BEFORE_MARK)[0] not in heads:
             continue

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from grid import Objective
 from harness.exact.fingerprints import canonical_text, fingerprints
+from harness.store.machine import cores
+
+_WORTH_PROCESSES = 1_000
+"""From so many fingerprints on, the start of further processes costs less than they save."""
 
 
 def main() -> None:
@@ -23,7 +27,12 @@ def main() -> None:
     for settings, on_policy in json.load(sys.stdin):
         objective = Objective(**settings)
         wanted[canonical_text(objective, on_policy), on_policy] = objective
-    fingerprints(wanted, cache=Path(sys.argv[1]), progress=lambda done, total: print(f"{done}/{total}", flush=True))
+    fingerprints(
+        wanted,
+        cache=Path(sys.argv[1]),
+        workers=cores() if len(wanted) >= _WORTH_PROCESSES else 1,
+        progress=lambda done, total: print(f"{done}/{total}", flush=True),
+    )
 
 
 if __name__ == "__main__":

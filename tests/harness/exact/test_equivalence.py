@@ -16,7 +16,7 @@ import torch
 from grid import Cell, Objective
 from grid.catalogue import AXES
 from grid.sections import AdditionTask, TinyPolicy, TrainingSection
-from harness.exact.equivalence import count_classes, equivalence_classes, unknown_fingerprints
+from harness.exact.equivalence import contested_fingerprints, count_classes, equivalence_classes
 from harness.exact.fingerprints import canonical_text, fingerprints
 from harness.exact.probes import probe, probe_gradient
 from tests.harness.exact.enumeration import weight_of
@@ -165,9 +165,10 @@ def test_an_unwritable_cache_costs_only_time(tmp_path: Path) -> None:
 
 def test_known_fingerprints_need_no_torch(tmp_path: Path) -> None:
     cells = [cell(Objective(estimator=name)) for name in ("k1", "k2", "k3_plus")]
-    assert unknown_fingerprints(cells, cache=tmp_path) == 3
+    assert len(contested_fingerprints(cells, cache=tmp_path)[1]) == 3
     equivalence_classes(cells, cache=tmp_path)
-    assert unknown_fingerprints(cells, cache=tmp_path) == 0
+    known, unknown = contested_fingerprints(cells, cache=tmp_path)
+    assert (len(known), unknown) == (3, {})
     program = f"""
 import sys
 from pathlib import Path
@@ -182,6 +183,15 @@ print(len(equivalence_classes(cells, cache=Path({str(tmp_path)!r}))), "torch" in
     assert done.stdout.split() == ["2", "False"]
 
 
+def test_processes_compute_the_same_fingerprints(tmp_path: Path) -> None:
+    objectives = [Objective(estimator=name) for name in ("k1", "full")]
+    wanted = {(canonical_text(each, False), False): each for each in objectives}
+    alone = fingerprints(wanted, cache=tmp_path / "alone")
+    together = fingerprints(wanted, cache=tmp_path / "together", workers=2)
+    assert list(together.items()) == list(alone.items())
+    assert fingerprints(wanted, cache=tmp_path / "together") == alone
+
+
 def doubled(ratio, advantage):  # type: ignore[no-untyped-def]
     """A user's weight."""
     return 2 * ratio
@@ -190,7 +200,7 @@ def doubled(ratio, advantage):  # type: ignore[no-untyped-def]
 def test_functions_of_the_user_are_measured_and_never_cached(tmp_path: Path) -> None:
     own = Objective(weight=f"{__name__}:doubled")
     assert not same(own, Objective(weight="ratio"), tmp_path)
-    assert unknown_fingerprints([cell(own), cell(Objective(weight="ratio"))], cache=tmp_path) == 1
+    assert len(contested_fingerprints([cell(own), cell(Objective(weight="ratio"))], cache=tmp_path)[1]) == 1
 
 
 def test_probes_hold_what_they_promise() -> None:
