@@ -94,7 +94,7 @@ class TrainingSection(Section):
     the reward that is recorded is the task's.
 
     ``micro_batch`` (trajectories) and ``token_budget`` (tokens, prompts included) limit one forward pass; neither
-    changes a gradient.
+    changes a gradient. Of tokens that are only sampled, 16 times the budget go together.
     """
 
     updates: Count = 100

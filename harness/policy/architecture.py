@@ -107,6 +107,9 @@ class Architecture:
 class Rotary:
     """Cosines and sines of the rotary position embedding, in float32 like transformers', for every static scaling.
 
+    Attributes:
+        tables: by type of number and device, replaced by larger ones as positions grow.
+
     Raises:
         Mistake: a scaling whose frequencies depend on the length of the input (`dynamic`, `longrope`).
     """
@@ -129,7 +132,7 @@ class Rotary:
                 value=kind,
                 allowed=("default", "linear", "llama3", "yarn"),
             )
-        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self.tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype, limit: int) -> tuple[Tensor, Tensor]:
         """Factors [..., head_size] at `positions` (below `limit`): cosines twice, and sines with the first half
@@ -138,13 +141,13 @@ class Rotary:
         With swap(x) the vector with its halves exchanged, the embedding of x is x · cosines + swap(x) · sines.
         """
         key = (dtype, positions.device)
-        cosines, sines = self._tables.get(key, (None, None))
+        cosines, sines = self.tables.get(key, (None, None))
         if cosines is None or sines is None or len(cosines) < limit:
             angles = torch.arange(max(limit, 64)).float()[:, None] * self.frequencies[None, :]
             cosine, sine = angles.cos() * self.scaling, angles.sin() * self.scaling
             cosines = torch.cat((cosine, cosine), -1).to(positions.device, dtype)
             sines = torch.cat((-sine, sine), -1).to(positions.device, dtype)
-            self._tables[key] = (cosines, sines)
+            self.tables[key] = (cosines, sines)
         flat = positions.reshape(-1)
         shape = (*positions.shape, cosines.shape[-1])
         return cosines.index_select(0, flat).view(shape), sines.index_select(0, flat).view(shape)

@@ -180,6 +180,7 @@ class Tape:
         self._bias = torch.zeros((1, cells * lanes, 1, length), dtype=policy.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.zeros(0)
+        self._tables: list[tuple[Tensor, Tensor]] = []
 
     def clear(self) -> None:
         """What is in a slot that no token has reached must be finite: it is multiplied by 0."""
@@ -194,22 +195,22 @@ class Tape:
         if not capture:
             return self._step(policy)
         if self._graph is None:
-            self._record(policy)
-        assert self._graph is not None
+            self._graph = self._record(policy)
         self._graph.replay()
         return self._logits
 
-    def _record(self, policy: Decoder) -> None:
+    def _record(self, policy: Decoder) -> torch.cuda.CUDAGraph:
         """Record a step. Libraries set themselves up in a step before it, which writes the same keys and values."""
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._step(policy)
         torch.cuda.current_stream().wait_stream(aside)
+        self._tables = list(policy.rotary.tables.values())  # a recording reads the memory that it was made with
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._logits = self._step(policy)
-        self._graph = graph
+        return graph
 
     def _step(self, policy: Decoder) -> Tensor:
         ahead = torch.arange(self.length, device=self.positions.device) > self.positions
