@@ -26,6 +26,8 @@ from harness.policy.lora import Adapters, read_adapters, write_adapters
 from harness.policy.output import wide_product
 from harness.policy.policy import Steps
 from harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
+from harness.policy.ragged import suits
+from harness.policy.ragged_decoding import RaggedDecoding
 from harness.policy.rollout import Rollout
 from harness.policy.static_decoding import StaticDecoding, decodes_statically
 
@@ -174,6 +176,8 @@ class Decoder:
     def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
         if not plain and decodes_statically(self.device):
             return StaticDecoding(self, prompts, group_size)
+        if not plain and self.ragged:
+            return RaggedDecoding(self, prompts, group_size)
         return (PlainDecoding if plain else Decoding)(self, prompts, group_size)
 
     def scores(
@@ -270,6 +274,14 @@ class Decoder:
     def size(self) -> int:
         """Number of trained parameters of one cell."""
         return sum(value[0].numel() for value in self.parameters.values())
+
+    @property
+    def ragged(self) -> bool:
+        """Whether cells of unequal sizes are computed together (`harness.policy.ragged`): in full fine-tuning on a CPU,
+        with plain multi-head attention."""
+        full = not self.shared and self.adapters is None and not self.gradient_checkpointing
+        wide = self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
+        return full and wide and suits(self.architecture)
 
     def hidden(self, weights: Weights, tokens: Tensor, arrangement: Arrangement) -> Tensor:
         """Final, normalised hidden states [A, K, hidden] of the kept tokens.

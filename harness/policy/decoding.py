@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.policy.attention import EXPLICIT_SLOTS, attention
+from harness.policy.layout import Lanes
 from harness.policy.prefixes import Grove, bucket, plain_forest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Decoding:
 
     def __init__(self, policy: Decoder, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy = policy
-        self.cells = [_Branches(listed, group_size) for listed in prompts]
+        self.cells = [Branches(listed, group_size) for listed in prompts]
         self.caches: dict[tuple[int, ...], Cache] = {}
         self._weights: dict[tuple[int, ...], Weights] = {}
 
@@ -126,8 +127,21 @@ class _Plan:
     def shape(self) -> Hashable:
         return (len(self.tokens), *self.visible.shape)
 
+    def lanes(self, dtype: torch.dtype) -> Lanes:
+        """As one cell of a layout."""
+        hidden = torch.from_numpy(~self.visible)
+        return Lanes(
+            tokens=torch.from_numpy(self.tokens),
+            positions=torch.from_numpy(self.positions.reshape(-1)[self.places]),
+            slots=torch.from_numpy(self.slots),
+            places=torch.from_numpy(self.places),
+            kept=None,
+            bias=torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf),
+            unique=True,
+        )
 
-class _Branches:
+
+class Branches:
     """The prefix trees of one cell while they grow.
 
     `lane` [N] and `visible` [N, S]: the lane of each trajectory, and the slots of it that hold its prompt and prefix.
@@ -143,6 +157,20 @@ class _Branches:
         self.prefix = self.lane.copy()
         self.next_position = self.lengths[self.lane]
         self.apart = False
+
+    def start(self, dtype: torch.dtype) -> Lanes:
+        """A causal lane per prompt."""
+        P, S = len(self.prompts), self.width
+        places = torch.arange(P * S)
+        return Lanes(
+            tokens=torch.tensor([[*prompt, *[0] * (S - len(prompt))] for prompt in self.prompts]).view(-1),
+            positions=torch.arange(S).repeat(P),
+            slots=places.view(P, S),
+            places=places,
+            kept=torch.from_numpy(np.arange(P) * S + self.lengths - 1),
+            bias=torch.full((1, S, S), -torch.inf, dtype=dtype).triu_(1),
+            unique=True,
+        )
 
     def grow(self, tokens: Indices, open_rows: NDArray[np.bool_]) -> _Plan:
         """Append one token to each open trajectory."""
@@ -209,7 +237,7 @@ class _Branches:
 class _Prefill:
     """Arrangement of the prompts' own pass: a causal lane per prompt, whose keys and values are kept."""
 
-    def __init__(self, cells: Sequence[_Branches], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cells: Sequence[Branches], device: torch.device, dtype: torch.dtype) -> None:
         P, S = len(cells[0].prompts), cells[0].width
         padded = [[*p, *[0] * (S - len(p))] for cell in cells for p in cell.prompts]
         self.tokens = torch.tensor(padded, device=device).view(len(cells), -1)

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harness.policy.attention import EXPLICIT_SLOTS
+from harness.policy.layout import Layout
 from harness.policy.output import chunk_size, picked
 from harness.policy.policy import Policy
 from harness.policy.prefixes import Grove
+from harness.policy.ragged import final_states
 from harness.policy.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -69,10 +72,25 @@ def stacked_scores(
     states: bool,
     plain: bool,
 ) -> list[Scores]:
-    """`token_scores` of stacked cells: those whose trajectories give equal shapes together, the others apart."""
+    """`token_scores` of stacked cells: cells with short lanes in one layout, where the policy can do that; of the
+    others those whose trajectories give equal shapes together, and the rest apart."""
     forests = [rollout.forest(plain) for rollout in rollouts]
     found: list[Scores | None] = [None] * policy.cells
-    stacks = policy.stacks([f.shape for f in forests])
+    ragged = policy.ragged and not plain
+    short = [c for c, f in enumerate(forests) if ragged and f.slots.shape[1] <= EXPLICIT_SLOTS]
+    if short:
+        layout = Layout(short, [forests[c].lanes(policy.dtype) for c in short], policy.architecture.heads)
+        every = policy.head(policy.parameters).unbind(0)
+        for c, each in zip(short, final_states(policy, layout).split_with_sizes(layout.kept_sizes), strict=True):
+            if not logits and len(each) * policy.vocabulary > chunk_size(policy.device):
+                state = each if states else None
+                found[c] = _chunked(rollouts[c], forests[c].source, each, every[c], temperature, state, entropy)
+                continue
+            values = each @ every[c]
+            tempered = values if temperature == 1.0 else values / temperature
+            found[c] = gathered(rollouts[c], forests[c].source, tempered, each if states else None, logits, entropy)
+    long = [c for c in range(policy.cells) if found[c] is None]
+    stacks = [[long[m] for m in members] for members in policy.stacks([forests[c].shape for c in long])]
     for cells, weights in zip(stacks, policy.weights(stacks), strict=True):
         grove = Grove([forests[c] for c in cells], policy.device, policy.dtype)
         hidden = policy.hidden(weights, grove.tokens, grove)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.policy.attention import EXPLICIT_SLOTS, attention
+from harness.policy.layout import Lanes
 
 Indices = NDArray[np.int64]
 
@@ -47,6 +48,14 @@ class Forest:
         """What must agree for cells to be stacked. A function of the one cell's trajectories."""
         return (len(self.tokens), *self.slots.shape, len(self.kept), self.bias is None)
 
+    def lanes(self, dtype: torch.dtype) -> Lanes:
+        """As one cell of a layout."""
+        bias = _causal(self.slots.shape[1]) if self.bias is None else self.bias
+        positions = self.positions.reshape(-1)[self.places]
+        return Lanes(
+            self.tokens, positions, self.slots, self.places, self.kept, bias.to(dtype), unique=self.bias is not None
+        )
+
 
 class Grove:
     """Forests of A cells with equal shapes: the arrangement of a forward pass that scores trajectories."""
@@ -66,6 +75,10 @@ class Grove:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return attention(queries, keys, values, self.bias)
+
+
+def _causal(slots: int) -> Tensor:
+    return torch.full((1, slots, slots), -torch.inf).triu_(1)
 
 
 def _offset(indices: list[Tensor], size: int) -> Tensor:

@@ -1,0 +1,128 @@
+"""Layers over cells of unequal sizes: the plain path's numbers, and exact gradients."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from harness.policy.attention import EXPLICIT_SLOTS
+from harness.policy.decoder import Decoder
+from harness.policy.decoding import Decoding
+from harness.policy.layout import Lanes, Layout
+from harness.policy.logprobs import token_scores
+from harness.policy.ragged import NAMES, final_norm, layer
+from harness.policy.ragged_decoding import RaggedDecoding
+from harness.policy.rollout import Rollout, sample
+from tests.harness.policy.tiny import decoder, generators
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+def rollouts(policy: Decoder, counts: list[int], budget: int) -> list[Rollout]:
+    """Unequal numbers of ragged prompts per cell."""
+    draw = random.Random(0)
+    prompts = [[[draw.randint(3, 14) for _ in range(draw.randint(2, 6))] for _ in range(count)] for count in counts]
+    return sample(
+        policy, prompts, group_size=4, max_new_tokens=budget, generators=generators(range(len(counts))), plain=False
+    )
+
+
+def gradients(policy: Decoder, drawn: list[Rollout], plain: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    scores = token_scores(policy, drawn, entropy=True, states=True, plain=plain)
+    terms = []
+    for score in scores:
+        assert score.states is not None
+        weights = torch.linspace(-1, 2, score.logp.numel(), dtype=score.logp.dtype).view(score.logp.shape)
+        terms.append((weights * score.logp).sum() + score.states.square().sum())
+    torch.autograd.backward(terms)
+    found = {}
+    for name, value in policy.parameters.items():
+        assert value.grad is not None
+        found[name], value.grad = value.grad, None
+    return [part for score in scores for part in (score.logp, score.entropy, score.states) if part is not None], found
+
+
+@pytest.mark.parametrize("biases", [False, True], ids=["no biases", "biases"])
+@pytest.mark.parametrize(("counts", "budget"), [([1, 5, 3], 5), ([2, 3], 40)], ids=["by group", "by trajectory"])
+def test_the_plain_path_has_the_same_numbers_and_gradients(counts: list[int], budget: int, biases: bool) -> None:
+    policy = decoder(len(counts), dtype=torch.float64, **(BIASES if biases else {}))
+    drawn = rollouts(policy, counts, budget)
+    assert policy.ragged
+    assert ("gate_up_bias" in {name.rpartition(".")[2] for name in policy.parameters}) == biases
+    numbers, found = gradients(policy, drawn, plain=False)
+    expected_numbers, expected = gradients(policy, drawn, plain=True)
+    for one, other in zip(numbers, expected_numbers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_cells_whose_lanes_are_too_long_are_computed_apart() -> None:
+    policy = decoder(2, dtype=torch.float64)
+    draw = random.Random(1)
+    prompts = [
+        [[draw.randint(3, 14) for _ in range(length)] for length in lengths]
+        for lengths in ([4, 6], [EXPLICIT_SLOTS] * 2)
+    ]
+    drawn = sample(policy, prompts, group_size=3, max_new_tokens=4, generators=generators([0, 1]))
+    assert [r.forest().slots.shape[1] <= EXPLICIT_SLOTS for r in drawn] == [True, False]
+    _, found = gradients(policy, drawn, plain=False)
+    _, expected = gradients(policy, drawn, plain=True)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_gradients_by_finite_differences() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    policy = decoder(2, dtype=torch.float64, **sizes, **BIASES)
+    bias = torch.full((1, 2, 2), -torch.inf, dtype=torch.float64).triu_(1)
+    index = torch.tensor
+    lanes = [
+        Lanes(
+            index([3, 4, 5]), index([0, 1, 1]), index([[0, 1], [0, 2]]), index([0, 1, 3]), index([1, 2]), bias, False
+        ),
+        Lanes(index([6, 7]), index([0, 1]), index([[0, 1]]), index([0, 1]), index([1]), bias, False),
+    ]
+    layout = Layout([0, 1], lanes, heads=2)
+    cosines, sines = policy.rotary(layout.positions, torch.float64, layout.limit)
+    turns = cosines.unsqueeze(1), sines.unsqueeze(1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    stacked = [policy.parameters[f"layers.0.{name}"] for name in NAMES]
+    scale = policy.parameters["norm"]
+
+    def whole(x: torch.Tensor, scale: torch.Tensor, *stacked: torch.Tensor) -> torch.Tensor:
+        inner = layer(x, stacked, layout, turns, 1e-6, last=False)
+        return final_norm(layer(inner, stacked, layout, turns, 1e-6, last=True), scale, layout, 1e-6)
+
+    assert torch.autograd.gradcheck(whole, (x, scale, *stacked), fast_mode=True)
+
+
+def test_sampling_writes_what_stacked_cells_write() -> None:
+    policy = decoder(3, dtype=torch.float64)
+    draw = random.Random(2)
+    prompts = [[[draw.randint(3, 14) for _ in range(draw.randint(2, 6))] for _ in range(count)] for count in (1, 4, 2)]
+
+    def drawn(kind: type) -> list[Rollout]:
+        policy.steps = lambda prompts, size, plain=False: kind(policy, prompts, size)  # type: ignore[method-assign]
+        return sample(policy, prompts, group_size=4, max_new_tokens=60, generators=generators(range(3)))
+
+    for one, other in zip(drawn(RaggedDecoding), drawn(Decoding), strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        torch.testing.assert_close(one.logp, other.logp, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {}),
+        ("llama", {"num_key_value_heads": 2}),
+        ("llama", {"intermediate_size": 40}),
+    ],
+    ids=["norms on heads", "grouped heads", "odd widths"],
+)
+def test_other_architectures_are_stacked(family: str, changes: dict[str, int]) -> None:
+    assert not decoder(1, family, **changes).ragged
+    assert decoder(1).ragged
