@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,8 @@ def export(
 ) -> None:
     """Print the other trainer's configuration for the same algorithm, or say why it has none (exit code 2)."""
     found = PEERS[to.value](_setting(cell, runs))
+    if cell in algorithm_names() and (own := load_algorithm(cell).training):
+        found = replace(found, differences=(*found.differences, f"its training settings are left out: {own}"))
     if as_json:
         show_json({"settings": found.settings, "differences": list(found.differences)})
         return

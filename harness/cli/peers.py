@@ -11,6 +11,7 @@ from typing import Any
 
 from grid import Mistake, Objective
 from grid.sections import TrainingSection
+from harness.cli.peer_training import require_own_fresh_rollouts, trl_selection, verl_selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,13 @@ def trl(setting: Setting) -> Export:
     """
     active = _Active(setting, "TRL")
     found: dict[str, Any] = {**_trl_kl(active), **_trl_weight(active), **_trl_advantage(active)}
-    training = _fresh(setting, "TRL")
+    training = setting.training
     if training is not None:
+        require_own_fresh_rollouts(training, "TRL")
+        chosen, differences = trl_selection(training)
+        active.differences += differences
         found |= {
+            **chosen,
             "learning_rate": training.lr,
             "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
             "warmup_steps": training.warmup_updates,
@@ -116,9 +121,13 @@ def verl(setting: Setting) -> Export:
             found[f"{actor}.loss_scale_factor"] = setting.max_new_tokens
         else:
             active.differences.append(f"set {actor}.loss_scale_factor to max_response_length: verl's default varies")
-    training = _fresh(setting, "verl")
+    training = setting.training
     if training is not None:
+        require_own_fresh_rollouts(training, "verl")
+        chosen, differences = verl_selection(training)
+        active.differences += differences
         found |= {
+            **chosen,
             "data.train_batch_size": training.prompts,
             f"{actor}.ppo_mini_batch_size": training.prompts // training.minibatches,
             f"{actor}.ppo_epochs": training.updates_per_rollout,
@@ -138,16 +147,6 @@ def verl(setting: Setting) -> Export:
 
 
 PEERS: dict[str, Callable[[Setting], Export]] = {"trl": trl, "verl": verl}
-
-
-def _fresh(setting: Setting, peer: str) -> TrainingSection | None:
-    """The schedule, when its rollouts are fresh and the policy's own: peers have no others."""
-    training = setting.training
-    if training is not None and training.lag:
-        raise Mistake(f"{peer} cannot express this cell: it always trains on fresh rollouts", key="training.lag")
-    if training is not None and training.behaviour != "policy":
-        raise Mistake(f"{peer} cannot express this cell: rollouts are the policy's own", key="training.behaviour")
-    return training
 
 
 def _trl_kl(active: _Active) -> dict[str, Any]:

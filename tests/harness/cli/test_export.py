@@ -76,11 +76,30 @@ def test_what_a_peer_cannot_say_is_refused_with_the_reason(peer: str, axes: dict
         exported(peer, **{"std": "sample", "eps": 1e-4 if peer == "trl" else 1e-6, **axes})
 
 
-@pytest.mark.parametrize("training", [{"lag": 1}, {"behaviour": "reference"}])
+@pytest.mark.parametrize(
+    "training", [{"lag": 1}, {"behaviour": "reference"}, {"equal_groups": "drop"}, {"sampler": {"dtype": "bfloat16"}}]
+)
 @pytest.mark.parametrize("peer", PEERS)
 def test_schedules_that_peers_do_not_have_are_refused(peer: str, training: dict[str, Any]) -> None:
     with pytest.raises(Mistake, match=next(iter(training))):
         exported(peer, TrainingSection(**training), advantage="group_center")
+
+
+def test_selection_is_exported_where_a_peer_has_it() -> None:
+    selecting = TrainingSection(equal_groups="refill", refill_rounds=4, overlong_buffer=3)
+    found = PEERS["verl"](Setting(Objective(advantage="group_center"), selecting))
+    assert found.settings["algorithm.filter_groups.max_num_gen_batches"] == 5
+    assert any("up to 1 over the last 3 tokens" in line for line in found.differences)
+    assert exported("trl", TrainingSection(truncated="mask"), std="sample")["mask_truncated_completions"] is True
+    for peer, training in (("trl", selecting), ("verl", TrainingSection(truncated="mask"))):
+        with pytest.raises(Mistake, match=r"training\.(equal_groups|truncated)"):
+            PEERS[peer](Setting(Objective(std="sample"), training))
+
+
+def test_an_algorithm_that_is_more_than_its_loss_says_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "dapo", "--to", "verl", "--json"]) == 0
+    (said,) = [line for line in json.loads(capsys.readouterr().out)["differences"] if "left out" in line]
+    assert "'equal_groups': 'refill'" in said
 
 
 @pytest.mark.parametrize("peer", PEERS)
