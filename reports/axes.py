@@ -10,6 +10,7 @@ from typing import Any
 
 from grid import Cell
 from grid.catalogue import AXES, PARAMETERS, is_import_path
+from grid.sections import Section
 
 _NEUTRAL = ("none", "one")
 _OUTSIDE = ("task",)
@@ -38,7 +39,20 @@ def shown(value: Any) -> str:
         return f"{value:g}"
     if is_import_path(value):
         return str(value).rpartition(":")[2]
+    if isinstance(value, Section):
+        return _shown_section(value)
     return str(value)
+
+
+def _shown_section(value: Section) -> str:
+    """Settings within a setting: the kind, if it has one, and what differs from the defaults; ``model(lr=0.001)``."""
+    first = next(iter(type(value).model_fields))
+    kind = getattr(value, first)
+    given = value.model_dump(mode="json", exclude_defaults=True)
+    rest = ", ".join(f"{key}={shown(each)}" for key, each in given.items() if key != first or not isinstance(kind, str))
+    if isinstance(kind, str):
+        return f"{shown(kind)}({rest})" if rest else shown(kind)
+    return rest or "yes"
 
 
 def task_label(cell: Cell) -> str:
@@ -142,7 +156,7 @@ def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
             result[parameter if parameter in own or parameter == "beta" else (axis, parameter)] = value
     result["task"] = task_label(cell)
     for section in ("policy", "training"):
-        for name, value in getattr(cell, section).model_dump(mode="json").items():
+        for name, value in getattr(cell, section):
             if not name.startswith("checkpoint_") and name != "micro_batch":
                 result[f"{section}.{name}"] = shown(value)
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,14 +115,15 @@ def rerun_command(study: Study, name: str, identity: str) -> str:
 
 def settings(cell: Cell) -> dict[str, str]:
     """The resolved configuration, active settings only, as dotted keys."""
-    flat: dict[str, str] = {}
-    for section, values in cell.canonical().items():
-        if isinstance(values, Mapping):
-            for key, value in values.items():
-                flat[f"{section}.{key}"] = (
-                    "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-                )
-    return flat
+    return {key: value for section, values in cell.canonical().items() for key, value in _flat(section, values)}
+
+
+def _flat(key: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(f"{key}.{name}", inner)
+    elif "." in key:
+        yield key, "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _by(rows: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
