@@ -117,6 +117,7 @@ def _over(snapshot: Snapshot, updates: int) -> CellStatus:
         update=_whole(result.get("updates")),
         updates=updates,
         reward=_number(result.get("reward_final")),
+        detail=str(result.get("reason") or ""),
     )
 
 

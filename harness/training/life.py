@@ -30,7 +30,7 @@ from harness.store import CellFolder, Evicted, Run, files, machine
 from harness.training import checkpoint
 from harness.training.checkpoint import State, UnusableCheckpoint
 from harness.training.member import CellFailure, Member
-from harness.training.memory import out_of_memory, release
+from harness.training.memory import OutOfMemory, out_of_memory, release
 from harness.training.metrics import Row
 from harness.training.orders import Orders
 from harness.training.outcome import outcome
@@ -170,7 +170,7 @@ class _Life:
             pack = begin(self._orders, members, states)
         except Exception as error:
             if len(members) == 1:
-                self._fail(members[0].id, error)
+                self._fail(members[0].id, _explained(error, members[0]))
                 return
             for position in range(len(members)):
                 self.begin(members[position : position + 1], states[position : position + 1])
@@ -232,7 +232,7 @@ class _Life:
             self._fail(pack.members[error.position].id, error)
             return pack.only([c for c in range(len(pack.members)) if c != error.position])
         if len(pack.members) == 1:
-            self._fail(pack.members[0].id, error)
+            self._fail(pack.members[0].id, _explained(error, pack.members[0], pack.limit.rows))
         else:
             for c in range(len(pack.members)):
                 self.live(pack.only([c]))
@@ -317,6 +317,15 @@ class _Life:
         traceback.print_exception(error)
         with suppress(OSError):  # a full disk: the job's log has the text
             self._run.cell(identity).fail("".join(traceback.format_exception(error)))
+
+
+def _explained(error: Exception, member: Member, rows: int | None = None) -> Exception:
+    """The error, or, where memory did not suffice, one that says which settings need less of it."""
+    if not out_of_memory(error):
+        return error
+    explained = OutOfMemory(member.cell, rows)
+    explained.__cause__ = error
+    return explained
 
 
 def _make_durable(folder: Path) -> None:

@@ -6,6 +6,7 @@ import gc
 
 import torch
 
+from grid.cell import Cell
 from harness.policy import static_decoding
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
@@ -20,6 +21,21 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+class OutOfMemory(Exception):
+    """Memory did not suffice for a cell alone, with as small a part at a time as was tried; says what to change."""
+
+    def __init__(self, cell: Cell, rows: int | None) -> None:
+        training, policy = cell.training, cell.policy
+        tried = training.micro_batch if rows is None else rows
+        ways = [f"lower training.micro_batch ({tried or 'all trajectories of an update'} at a time)"]
+        ways.append(f"lower training.token_budget ({training.token_budget or 'none'})")
+        if not policy.gradient_checkpointing:
+            ways.append("set policy.gradient_checkpointing: true")
+        if policy.lora is None:
+            ways.append("train adapters with policy.lora: {rank: 16}")
+        super().__init__(f"memory does not suffice for {cell.id} alone; {', or '.join(ways)}")
 
 
 def release() -> None:

@@ -39,6 +39,7 @@ def outcome(
     divergences = _known(evaluations, "reverse_kl")
     return {
         "state": "diverged" if diverged else "finished",
+        "reason": reason(rows) if diverged else None,
         "updates": rows[-1]["update"] if rows else 0,
         "reward_final": final,
         "reward_best": best,
@@ -56,6 +57,20 @@ def outcome(
         "tokens": sum(row["tokens"] for row in rows),
         "parts": evaluations[-1]["parts"] if evaluations else {},
     }
+
+
+def reason(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why a cell has diverged, in words, from its last rows."""
+    streak = 0
+    while streak < len(rows) and rows[-1 - streak]["nonfinite"]:
+        streak += 1
+    if not streak:
+        return "weights are not finite"
+    last = rows[-1]
+    culprits = {"reward_mean": "rewards", "loss": "the loss", "gradient_norm": "the gradient"}
+    found = next((words for name, words in culprits.items() if last.get(name, 0.0) is None), "the update")
+    verb = "are" if found == "rewards" else "is"
+    return f"{found} {verb} not finite (NaN or infinite), {streak} update{'s' * (streak > 1)} in a row"
 
 
 def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:

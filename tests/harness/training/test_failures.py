@@ -89,6 +89,7 @@ def test_rewards_that_are_not_finite_diverge_without_touching_the_weights(
     assert [row["update"] for row in rows] == list(range(1, 11))
     assert all(row["nonfinite"] and row["reward_mean"] is None for row in rows)
     assert (result(run)["nonfinite_updates"], result(run)["reward_final"]) == (10, None)
+    assert result(run)["reason"] == "rewards are not finite (NaN or infinite), 10 updates in a row"
     before, after = (
         load_file(start / "model.safetensors"),
         load_file(run.cell(run.cells[0]).policy / "model.safetensors"),

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from training_records import MakeRun, finished, numbers
 
 from harness.training import pack as pack_module
@@ -74,7 +75,26 @@ def test_out_of_memory_twice_fails_with_the_reason(make_run: MakeRun, monkeypatc
     run = make_run()
     assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
     assert tried == [None, 8]
-    assert "MemoryError: nothing left" in str(run.cell(run.cells[0]).error())
+    text = str(run.cell(run.cells[0]).error())
+    assert "MemoryError: nothing left" in text
+    last = text.strip().splitlines()[-1]
+    assert "lower training.micro_batch (8 at a time), or lower training.token_budget (none)" in last
+    assert "policy.gradient_checkpointing: true" in last
+    assert "policy.lora" in last
+
+
+def test_a_model_that_does_not_fit_fails_with_what_to_change(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pack_module, "load_policy", full)
+    run = make_run(policy={"gradient_checkpointing": True})
+    assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
+    last = str(run.cell(run.cells[0]).error()).strip().splitlines()[-1]
+    assert "policy.lora" in last
+    assert "gradient_checkpointing" not in last
 
 
 def test_what_counts_as_out_of_memory() -> None:

@@ -52,6 +52,23 @@ def test_a_cell_whose_every_reward_is_nan_has_no_reward() -> None:
     assert not found["collapsed"]
 
 
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        ([row(1, 0.5), row(2, None), row(3, None)], "rewards are not finite (NaN or infinite), 2 updates in a row"),
+        ([row(1, 0.5, nonfinite=True, loss=None)], "the loss is not finite (NaN or infinite), 1 update in a row"),
+        (
+            [row(1, 0.5, nonfinite=True, loss=0.1, gradient_norm=None)],
+            "the gradient is not finite (NaN or infinite), 1 update in a row",
+        ),
+        ([row(1, 0.5)], "weights are not finite"),
+    ],
+)
+def test_a_cell_that_diverged_says_why(last: list[dict[str, Any]], why: str) -> None:
+    assert outcome(10, last, [], stopped=True)["reason"] == why
+    assert outcome(10, [row(1, 0.5)], [])["reason"] is None
+
+
 def test_trailing_mean_skips_unknown_values() -> None:
     assert trailing_mean([1.0, None, 3.0, None, None], 2) == [1.0, 1.0, 3.0, 3.0, None]
 
