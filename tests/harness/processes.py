@@ -28,6 +28,17 @@ def workers(run: Run) -> list[int]:
     return sorted({holder.pid for holder in holders if holder is not None and holder.alive()} - {os.getpid()})
 
 
+def followers(run: Run) -> list[int]:
+    """The living processes that train with those that hold cells."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"harness.dispatch.processes" in words and str(run.path).encode() in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
     """The condition's first true value; fails after so many seconds."""
     deadline = time.monotonic() + seconds

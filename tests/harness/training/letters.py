@@ -6,6 +6,7 @@ from itertools import product
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from harness.objective import Returns
@@ -14,12 +15,18 @@ from tasks import Example, Score
 LETTERS = "abcd"
 
 
+def rank() -> int:
+    """Which of several processes this is; 0 for one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class Letters:
     """Prompt: three letters. Reward: the share of the four tokens that repeat the prompt's first letter.
 
     Args:
         fail_at: the reward raises for completions that begin with this letter.
         reward: what to give instead of the share, as text ("nan", "inf").
+        fail_rank: the reward raises in this process of several.
     """
 
     name = "letters"
@@ -27,8 +34,8 @@ class Letters:
     max_new_tokens = 4
     interactive = False
 
-    def __init__(self, fail_at: str = "", reward: str = "") -> None:
-        self.fail_at, self.instead = fail_at, reward
+    def __init__(self, fail_at: str = "", reward: str = "", fail_rank: int = -1) -> None:
+        self.fail_at, self.instead, self.fail_rank = fail_at, reward, fail_rank
 
     def split(self, name: Literal["train", "held_out"]) -> list[Example]:
         words = ["".join(letters) for letters in product(LETTERS, repeat=3)]
@@ -36,7 +43,7 @@ class Letters:
         return [Example(word, word[0]) for word in chosen]
 
     def score(self, example: Example, completion: str) -> Score:
-        if self.fail_at and completion.startswith(self.fail_at):
+        if (self.fail_at and completion.startswith(self.fail_at)) or rank() == self.fail_rank:
             raise RuntimeError("the reward is broken")
         share = completion.count(example.answer) / 4
         return Score(float(self.instead) if self.instead else share, share >= 0.5, {"length": float(len(completion))})
@@ -63,6 +70,13 @@ def gentle(ratio: Tensor, advantage: Tensor, *, scale: float = 1.0) -> Tensor:
 def broken(ratio: Tensor, advantage: Tensor) -> Tensor:
     """A custom weight that raises."""
     raise ZeroDivisionError("the weight is broken")
+
+
+def hungry(ratio: Tensor, advantage: Tensor, *, process: float = 0.0) -> Tensor:
+    """A custom weight for which 8 rows are too many in one of several processes."""
+    if len(ratio) == 8 and rank() == process:
+        raise MemoryError("nothing left")
+    return ratio
 
 
 def exploding(ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,11 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
         (folder / "partial").rename(folder / f"{number}.json")
         return folder / f"{number}.meeting"
 
-    def run_together(run: Run, size: int, **options: Any) -> dict[str, str]:
+    def run_together(run: Run, size: int, cells: Sequence[str] = (), **options: Any) -> dict[str, str]:
         meeting = announce({"run": str(run.path), "size": size, "path": [str(HERE)]})
         world = join(0, size, meeting, device=torch.device("cpu"))
         try:
-            states = run_cells(run.path, run.cells, world=world, **options)
+            states = run_cells(run.path, cells or run.cells, world=world, **options)
             finish(world)
         finally:
             world.leave()
@@ -94,6 +94,14 @@ CELLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [{"weight": "adaptive"}, {"weight": "adaptive", "advantage": "greedy_baseline"}],
     ),
     "an environment": ({"prompts": 5}, [{}]),
+    "groups that are drawn again, by another sampler": (
+        {"equal_groups": "refill", "group_size": 2, "sampler": {"temperature": 1.5, "correction": "tis"}, "lag": 1},
+        [{}, {"advantage": "greedy_baseline"}],
+    ),
+    "groups that leave the update": (
+        {"equal_groups": "drop", "truncated": "mask", "prompts": 5, "group_size": 2, "overlong_buffer": 2},
+        [{"placement": "loss", "aggregation": "token_mean"}, {"advantage": "batch_norm"}],
+    ),
 }
 
 
@@ -114,3 +122,52 @@ def test_the_numbers_of_one_process(
     several = make_run("several", training, cells, task=task)
     assert set(together(several, size).values()) == {"finished"}
     assert_close(single, several)
+
+
+def test_the_same_bits_whenever_as_many_processes_train(make_run: MakeRun, together: Together) -> None:
+    """Repeated, and interrupted after every second update, alone and in a pack."""
+    training = {"updates_per_rollout": 2, "prompts": 5, "updates": 5}
+    through = make_run("through", training, seeds=2)
+    assert set(together(through, 2).values()) == {"finished"}
+    broken = make_run("broken", training, seeds=2)
+    for _ in range(2):
+        assert set(together(broken, 2, stop=StopAfter(2)).values()) == {"interrupted"}
+    assert set(together(broken, 2, cells=broken.cells[:1]).values()) == {"finished"}
+    assert set(together(broken, 2).values()) == {"finished"}
+    for identity in through.cells:
+        assert_same(through, broken, identity)
+        assert through.cell(identity).result()["hardware"]["processes"] == 2
+
+
+def test_more_processes_than_prompts(make_run: MakeRun, together: Together) -> None:
+    training = {"prompts": 1, "group_size": 2, "evaluation_prompts": 1, "updates": 3}
+    single = finished(make_run("single", training, [EXACT]))
+    several = make_run("several", training, [EXACT])
+    together(several, 3)
+    assert_close(single, several)
+
+
+def test_what_one_process_cannot_do_fails_the_guilty_cell_and_no_other(make_run: MakeRun, together: Together) -> None:
+    """The reward of the broken cell raises in the last process only."""
+    cells = [EXACT, {**EXACT, "task.fail_rank": 2}]
+    run = make_run("broken", {"prompts": 3, "updates": 3}, cells)
+    whole, broken = run.cells
+    assert together(run, 3) == {whole: "finished", broken: "failed"}
+    error = run.cell(broken).error() or ""
+    assert "the reward is broken" in error
+    assert "(process 2 of 3)" in error
+    assert "in score" in error  # the traceback of that process
+    alone = finished(make_run("alone", {"prompts": 3, "updates": 3}, [EXACT]))
+    _close(numbers(alone, whole), numbers(run, whole), whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_out_of_memory_in_one_process_halves_the_pieces_of_all(
+    make_run: MakeRun, together: Together, rank: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    training = {"updates": 3, "updates_per_rollout": 3}
+    cells = [{**EXACT, "weight": {"name": "letters:hungry", "process": rank}}]
+    run = make_run("short", training, cells)
+    assert set(together(run, 2).values()) == {"finished"}
+    assert "goes on with micro-batches of 4 rows" in capfd.readouterr().out
+    assert_close(finished(make_run("single", training, cells)), run)
