@@ -70,6 +70,15 @@ METRICS_OF_SOME = {
     "explained_variance": "share of the variance of its targets that the critic explains",
     "value_clip_fraction": "share of tokens whose value is clipped",
     "critic_gradient_norm": "norm of the critic's gradient before clipping",
+    "sampled_groups": "groups drawn for the rollout, used or not (training.equal_groups: refill)",
+    "sampled_tokens": "own tokens drawn for the rollout, used or not",
+    "unused_tokens": "own tokens drawn for the rollout that no update uses",
+    "kept_groups": "groups left in the update (training.equal_groups: drop)",
+    "loss_tokens": "own tokens in the loss (training.equal_groups: drop, training.truncated: mask)",
+    "overlong": "mean charge for length (training.overlong_buffer)",
+    "sampler_kl": "KL(sampler || trainer's behaviour policy), k3 on the sampled tokens (training.sampler)",
+    "sampler_ess": "effective sample size of the trainer's probabilities over the sampler's, as a share",
+    "correction_mean": "mean factor of the surrogate that corrects for the sampler",
 }
 """Columns that are there only where some cell has the setting behind them."""
 

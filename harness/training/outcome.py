@@ -54,7 +54,7 @@ def outcome(
         "gradient_spikes": gradient_spikes([row["gradient_norm"] for row in rows]),
         "ess_min": min(_known(rows, "ess"), default=None),
         "seconds": _seconds(rows) + _seconds(evaluations),
-        "tokens": sum(row["tokens"] for row in rows),
+        "tokens": sum(row["tokens"] for row in rows) + _unused(rows),
         "parts": evaluations[-1]["parts"] if evaluations else {},
     }
 
@@ -71,6 +71,11 @@ def reason(rows: Sequence[Mapping[str, Any]]) -> str:
     found = next((words for name, words in culprits.items() if last.get(name, 0.0) is None), "the update")
     verb = "are" if found == "rewards" else "is"
     return f"{found} {verb} not finite (NaN or infinite), {streak} update{'s' * (streak > 1)} in a row"
+
+
+def _unused(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens that were drawn for rollouts which do not have them."""
+    return sum({row["rollout"]: row["unused_tokens"] for row in rows if "unused_tokens" in row}.values())
 
 
 def trailing_mean(values: Sequence[float | None], window: int) -> list[float | None]:

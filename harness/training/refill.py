@@ -54,22 +54,26 @@ class Drawn:
 
     Attributes:
         groups, tokens: how many; tokens are the policy's own.
+        unused: the tokens of the groups that the rollout does not have.
         reward_mean, reward_std, correct: of the first draw, whose prompts nobody has chosen by their rewards: how good
             the policy is, which the groups that are used do not tell.
     """
 
     groups: int
     tokens: int
+    unused: int
     reward_mean: float
     reward_std: float
     correct: float
 
     @classmethod
-    def of(cls, draws: Sequence[Draw]) -> Drawn:
+    def of(cls, draws: Sequence[Draw], used: Draw) -> Drawn:
         rewards = draws[0].rewards.double()
+        tokens = sum(int(draw.rollout.mask.sum()) for draw in draws)
         return cls(
             groups=sum(len(draw.examples) for draw in draws),
-            tokens=sum(int(draw.rollout.mask.sum()) for draw in draws),
+            tokens=tokens,
+            unused=tokens - int(used.rollout.mask.sum()),
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std(correction=0)),
             correct=float(draws[0].correct.mean()),

@@ -117,7 +117,8 @@ def _drawn(
         more = _scored(policy, members, needing, examples, ("rollout", number, "again", again), watch, limit, world)
         for c, another in zip(needing, more, strict=True):
             found[c].append(another)
-    return [filled(draws, training.prompts) for draws in found], [Drawn.of(draws) for draws in found]
+    used = [filled(draws, training.prompts) for draws in found]
+    return used, [Drawn.of(*pair) for pair in zip(found, used, strict=True)]
 
 
 def _scored(

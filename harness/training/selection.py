@@ -51,7 +51,8 @@ def figures(member: Member, minibatch: Experience, used: Experience) -> Row:
 
     Rewards, lengths and tokens are those of the minibatch before anything left it. With dynamic sampling rewards are
     those of the first draw of the rollout, since its groups were chosen for theirs; `sampled_groups` and
-    `sampled_tokens` are what was drawn for the whole rollout. `kept_groups`: left after `equal_groups: drop`.
+    `sampled_tokens` are what was drawn for the whole rollout, `unused_tokens` what of it the rollout does not have.
+    `kept_groups`: left after `equal_groups: drop`.
     `loss_tokens`: in the loss. `overlong`: mean charge for length. See `sampling.mismatch` for the sampler's.
     """
     training, row = member.cell.training, Row()
@@ -63,6 +64,7 @@ def figures(member: Member, minibatch: Experience, used: Experience) -> Row:
         row["reward_mean"], row["reward_std"] = finite(drawn.reward_mean), finite(drawn.reward_std)
         row["correct"] = drawn.correct
         row["sampled_groups"], row["sampled_tokens"] = drawn.groups, drawn.tokens
+        row["unused_tokens"] = drawn.unused
     if training.equal_groups == "drop" or training.truncated == "mask":
         row["loss_tokens"] = int(in_loss(member, used).sum())
     if training.overlong_buffer is not None:

@@ -69,8 +69,9 @@ def test_what_is_found_comes_first_and_equal_groups_of_the_first_draw_fill_the_r
 
 
 def test_the_account_has_all_draws_but_the_rewards_of_the_first() -> None:
-    account = Drawn.of([drawn([[0.0, 0.0], [0.0, 1.0]]), drawn([[1.0, 1.0]], 10, length=3)])
-    assert (account.groups, account.tokens) == (3, 10)
+    draws = [drawn([[0.0, 0.0], [0.0, 1.0]]), drawn([[1.0, 1.0]], 10, length=3)]
+    account = Drawn.of(draws, filled(draws, 2))
+    assert (account.groups, account.tokens, account.unused) == (3, 10, 6)
     assert (account.reward_mean, account.correct) == (0.25, 0.25)
     assert account.reward_std == pytest.approx(0.1875**0.5)
 
@@ -144,9 +145,9 @@ def test_the_record_tells_the_cost_and_the_reward_before_groups_were_chosen(make
     ]
     for name in ("reward_mean", "reward_std", "correct"):
         assert rows[0][name] == rows[1][name]
-    assert set(rows[1]) - set(rows[0]) == {"sampled_groups", "sampled_tokens"}
+    assert set(rows[1]) - set(rows[0]) == {"sampled_groups", "sampled_tokens", "unused_tokens"}
     assert rows[1]["sampled_groups"] in (12, 18, 24)
-    assert rows[1]["sampled_tokens"] > rows[1]["tokens"]
+    assert rows[1]["sampled_tokens"] == rows[1]["tokens"] + rows[1]["unused_tokens"] > rows[1]["tokens"]
     assert rows[1]["informative_groups"] > rows[0]["informative_groups"]
 
 
@@ -161,5 +162,10 @@ def test_interrupted_and_packed_cells_end_with_the_same_bits(make_run: MakeRun, 
             assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
         run_cells(broken.path, [identity])
         assert_same(packed, broken, identity)
+    for identity in packed.cells:
+        found = numbers(packed, identity)
+        drawn_in_vain = {row["rollout"]: row["unused_tokens"] for row in found["metrics"]}
+        trained_on = sum(row["tokens"] for row in found["metrics"])
+        assert found["result"]["tokens"] == trained_on + sum(drawn_in_vain.values())
     counts = {row["sampled_groups"] for each in packed.cells for row in numbers(packed, each)["metrics"]}
     assert len(counts) > 1  # cells of the pack needed different numbers of draws
