@@ -11,11 +11,12 @@ import typer
 
 from grid import Grid, Mistake
 from harness.cli.merged import MergeOption, merged_grid
-from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
+from harness.cli.places import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
 from harness.cli.table import console, show_json
 from harness.cli.tracking import Tracking, require_trackers
 from harness.cli.watch import Board, watch
 from harness.dispatch.executor import Executor, Pack
+from harness.dispatch.gpus import require
 from harness.dispatch.launch import Launch, wanted
 from harness.dispatch.launch import launch as submit
 from harness.dispatch.local import Local
@@ -30,11 +31,6 @@ class Where(StrEnum):
     slurm = "slurm"
 
 
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 def launch(
     grid: GridArgument,
     on: Annotated[Where, typer.Option("--on", help="Where: this machine's cores or GPUs, this process, or Slurm.")] = (
@@ -45,7 +41,7 @@ def launch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run failed cells again.")] = False,
     max_parallel: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")] = None,
     cells_per_job: Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")] = None,
-    device: Annotated[Device | None, typer.Option(help="cpu leaves GPUs alone; cuda insists on one.")] = None,
+    device: DeviceOption = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
@@ -129,6 +125,8 @@ def _backend(
     """The backend, how many jobs it runs at a time, and what each gets."""
     choice = device.value if device else None
     if on is Where.slurm:
+        if choice is not None:
+            raise Mistake("is for this machine", key="--device", value=choice, hint="On Slurm, --gpus asks for GPUs.")
         from harness.dispatch.slurm import Slurm
 
         slurm = Slurm(flags, profile)
@@ -138,6 +136,10 @@ def _backend(
         if option in flags:
             raise Mistake("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
     resources = study.resources.model_copy(update=flags)
+    if choice == "cuda":
+        require("--device", choice)
+    elif choice is None and resources.gpus:
+        require("resources.gpus", resources.gpus)
     if on is Where.here:
         from harness.dispatch.here import Here
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,17 @@ STUDIES = Path(grid.__file__).parent / "studies"
 GridArgument = Annotated[str, typer.Argument(metavar="GRID", help="A grid file, or the name of a ready study.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under --runs.")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds run folders.")]
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceOption = Annotated[
+    Device | None,
+    typer.Option("--device", help="cpu leaves GPUs alone; cuda insists on one; default: what there is."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RUNS = Path("runs")

@@ -15,7 +15,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grid import Cell, Grid, Mistake, catalogue
-from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from harness.cli.places import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
 from harness.cli.table import console, show_json
 from harness.store import CellFolder, Run, machine
 
@@ -35,6 +35,7 @@ def rerun(
     keep: Annotated[
         Path | None, typer.Option("--keep", help="Keep the repetition as a run folder here; default: a scratch folder.")
     ] = None,
+    device: DeviceOption = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,7 +48,7 @@ def rerun(
     stored = opened.cell(cell)
     repeated = changed(stored, settings or [])
     with tempfile.TemporaryDirectory(prefix="klab-rerun-") as scratch:
-        folder = _repeat(opened, repeated, keep or Path(scratch) / "run", quiet=as_json)
+        folder = _repeat(opened, repeated, keep or Path(scratch) / "run", device, quiet=as_json)
         error = folder.error()
         difference = None if settings else compare(stored, folder)
         results = {"stored": _main_numbers(stored), "repeated": _main_numbers(folder)}
@@ -158,12 +159,17 @@ def _same_bits(old: object, new: object) -> bool:
     return type(old) is type(new) and old == new
 
 
-def _repeat(origin: Run, cell: Cell, place: Path, quiet: bool) -> CellFolder:
+def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: bool) -> CellFolder:
     """Train the cell in a run folder of its own, with the original's starting policies."""
+    from harness.dispatch import gpus
     from harness.dispatch.job import work
     from harness.dispatch.local import Local
     from harness.dispatch.threads import limit_threads
 
+    if device is Device.cuda:
+        gpus.require("--device", device.value)
+    elif device is Device.cpu:
+        gpus.leave_alone()
     place.mkdir(parents=True, exist_ok=True)
     policies = place / "policies"
     if origin.policies.is_dir() and not policies.exists():
@@ -172,7 +178,7 @@ def _repeat(origin: Run, cell: Cell, place: Path, quiet: bool) -> CellFolder:
     limit_threads(1)
     processes = _processes(origin, cell)
     with _bar(cell, quiet) as tell:
-        devices = Local().gpus()[:processes]
+        devices = Local(device=device).gpus()[:processes]
         work(scratch.path, (cell.id,), executor="here", progress=tell, processes=processes, devices=devices)
     return scratch.cell(cell.id)
 

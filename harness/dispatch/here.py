@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from grid.sections import Resources
+from harness.dispatch import gpus
 from harness.dispatch.executor import Pack, SchedulerState
 from harness.dispatch.job import Interruption, work
 from harness.dispatch.local import Local
@@ -38,9 +38,9 @@ class Here:
         threads = max(1, min(resources.cpus, machine.cores()))
         limit_threads(threads)
         local = Local(device=self.device)
-        processes, gpus = local.processes(resources), local.gpus()
+        processes, devices = local.processes(resources), local.gpus()
         if self.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            gpus.leave_alone()
         with Interruption(signal.SIGINT, signal.SIGTERM) as interruption:
             for pack in packs:
                 work(
@@ -51,7 +51,7 @@ class Here:
                     progress=self.progress,
                     stop=interruption.asked,
                     processes=processes,
-                    devices=gpus[:processes],
+                    devices=devices[:processes],
                 )
                 if interruption.asked():
                     self.interrupted = True

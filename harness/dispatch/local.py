@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from grid import Mistake
 from grid.sections import Resources
+from harness.dispatch import gpus
 from harness.dispatch.controller import lock_path, request_path, state_path
 from harness.dispatch.executor import Pack, SchedulerState
 from harness.store import Holder, Run, files, machine, scan
@@ -39,13 +40,9 @@ class Local:
         """The devices to hand out, as CUDA names them."""
         if self.device == "cpu":
             return []
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None:
-            found = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-        else:
-            found = [str(number) for number in range(len(machine.gpus()))]
+        found = gpus.visible()
         if self.device == "cuda" and not found:
-            raise Mistake("there is no NVIDIA device here", key="--device", value="cuda", allowed=["cpu"])
+            raise Mistake("there is no NVIDIA GPU here", key="--device", value="cuda", allowed=["cpu"])
         return found
 
     def processes(self, wanted: Resources) -> int:
@@ -54,12 +51,12 @@ class Local:
         Raises:
             Mistake: more processes than GPUs.
         """
-        gpus = len(self.gpus())
+        count = len(self.gpus())
         if wanted.processes is None:
-            return max(1, min(wanted.gpus, gpus))
-        if gpus and wanted.processes > gpus:
+            return max(1, min(wanted.gpus, count))
+        if count and wanted.processes > count:
             raise Mistake(
-                f"each process needs a GPU of its own, and there are {gpus} here",
+                f"each process needs a GPU of its own, and there are {count} here",
                 key="resources.processes",
                 value=wanted.processes,
                 hint="--device cpu leaves GPUs alone.",
@@ -82,7 +79,7 @@ class Local:
             "slots": self.slots(threads, processes),
             "threads": threads,
             "processes": processes,
-            "gpus": self.gpus(),
+            "gpus": [gpus.HIDDEN] if self.device == "cpu" else self.gpus(),
         }
         files.replace(request_path(run), files.seal(request))
         if not controller_lives(run):

@@ -6,12 +6,18 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from harness.dispatch.executor import Pack
 
 PACK_SIZE = 8
 """Cells per job unless the grid file says otherwise: stacking gains nothing beyond, and a killed job costs more."""
+
+STACKED_BYTES = 2**25
+"""Weights up to this size are worth stacking by default; of a larger model each cell gets a job of its own."""
+
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 _FREE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
 """Training settings that may differ between stacked cells, because they act on one cell's slice only."""
@@ -28,7 +34,8 @@ def make_packs(cells: Mapping[str, Mapping[str, Any]], size: int | None = None, 
 
     Args:
         cells: id -> resolved cell.
-        size: cells per pack at most; None chooses so that the workers end together and no pack exceeds `PACK_SIZE`.
+        size: cells per pack at most; None chooses so that the workers end together and no pack exceeds `PACK_SIZE`,
+            with packs of one for policies that are not small.
         workers: jobs that run at the same time.
     """
     alike: dict[str, list[str]] = {}
@@ -36,8 +43,19 @@ def make_packs(cells: Mapping[str, Mapping[str, Any]], size: int | None = None, 
         alike.setdefault(shape(resolved), []).append(identity)
     packs = []
     for members in alike.values():
-        packs += [Pack(tuple(part)) for part in _split(members, size, share(len(members), len(cells), workers))]
+        most = size or (None if _small(cells[members[0]]["policy"]) else 1)
+        packs += [Pack(tuple(part)) for part in _split(members, most, share(len(members), len(cells), workers))]
     return packs
+
+
+def _small(policy: Mapping[str, Any]) -> bool:
+    """Whether a policy's weights are known to be small: a tiny policy's, or those in a folder of this machine."""
+    if policy.get("name") != "hf":
+        return True
+    folder = Path(str(policy["model"])).expanduser()
+    if not folder.is_dir():
+        return False
+    return sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern)) <= STACKED_BYTES
 
 
 def share(members: int, total: int, workers: int) -> int:

@@ -52,12 +52,12 @@ def cores() -> int:
 
 
 def gpus() -> list[str]:
-    """Names of NVIDIA devices, by the driver's own list."""
+    """Names of NVIDIA devices, by the driver's own list; in a container without it, by their device files."""
     folder = Path("/proc/driver/nvidia/gpus")
     try:
         return [_field(entry / "information", "Model") or "NVIDIA" for entry in sorted(folder.iterdir())]
     except OSError:
-        return []
+        return ["NVIDIA" for _ in Path("/dev").glob("nvidia[0-9]*")]
 
 
 def _memory_gb() -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.dispatch.packs import PACK_SIZE, make_packs, shape
+from harness.dispatch.packs import PACK_SIZE, STACKED_BYTES, make_packs, shape
 
 
 def cells(shapes: list[int]) -> dict[str, dict[str, Any]]:
@@ -37,3 +38,20 @@ def test_alike_cells_are_shared_evenly(number: int, workers: int) -> None:
 
 def test_thirty_cells_on_two_workers_are_four_packs() -> None:
     assert [len(pack.cells) for pack in make_packs(cells([1] * 30), None, 2)] == [8, 8, 7, 7]
+
+
+def test_cells_of_a_large_model_get_a_job_each_unless_asked_otherwise(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+
+    def sizes(model: str, size: int | None = None) -> list[int]:
+        alike = {
+            identity: {**cell, "policy": {"name": "hf", "model": model}} for identity, cell in cells([1] * 6).items()
+        }
+        return [len(pack.cells) for pack in make_packs(alike, size)]
+
+    for length, expected in ((STACKED_BYTES, [6]), (STACKED_BYTES + 1, [1] * 6)):
+        with weights.open("wb") as file:
+            file.truncate(length)
+        assert sizes(str(tmp_path)) == expected
+    assert sizes(str(tmp_path), 3) == [3, 3]
+    assert sizes("someone/some-model") == [1] * 6
