@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from grid.sections import TrainingSection
 from harness.policy.rollout import Rollout
 from harness.training.world import ALONE, World
 
@@ -39,8 +39,8 @@ class Limit:
     parts: int = 1
 
     @classmethod
-    def of(cls, training: Any) -> Limit:
-        """As the grid's `training` section says."""
+    def of(cls, training: TrainingSection) -> Limit:
+        """As a cell's settings say."""
         return cls(training.micro_batch, training.token_budget)
 
     def halved(self, rows: int) -> Limit:

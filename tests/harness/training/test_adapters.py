@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from training_records import MakeRun, StopAfter, assert_same, finished, numbers,
 
 from harness.policy.load import load_policy
 from harness.training import checkpoint, run_cells
+from harness.training.life import _prepared
 
 POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}
 NARROW: dict[str, Any] = {"dtype": "bfloat16"}
@@ -78,3 +81,13 @@ def test_the_reference_is_the_base_and_training_moves_away_from_it(make_run: Mak
     policy = load_policy(run.cell(run.cells[0]).cell().policy, start, 1, "cpu")
     policy.load(folder.policy, 0)
     assert all(torch.isfinite(value).all() and value.any() for value in policy.parameters.values())
+
+
+@pytest.mark.parametrize("policy", [{}, POLICY], ids=["all weights", "adapters"])
+def test_adapters_are_stacked_over_one_starting_policy_only(
+    make_run: MakeRun, start: Path, tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    run = make_run(policy=policy)
+    member, _ = _prepared(run, run.cell(run.cells[0]))
+    elsewhere = replace(member, start=Path(shutil.copytree(start, tmp_path / "copy")))
+    assert (elsewhere.shape() == member.shape()) == (policy == {})
