@@ -235,7 +235,10 @@ class Pack:
 
 
 def device() -> torch.device:
-    """Where cells train: the first GPU that this process may see (CUDA_VISIBLE_DEVICES), else the processor."""
+    """Where cells train: the first GPU that this process may see (CUDA_VISIBLE_DEVICES), else the processor.
+
+    Apple's GPUs are left alone: sampling needs double precision.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
