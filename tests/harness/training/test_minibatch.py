@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.policy.rollout import Rollout
-from harness.training.microbatch import Limit, micro_batches
+from harness.training.microbatch import Limit, empty, micro_batches, turns
 from harness.training.minibatch import minibatch, select
 from harness.training.rollouts import Experience
 
@@ -80,3 +80,18 @@ def test_whole_groups_go_together_where_they_fit_and_others_are_cut() -> None:
 
     assert bounds(9) == [(0, 8), (8, 16), (16, 20)]
     assert bounds(3) == [(0, 3), (3, 4), (4, 7), (7, 8), (8, 11), (11, 12), (12, 15), (15, 16), (16, 19), (19, 20)]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 9)))
+def test_packs_take_turns_even_where_cells_have_unequally_many_groups(
+    groups: list[int], size: int, limit: int | None
+) -> None:
+    rollouts = [experience(count, size).rollout for count in groups]
+    found = turns(rollouts, Limit(rows=limit))
+    for cell, rollout in enumerate(rollouts):
+        pieces = [turn[cell] for turn in found]
+        own = [rows for piece, rows in pieces if not empty((piece, rows))]
+        assert [row for rows in own for row in range(rows.start, rows.stop)] == list(range(len(rollout.tokens)))
+        alone = [rows for ((_, rows),) in turns([rollout], Limit(rows=limit))]
+        assert own == alone  # and then it waits for the others
+        assert len(found) == max(len(turns([each], Limit(rows=limit))) for each in rollouts)
