@@ -48,7 +48,7 @@ class Decoder:
         shared: name -> [1, …], frozen weights that all cells have in common; empty without adapters.
         adapters: which they are, None without.
         gradient_checkpointing: keep only the layers' inputs for the backward pass, and compute the layers again.
-        origin: folder or hub id of the checkpoint, named as the base of adapters.
+        origin, revision: folder or hub id of the checkpoint, named as the base of adapters.
         generation: the checkpoint's generation configuration.
     """
 
@@ -71,6 +71,7 @@ class Decoder:
         self.cells = len(parameters["embedding"]) if cells is None else cells
         self.gradient_checkpointing = False
         self.origin = str(getattr(config, "_name_or_path", ""))
+        self.revision: str | None = None
         self.generation: dict[str, Any] | None = None
 
     @classmethod
@@ -141,7 +142,7 @@ class Decoder:
 
     def _like(self, parameters: Weights, shared: Weights, adapters: Adapters | None, cells: int) -> Decoder:
         other = Decoder(self.config, self.tokenizer, parameters, shared, adapters, cells)
-        other.origin, other.generation = self.origin, self.generation
+        other.origin, other.revision, other.generation = self.origin, self.revision, self.generation
         other.gradient_checkpointing = self.gradient_checkpointing
         return other
 
@@ -201,7 +202,7 @@ class Decoder:
         """
         weights = {name: value[cell].detach().cpu() for name, value in self.parameters.items()}
         if self.adapters is not None:
-            write_adapters(Path(folder), self.adapters, self.origin, weights)
+            write_adapters(Path(folder), self.adapters, self.origin, self.revision, weights)
             self.tokenizer.save_pretrained(str(folder))
             return
         write_checkpoint(Path(folder), self.config, self.tokenizer, self.architecture, weights)

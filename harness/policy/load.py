@@ -43,6 +43,7 @@ def load_policy(
         policy.gradient_checkpointing = section.gradient_checkpointing
     local = section.name == "tiny" or Path(section.model).expanduser().is_dir()
     policy.origin = str(Path(start).absolute()) if local else section.model
+    policy.revision = None if local else section.revision
     return policy
 
 

@@ -125,11 +125,13 @@ class Adapters:
         return (down @ up) * self.scaling
 
 
-def write_adapters(folder: Path, settings: Adapters, base: str, adapters: Mapping[str, Tensor]) -> None:
+def write_adapters(
+    folder: Path, settings: Adapters, base: str, revision: str | None, adapters: Mapping[str, Tensor]
+) -> None:
     """One cell's adapters as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
 
     Args:
-        base: folder or hub id of the model they belong to.
+        base, revision: folder or hub id of the model they belong to.
         adapters: A [in, rank] and B [rank, out] of every target.
     """
     from safetensors.torch import save_file
@@ -139,6 +141,7 @@ def write_adapters(folder: Path, settings: Adapters, base: str, adapters: Mappin
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "target_modules": list(settings.targets),

@@ -79,12 +79,12 @@ def initial(adapters: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, T
     return found
 
 
-def write(folder: Path, model: Any, base: str, adapters: Mapping[str, Tensor]) -> None:
+def write(folder: Path, model: Any, base: str, revision: str | None, adapters: Mapping[str, Tensor]) -> None:
     """One cell's adapters as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads."""
     from safetensors.torch import save_file
 
     config = model.peft_config["default"]
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path, config.revision = base, revision
     config.save_pretrained(str(folder))
     state = {name.replace(".default.", "."): value.contiguous() for name, value in adapters.items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})

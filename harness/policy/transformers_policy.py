@@ -36,7 +36,7 @@ class TransformersPolicy:
         parameters: name (as transformers or PEFT has it) -> [C, …], leaf tensors; with adapters, only these.
         shared: name -> frozen weights that all cells have in common; empty without adapters.
         adapted: whether the module's adapters are on.
-        origin: folder or hub id of the checkpoint, named as the base of adapters.
+        origin, revision: folder or hub id of the checkpoint, named as the base of adapters.
         generation: the checkpoint's generation configuration.
     """
 
@@ -54,6 +54,7 @@ class TransformersPolicy:
         self.adapted = bool(parameters and shared)
         self.trusted = False
         self.origin = str(getattr(config, "_name_or_path", ""))
+        self.revision: str | None = None
         self.generation: dict[str, Any] | None = None
 
     @classmethod
@@ -216,7 +217,9 @@ class TransformersPolicy:
 
     def only(self, cells: Sequence[int]) -> TransformersPolicy:
         """Some of the cells as a policy of their own, without gradient."""
-        chosen = {name: value.detach()[list(cells)] for name, value in self.parameters.items()}
+        chosen = {name: value.detach() for name, value in self.parameters.items()}
+        if list(cells) != list(range(self.cells)):
+            chosen = {name: value[list(cells)] for name, value in chosen.items()}
         return self._like(chosen, self.shared, len(cells))
 
     def save(self, path: str | Path, cell: int) -> None:
@@ -226,7 +229,7 @@ class TransformersPolicy:
         weights = {name: value[cell].detach().cpu().clone() for name, value in self.parameters.items()}
         self.tokenizer.save_pretrained(str(folder))
         if self.adapted:
-            peft_adapters.write(folder, self.skeleton.model, self.origin, weights)
+            peft_adapters.write(folder, self.skeleton.model, self.origin, self.revision, weights)
             return
         with self.skeleton.lending(weights):
             self.skeleton.base.save_pretrained(folder)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grid.mistake import Mistake
-from grid.policy_sections import Lora
+from grid.policy_sections import HfPolicy, Lora
 from harness.policy.decoder import Decoder
+from harness.policy.load import load_policy
 from harness.policy.logprobs import token_scores
 from harness.policy.rollout import Rollout, sample
 from tests.harness.policy.tiny import configuration, decoder, generators, written
@@ -230,7 +231,7 @@ def test_gradient_checkpointing_keeps_layer_inputs_only(adapters: bool) -> None:
     rollout = written(PROMPTS, [[5, 6, 7, 1], [5, 6, 1], [9], [9, 3, 4, 4, 1], [1], [7, 7]])
     found = []
     for checkpointing in (False, True):
-        policy = adapted(Lora(rank=4), [1]) if adapters else decoder(1)
+        policy = adapted(Lora(rank=4), [1]) if adapters else decoder(1, num_key_value_heads=2)
         policy.gradient_checkpointing = checkpointing
         own = {value.data_ptr() for value in (*policy.shared.values(), *policy.parameters.values())}
         saved: dict[int, int] = {}
@@ -255,3 +256,14 @@ def test_the_configuration_says_which_base(tmp_path: Path) -> None:
     decoder(1).save(tmp_path, 0)
     assert Decoder.from_pretrained(tmp_path).adapted(Lora(rank=2), [0]).origin == str(tmp_path)
     assert configuration()._name_or_path == ""
+
+
+@pytest.mark.parametrize("engine", ["stacked", "transformers"])
+def test_adapters_of_a_model_on_the_hub_name_it_and_its_revision(engine: str, tmp_path: Path) -> None:
+    from peft import PeftConfig
+
+    decoder(1).save(tmp_path / "snapshot", 0)
+    section = HfPolicy(model="someone/something", revision="v2", engine=engine, lora=Lora(rank=2))
+    load_policy(section, tmp_path / "snapshot", 1, "cpu").save(tmp_path / "cell", 0)
+    config = PeftConfig.from_pretrained(tmp_path / "cell")
+    assert (config.base_model_name_or_path, config.revision) == ("someone/something", "v2")

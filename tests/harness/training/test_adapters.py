@@ -59,8 +59,8 @@ def test_interrupted_after_every_single_update(make_run: MakeRun, checkpointing:
 
 
 def test_gradient_checkpointing_changes_no_number(make_run: MakeRun) -> None:
-    plain = finished(make_run("plain"))
-    saving = finished(make_run("saving", policy={"gradient_checkpointing": True}))
+    plain = finished(make_run("plain", policy=POLICY))
+    saving = finished(make_run("saving", policy={**POLICY, "gradient_checkpointing": True}))
     mine, theirs = (numbers(run, run.cells[0]) for run in (plain, saving))
     assert mine["metrics"] == theirs["metrics"]
     assert mine["evaluations"] == theirs["evaluations"]
