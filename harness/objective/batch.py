@@ -35,8 +35,8 @@ class TokenBatch:
             mapped by `torch.func.vmap`.
         correction: float `[N, T]`, a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
             sampler μ other than π_old drew the tokens. As in TRL and verl the KL term of the loss is not multiplied.
-        left_out: bool `[N]`, trajectories whose rewards count in the statistics of the advantage while the loss has none
-            of their tokens (DAPO's overlong filtering). They still count in N, as in TRL and verl.
+        left_out: bool `[N]`, trajectories whose rewards count in the statistics of the advantage while the loss has
+            none of their tokens (DAPO's overlong filtering). They still count in N, as in TRL and verl.
 
     Raises:
         ValueError: when shapes or types do not fit together.

@@ -193,7 +193,14 @@ def test_a_row_holds_what_the_report_reads(make_run: MakeRun) -> None:
     assert set(run.cell(run.cells[0]).evaluations()[0]) == set(EVALUATION)
 
 
-def test_rows_of_critics_and_moving_coefficients_have_the_columns_that_the_report_knows(make_run: MakeRun) -> None:
-    training = {"critic": {}, "beta_control": {"target": 0.1}, "trust_region": {}, "updates": 1, "lag": 1}
-    run = finished(make_run(training=training, objectives=[{"advantage": "gae"}]))
-    assert set(run.cell(run.cells[0]).metrics()[0]) - set(METRICS) == set(METRICS_OF_SOME)
+def test_rows_of_some_cells_have_more_columns_that_the_report_knows(make_run: MakeRun) -> None:
+    training: list[dict[str, Any]] = [
+        {"critic": {}, "beta_control": {"target": 0.1}, "trust_region": {}, "updates": 1, "lag": 1},
+        {"equal_groups": "refill", "sampler": {"temperature": 1.1}, "updates": 1},
+        {"equal_groups": "drop", "truncated": "mask", "overlong_buffer": 2, "updates": 1},
+    ]
+    more: set[str] = set()
+    for number, settings in enumerate(training):
+        run = finished(make_run(f"run{number}", settings, [{"advantage": "gae"}]))
+        more |= set(run.cell(run.cells[0]).metrics()[0]) - set(METRICS)
+    assert more == set(METRICS_OF_SOME)
