@@ -70,14 +70,14 @@ class Letters:
         return None
 
 
-def small_policy(folder: Path) -> Path:
-    """A checkpoint of a random Llama with one layer, as a Hugging Face folder."""
+def small_policy(folder: Path, alphabet: str = LETTERS) -> Path:
+    """A checkpoint of a random Llama with one layer that knows some characters, as a Hugging Face folder."""
     from grid.sections import TinyPolicy
     from harness.policy.decoder import Decoder
     from harness.policy.start import tiny_config
     from harness.policy.tokenizer import character_tokenizer
 
-    tokenizer = character_tokenizer(LETTERS)
+    tokenizer = character_tokenizer(alphabet)
     section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
     config = tiny_config(section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 64)
     Decoder.random(config, tokenizer, [3]).save(folder, 0)

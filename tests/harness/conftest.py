@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from grid import Grid, load_grid
+from tests.trial import small_policy
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `processes`
@@ -22,17 +23,7 @@ from processes import end_all  # noqa: E402
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of one layer that knows digits."""
-    from grid.sections import TinyPolicy
-    from harness.policy.decoder import Decoder
-    from harness.policy.start import tiny_config
-    from harness.policy.tokenizer import character_tokenizer
-
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = character_tokenizer("0123456789+=")
-    section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
-    config = tiny_config(section, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, 64)
-    Decoder.random(config, tokenizer, [3]).save(folder, 0)
-    return folder
+    return small_policy(tmp_path_factory.mktemp("start"), "0123456789+=")
 
 
 @pytest.fixture

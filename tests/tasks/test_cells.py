@@ -7,23 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grid import load_grid
-from grid.sections import TinyPolicy
-from harness.policy.decoder import Decoder
-from harness.policy.start import tiny_config
-from harness.policy.tokenizer import character_tokenizer
 from harness.store import Run
 from harness.training import run_cells
+from tests.trial import small_policy
 
 TRAINING = {"updates": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 4, "evaluate_every": 2}
 EVALUATION = {"evaluation_prompts": 2, "evaluation_samples": 1}
-
-
-def small_start(folder: Path) -> str:
-    tokenizer = character_tokenizer("0123456789+=")
-    section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
-    config = tiny_config(section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 64)
-    Decoder.random(config, tokenizer, [3]).save(folder, 0)
-    return str(folder)
 
 
 def test_a_bad_reward_ends_its_cell_alone(write_rows: Callable[..., str], tmp_path: Path) -> None:
@@ -38,7 +27,7 @@ def test_a_bad_reward_ends_its_cell_alone(write_rows: Callable[..., str], tmp_pa
     grid = {
         "name": "rewards",
         "task": {"name": "file", "path": path, "prompt": "q", "answer": "a", "reward_seconds": 1.0},
-        "policy": {"name": "hf", "model": small_start(tmp_path / "start")},
+        "policy": {"name": "hf", "model": str(small_policy(tmp_path / "start", "0123456789+="))},
         "training": {**TRAINING, **EVALUATION},
         "design": "list",
         "cells": [{"task.reward": reward} for reward in rewards],

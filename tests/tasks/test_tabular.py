@@ -12,16 +12,14 @@ from torch import Tensor
 
 from grid import load_grid
 from grid.mistake import Mistake
-from grid.sections import TinyPolicy, load_section
+from grid.sections import load_section
 from harness.exact.tabular import enumerate_trajectories
-from harness.policy.decoder import Decoder
-from harness.policy.start import tiny_config
-from harness.policy.tokenizer import character_tokenizer
 from harness.store import Run
 from harness.training import run_cells
-from tasks import Example, Task, load_task
+from tasks import Example, load_task
 from tasks.bandit import Bandit
 from tasks.tabular import PROMPT, SHARE_OF_BEST, Tabular
+from tests.trial import small_policy
 
 
 def test_words_are_in_the_order_of_the_exact_lab() -> None:
@@ -74,15 +72,6 @@ def test_tasks_check_their_parameters_themselves() -> None:
             wrong()
 
 
-def start_for(task: Task, folder: Path) -> Path:
-    """A random Llama for the task's alphabet, untrained."""
-    tokenizer = character_tokenizer(str(task.alphabet))
-    section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
-    config = tiny_config(section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 64)
-    Decoder.random(config, tokenizer, [3]).save(folder, 0)
-    return folder
-
-
 def word_probabilities(folder: Path) -> tuple[list[str], Tensor]:
     """Every first token of a checkpoint after the prompt, and its probability, by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,7 +87,7 @@ def test_training_reaches_the_exact_optimum_of_a_bandit(tmp_path: Path) -> None:
     """C23: with estimator k1 in the reward, E[R] − β·KL(π ‖ π₀) has the optimum π* ∝ π₀·exp(R/β)."""
     beta, rewards = 0.5, [0.0, 0.3, 0.6, 1.0]
     task = Bandit(rewards=rewards)
-    start = start_for(task, tmp_path / "start")
+    start = small_policy(tmp_path / "start", str(task.alphabet))
     grid = {
         "name": "bandit",
         "task": {"name": "bandit", "rewards": rewards},

@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from grid import load_grid
-from harness.policy.decoder import Decoder
-from harness.policy.start import tiny_config
-from harness.policy.tokenizer import character_tokenizer
 from harness.store import Run
+from tests.trial import small_policy
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `letters:Letters` in grid files
@@ -40,14 +38,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a random Llama with 7 tokens and one layer."""
-    from grid.sections import TinyPolicy
-
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = character_tokenizer("abcd")
-    section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
-    config = tiny_config(section, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, 64)
-    Decoder.random(config, tokenizer, [3]).save(folder, 0)
-    return folder
+    return small_policy(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture

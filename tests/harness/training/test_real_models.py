@@ -66,11 +66,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def train(make_run: MakeRun, models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Run]:
     """A run folder of one cell of a family on word problems."""
 
-    def make(name: str, family: str, training: dict[str, Any] | None = None, seeds: int = 1, **policy: Any) -> Run:
+    def make(
+        name: str,
+        family: str,
+        training: dict[str, Any] | None = None,
+        seeds: int = 1,
+        objectives: list[dict[str, Any]] | None = None,
+        **policy: Any,
+    ) -> Run:
         task = {"name": "gsm8k", "path": str(problems(tmp_path / "data")), "reward": "word_problems:letters"}
         task["prompt"] = "{question} Answer: "
         described = {"model": str(models(family)), **policy}
-        return make_run(name, {**TRAINING, **(training or {})}, seeds=seeds, task=task, policy=described)
+        return make_run(name, {**TRAINING, **(training or {})}, objectives, seeds, task, described)
 
     return make
 
@@ -138,6 +145,35 @@ def test_a_foreign_model_packed_is_alone(train: Callable[..., Run], lora: dict[s
         assert numbers(packed, identity) == numbers(alone, identity)
     first, second = (numbers(packed, identity)["metrics"][0]["loss"] for identity in packed.cells)
     assert first != second
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "a critic of its own": ({"critic": {"kind": "model"}}, {"advantage": "gae"}, {}),
+    "a value head on adapters": ({"critic": {"kind": "head"}}, {"advantage": "gae"}, {"lora": LORA}),
+    "bfloat16 and recomputed layers": (
+        {"token_budget": 400},
+        {},
+        {"dtype": "bfloat16", "gradient_checkpointing": True},
+    ),
+    "another sampler": ({"sampler": {"dtype": "bfloat16", "correction": "tis"}}, {}, {"lora": LORA}),
+    "groups drawn again": ({"equal_groups": "refill"}, {}, {}),
+}
+
+
+@pytest.mark.parametrize(("training", "objective", "policy"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_foreign_model_resumes_with_every_setting(
+    train: Callable[..., Run], training: dict[str, Any], objective: dict[str, Any], policy: dict[str, Any]
+) -> None:
+    training = {**training, "updates": 2, "minibatches": 2, "updates_per_rollout": 1}
+    through, broken = (
+        train(name, "GPT2", training, seeds=2, objectives=[objective], **policy) for name in ("through", "broken")
+    )
+    finished(through)
+    assert set(run_cells(broken.path, broken.cells, stop=StopAfter(1)).values()) == {"interrupted"}
+    for identity in broken.cells:
+        assert run_cells(broken.path, [identity]) == {identity: "finished"}
+        assert numbers(through, identity) == numbers(broken, identity)
+        assert all(row["gradient_norm"] > 0 for row in numbers(through, identity)["metrics"])
 
 
 def test_a_chat_model_is_asked_in_its_template_and_ends_its_turns(train: Callable[..., Run]) -> None:
