@@ -86,7 +86,7 @@ class Cell:
             "id": self.id,
             "id_version": ID_VERSION,
             "algorithm": self.algorithm,
-            "objective": self.objective.settings(),
+            "objective": _objective_data(self.objective),
             "task": _section_data(self.task),
             "policy": _section_data(self.policy),
             "training": _section_data(self.training),
@@ -138,6 +138,11 @@ def _sections_json(*sections: Section) -> str:
 @lru_cache(maxsize=65536)
 def _section_json(section: Section) -> str:
     return json.dumps(section.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE)), sort_keys=True)
+
+
+@lru_cache(maxsize=65536)
+def _objective_data(objective: Objective) -> dict[str, Any]:
+    return objective.settings()
 
 
 @lru_cache(maxsize=65536)

@@ -11,7 +11,7 @@ from typing import Any
 
 from grid import Mistake
 from harness.dispatch.executor import Pack
-from harness.dispatch.packs import shape
+from harness.dispatch.packs import shape, shapes
 from harness.store import Run, scan
 
 START_SECONDS = 6.0
@@ -34,13 +34,14 @@ def estimate(
     cells: Mapping[str, Mapping[str, Any]], packs: Sequence[Pack], runs: Path, workers: int
 ) -> Estimate | None:
     """The time for these packs on so many workers; None where no cell of some shape was measured under `runs`."""
-    shapes = {identity: shape(resolved) for identity, resolved in cells.items()}
-    measured, source = _measured(set(shapes.values()), runs)
-    if not cells or any(each not in measured for each in shapes.values()):
+    forms = shapes(cells)
+    distinct = set(forms.values())
+    measured, source = _measured(distinct, runs)
+    if not cells or not distinct <= measured.keys():
         return None
     lengths = []
     for pack in packs:
-        work = (measured[shapes[identity]] * int(cells[identity]["training"]["updates"]) for identity in pack.cells)
+        work = (measured[forms[identity]] * int(cells[identity]["training"]["updates"]) for identity in pack.cells)
         lengths.append(START_SECONDS + sum(work))
     return Estimate(_makespan(lengths, workers), 1 / max(1e-9, median(measured.values())), source)
 

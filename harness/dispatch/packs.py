@@ -29,6 +29,18 @@ def shape(resolved: Mapping[str, Any]) -> str:
     return json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
 
 
+def shapes(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The shape of every cell; one that shares its sections with another cell is not worked out again."""
+    known: dict[tuple[int, ...], str] = {}
+    found: dict[str, str] = {}
+    for identity, resolved in cells.items():
+        key = tuple(id(resolved[name]) for name in ("task", "policy", "training"))
+        if key not in known:
+            known[key] = shape(resolved)
+        found[identity] = known[key]
+    return found
+
+
 def make_packs(cells: Mapping[str, Mapping[str, Any]], size: int | None = None, workers: int = 1) -> list[Pack]:
     """Packs of cells of equal shape, in the given order.
 
@@ -39,8 +51,8 @@ def make_packs(cells: Mapping[str, Mapping[str, Any]], size: int | None = None, 
         workers: jobs that run at the same time.
     """
     alike: dict[str, list[str]] = {}
-    for identity, resolved in cells.items():
-        alike.setdefault(shape(resolved), []).append(identity)
+    for identity, form in shapes(cells).items():
+        alike.setdefault(form, []).append(identity)
     packs = []
     for members in alike.values():
         most = size or (None if _small(cells[members[0]]["policy"]) else 1)

@@ -78,10 +78,10 @@ def equivalence_classes(
     partitions: dict[tuple[tuple[str, ...], bool], list[list[str]]] = {}
     classes: list[Class] = []
     for (surroundings, on_policy), forms in rooms.items():
-        known = (tuple(forms), on_policy)
-        if known not in partitions:
-            partitions[known] = _partition(forms, on_policy, marks)
-        for equal in partitions[known]:
+        alike = (tuple(forms), on_policy)
+        if alike not in partitions:
+            partitions[alike] = _partition(forms, on_policy, marks)
+        for equal in partitions[alike]:
             members = tuple(cell for form in equal for cell in by_key[surroundings, on_policy, form])
             classes.append(Class(members, members[0], _reason(members, len(equal) > 1)))
     position = {id(cell): index for index, cell in enumerate(cell for found in by_key.values() for cell in found)}
