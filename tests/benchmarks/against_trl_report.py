@@ -1,0 +1,153 @@
+"""Tables and reward curves of `against_trl`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from harness.training.stopwatch import PHASES
+
+PHASE_NAMES = (*PHASES[:3], "behaviour", *PHASES[3:])
+"""`behaviour`: TRL computes the sampler's log-probabilities anew, klab keeps those it sampled with."""
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown."""
+    return "\n\n".join([_one_update(found), _grids(found["grids"]), _limits(found), _rewards(found["grids"])]) + "\n"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _head(*names: str) -> list[str]:
+    return [_row(*names), "|" + "---|" * len(names)]
+
+
+def _one_update(found: dict[str, Any]) -> str:
+    lines = ["Milliseconds of processor time per cell and update, medians of interleaved rounds:", ""]
+    lines += _head("prompts × 8", "new tokens", "TRL", "klab, one cell", "klab, a pack", "TRL ÷ one cell", "TRL ÷ pack",
+                   "first update TRL / klab, s", "memory TRL / klab pack, MB")  # fmt: skip
+    for shape in found["shapes"].values():
+        trl, alone, pack = (shape[side] for side in ("trl", "alone", "pack"))
+        lines.append(
+            _row(
+                shape["prompts"],
+                "≤ 8" if shape["budget"] == 8 else shape["budget"],
+                f"{trl['cpu']:.0f}",
+                f"{alone['cpu']:.1f}",
+                f"{pack['cpu']:.1f} ({shape['pack']} cells)",
+                f"{trl['cpu'] / alone['cpu']:.1f}",
+                f"{trl['cpu'] / pack['cpu']:.1f}",
+                f"{trl['first_update']:.1f} / {alone['first_update']:.1f}",
+                f"{trl['peak_mb']:.0f} / {pack['peak_mb']:.0f}",
+            )
+        )
+    return "\n".join(lines)
+
+
+def _grids(grids: dict[str, Any]) -> str:
+    some = next(iter(grids.values()))
+    cells, measured = some["klab"]["cells"], some["trl"]["measured_cells"]
+    updates = len(some["klab"]["curves"][0])
+    lines = [
+        f"A grid of {cells} cells × {updates} updates on two cores, wall time. klab: `klab launch --on local`. "
+        f"TRL: a process per cell, two at a time, measured on {measured} cells and multiplied by {cells}/{measured}.",
+        "",
+        *_head("prompts × 8", "klab, s", "TRL, s", "TRL ÷ klab", "memory klab / TRL, MB"),
+    ]
+    for prompts, sides in grids.items():
+        ours, theirs = sides["klab"], sides["trl"]
+        memory = f"{ours['peak_mb']:.0f} / {theirs['peak_mb']:.0f}"
+        ratio = f"{theirs['wall'] / ours['wall']:.1f}"
+        lines.append(_row(prompts, f"{ours['wall']:.0f}", f"{theirs['wall']:.0f}", ratio, memory))
+    return "\n".join(lines)
+
+
+def _limits(found: dict[str, Any]) -> str:
+    lines = [
+        f"Milliseconds per update and phase beside what matrix products alone need at this core's measured peak "
+        f"({found['peak_gflops']:.0f} GFLOP/s). Plain: every trajectory in full, once per phase. Merged: the rows that "
+        "klab really computes.",
+        "",
+        *_head("shape", "phase", "TRL", "klab pack", "plain limit", "merged limit", "klab ÷ merged limit"),
+    ]
+    for name, shape in found["shapes"].items():
+        for phase in PHASE_NAMES:
+            trl, ours = shape["trl"].get(phase, 0.0), shape["pack"].get(phase, 0.0)
+            plain, merged = shape["floor_plain"].get(phase, 0.0), shape["floor_klab"].get(phase, 0.0)
+            share = f"{ours / merged:.1f}" if merged else ""
+            lines.append(
+                _row(
+                    name.replace("x", " × 8, "),
+                    phase,
+                    f"{trl:.1f}",
+                    f"{ours:.1f}",
+                    f"{plain:.1f}",
+                    f"{merged:.1f}",
+                    share,
+                )
+            )
+    return "\n".join(lines)
+
+
+def _rewards(grids: dict[str, Any]) -> str:
+    lines = [
+        "Mean reward of the first and the last fifth of the updates, with 95 % intervals over seeds, and of the "
+        "difference in the last fifth (Welch):",
+        "",
+        *_head("prompts × 8", "klab, first", "TRL, first", "klab, last", "TRL, last", "klab − TRL, last"),
+    ]
+    for prompts, sides in grids.items():
+        ours, theirs = (np.array(sides[side]["curves"]) for side in ("klab", "trl"))
+        fifth = max(1, ours.shape[1] // 5)
+        cells = [
+            _interval(side[:, part].mean(1)) for part in (slice(fifth), slice(-fifth, None)) for side in (ours, theirs)
+        ]
+        left, right = ours[:, -fifth:].mean(1), theirs[:, -fifth:].mean(1)
+        if min(len(left), len(right)) > 1:
+            interval = stats.ttest_ind(left, right, equal_var=False).confidence_interval()
+            difference = f"{left.mean() - right.mean():+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+        else:
+            difference = f"{left.mean() - right.mean():+.3f}"
+        lines.append(_row(prompts, *cells, difference))
+    return "\n".join(lines)
+
+
+def _interval(values: np.ndarray) -> str:
+    if len(values) < 2:
+        return f"{values.mean():.3f}"
+    return f"{values.mean():.3f} ± {_half_width(values[:, None])[0]:.3f}"
+
+
+def _half_width(values: np.ndarray) -> np.ndarray:
+    """95 % of Student's t over the first axis."""
+    n = len(values)
+    if n < 2:
+        return np.zeros(values.shape[1])
+    width: np.ndarray = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+    return width
+
+
+def curves_figure(grids: dict[str, Any], file: Path) -> None:
+    """Mean reward over updates of both, means of ten updates, with the seeds' 95 % intervals."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, (prompts, sides) in zip(figure.subplots(1, len(grids), sharey=True), grids.items(), strict=True):
+        for (side, label), colour in zip((("klab", "klab"), ("trl", "TRL 1.16")), ("#2a6fbb", "#d1662b"), strict=True):
+            curves = np.array(sides[side]["curves"])
+            step = max(1, min(10, curves.shape[1] // 5))
+            length = curves.shape[1] // step * step
+            means = curves[:, :length].reshape(len(curves), -1, step).mean(2)
+            at = np.arange(means.shape[1]) * step + step / 2
+            width = _half_width(means)
+            axes.plot(at, means.mean(0), color=colour, label=f"{label}, {len(curves)} seeds")
+            axes.fill_between(at, means.mean(0) - width, means.mean(0) + width, color=colour, alpha=0.2, linewidth=0)
+        axes.set_title(f"{prompts} prompts × 8")
+        axes.set_xlabel("update")
+        axes.legend(frameon=False, loc="lower right")
+    figure.axes[0].set_ylabel("mean reward")
+    figure.savefig(file, dpi=150)
