@@ -115,6 +115,13 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
                 "the estimated advantages as they are (none), or with mean 0 and variance 1 over the update (batch)",
                 choices=("none", "batch"),
             ),
+            Parameter(
+                "rejected",
+                0.0,
+                "advantage where R ≤ 0: 0 imitates only (RAFT), −1 is REINFORCE on ±1",
+                low=-1.0,
+                high=0.0,
+            ),
             Parameter("std", "population", "divisor of the variance: n or n − 1", choices=("population", "sample")),
             Parameter("eps", 1e-6, "added to the standard deviation", low=0.0),
             Parameter(
@@ -249,8 +256,7 @@ _ADVANTAGE = _axis(
     Value("batch_norm", "r whitened over all own tokens of the batch", "", "REINFORCE++", _NORM),
     Value("position_norm", "(r_j − μ_j)/(σ_j + eps)", "statistics at own position j", "S1", _NORM),
     Value("position_center", "r_j − μ_j", "", "S1 without the standard deviation"),
-    Value("positive", "1[R > 0]", "imitate what was accepted", "RAFT"),
-    Value("signed", "r − R ± 1, + where R > 0", "as if the task rewarded with 1 and −1", "Reinforce-Rej"),
+    Value("positive", "1 where R > 0, else rejected", "imitate what was accepted", "RAFT", ("rejected",)),
     Value("greedy_baseline", "r − R of the greedy completion of the same prompt", "", "ReMax"),
     Value("length_baseline", "r − Σ H·R / Σ H", "", "OPO"),
     Value(

@@ -44,6 +44,7 @@ class Objective:
     gamma: float
     lam: float
     whiten: str
+    rejected: float
     std: str
     eps: float
     kl_scale: str

@@ -15,7 +15,7 @@ from harness.exact.tabular import Trajectories
 from harness.exact.updates import Updates
 from harness.objective import TokenBatch, objective_loss
 
-PER_TRAJECTORY = ("raw", "positive", "signed", "greedy_baseline", "gae")
+PER_TRAJECTORY = ("raw", "positive", "greedy_baseline", "gae")
 """Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` unless whitened)."""
 
 BATCH_STATISTICS = ("batch_norm", "group_center_batch_norm")

@@ -124,16 +124,11 @@ def position_center(returns: Returns) -> Tensor:
 
 
 @ADVANTAGES
-def positive(returns: Returns) -> Tensor:
-    """1[R > 0]: imitate what was accepted (RAFT); a KL inside the returns has no effect."""
-    return (returns.rewards > 0).to(returns.returns.dtype)[:, None].expand_as(returns.returns)
-
-
-@ADVANTAGES
-def signed(returns: Returns) -> Tensor:
-    """r with 1 in place of a reward R > 0 and −1 in place of any other (Reinforce-Rej)."""
-    verdict = torch.where(returns.rewards > 0, 1.0, -1.0).to(returns.returns.dtype)
-    return (returns.returns - returns.rewards[:, None]) + verdict[:, None]
+def positive(returns: Returns, *, rejected: float) -> Tensor:
+    """1 where R > 0, `rejected` elsewhere: imitate what was accepted (RAFT, with 0), or REINFORCE on rewards of ±1
+    (Reinforce-Rej, with −1); a KL inside the returns has no effect."""
+    verdict = torch.where(returns.rewards > 0, 1.0, rejected).to(returns.returns.dtype)
+    return verdict[:, None].expand_as(returns.returns)
 
 
 @ADVANTAGES

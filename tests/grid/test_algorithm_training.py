@@ -22,7 +22,7 @@ def test_dapo_samples_dynamically_and_reinforce_rej_drops() -> None:
     grid = grid_of(axes={"algorithm": ["dapo", "reinforce_rej", "raft"]})
     assert [cell.training.equal_groups for cell in grid.cells] == ["refill", "drop", "keep"]
     assert [cell.training.refill_rounds for cell in grid.cells] == [9, 3, 3]
-    assert [cell.objective.advantage for cell in grid.cells] == ["group_norm", "signed", "positive"]
+    assert [cell.objective.rejected for cell in grid.cells[1:]] == [-1.0, 0.0]
 
 
 def test_what_the_file_writes_goes_first() -> None:

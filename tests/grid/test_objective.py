@@ -22,7 +22,7 @@ def test_defaults_are_the_contract():
     assert (objective.advantage, objective.aggregation, objective.path) == ("group_norm", "sequence_mean", "score")
     expected = dict(beta=0.04, eps_low=0.2, eps_high=0.2, q=0.5, cap=1.2, c=3.0, low=0.5, high=2.0, tau_pos=1.0)
     expected |= dict(tau_neg=1.05, ess=0.9, gamma=1.0, lam=1.0, whiten="none", std="population", eps=1e-6)
-    expected |= dict(kl_scale="mean", kl_at="rollout")
+    expected |= dict(rejected=0.0, kl_scale="mean", kl_at="rollout")
     assert {name: getattr(objective, name) for name in PARAMETERS} == expected
 
 

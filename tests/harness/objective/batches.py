@@ -27,6 +27,7 @@ PARAMETERS = {
     "gamma": (0.0, 0.5, 0.99, 1.0),
     "lam": (0.0, 0.5, 0.95, 1.0),
     "whiten": ("none", "batch"),
+    "rejected": (0.0, -0.5, -1.0),
     "std": ("population", "sample"),
     "eps": (0.0, 1e-6, 1e-2),
     "kl_scale": ("mean", "sum"),

@@ -184,10 +184,8 @@ def _advantage(o: Any, ts: list[Trajectory], returns: list[list[float]], mates: 
             return (r - _mean(here)) / (std + o.eps) if std else 0.0
         case "position_center":
             return r - _mean([returns[m][j] for m in mates if ts[m].length > j])
-        case "signed":
-            return r - t.reward + (1.0 if t.reward > 0 else -1.0)
         case "positive":
-            return 1.0 if t.reward > 0 else 0.0
+            return 1.0 if t.reward > 0 else float(o.rejected)
         case "greedy_baseline":
             return r - t.greedy
         case "length_baseline":
