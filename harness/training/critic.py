@@ -68,8 +68,8 @@ class Critics:
         self.settings = critic
         self.trunk = trunk
         below = {} if trunk is None else trunk.parameters
-        kept = [value.dtype for value in below.values()] or [torch.promote_types(policy.dtype, torch.float32)]
-        self.head = ValueHead(len(members), policy.width, kept[0], policy.device)
+        wide = torch.promote_types(policy.dtype, torch.float32)
+        self.head = ValueHead(len(members), policy.width, wide, policy.device)
         self.optimizer = StackedAdamW({**below, **self.head.parameters}, [member.cell.training for member in members])
 
     @classmethod

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
-from harness.training import run_cells
+from harness.training import checkpoint, run_cells
 from harness.training.life import _prepared
+from harness.training.metrics import same_numbers
 from harness.training.pack import Pack
 
 GAE: dict[str, Any] = {"advantage": "gae", "placement": "none"}
@@ -43,6 +45,48 @@ def test_packed_is_alone(make_run: MakeRun, kind: str) -> None:
     for identity in alone.cells:
         run_cells(alone.path, [identity])
         assert_same(packed, alone, identity)
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "adapters": {"lora": {"rank": 2, "alpha": 8.0}},
+    "16-bit adapters": {"lora": {"rank": 2, "alpha": 8.0}, "dtype": "bfloat16"},
+    "16-bit": {"dtype": "bfloat16"},
+    "transformers": {"engine": "transformers"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_critics_of_other_policies(make_run: MakeRun, kind: str, policy: dict[str, Any]) -> None:
+    """Packed through and resumed alone, to the bit; what a critic of adapters keeps is adapters too."""
+    training = {"critic": {"kind": kind}, "updates": 3, "updates_per_rollout": 2, "evaluate_every": 3}
+    objectives = [GAE, {**GAE, "lam": 0.5}]
+    through, broken = (make_run(name, training, objectives, policy=policy) for name in ("through", "broken"))
+    finished(through)
+    identity = broken.cells[0]
+    assert run_cells(broken.path, [identity], stop=StopAfter(2)) == {identity: "interrupted"}
+    names = load_file(broken.cell(identity).checkpoint / checkpoint.FILE)
+    own = {name.removeprefix("critic/weight/") for name in names if name.startswith("critic/weight/")}
+    assert {"value.weight", "value.bias"} <= own
+    assert (len(own) == 2) == (kind == "head")
+    if "lora" in policy:
+        assert {name.rsplit(".", 1)[1] for name in own} <= {"A", "B", "weight", "bias"}
+    assert run_cells(broken.path, [identity]) == {identity: "finished"}
+    assert_same(through, broken, identity)
+    rows = numbers(through, identity)["metrics"]
+    assert rows[1]["value_loss"] < rows[0]["value_loss"], "the second pass over the same rollout"
+
+
+def test_a_pack_that_loses_a_member_keeps_the_others_critics_and_coefficients(make_run: MakeRun) -> None:
+    training = {"critic": {}, "beta_control": {"target": 0.01}, "lag": 1}
+    trained = pack(make_run(training=training, objectives=[{"advantage": "gae"}, {"advantage": "gae", "lam": 0.5}]))
+    for _ in range(2):
+        trained.advance()
+    rest = trained.only([1])
+    left, right = rest.advance()[0], trained.advance()[1]
+    assert same_numbers(left) == same_numbers(right)
+    assert left["beta"] != 0.04
+    assert left["explained_variance"] is not None
 
 
 def weights_of(optimizer: Any) -> dict[str, torch.Tensor]:
