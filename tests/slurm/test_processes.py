@@ -1,0 +1,66 @@
+"""Cells that several tasks of a job train together, on one node and on two."""
+
+from __future__ import annotations
+
+import pytest
+
+from grid import load_grid
+from harness.dispatch.job import work
+from harness.dispatch.submission import submissions
+from harness.store import Run
+from tests.slurm.conftest import Lab, starts
+from tests.slurm.processes import facts, kill, processes, wait_for
+from tests.trial import assert_same
+
+pytestmark = pytest.mark.slurm
+
+SLOW = {"task": {"seconds": 0.06}, "training": {"updates": 80, "prompts": 3, "checkpoint_updates": 5}}
+
+
+def task(job: str, rank: int) -> int:
+    """The process of one task of a job."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    (found,) = (
+        pid
+        for pid in processes()
+        if b"submitit.core._submit" in facts(pid, "cmdline").split(b"\0")
+        and wanted <= set(facts(pid, "environ").split(b"\0"))
+    )
+    return found
+
+
+def test_two_processes_on_one_node_or_two_have_the_bits_of_two_here(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job on one node is requeued in the middle, the other one loses a process to SIGKILL and is launched again."""
+    grid = lab.grid("pair", **SLOW, resources={"processes": 2})
+    apart = lab.grid("apart", **SLOW, resources={"nodes": 2, "minutes": 30})
+    pair, far = lab.launch(grid), lab.launch(apart)
+    assert all(
+        "--kill-on-bad-exit=1" in (each.folder / f"{each.job}_submission.sh").read_text()
+        for run in (pair, far)
+        for each in submissions(run)
+    )
+    lab.until_update(far, 8)
+    job = lab.job(far)
+    assert "NumNodes=2" in lab.tell("scontrol", "show", "job", "-o", job)
+    kill(task(job, 1))
+    lab.until_update(pair, 8)
+    lab.tell("scontrol", "requeue", lab.job(pair))
+    rows = lab.until(far, lambda rows: rows[0].state == "failed", 60)
+    assert rows[0].detail == "FAILED, signal 9"
+    lab.launch(apart, "--retry-failed")
+    lab.until_finished(pair)
+    lab.until_finished(far)
+    assert starts(pair) == starts(far) == [2]
+    quiet = Run.create(lab.folder / "quiet" / "pair", load_grid(grid))
+    monkeypatch.setenv("KLAB_TEST_HURRY", "1")
+    assert set(work(quiet.path, tuple(quiet.cells), executor="here", processes=2).values()) == {"finished"}
+    assert_same(pair, quiet)
+    assert_same(far, quiet)
+
+
+def test_a_reward_that_raises_in_another_task_fails_the_cell_with_its_words(lab: Lab) -> None:
+    run = lab.launch(lab.grid("raises", task={"trouble": "raise"}, resources={"processes": 2}))
+    rows = lab.until(run, lambda rows: rows[0].state == "failed", 60)
+    assert "the reward is broken" in rows[0].detail
+    wait_for("the job to end", lambda: not lab.tell("squeue", "-h"), 30)
+    assert starts(run) == [1]
