@@ -7,7 +7,8 @@ log-probabilities obtained without a graph.
 
 Where every importance ratio is 1 by construction (one update per rollout, no lag), the behaviour policy's
 log-probabilities are the current ones, detached: the ratio is then exactly 1, not 1 up to the rounding between a
-cached decoding step and a full forward pass. Everywhere else they are those that the sampler kept.
+cached decoding step and a full forward pass. Everywhere else they are those that the sampler kept, or, where it is a
+sampler of its own (`sampling.py`), those that the trainer computed when the rollout was drawn.
 """
 
 from __future__ import annotations
