@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from grid.mistake import Mistake
 from harness.policy.start import starting_policy
 from harness.store import CellFolder, Evicted, Run, files, machine
 from harness.training import checkpoint
@@ -314,9 +315,10 @@ class _Life:
             self.states[identity] = "cancelled"
             return
         self.states[identity] = "failed"
-        traceback.print_exception(error)
+        text = f"{error}\n" if isinstance(error, Mistake) else "".join(traceback.format_exception(error))
+        print(text, end="", file=sys.stderr)
         with suppress(OSError):  # a full disk: the job's log has the text
-            self._run.cell(identity).fail("".join(traceback.format_exception(error)))
+            self._run.cell(identity).fail(text)
 
 
 def _explained(error: Exception, member: Member, rows: int | None = None) -> Exception:

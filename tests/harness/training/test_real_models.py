@@ -233,4 +233,7 @@ def test_a_prompt_beyond_the_context_fails_before_the_first_update(train: Callab
 
 
 def error_of(run: Run) -> str:
-    return str(run.cell(run.cells[0]).error()).strip().splitlines()[-1]
+    """What is wrong, and nothing but that."""
+    text = str(run.cell(run.cells[0]).error())
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
