@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 from grid.mistake import Mistake
@@ -20,7 +19,6 @@ from harness.policy.architecture import Architecture, Rotary
 from harness.policy.attention import Arrangement
 from harness.policy.checkpoint import read_config, read_tokenizer, read_weights, write_checkpoint
 from harness.policy.decoding import Decoding, PlainDecoding
-from harness.policy.layer import embedded, gated, linear, normed, rotated
 from harness.policy.logprobs import Scores, stacked_scores
 from harness.policy.lora import Adapters, read_adapters, write_adapters
 from harness.policy.output import wide_product
@@ -29,9 +27,8 @@ from harness.policy.prompt import check_vocabulary, end_tokens, read_generation,
 from harness.policy.ragged import suits
 from harness.policy.ragged_decoding import RaggedDecoding
 from harness.policy.rollout import Rollout
+from harness.policy.stacked import Weights, equal_shapes, joined, stacked, stacked_states
 from harness.policy.static_decoding import StaticDecoding, decodes_statically
-
-Weights = dict[str, Tensor]
 
 JOINED_SIZE = 300_000
 """Up to this many parameters per cell, joining the weights of some cells of a pack costs less than it saves."""
@@ -97,7 +94,7 @@ class Decoder:
                 else:
                     cell[name] = torch.randn(shape, generator=generator) * architecture.initializer_range
             cells.append(cell)
-        return cls(config, tokenizer, _stacked(cells, dtype, device))
+        return cls(config, tokenizer, stacked(cells, dtype, device))
 
     @classmethod
     def from_pretrained(
@@ -119,7 +116,7 @@ class Decoder:
         end_tokens(tokenizer, generation, architecture.vocabulary)
         check_vocabulary(tokenizer, architecture.vocabulary)
         cell = read_weights(folder, architecture)
-        policy = cls(config, tokenizer, _stacked([cell] * cells, dtype, device))
+        policy = cls(config, tokenizer, stacked([cell] * cells, dtype, device))
         policy.generation = generation
         return policy
 
@@ -256,7 +253,7 @@ class Decoder:
             own = [self.parameters]
         else:
             slices = {name: value.unbind(0) for name, value in self.parameters.items()}
-            own = [{name: _joined([each[c] for c in stack]) for name, each in slices.items()} for stack in stacks]
+            own = [{name: joined([each[c] for c in stack]) for name, each in slices.items()} for stack in stacks]
         return [self._completed(weights, len(stack)) for weights, stack in zip(own, stacks, strict=True)]
 
     def _completed(self, own: Weights, cells: int) -> Weights:
@@ -292,67 +289,7 @@ class Decoder:
             tokens: ids [A, M].
             arrangement: who sees whom; also which tokens' states are kept after the last layer (K ≤ M).
         """
-        a = self.architecture
-        heads = a.heads + 2 * a.kv_heads
-        if arrangement.limit > a.context:
-            raise Mistake(f"sequences of {arrangement.limit} tokens exceed the model's context", value=a.context)
-        turns = self.rotary(arrangement.positions, self.dtype, arrangement.limit)
-        # one gather takes tokens to (head, lane, slot), one takes the mixed values back
-        head = torch.arange(heads, device=tokens.device)[:, None]
-        spread = (arrangement.slots * heads + head).view(-1)
-        head, stride = head[: a.heads, 0], len(arrangement.slots)
-        collect = (arrangement.places[:, None] + head * stride).view(-1)
-        kept = arrangement.kept
-        collect_kept = collect if kept is None else (arrangement.places[kept][:, None] + head * stride).view(-1)
-        x = embedded(weights["embedding"], tokens)
-        for layer in range(a.layers):
-            here = kept if layer == a.layers - 1 else None
-            inputs = (x, weights, layer, arrangement, turns, spread, collect if here is None else collect_kept, here)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = self._layer(*inputs)
-        return normed(x, weights["norm"].unsqueeze(1), a.norm_eps)
-
-    def _layer(
-        self,
-        x: Tensor,
-        weights: Weights,
-        layer: int,
-        arrangement: Arrangement,
-        turns: tuple[Tensor, Tensor],
-        spread: Tensor,
-        collect: Tensor,
-        kept: Tensor | None,
-    ) -> Tensor:
-        """One layer on x [A, M, hidden]; with `kept`, the new states [A, K, hidden] of those tokens alone."""
-        a, A, at = self.architecture, len(x), f"layers.{layer}."
-        heads, turning = a.heads + 2 * a.kv_heads, a.heads + a.kv_heads
-        h = normed(x, weights[at + "input_norm"].unsqueeze(1), a.norm_eps)
-        qkv = self._product(h, weights, at + "qkv").view(-1, a.head_size)
-        slots = qkv.index_select(0, spread).view(heads, -1, arrangement.positions.shape[1], a.head_size)
-        turned, values = torch.split(slots, [turning, a.kv_heads])
-        if a.qk_norm:
-            turned = self._head_normed(turned, weights[at + "q_norm"], weights[at + "k_norm"])
-        queries, keys = torch.split(rotated(turned, *turns), [a.heads, a.kv_heads])
-        mixed = arrangement.attend(layer, queries, keys, values).reshape(-1, a.head_size)
-        if kept is not None:
-            x = x.flatten(0, 1).index_select(0, kept).view(A, -1, a.hidden)
-        mixed = mixed.index_select(0, collect).view(A, -1, a.heads * a.head_size)
-        x = x + self._product(mixed, weights, at + "out")
-        h = normed(x, weights[at + "mlp_norm"].unsqueeze(1), a.norm_eps)
-        return x + self._product(gated(self._product(h, weights, at + "gate_up")), weights, at + "down")
-
-    def _product(self, x: Tensor, weights: Weights, name: str) -> Tensor:
-        out = linear(x, weights[name], weights.get(name + "_bias"))
-        return out if self.adapters is None else self.adapters.added(out, x, weights, name)
-
-    def _head_normed(self, turned: Tensor, query_scale: Tensor, key_scale: Tensor) -> Tensor:
-        """Norm of each head's queries and keys [heads + kv_heads, A·L, S, size] with scales [A, size]."""
-        a, A = self.architecture, len(query_scale)
-        scale = torch.cat((query_scale.expand(a.heads, A, -1), key_scale.expand(a.kv_heads, A, -1))).unsqueeze(2)
-        by_cell = turned.reshape(len(turned), A, -1, a.head_size)
-        return normed(by_cell, scale, a.norm_eps).view(turned.shape)
+        return stacked_states(self, weights, tokens, arrangement)
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """[A, K, V] of hidden states [A, K, hidden], at least in float32."""
@@ -361,23 +298,3 @@ class Decoder:
     def head(self, weights: Weights) -> Tensor:
         """[A, hidden, V], the output layer."""
         return weights["embedding"].transpose(1, 2) if self.architecture.tied else weights["head"]
-
-
-def equal_shapes(shapes: Sequence[Hashable]) -> list[list[int]]:
-    """Indices with equal shapes together, in order of first appearance."""
-    found: dict[Hashable, list[int]] = {}
-    for index, shape in enumerate(shapes):
-        found.setdefault(shape, []).append(index)
-    return list(found.values())
-
-
-def _joined(slices: Sequence[Tensor]) -> Tensor:
-    return slices[0].unsqueeze(0) if len(slices) == 1 else torch.stack(list(slices))
-
-
-def _stacked(cells: Sequence[Weights], dtype: torch.dtype, device: torch.device | str) -> Weights:
-    found = {}
-    for name in cells[0]:
-        stack = torch.stack([cell[name].to(dtype) for cell in cells]).to(device)
-        found[name] = stack.requires_grad_()
-    return found

@@ -23,7 +23,8 @@ from harness.policy.layout import Lanes
 from harness.policy.prefixes import Grove, bucket, plain_forest
 
 if TYPE_CHECKING:
-    from harness.policy.decoder import Decoder, Weights
+    from harness.policy.decoder import Decoder
+    from harness.policy.stacked import Weights
 
 Indices = NDArray[np.int64]
 Cache = list[tuple[Tensor, Tensor]]

@@ -18,7 +18,8 @@ from harness.policy.ragged import final_states
 from harness.policy.rollout import Rollout
 
 if TYPE_CHECKING:
-    from harness.policy.decoder import Decoder, Weights
+    from harness.policy.decoder import Decoder
+    from harness.policy.stacked import Weights
 
 
 @dataclass(slots=True)

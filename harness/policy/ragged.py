@@ -5,7 +5,7 @@ gates, gathers) is done for all of them at once; products with a cell's own weig
 by cell on its own stretch, with the shapes that it has alone. So packing changes no bit, cells need not agree in any
 shape, no weights are joined, and a layer is one node of the graph.
 
-`Decoder._layer` is the plain path: the same arithmetic, operation by operation, on stacked cells of equal shapes.
+`harness.policy.stacked` is the plain path: the same arithmetic, operation by operation, on cells of equal shapes.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from grid.mistake import Mistake
 from harness.policy.attention import attention
 
 if TYPE_CHECKING:
-    from harness.policy.decoder import Decoder, Weights
+    from harness.policy.decoder import Decoder
+    from harness.policy.stacked import Weights
 
 Indices = NDArray[np.int64]
 
