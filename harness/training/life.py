@@ -29,6 +29,7 @@ from grid.mistake import Mistake
 from harness.policy.start import starting_policy
 from harness.store import CellFolder, Evicted, Run, files, machine
 from harness.training import checkpoint
+from harness.training.allocator import keep_freed_memory
 from harness.training.checkpoint import State, UnusableCheckpoint
 from harness.training.member import CellFailure, Member
 from harness.training.memory import OutOfMemory, out_of_memory, release
@@ -84,6 +85,7 @@ def run_cells(
         there), or `cancelled` (the cell was taken away from this process, which left it as it was).
     """
     torch.set_num_threads(threads)
+    keep_freed_memory()
     run = Run.open(Path(run_path))
     orders = Orders(world or ALONE)
     life = _Life(run, progress or (lambda _: None), stop or (lambda: False), orders)
