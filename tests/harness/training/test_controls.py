@@ -99,8 +99,8 @@ def test_resumed_is_undisturbed_and_packed_is_alone(make_run: MakeRun, training:
     packed, broken = (make_run(name, training, objectives) for name in ("packed", "broken"))
     finished(packed)
     for identity in broken.cells:
-        for _ in range(5):
-            assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
+        for updates in (1, 2, 2):
+            assert run_cells(broken.path, [identity], stop=StopAfter(updates)) == {identity: "interrupted"}
         assert run_cells(broken.path, [identity]) == {identity: "finished"}
         assert_same(packed, broken, identity)
     moving = numbers(packed, packed.cells[0])["metrics"]
@@ -110,7 +110,7 @@ def test_resumed_is_undisturbed_and_packed_is_alone(make_run: MakeRun, training:
         assert not values or len(set(values)) > 1
 
 
-@pytest.mark.parametrize("placement", ["loss", "reward_to_go", "advantage"])
+@pytest.mark.parametrize("placement", ["loss", "reward_to_go"])
 def test_every_update_has_the_beta_that_the_rows_before_it_ask_for(make_run: MakeRun, placement: str) -> None:
     training = {"beta_control": {"target": 0.002, "horizon": 2.0}}
     run = finished(make_run("controlled", training, [{"estimator": "k3", "placement": placement, "beta": 0.3}]))
@@ -151,14 +151,13 @@ def test_a_stronger_trust_region_keeps_the_policy_nearer_to_its_sampler(make_run
     assert found[0] > 2 * found[2] > 0
 
 
-@pytest.mark.parametrize("limit", [1, 6])
-def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun, limit: int) -> None:
+def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun) -> None:
     common = {
         "trust_region": {"coefficient": 2.0, "target": 1e-3}, "beta_control": {"target": 1e-3},
         "updates": 4, "updates_per_rollout": 2, "adam_eps": 1.0, "clip_norm": None, "lr": 0.3,
     }  # fmt: skip
     found = []
-    for name, more in (("whole", {}), ("pieces", {"micro_batch": limit})):
+    for name, more in (("whole", {}), ("pieces", {"micro_batch": 6})):
         run = make_run(name, {**common, **more}, [{"policy.dtype": "float64", "beta": 0.2}])
         found.append(numbers(finished(run), run.cells[0])["metrics"])
     for whole, pieces in zip(*found, strict=True):

@@ -38,7 +38,7 @@ def test_interrupted_after_every_update_with_lagged_values_in_the_queue(make_run
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_is_alone(make_run: MakeRun, kind: str) -> None:
-    objectives = [GAE, {**GAE, "lam": 0.5, "whiten": "batch"}, {"advantage": "gae", "placement": "reward_to_go"}]
+    objectives = [{**GAE, "lam": 0.5, "whiten": "batch"}, {"advantage": "gae", "placement": "reward_to_go"}]
     training = {"critic": {"kind": kind}, "updates_per_rollout": 2, "micro_batch": 8}
     packed, alone = (make_run(name, training, objectives) for name in ("packed", "alone"))
     finished(packed)
@@ -48,20 +48,22 @@ def test_packed_is_alone(make_run: MakeRun, kind: str) -> None:
 
 
 POLICIES: dict[str, dict[str, Any]] = {
-    "adapters": {"lora": {"rank": 2, "alpha": 8.0}},
     "16-bit adapters": {"lora": {"rank": 2, "alpha": 8.0}, "dtype": "bfloat16"},
     "16-bit": {"dtype": "bfloat16"},
     "transformers": {"engine": "transformers"},
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_critics_of_other_policies(make_run: MakeRun, kind: str, policy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("model", "16-bit adapters"), ("head", "16-bit adapters"), ("model", "16-bit"), ("head", "transformers")],
+)
+def test_critics_of_other_policies(make_run: MakeRun, kind: str, name: str) -> None:
     """Packed through and resumed alone, to the bit; what a critic of adapters keeps is adapters too."""
+    policy = POLICIES[name]
     training = {"critic": {"kind": kind}, "updates": 3, "updates_per_rollout": 2, "evaluate_every": 3}
     objectives = [GAE, {**GAE, "lam": 0.5}]
-    through, broken = (make_run(name, training, objectives, policy=policy) for name in ("through", "broken"))
+    through, broken = (make_run(each, training, objectives, policy=policy) for each in ("through", "broken"))
     finished(through)
     identity = broken.cells[0]
     assert run_cells(broken.path, [identity], stop=StopAfter(2)) == {identity: "interrupted"}
@@ -127,13 +129,12 @@ def test_values_are_those_of_the_critic_when_the_rollout_was_drawn(make_run: Mak
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("limit", [1, 6])
-def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun, kind: str, limit: int) -> None:
+def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun, kind: str) -> None:
     # a large adam_eps makes a small step proportional to its gradient
     training = {"critic": {"kind": kind, "lr": 3.0}, "lag": 1, "adam_eps": 1.0, "clip_norm": None, "lr": 0.3}
     objective = {**GAE, "lam": 0.9, "whiten": "batch", "policy.dtype": "float64"}
     found, rows = [], []
-    for name, more in (("whole", {}), ("pieces", {"micro_batch": limit})):
+    for name, more in (("whole", {}), ("pieces", {"micro_batch": 6})):
         trained = pack(make_run(name, {**training, **more}, [objective]))
         rows.append([trained.advance()[0] for _ in range(3)])
         assert trained.critics is not None
@@ -227,13 +228,13 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
     four standard errors of the exact value: rewards differ by 1.2 at most, so that one is at most 0.6/√n."""
     critic = {"kind": kind, "lr": 0.02, "clip": None, **({"coefficient": 1.0} if kind == "head" else {})}
     training = {
-        "critic": critic, "lr": 0.0, "prompts": 16, "group_size": 64, "updates": 150, "updates_per_rollout": 150,
+        "critic": critic, "lr": 0.0, "prompts": 8, "group_size": 64, "updates": 120, "updates_per_rollout": 120,
         "schedule": "linear",
     }  # fmt: skip
     trained = pack(make_run(training=training, objectives=[{**GAE, "lam": 1.0}], task={"name": "letters:Word"}))
     assert trained.critics is not None
-    rows = [trained.advance()[0] for _ in range(150)]
-    fresh = pack(make_run("fresh", {"prompts": 16, "group_size": 64}, [GAE], task={"name": "letters:Word"}))
+    rows = [trained.advance()[0] for _ in range(120)]
+    fresh = pack(make_run("fresh", {"prompts": 8, "group_size": 64}, [GAE], task={"name": "letters:Word"}))
     fresh.draw()
     experience = fresh.pending[0][0]
     trained.critics.appraise([experience], trained.policy)
@@ -251,7 +252,7 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
         assert float(value.mean()) == pytest.approx(float(rewards[at].mean()), abs=0.01)
         assert float(value.mean()) == pytest.approx(exact, abs=4 * 0.6 / count**0.5 + 0.01)
         checked += 1
-    assert checked >= 5
+    assert checked >= 4
     assert rows[-1]["value_loss"] < rows[0]["value_loss"]
     assert rows[-1]["explained_variance"] > 0.1
 
