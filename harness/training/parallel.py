@@ -1,4 +1,8 @@
-"""Data parallelism: packs that several processes train together, and the life of those that do not lead."""
+"""Data parallelism: packs that several processes train together, and the life of those that do not lead.
+
+How many processes train a cell is no part of what it is: the sampled tokens are the same, and all numbers but for the
+rounding of sums. The same number of processes gives the same bits, whatever happens to them in between.
+"""
 
 from __future__ import annotations
 

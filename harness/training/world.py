@@ -174,8 +174,8 @@ class World:
         self.sum(each.grad for each in listed if each.grad is not None)
 
     def leave(self) -> None:
-        """Take no part any more."""
-        if self.size > 1 and dist.is_initialized():
+        """Take no part any more. Where the others are lost on GPUs, only the end of the process does not wait."""
+        if self.size > 1 and dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
             dist.destroy_process_group()
 
     @property

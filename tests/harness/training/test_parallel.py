@@ -19,7 +19,7 @@ from training_records import MakeRun, StopAfter, assert_same, finished, numbers,
 from harness.store import Run
 from harness.training import run_cells
 from harness.training.parallel import finish
-from harness.training.world import join
+from harness.training.world import WorldLost, join
 
 HERE = Path(__file__).parent
 Together = Callable[..., dict[str, str]]
@@ -98,6 +98,7 @@ CELLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"equal_groups": "refill", "group_size": 2, "sampler": {"temperature": 1.5, "correction": "tis"}, "lag": 1},
         [{}, {"advantage": "greedy_baseline"}],
     ),
+    "a critic": ({"critic": {"kind": "model"}, "updates_per_rollout": 2}, [{"advantage": "gae"}]),
     "groups that leave the update": (
         {"equal_groups": "drop", "truncated": "mask", "prompts": 5, "group_size": 2, "overlong_buffer": 2},
         [{"placement": "loss", "aggregation": "token_mean"}, {"advantage": "batch_norm"}],
@@ -105,8 +106,11 @@ CELLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize(("training", "objectives"), CELLS.values(), ids=CELLS.keys())
+@pytest.mark.parametrize(
+    ("training", "objectives", "size"),
+    [(*cell, 2 + number % 2) for number, cell in enumerate(CELLS.values())],
+    ids=CELLS.keys(),
+)
 def test_the_numbers_of_one_process(
     make_run: MakeRun,
     together: Together,
@@ -159,6 +163,15 @@ def test_what_one_process_cannot_do_fails_the_guilty_cell_and_no_other(make_run:
     assert "in score" in error  # the traceback of that process
     alone = finished(make_run("alone", {"prompts": 3, "updates": 3}, [EXACT]))
     _close(numbers(alone, whole), numbers(run, whole), whole)
+
+
+def test_processes_whose_weights_differ_end_without_a_result(make_run: MakeRun, together: Together) -> None:
+    """One process skips the steps that the other makes."""
+    run = make_run("torn", {"updates": 2}, [{"weight": {"name": "letters:torn", "process": 1}}])
+    with pytest.raises(WorldLost, match="process 1 of 2 does not have the numbers of process 0 any more"):
+        together(run, 2)
+    folder = run.cell(run.cells[0])
+    assert (folder.result(), folder.error(), len(folder.metrics())) == (None, None, 1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
