@@ -18,11 +18,12 @@ from torch import Tensor
 from harness.policy.logprobs import token_scores
 from harness.policy.policy import Policy
 from harness.policy.rollout import Rollout
+from harness.training.drawing import draw
 from harness.training.member import Member
 from harness.training.metrics import Row, finite
 from harness.training.microbatch import WHOLE, Limit, empty, turns
 from harness.training.randomness import choose
-from harness.training.rollouts import draw, score
+from harness.training.rollouts import score
 from harness.training.world import ALONE, World
 from tasks.task import Example, Score
 

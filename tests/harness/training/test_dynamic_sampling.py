@@ -13,10 +13,11 @@ from training_records import MakeRun, StopAfter, assert_same, finished, numbers
 from harness.policy.rollout import Rollout
 from harness.store import Run
 from harness.training import run_cells
+from harness.training.drawing import draw
 from harness.training.life import _prepared
 from harness.training.pack import Pack
 from harness.training.refill import Draw, Drawn, filled, missing, uneven
-from harness.training.rollouts import draw, score, training_examples
+from harness.training.rollouts import score, training_examples
 from tasks import Example
 
 SIZE = 2

@@ -11,10 +11,11 @@ from training_records import MakeRun, finished, numbers
 
 import harness.training.evaluation as module
 from harness.policy.logprobs import token_scores
+from harness.training.drawing import draw
 from harness.training.evaluation import divergence, held_out, pass_at
 from harness.training.life import _prepared
 from harness.training.pack import Pack
-from harness.training.rollouts import draw, training_examples
+from harness.training.rollouts import training_examples
 
 
 def trained(make_run: MakeRun, updates: int = 3, **settings: Any) -> Pack:

@@ -16,10 +16,11 @@ from harness.policy.decoder import Decoder
 from harness.policy.rollout import Rollout
 from harness.store import Run
 from harness.training import microbatch, run_cells
+from harness.training.drawing import draw
 from harness.training.life import _prepared
 from harness.training.microbatch import SAMPLED, Limit, micro_batches
 from harness.training.pack import Pack
-from harness.training.rollouts import draw, training_examples
+from harness.training.rollouts import training_examples
 
 
 def pack(run: Run) -> Pack:
