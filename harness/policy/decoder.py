@@ -19,12 +19,12 @@ from harness.policy.architecture import Architecture, Rotary
 from harness.policy.attention import Arrangement
 from harness.policy.checkpoint import read_config, read_tokenizer, read_weights, write_checkpoint
 from harness.policy.decoding import Decoding, PlainDecoding
+from harness.policy.layer_weights import suits
 from harness.policy.logprobs import Scores, stacked_scores
 from harness.policy.lora import Adapters, read_adapters, write_adapters
 from harness.policy.output import wide_product
 from harness.policy.policy import Steps
 from harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
-from harness.policy.ragged import suits
 from harness.policy.ragged_decoding import RaggedDecoding
 from harness.policy.rollout import Rollout
 from harness.policy.stacked import Weights, equal_shapes, joined, stacked, stacked_states

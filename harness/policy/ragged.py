@@ -11,7 +11,6 @@ shape, no weights are joined, and a layer is one node of the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from grid.mistake import Mistake
-from harness.policy.architecture import Architecture
 from harness.policy.attention import EXPLICIT_SLOTS, attention
+from harness.policy.layer_weights import NAMES, LayerWeights, layers_of, stacked_layer
 from harness.policy.layout import Layout
 from harness.policy.stretches import (
     added_products,
@@ -37,50 +36,8 @@ from harness.policy.stretches import (
 if TYPE_CHECKING:
     from harness.policy.decoder import Decoder
 
-NAMES = ("input_norm", "qkv", "qkv_bias", "out", "out_bias", "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias")
-"""Parameters of a layer, in the order in which `_Layer` takes them; biases may be absent."""
-
 Cached = tuple[Tensor, Tensor]
 """Keys and values [heads · lanes, slots, head_size] of one cell."""
-
-Slices = list[Tensor]
-"""By cell."""
-
-
-def suits(architecture: Architecture) -> bool:
-    """Whether these layers are of this architecture: as many key-value heads as heads, no norm on them.
-
-    Widths are multiples of 16 numbers, so that every cell's stretch begins where memory that is allocated alone does:
-    the bits of products depend on that.
-    """
-    a = architecture
-    aligned = all(width % 16 == 0 for width in (a.hidden, a.heads * a.head_size, a.intermediate))
-    return aligned and a.kv_heads == a.heads and not a.qk_norm
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer's parameters, cell by cell: slices of the stack, without a copy."""
-
-    input_norm: Slices
-    qkv: Slices
-    qkv_bias: Slices | None
-    out: Slices
-    out_bias: Slices | None
-    mlp_norm: Slices
-    gate_up: Slices
-    gate_up_bias: Slices | None
-    down: Slices
-    down_bias: Slices | None
-
-    @classmethod
-    def of(cls, stacked: Sequence[Tensor | None], cells: Sequence[int]) -> LayerWeights:
-        """Of some cells, from the parameters [C, …] named by `NAMES`."""
-        slices = []
-        for value in stacked:
-            every = None if value is None else value.unbind(0)
-            slices.append(None if every is None else [every[c] for c in cells])
-        return cls(*slices)  # type: ignore[arg-type]
 
 
 class Activations(NamedTuple):
@@ -283,11 +240,17 @@ def final_norm(x: Tensor, scale: Tensor, layout: Layout, eps: float) -> Tensor:
     return out
 
 
-def final_states(policy: Decoder, layout: Layout, cached: Sequence[list[Cached | None]] | None = None) -> Tensor:
+def final_states(
+    policy: Decoder,
+    layout: Layout,
+    cached: Sequence[list[Cached | None]] | None = None,
+    weights: Sequence[LayerWeights] | None = None,
+) -> Tensor:
     """Final, normalised hidden states [K, hidden] of a layout's kept tokens, one cell's after the other's.
 
     Args:
         cached: by layer and cell, see `forward`; without gradient.
+        weights: what `layers_of` gives for the layout's cells, if that is known already.
 
     Raises:
         Mistake: sequences that exceed the model's context.
@@ -298,12 +261,15 @@ def final_states(policy: Decoder, layout: Layout, cached: Sequence[list[Cached |
     cosines, sines = policy.rotary(layout.positions, policy.dtype, layout.limit)
     turns = cosines.unsqueeze(1), sines.unsqueeze(1)
     x = functional.embedding(layout.rows(a.vocabulary), parameters["embedding"].flatten(0, 1))
+    graph = torch.is_grad_enabled()
+    if not graph and weights is None:
+        weights = layers_of(policy, layout.cells)
     for number in range(a.layers):
-        stacked = [parameters.get(f"layers.{number}.{name}") for name in NAMES]
         last = number == a.layers - 1
-        if torch.is_grad_enabled():
-            x = layer(x, stacked, layout, turns, a.norm_eps, last)
+        if graph or weights is None:
+            x = layer(x, stacked_layer(policy, number), layout, turns, a.norm_eps, last)
         else:
-            before = None if cached is None else cached[number]
-            x, _ = forward(x, LayerWeights.of(stacked, layout.cells), layout, turns, a.norm_eps, last, before)
+            x, _ = forward(
+                x, weights[number], layout, turns, a.norm_eps, last, None if cached is None else cached[number]
+            )
     return final_norm(x, parameters["norm"], layout, a.norm_eps)

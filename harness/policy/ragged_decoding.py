@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.policy.decoding import Branches
+from harness.policy.layer_weights import LayerWeights, layers_of
 from harness.policy.layout import Lanes, Layout
 from harness.policy.ragged import Cached, final_states
 
@@ -27,6 +28,7 @@ class RaggedDecoding:
         self.policy = policy
         self.cells = [Branches(listed, group_size) for listed in prompts]
         self.caches: list[list[Cached | None]] = [[None] * policy.architecture.layers for _ in prompts]
+        self._weights: dict[tuple[int, ...], list[LayerWeights]] = {}
 
     def start(self) -> dict[int, Tensor]:
         """See `Decoding.start`."""
@@ -50,7 +52,10 @@ class RaggedDecoding:
         policy = self.policy
         layout = Layout(cells, lanes, policy.architecture.heads)
         by_layer = [list(row) for row in zip(*(self.caches[cell] for cell in cells), strict=True)]
-        hidden = final_states(policy, layout, by_layer).split_with_sizes(layout.kept_sizes)
+        weights = self._weights.setdefault(tuple(cells), [])
+        if not weights:
+            weights += layers_of(policy, cells)
+        hidden = final_states(policy, layout, by_layer, weights).split_with_sizes(layout.kept_sizes)
         for cell, pairs in zip(cells, zip(*by_layer, strict=True), strict=True):
             self.caches[cell] = list(pairs)
         head = policy.head(policy.parameters)

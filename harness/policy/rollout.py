@@ -248,6 +248,7 @@ class Draft:
         self.written: list[list[int]] = [[] for _ in range(N)]
         self.own: list[list[bool]] = [[] for _ in range(N)]
         self.logp: list[list[float]] = [[] for _ in range(N)]
+        self.decoded: dict[tuple[int, ...], str] = {}  # many trajectories are equal
 
     @property
     def finished(self) -> bool:
@@ -309,8 +310,10 @@ class Draft:
 
     def _text(self, row: int, own_only: bool) -> str:
         pairs = zip(self.written[row], self.own[row], strict=True)
-        kept = [token for token, own in pairs if token not in self.ends and (own or not own_only)]
-        return str(self.policy.tokenizer.decode(kept, skip_special_tokens=False))
+        kept = tuple(token for token, own in pairs if token not in self.ends and (own or not own_only))
+        if kept not in self.decoded:
+            self.decoded[kept] = str(self.policy.tokenizer.decode(list(kept), skip_special_tokens=False))
+        return self.decoded[kept]
 
     def rollout(self) -> Rollout:
         N, T = len(self.written), max(len(row) for row in self.written)

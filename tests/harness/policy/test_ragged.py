@@ -10,9 +10,10 @@ import torch
 from harness.policy.attention import EXPLICIT_SLOTS
 from harness.policy.decoder import Decoder
 from harness.policy.decoding import Decoding
+from harness.policy.layer_weights import NAMES
 from harness.policy.layout import Lanes, Layout
 from harness.policy.logprobs import token_scores
-from harness.policy.ragged import NAMES, final_norm, layer
+from harness.policy.ragged import final_norm, layer
 from harness.policy.ragged_decoding import RaggedDecoding
 from harness.policy.rollout import Rollout, sample
 from tests.harness.policy.tiny import decoder, generators
