@@ -83,11 +83,15 @@ class Pool:
             started = True
         return bool(ended) or started
 
+    def devices(self) -> str | None:
+        """The GPUs of the next job, one for each of its processes; those that no other job has come first."""
+        if not self.gpus:
+            return None
+        used = {device for flight in self.flying for device in (flight.gpu or "").split(",")}
+        return ",".join(sorted(self.gpus, key=used.__contains__)[: self.processes])
+
     def _start(self, pack: Pack) -> None:
-        gpu = None
-        if self.gpus:
-            used = {device for flight in self.flying for device in (flight.gpu or "").split(",")}
-            gpu = ",".join(sorted(self.gpus, key=used.__contains__)[: self.processes])
+        gpu = self.devices()
         job = PackJob(str(self.run.path), pack.cells, self.threads, gpu, self.processes)
         limit_threads(self.threads)
         self.flying.append(InFlight(pack.cells, job=self._executor().submit(job), gpu=gpu))

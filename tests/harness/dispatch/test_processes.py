@@ -13,11 +13,10 @@ from processes import controllers, followers, kill, wait_for
 
 from grid import Grid, Mistake
 from grid.sections import Resources, load_section
-from harness.dispatch.executor import Pack
 from harness.dispatch.here import Here
 from harness.dispatch.launch import launch
 from harness.dispatch.local import Local
-from harness.dispatch.pool import Pool
+from harness.dispatch.pool import InFlight, Pool
 from harness.dispatch.processes import choose_gpu
 from harness.dispatch.status import count, statuses
 from harness.store import Run
@@ -92,8 +91,11 @@ def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, mon
     choose_gpu(1)  # a scheduler that hands out one per process leaves no choice
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
-    run = Run.create(place / "run", make_grid(seeds=2, updates=200, task={"name": "chores:Chore", "seconds": 0.05}))
-    pool = Pool(run)
-    pool.renew([Pack((each,)) for each in run.cells], slots=2, threads=1, gpus=["7", "9", "2", "1"], processes=2)
-    pool.step()
-    assert [flight.gpu for flight in pool.flying] == ["7,9", "2,1"]
+    pool = Pool(Run.create(place / "run", make_grid()))
+    assert pool.devices() is None
+    pool.renew([], slots=2, threads=1, gpus=["7", "9", "2", "1"], processes=2)
+    assert pool.devices() == "7,9"
+    pool.flying.append(InFlight(("one",), gpu="9,7"))
+    assert pool.devices() == "2,1"
+    pool.flying.append(InFlight(("other",), gpu="1"))
+    assert pool.devices() == "2,7"
