@@ -61,9 +61,11 @@ $(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
 parity-test: $(VENV)-parity/installed
 	$(VENV)-parity/bin/python -m pytest -q -m parity tests/parity
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python tests/benchmarks/update.py
+	$(BIN)/python -m tests.benchmarks.against_trl
 	$(BIN)/python -m tests.benchmarks.report
+	$(BIN)/python -m tests.benchmarks.scale
 
 clean:
 	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
