@@ -1,6 +1,6 @@
 """klab beside TRL 1.16 on one CPU, the same checkpoint, task and objective: `make bench`.
 
-    python -m tests.benchmarks.against_trl                    # everything, about ten minutes on two quiet cores
+    python -m tests.benchmarks.against_trl                    # everything, about eleven minutes on two quiet cores
     python -m tests.benchmarks.against_trl --cells 8 --updates 20 --rounds 1      # a glance, about two minutes
 
 Measured are (1) one update, phase by phase: TRL, klab with one cell and klab with a pack of eight, in processes of
@@ -121,7 +121,7 @@ def phases(bench: Bench) -> dict[str, dict[str, Any]]:
         found[f"{prompts}x{budget}"] = {
             "prompts": prompts,
             "budget": budget,
-            "pack": pack,
+            "packed": pack,
             "flops": bench.cell("klab", prompts, budget, 10, "--count"),
             **{
                 side: {
@@ -213,7 +213,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=64, help="cells of the grid")
-    parser.add_argument("--trl-cells", type=int, default=4, help="cells of the grid that TRL really trains")
+    parser.add_argument("--trl-cells", type=int, default=6, help="cells of the grid that TRL really trains")
     parser.add_argument("--updates", type=int, default=100, help="updates of a cell of the grid")
     parser.add_argument("--timed", type=int, default=16, help="updates of a process in which one update is measured")
     parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds of measuring one update")

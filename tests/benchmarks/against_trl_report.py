@@ -40,7 +40,7 @@ def _one_update(found: dict[str, Any]) -> str:
                 "≤ 8" if shape["budget"] == 8 else shape["budget"],
                 f"{trl['cpu']:.0f}",
                 f"{alone['cpu']:.1f}",
-                f"{pack['cpu']:.1f} ({shape['pack']} cells)",
+                f"{pack['cpu']:.1f} ({shape['packed']} cells)",
                 f"{trl['cpu'] / alone['cpu']:.1f}",
                 f"{trl['cpu'] / pack['cpu']:.1f}",
                 f"{trl['first_update']:.1f} / {alone['first_update']:.1f}",
@@ -70,7 +70,7 @@ def _grids(grids: dict[str, Any]) -> str:
 
 def _limits(found: dict[str, Any]) -> str:
     lines = [
-        f"Milliseconds per update and phase beside what matrix products alone need at this core's measured peak "
+        "Milliseconds of processor time per update and phase, and what matrix products alone need at this core's peak "
         f"({found['peak_gflops']:.0f} GFLOP/s). Plain: every trajectory in full, once per phase. Merged: the rows that "
         "klab really computes.",
         "",
@@ -149,5 +149,5 @@ def curves_figure(grids: dict[str, Any], file: Path) -> None:
         axes.set_title(f"{prompts} prompts × 8")
         axes.set_xlabel("update")
         axes.legend(frameon=False, loc="lower right")
-    figure.axes[0].set_ylabel("mean reward")
+    figure.axes[0].set(ylabel="mean reward", ylim=(0, 1))
     figure.savefig(file, dpi=150)

@@ -13,6 +13,8 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -22,16 +24,28 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from grid import parse_grid  # noqa: E402
 from harness.store import Run  # noqa: E402
-from harness.training import run_cells  # noqa: E402
+from harness.training import pack, run_cells  # noqa: E402
 from harness.training.life import Progress  # noqa: E402
 from harness.training.member import Member  # noqa: E402
-from harness.training.pack import Pack  # noqa: E402
 from harness.training.stopwatch import PHASES, Stopwatch  # noqa: E402
 from tasks import load_task  # noqa: E402
 
 
+class ProcessorWatch(Stopwatch):
+    """Counts processor seconds, which a busy neighbour does not lengthen."""
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self._spent[phase] += time.process_time() - started
+
+
 def trained(text: str, cells: int) -> dict[str, object]:
-    """Every update's seconds per cell, by phase, and processor seconds."""
+    """Every update's seconds per cell, and processor seconds, also by phase."""
+    pack.Stopwatch = ProcessorWatch  # type: ignore[misc]
     marks: list[tuple[int, float, float]] = []
 
     def seen(progress: Progress) -> None:
@@ -73,12 +87,12 @@ class _Counted:
         self.spent[self.phase] += self.mode.get_total_flops()
 
 
-def counted(text: str, updates: int = 10) -> dict[str, float]:
+def counted(text: str, updates: int) -> dict[str, float]:
     """FLOPs per update and phase that the matrix products of one cell really take, shared prompts and rows merged."""
     cell = parse_grid(text, "bench").cells[0]
-    pack = Pack([Member(cell, load_task(cell.task), Path(cell.policy.model))])
-    pack._watch = CountingWatch()
-    rows = [pack.advance()[0] for _ in range(updates)]
+    alone = pack.Pack([Member(cell, load_task(cell.task), Path(cell.policy.model))])
+    alone._watch = CountingWatch()
+    rows = [alone.advance()[0] for _ in range(updates)]
     return {phase: sum(row[f"seconds_{phase}"] for row in rows) / updates for phase in PHASES}
 
 
@@ -95,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     text = grid_text(given.start, given.prompts, given.budget, given.updates, given.cells)
     if given.count:
-        given.out.write_text(json.dumps(counted(text)))
+        given.out.write_text(json.dumps(counted(text, given.updates)))
         return
     found = trained(text, given.cells)
     usage = resource.getrusage(resource.RUSAGE_SELF)
