@@ -83,7 +83,12 @@ class File:
         return self._rewards.score(example, completion)
 
     def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
-        """The scores of many completions, in order; a reward model reads several at a time."""
+        """The scores of many completions, in order; a reward model reads several at a time.
+
+        A subclass that overrides `score` alone is asked one by one.
+        """
+        if type(self).score is not File.score:
+            return map(self.score, examples, completions)
         return self._rewards.score_all(examples, completions)
 
     def respond(self, example: Example, transcript: str) -> str | None:

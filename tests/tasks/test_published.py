@@ -10,7 +10,8 @@ import pytest
 
 from grid.mistake import Mistake
 from grid.sections import load_section
-from tasks import load_task
+from tasks import Example, Score, load_task
+from tasks.gsm8k import Gsm8k
 
 PROBLEMS = [
     {
@@ -74,3 +75,13 @@ def test_math(write_rows: Callable[..., str]) -> None:
 def test_without_a_network_what_was_never_downloaded_is_a_mistake(offline: None, name: str) -> None:
     with pytest.raises(Mistake, match="Without a network, only datasets that were downloaded before can be read"):
         task(name=name).split("train")
+
+
+def test_a_subclass_with_a_score_of_its_own_is_asked_for_it(write_rows: Callable[..., str]) -> None:
+    class Short(Gsm8k):
+        def score(self, example: Example, completion: str) -> Score:
+            return Score(1.0 / len(completion), True)
+
+    task = Short(write_rows("rows.jsonl", *({"question": f"{n}?", "answer": f"#### {n}"} for n in range(3))))
+    examples = [task.split("train")[0]] * 2
+    assert [score.reward for score in task.score_all(examples, ["ab", "abcd"])] == [0.5, 0.25]

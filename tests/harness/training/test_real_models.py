@@ -35,9 +35,9 @@ TRAINING: dict[str, Any] = {
     "prompts": 2,
     "group_size": 3,
     "updates_per_rollout": 2,
-    "max_new_tokens": 6,
+    "max_new_tokens": 5,
     "evaluate_every": 3,
-    "evaluation_prompts": 2,
+    "evaluation_prompts": 1,
     "evaluation_samples": 1,
 }
 LORA = {"rank": 2, "alpha": 8.0}
@@ -64,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def train(make_run: MakeRun, models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Run]:
-    """A run folder of one cell of a family on word problems."""
+    """A run folder of one cell of a family on word problems; Qwen2's reward is a function in a process of its own."""
 
     def make(
         name: str,
@@ -74,7 +74,9 @@ def train(make_run: MakeRun, models: Callable[[str], Path], tmp_path: Path) -> C
         objectives: list[dict[str, Any]] | None = None,
         **policy: Any,
     ) -> Run:
-        task = {"name": "gsm8k", "path": str(problems(tmp_path / "data")), "reward": "word_problems:letters"}
+        task = {"name": "word_problems:Problems", "path": str(problems(tmp_path / "data"))}
+        if family == "Qwen2":
+            task |= {"name": "gsm8k", "reward": "word_problems:letters"}
         task["prompt"] = "{question} Answer: "
         described = {"model": str(models(family)), **policy}
         return make_run(name, {**TRAINING, **(training or {})}, objectives, seeds, task, described)
@@ -101,8 +103,7 @@ def test_trains_resumes_and_leaves_what_transformers_loads(
     assert [row["reverse_kl"] > 1e-4 for row in folder.evaluations()] == [False, True]
 
     identity = broken.cells[0]
-    for _ in range(2):
-        assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
+    assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
     assert run_cells(broken.path, [identity]) == {identity: "finished"}
     file = "model.safetensors" if lora is None else "adapter_model.safetensors"
     mine, theirs = (load_file(each.cell(identity).policy / file) for each in (run, broken))
@@ -166,14 +167,13 @@ def test_a_foreign_model_resumes_with_every_setting(
 ) -> None:
     training = {**training, "updates": 2, "minibatches": 2, "updates_per_rollout": 1}
     through, broken = (
-        train(name, "GPT2", training, seeds=2, objectives=[objective], **policy) for name in ("through", "broken")
+        train(name, "GPT2", training, objectives=[objective], **policy) for name in ("through", "broken")
     )
-    finished(through)
-    assert set(run_cells(broken.path, broken.cells, stop=StopAfter(1)).values()) == {"interrupted"}
-    for identity in broken.cells:
-        assert run_cells(broken.path, [identity]) == {identity: "finished"}
-        assert numbers(through, identity) == numbers(broken, identity)
-        assert all(row["gradient_norm"] > 0 for row in numbers(through, identity)["metrics"])
+    identity = finished(through).cells[0]
+    assert run_cells(broken.path, [identity], stop=StopAfter(1)) == {identity: "interrupted"}
+    assert run_cells(broken.path, [identity]) == {identity: "finished"}
+    assert numbers(through, identity) == numbers(broken, identity)
+    assert all(row["gradient_norm"] > 0 for row in numbers(through, identity)["metrics"])
 
 
 def test_a_chat_model_is_asked_in_its_template_and_ends_its_turns(train: Callable[..., Run]) -> None:

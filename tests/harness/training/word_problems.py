@@ -6,6 +6,9 @@ import json
 import string
 from pathlib import Path
 
+from tasks import Example, Score
+from tasks.gsm8k import Gsm8k
+
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
@@ -19,6 +22,14 @@ def problems(folder: Path, longest: int = 9) -> Path:
             rows.append({"question": question, "answer": f"He has <<{n}-1={n - 1}>>{n - 1}.\n#### {n - 1}"})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+class Problems(Gsm8k):
+    """GSM8K as it is, but for the reward: that of `letters`, without a process of its own."""
+
+    def score(self, example: Example, completion: str) -> Score:
+        share = letters(example.prompt, completion, example.answer)
+        return Score(share, share > 0.5)
 
 
 def letters(prompt: str, completion: str, answer: str) -> float:
