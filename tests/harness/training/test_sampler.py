@@ -18,8 +18,9 @@ from harness.store import Run
 from harness.training import run_cells
 from harness.training.life import _prepared
 from harness.training.pack import Pack
+from harness.training.prompts import encode
 from harness.training.randomness import generator
-from harness.training.rollouts import encode, training_examples
+from harness.training.rollouts import training_examples
 from harness.training.sampling import correction, mismatch
 from harness.training.update import Forward, _batch
 from tests.harness.objective.batches import gradient
