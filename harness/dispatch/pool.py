@@ -10,12 +10,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.dispatch.executor import Pack
 from harness.dispatch.job import PackJob
 from harness.dispatch.threads import limit_threads
 from harness.store import Holder, Run, Snapshot, scan
+
+if TYPE_CHECKING:
+    from harness.dispatch.warm import WarmParent
 
 LOSSES = 3
 """Times in a row that a cell's process may vanish without progress before the cell counts as failed."""
@@ -49,6 +52,7 @@ class Pool:
         self.gpus: list[str] = []
         self._losses: dict[str, tuple[int, int]] = {}
         self._folder: Path | None = None
+        self._parent: WarmParent | None = None
 
     def renew(self, packs: Iterable[Pack], *, slots: int, threads: int, gpus: list[str], processes: int = 1) -> None:
         """Replace what is waiting; cells in flight stay where they are."""
@@ -98,11 +102,13 @@ class Pool:
 
     def _executor(self) -> Any:
         """A folder of its own for each controller: submitit names files by process number, and numbers come back."""
-        from submitit.local.local import LocalExecutor
+        from harness.dispatch.warm import WarmExecutor, WarmParent
 
+        if self._parent is None:
+            self._parent = WarmParent()
         if self._folder is None:
             self._folder = self.run.jobs / f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        executor = LocalExecutor(self._folder)
+        executor = WarmExecutor(self._folder, self._parent)
         executor.update_parameters(timeout_min=_MINUTES, stderr_to_stdout=False)
         return executor
 

@@ -34,6 +34,12 @@ class Holder:
         return cls(socket.gethostname(), _machine(), pid, _start(pid) or 0.0, time.time())
 
     @classmethod
+    def of(cls, pid: int) -> Holder | None:
+        """A process of this machine, None where it does not run any more."""
+        start = _start(pid)
+        return None if start is None else cls(socket.gethostname(), _machine(), pid, start, time.time())
+
+    @classmethod
     def read(cls, record: Mapping[str, Any]) -> Holder | None:
         """The holder in a stored record, None when it does not name one."""
         host, machine, pid, start, at = (record.get(key) for key in ("host", "machine", "pid", "start", "at"))
