@@ -10,6 +10,7 @@ import torch
 
 from grid import Mistake, parse_grid
 from grid.algorithms import algorithm_names
+from grid.sections import TrainingSection
 from harness.cli.main import COMMANDS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -42,6 +43,19 @@ def test_the_custom_weight_is_one_at_ratio_one() -> None:
     exec(block("python", "def soft"), space)
     weights = space["soft"](torch.tensor([1.0, 2.0]), torch.zeros(2), tau=2.0)  # type: ignore[operator]
     assert weights.tolist() == pytest.approx([1.0, 2.0 * 2.718281828**-2])
+
+
+def test_a_real_model_needs_a_policy_and_a_task_and_nothing_else() -> None:
+    (cell,) = parse_grid("name: real\n" + block("yaml", "Qwen2.5"), "real.yaml").cells
+    assert cell.policy.name == "hf"
+    assert cell.task.name == "gsm8k"
+
+
+def test_every_setting_beyond_the_loss_is_one_of_training() -> None:
+    table = README.split("## Beyond the loss")[1].split("\n## ")[0]
+    for written in re.findall(r"^\| (`.+?`) \|", table, flags=re.MULTILINE):
+        for setting in re.findall(r"(\w+): ", re.sub(r"\{.*?\}", "", written.replace("`", "") + " ")) or [written]:
+            assert setting in TrainingSection.model_fields, written
 
 
 def test_every_command_that_is_named_exists() -> None:
