@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from grid import Grid, Mistake
+from grid.sections import Resources
 from harness.cli.merged import MergeOption, merged_grid
 from harness.cli.places import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
 from harness.cli.table import console, show_json
@@ -22,6 +23,7 @@ from harness.dispatch.launch import launch as submit
 from harness.dispatch.local import Local
 from harness.dispatch.packs import make_packs
 from harness.dispatch.status import count, statuses
+from harness.dispatch.step_times import Place, measured
 from harness.store import Run
 
 
@@ -90,7 +92,7 @@ def launch(
     executor, workers, resources = _backend(on, study, given, device, profile, board)
     size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
     if dry_run:
-        _rehearse(study, runs / study.name, executor, workers, size, retry_failed, as_json)
+        _rehearse(study, runs / study.name, executor, workers, size, resources, retry_failed, as_json)
         return
     require_trackers(study.track)
     _require_samplers(study)
@@ -157,7 +159,14 @@ def _require_samplers(study: Grid) -> None:
 
 
 def _rehearse(
-    study: Grid, folder: Path, executor: Executor, workers: int, size: int | None, retry_failed: bool, as_json: bool
+    study: Grid,
+    folder: Path,
+    executor: Executor,
+    workers: int,
+    size: int | None,
+    resources: Resources,
+    retry_failed: bool,
+    as_json: bool,
 ) -> None:
     """What a launch would do now, without writing anything: the packs, and Slurm's very scripts."""
     cells = {cell.id: cell.resolved() for cell in study.cells}
@@ -166,7 +175,8 @@ def _rehearse(
         known = Run.open(folder)
         taken = {row.id for row in statuses(known) if not wanted(row, executor.name, retry_failed)}
         cells = {identity: resolved for identity, resolved in cells.items() if identity not in taken}
-    packs = make_packs(cells, size, workers)
+    place = Place.planned(executor.name, resources, getattr(executor, "device", None))
+    packs = make_packs(cells, size, workers, measured(folder.parent, place)).packs
     text: str | None = None
     if executor.name == "slurm":
         from harness.dispatch.slurm import Slurm

@@ -15,10 +15,18 @@ from harness.cli.table import console, duration, show, show_json
 from harness.dispatch.estimate import Estimate, estimate
 from harness.dispatch.executor import Pack
 from harness.dispatch.local import Local
-from harness.dispatch.packs import make_packs
+from harness.dispatch.packs import Plan, make_packs
+from harness.dispatch.step_times import Place, measured
 from harness.store import Run, scan
 
 _SHOWN = 40
+
+_SIZES_FROM = {
+    "cells_per_job": "as asked for (cells_per_job)",
+    "measured": "from measured step times",
+    "partly measured": "from measured step times where there are any, else the default",
+    "default": "the default; no step time was measured here yet",
+}
 
 
 def plan(
@@ -46,10 +54,12 @@ def plan(
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
     workers = max_parallel or study.resources.max_parallel or Local().slots()
-    packs = make_packs(left, cells_per_job or study.resources.cells_per_job, workers)
+    place = Place.planned("local", study.resources)
+    planned = make_packs(left, cells_per_job or study.resources.cells_per_job, workers, measured(runs, place))
+    packs = planned.packs
     times = estimate(left, packs, runs, workers)
     if as_json:
-        show_json(_record(study, folder, resolved, done, packs, workers, times))
+        show_json(_record(study, folder, resolved, done, planned, workers, times))
         return
     screen = console()
     screen.print(
@@ -77,6 +87,7 @@ def plan(
         screen.print("nothing is left to run")
         return
     screen.print(f"{len(packs)} jobs of {_sizes(packs)} cells, {workers} at a time; estimated time {_time(times)}")
+    screen.print(f"cells per job: {_SIZES_FROM[planned.sizes_from]}")
 
 
 def _equalities(study: Grid) -> list[tuple[str, ...]]:
@@ -123,7 +134,7 @@ def _record(
     folder: Path,
     resolved: dict[str, dict[str, Any]],
     done: set[str],
-    packs: Sequence[Pack],
+    planned: Plan,
     workers: int,
     times: Estimate | None,
 ) -> dict[str, Any]:
@@ -142,7 +153,8 @@ def _record(
             for cell in study.cells
         ],
         "equalities": [{"runs": each.runs, "merged": list(each.merged)} for each in study.equalities],
-        "packs": [list(pack.cells) for pack in packs],
+        "packs": [list(pack.cells) for pack in planned.packs],
+        "sizes_from": planned.sizes_from,
         "workers": workers,
         "estimated_seconds": times.seconds if times else None,
         "measured_in": times.source if times else None,

@@ -15,6 +15,7 @@ from typing import Any
 from grid import Mistake
 from harness.dispatch.executor import Pack
 from harness.dispatch.pool import Pool
+from harness.dispatch.step_times import Place
 from harness.store import Held, Lock, Run, files
 
 POLL_SECONDS = 0.2
@@ -67,6 +68,7 @@ def _obey(pool: Pool, request: dict[str, Any]) -> None:
         threads=max(1, int(request.get("threads", 1))),
         processes=max(1, int(request.get("processes", 1))),
         gpus=[str(device) for device in request.get("gpus", [])],
+        place=Place(**request["place"]) if request.get("place") else None,
     )
 
 

@@ -10,12 +10,10 @@ from statistics import median
 from typing import Any
 
 from grid import Mistake
+from harness.dispatch.balance import START_SECONDS, makespan
 from harness.dispatch.executor import Pack
 from harness.dispatch.packs import shape, shapes
 from harness.store import Run, scan
-
-START_SECONDS = 6.0
-"""Start of a job's process: imports and loading."""
 
 _RUNS = 12
 _LARGEST = 16 * 2**20
@@ -43,7 +41,7 @@ def estimate(
     for pack in packs:
         work = (measured[forms[identity]] * int(cells[identity]["training"]["updates"]) for identity in pack.cells)
         lengths.append(START_SECONDS + sum(work))
-    return Estimate(_makespan(lengths, workers), 1 / max(1e-9, median(measured.values())), source)
+    return Estimate(makespan(lengths, workers), 1 / max(1e-9, median(measured.values())), source)
 
 
 def _measured(wanted: set[str], runs: Path) -> tuple[dict[str, float], str]:
@@ -76,10 +74,3 @@ def _newest(runs: Path) -> Iterable[Path]:
         if status.st_size <= _LARGEST:
             manifests.append((status.st_mtime, path.parent))
     return [path for _, path in heapq.nlargest(_RUNS, manifests)]
-
-
-def _makespan(lengths: Iterable[float], workers: int) -> float:
-    ends = [0.0] * max(1, workers)
-    for length in lengths:
-        heapq.heapreplace(ends, ends[0] + length)
-    return max(ends)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from grid import Mistake
 from harness.dispatch.processes import several
+from harness.dispatch.step_times import Place, note
 from harness.dispatch.threads import limit_threads
 from harness.store import CellFolder, Held, Holder, Run
 from harness.store.lock import TOUCH_SECONDS
@@ -98,8 +99,11 @@ def work(
                 if ids:
                     with nullcontext(world) if world else several(run, processes, threads, devices) as together:
                         from harness.training import run_cells
+                        from harness.training.pack import device
 
                         states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads, world=together)
+                    if together is None and executor != "slurm" and set(states.values()) == {"finished"}:
+                        note(run, ids, Place.here(threads, device().type == "cuda"))
             except Exception:
                 for folder in claimed:
                     _fail(folder, traceback.format_exc())

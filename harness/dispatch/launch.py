@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from grid.sections import Resources
 from harness.dispatch.executor import Executor, Pack
 from harness.dispatch.packs import make_packs
 from harness.dispatch.status import CellStatus, statuses
+from harness.dispatch.step_times import Place, measured
 from harness.store import Run
 
 
@@ -48,9 +49,12 @@ def launch(
                 folder = run.cell(row.id)
                 folder.forgive()
                 folder.append_attempt({"event": "relaunched", "at": time.time(), "was": row.state})
-        packs = plan(run, [row.id for row in chosen], workers, cells_per_job)
+        asked = resources or run.resources
+        size = cells_per_job or asked.cells_per_job or run.resources.cells_per_job
+        place = Place.planned(executor.name, asked, getattr(executor, "device", None))
+        packs = plan(run, [row.id for row in chosen], workers, size, place)
         if packs:
-            executor.submit(run, packs, resources or run.resources)
+            executor.submit(run, packs, asked.model_copy(update={"cells_per_job": size}))
     return Launch(tuple(packs), tuple(before))
 
 
@@ -65,7 +69,14 @@ def wanted(row: CellStatus, executor: str, retry_failed: bool) -> bool:
     return row.state in ("waiting", "lost", "cancelled")
 
 
-def plan(run: Run, cells: Sequence[str], workers: int, cells_per_job: int | None = None) -> list[Pack]:
-    """The packs for these cells."""
-    size = cells_per_job or run.resources.cells_per_job
-    return make_packs({identity: run.resolved(identity) for identity in cells}, size, workers)
+def plan(
+    run: Run,
+    cells: Iterable[str],
+    workers: int,
+    size: int | None = None,
+    place: Place | None = None,
+    running: Collection[int] = (),
+) -> Sequence[Pack]:
+    """The packs for these cells, from the step times that were measured at this place; see `make_packs`."""
+    resolved = {identity: run.resolved(identity) for identity in cells}
+    return make_packs(resolved, size, workers, measured(run.path.parent, place), running).packs

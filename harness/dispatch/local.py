@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 from grid import Mistake
 from grid.sections import Resources
 from harness.dispatch import gpus
 from harness.dispatch.controller import lock_path, request_path, state_path
 from harness.dispatch.executor import Pack, SchedulerState
+from harness.dispatch.step_times import Place
 from harness.store import Holder, Run, files, machine, scan
 from harness.store.lock import read_lock, stale
 
@@ -72,7 +75,7 @@ class Local:
         """Make these packs the controller's queue and see that there is a controller."""
         threads, processes = min(resources.cpus, machine.cores()), self.processes(resources)
         run.jobs.mkdir(parents=True, exist_ok=True)
-        request = {
+        request: dict[str, Any] = {
             "ticket": secrets.token_hex(8),
             "at": time.time(),
             "packs": [list(pack.cells) for pack in packs],
@@ -81,6 +84,9 @@ class Local:
             "processes": processes,
             "gpus": [gpus.HIDDEN] if self.device == "cpu" else self.gpus(),
         }
+        place = Place.planned(self.name, resources, self.device)
+        if place is not None and resources.cells_per_job is None:
+            request["place"] = asdict(place)
         files.replace(request_path(run), files.seal(request))
         if not controller_lives(run):
             start_controller(run)

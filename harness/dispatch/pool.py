@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.dispatch.executor import Pack
 from harness.dispatch.job import PackJob
+from harness.dispatch.launch import plan
+from harness.dispatch.step_times import Place, StepTimes, differ, measured
 from harness.dispatch.threads import limit_threads
 from harness.store import Holder, Run, Snapshot, scan
 
@@ -50,16 +52,31 @@ class Pool:
         self.threads = 1
         self.processes = 1
         self.gpus: list[str] = []
+        self.place: Place | None = None
+        self._times: StepTimes = {}
         self._losses: dict[str, tuple[int, int]] = {}
         self._folder: Path | None = None
         self._parent: WarmParent | None = None
 
-    def renew(self, packs: Iterable[Pack], *, slots: int, threads: int, gpus: list[str], processes: int = 1) -> None:
-        """Replace what is waiting; cells in flight stay where they are."""
+    def renew(
+        self,
+        packs: Iterable[Pack],
+        *,
+        slots: int,
+        threads: int,
+        gpus: list[str],
+        processes: int = 1,
+        place: Place | None = None,
+    ) -> None:
+        """Replace what is waiting; cells in flight stay where they are.
+
+        Args:
+            place: where step times are measured, to pack what waits anew when there are new ones; None keeps the packs.
+        """
         flying = {cell for flight in self.flying for cell in flight.cells}
         left = (tuple(cell for cell in pack.cells if cell not in flying) for pack in packs)
         self.waiting = deque(Pack(cells) for cells in left if cells)
-        self.slots, self.threads, self.gpus, self.processes = slots, threads, gpus, processes
+        self.slots, self.threads, self.gpus, self.processes, self.place = slots, threads, gpus, processes, place
         self._losses.clear()
 
     def adopt(self) -> None:
@@ -79,6 +96,8 @@ class Pool:
         for flight in ended:
             self.flying.remove(flight)
             self._after(flight)
+        if ended:
+            self._pack_anew()
         started = False
         while self.waiting and len(self.flying) < self.slots:
             pack = self._wanted(self.waiting.popleft())
@@ -136,6 +155,17 @@ class Pool:
         if lost:
             self.waiting.appendleft(Pack(tuple(lost)))
         self._tidy(flight)
+
+    def _pack_anew(self) -> None:
+        """Pack what waits by the step times known by now; cells that a process was lost with stay as they are."""
+        times = measured(self.run.path.parent, self.place)
+        if not differ(times, self._times):
+            return
+        self._times = times
+        lost = [pack for pack in self.waiting if any(cell in self._losses for cell in pack.cells)]
+        cells = [cell for pack in self.waiting if pack not in lost for cell in pack.cells]
+        running = [len(flight.cells) for flight in self.flying]
+        self.waiting = deque([*lost, *plan(self.run, cells, self.slots, None, self.place, running)])
 
     def _tidy(self, flight: InFlight) -> None:
         """Drop the pickles of an ended job, so that a later process of the same number cannot find them."""

@@ -14,14 +14,14 @@ from processes import controllers, kill, wait_for, workers
 
 from grid import Grid
 from harness.dispatch.cancel import cancel
-from harness.dispatch.controller import control
+from harness.dispatch.controller import control, request_path
 from harness.dispatch.executor import Pack
 from harness.dispatch.here import Here
 from harness.dispatch.launch import launch
 from harness.dispatch.local import Local
 from harness.dispatch.pool import Pool
 from harness.dispatch.status import count, statuses
-from harness.store import Run, scan
+from harness.store import Run, files, scan
 
 MakeGrid = Callable[..., Grid]
 
@@ -110,6 +110,7 @@ def test_a_cancelled_cell_leaves_its_pack_and_a_new_launch_takes_it_up(make_grid
     launch(run, local, workers=1)
     mate, stopped, queued = run.cells
     assert statuses(run)[2].state == "queued"
+    assert "place" not in (files.read_record(request_path(run)) or {})  # packs as asked for are not made anew
     wait_for(lambda: statuses(run)[1].update >= 2)
     assert [row.state for row in statuses(run)] == ["running", "running", "queued"]
     assert len(workers(run)) == 1

@@ -1,0 +1,114 @@
+"""Sizes of packs from measured step times, such that the last worker ends as soon as it can.
+
+Measured are seconds per update and cell (`step_times`), by pack size. Of a size that was not measured, seconds per
+update of the whole pack lie on the line between its measured neighbours; below the smallest and above the largest, a
+cell takes as long as at that one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+START_SECONDS = 1.0
+"""What a pack costs besides its updates: a process forked, weights loaded, policies saved."""
+
+LARGEST = 32
+"""Cells per pack at most: what a killed job may cost, and the memory that it may take."""
+
+_APART = 2**0.5
+
+
+def pack_seconds(measured: Mapping[int, float], updates: int, most: int) -> list[float]:
+    """Seconds that packs of 1 to `most` cells take, never less for more cells.
+
+    Args:
+        measured: pack size -> seconds per update and cell; at least one.
+        updates: of each cell.
+    """
+    found: list[float] = []
+    for size in range(1, most + 1):
+        seconds = START_SECONDS + updates * _step_seconds(measured, size)
+        found.append(max(seconds, found[-1]) if found else seconds)
+    return found
+
+
+def _step_seconds(measured: Mapping[int, float], size: int) -> float:
+    known = sorted(measured)
+    at = bisect_left(known, size)
+    if at == len(known) or at == 0 or known[at] == size:
+        return size * measured[known[min(at, len(known) - 1)]]
+    below, above = known[at - 1], known[at]
+    low, high = below * measured[below], above * measured[above]
+    return low + (high - low) * (size - below) / (above - below)
+
+
+def divide(count: int, workers: int, seconds: Sequence[float], trial: int | None = None) -> list[int]:
+    """Sizes of packs of `count` cells, in the order in which free workers should take them.
+
+    Equal shares are best where more cells never take less time, so each worker's share of cells is cut into the packs
+    that take least together: packs of sizes that differ by one at most, where that costs nothing.
+
+    Args:
+        seconds: that packs of 1, 2, … cells take, not decreasing.
+        trial: a size to take first, in one pack; it must fit into a worker's share.
+    """
+    lists = []
+    for worker, share in enumerate(even(count, min(workers, count))):
+        first = [trial] if trial is not None and worker == 0 else []
+        lists.append([*first, *_cut(share - sum(first), seconds)])
+    starts = []
+    for worker, sizes in enumerate(lists):
+        at = 0.0
+        for size in sizes:
+            starts.append((at, worker, size))
+            at += seconds[min(size, len(seconds)) - 1]
+    return [size for _, _, size in sorted(starts)]
+
+
+def trial(measured: Mapping[int, float], share: int, running: Collection[int] = ()) -> int | None:
+    """A size whose step time is worth knowing: half or twice the best one, if nothing near it was measured or is
+    `running`, and a worker's `share` of cells has room for a pack of it and one of the best size."""
+    best = min(measured, key=lambda size: (measured[size], -size))
+    for size in (2 * best, best // 2):
+        known = any(size / _APART <= other <= size * _APART for other in (*measured, *running))
+        if 1 <= size <= LARGEST and size + best <= share and not known:
+            return size
+    return None
+
+
+def makespan(lengths: Iterable[float], workers: int) -> float:
+    """When the last worker ends, if each takes the next pack as soon as it is free."""
+    ends = [0.0] * max(1, workers)
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
+
+
+def even(count: int, parts: int) -> list[int]:
+    """`count` in so many sizes that differ by one at most, larger ones first."""
+    small, larger = divmod(count, parts)
+    return [small + (part < larger) for part in range(parts)]
+
+
+def _cut(count: int, seconds: Sequence[float]) -> list[int]:
+    """The sizes that take least together, one after the other."""
+    best = [0.0]
+    last = [0]
+    for cells in range(1, count + 1):
+        choices = ((best[cells - size] + seconds[size - 1], -size) for size in range(1, min(cells, len(seconds)) + 1))
+        least, size = min(choices)
+        best.append(least)
+        last.append(-size)
+    sizes = []
+    left = count
+    while left:
+        sizes.append(last[left])
+        left -= last[left]
+    if not sizes:
+        return []
+    alike = even(count, len(sizes))
+    if sum(seconds[size - 1] for size in alike) <= best[count] * (1 + 1e-9):
+        return alike
+    return sorted(sizes, reverse=True)
