@@ -143,7 +143,7 @@ def test_a_cell_leads_to_its_page_in_the_page(visit: Open, report: Path) -> None
     assert "diverged" in details.inner_text()
     assert "klab rerun" in details.inner_text()
     assert "window.hit" in details.locator(".completion").first.inner_text()
-    assert details.locator(".panel svg").count() == 4
+    assert details.locator(".panel svg").count() == 5
 
 
 def test_tooltips_by_pointer_and_by_keyboard(visit: Open, report: Path) -> None:
