@@ -1,12 +1,15 @@
-"""klab beside TRL 1.16 on one CPU, the same checkpoint, task and objective: `make bench`.
+"""klab beside TRL 1.16, the same checkpoint, task and objective: `make bench`.
 
     python -m tests.benchmarks.against_trl                    # everything, about eleven minutes on two quiet cores
     python -m tests.benchmarks.against_trl --cells 8 --updates 20 --rounds 1      # a glance, about two minutes
+    python -m tests.benchmarks.against_trl --setting 0.5b     # one GPU, the shape of Qwen2.5-0.5B: see `one_device`
+    python -m tests.benchmarks.against_trl --setting toy      # the same on the CPU in a minute, to see that it works
 
-Measured are (1) one update, phase by phase: TRL, klab with one cell and klab with a pack of eight, in processes of
-their own, interleaved on the same core; (2) a grid as users run it: `klab launch --on local` from start to end, beside
-TRL in a process per cell, two at a time, on some of the cells and extrapolated; (3) the reward curves of both; (4) how
-far each phase is from the time that its matrix products need at this core's measured peak.
+The `tiny` setting, the default, runs on the CPU. Measured are (1) one update, phase by phase: TRL, klab with one cell
+and klab with a pack (of eight; of two where completions take 32 tokens), in processes of their own, interleaved on the
+same core; (2) a grid as users run it: `klab launch --on local` from start to end, beside TRL in a process per cell, two
+at a time, on some of the cells and extrapolated; (3) the reward curves of both; (4) how far each phase is from the time
+that its matrix products need at this core's measured peak.
 
 Neither evaluates: klab as little as it can (two evaluations of one prompt), TRL not at all. Start-up and warm-up of the
 checkpoint are outside of (1); the warm-up is outside of (2), the start of every process is inside.
@@ -30,41 +33,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from harness.store import Run
 from tasks.addition import Addition
+from tests.benchmarks import one_device
+from tests.benchmarks.clock import per_update
 from tests.benchmarks.limit import peak_gflops, plain_flops
 from tests.benchmarks.model import endless_checkpoint, starting_checkpoint
-from tests.benchmarks.setting import DIGITS, UPDATES_PER_ROLLOUT, grid_text
+from tests.benchmarks.processes import NO_GPU, ROOT, Failure, console, run, say
+from tests.benchmarks.setting import DIGITS, ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, grid_text
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((16, 8), (4, 8), (16, 32), (4, 32))
 """Prompts of a rollout and budget of new tokens. Up to 8 tokens completions end by themselves, 32 are all used up."""
 
 PACK, LONG_PACK = 8, 2
 TRL_AT_ONCE = 2
-ROLLOUTS_DROPPED = 1
-console = Console(width=150)
-
-
-def say(text: str) -> None:
-    console.print(f"[{time.strftime('%H:%M:%S')}] {text}", highlight=False)
-
-
-def run(command: Sequence[str], core: int | None = None) -> None:
-    """Run to the end on one thread, on one core if that is said; its errors are shown if it fails."""
-    pinned = ["taskset", "-c", str(core), *command] if core is not None else list(command)
-    settings = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
-    }
-    environment = {**os.environ, **settings}
-    done = subprocess.run(pinned, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
 class Bench:
@@ -85,17 +68,12 @@ class Bench:
         python = self.given.trl if side == "trl" else sys.executable
         start = self.start if budget == 8 else self.endless
         shape = ("--prompts", str(prompts), "--budget", str(budget), "--updates", str(updates))
-        run([python, f"tests/benchmarks/{side}_cell.py", str(start), *shape, *more, "--out", str(out)], core)
+        command = [python, f"tests/benchmarks/{side}_cell.py", str(start), *shape, *more, "--out", str(out)]
+        try:
+            run([command], NO_GPU, core)
+        except Failure as failure:
+            sys.exit(str(failure))
         return json.loads(out.read_text())
-
-
-def per_update(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians over rollouts of milliseconds per update; the two updates of a rollout are averaged."""
-    span = UPDATES_PER_ROLLOUT
-    rollouts = [updates[i : i + span] for i in range(span * ROLLOUTS_DROPPED, len(updates) - span + 1, span)]
-    names = sorted({name for update in updates for name in update})
-    means = {n: [statistics.mean(u.get(n, 0.0) for u in rollout) for rollout in rollouts] for n in names}
-    return {name: 1e3 * statistics.median(values) for name, values in means.items()}
 
 
 def phases(bench: Bench) -> dict[str, dict[str, Any]]:
@@ -111,7 +89,7 @@ def phases(bench: Bench) -> dict[str, dict[str, Any]]:
         for number in range(bench.given.rounds):
             for side, (kind, more) in sides.items():
                 result = bench.cell(kind, prompts, budget, updates, *more, core=bench.given.core)
-                rounds[side].append(per_update(result["updates"]))
+                rounds[side].append(per_update(result["updates"], UPDATES_PER_ROLLOUT, ROLLOUTS_DROPPED))
                 first[side].append(result["first_update"])
                 peak[side].append(result["peak_mb"])
             say(
@@ -162,7 +140,10 @@ def klab_grid(bench: Bench, prompts: int) -> dict[str, Any]:
     file.write_text(text)
     command = [str(Path(sys.executable).with_name("klab")), "launch", str(file), "--on", "local", "--runs", str(runs)]
     began = time.time()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    settings = {**os.environ, **NO_GPU}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     watch = MemoryWatch(psutil.Process(process.pid))
     watch.start()
     _, errors = process.communicate()
@@ -208,20 +189,10 @@ def floors(found: dict[str, dict[str, Any]], peak: float) -> None:
         shape["floor_klab"] = {phase: flops / peak / 1e6 for phase, flops in shape["flops"].items()}
 
 
-def main() -> None:
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """The tiny setting on the CPU: measure, print, and write `against_trl.{json,md,png}`."""
     from tests.benchmarks.against_trl_report import curves_figure, tables
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=64, help="cells of the grid")
-    parser.add_argument("--trl-cells", type=int, default=6, help="cells of the grid that TRL really trains")
-    parser.add_argument("--updates", type=int, default=100, help="updates of a cell of the grid")
-    parser.add_argument("--timed", type=int, default=16, help="updates of a process in which one update is measured")
-    parser.add_argument("--rounds", type=int, default=2, help="interleaved rounds of measuring one update")
-    parser.add_argument("--core", type=int, default=0, help="where one update is measured")
-    parser.add_argument("--trl", default=str(ROOT / ".venv-parity/bin/python"), help="the interpreter that has TRL")
-    parser.add_argument("--work", default="~/.cache/klab/bench", help="keeps the starting checkpoint")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="against_trl.{json,md,png} go here")
-    given = parser.parse_args()
     if not Path(given.trl).exists():
         sys.exit(f"{given.trl} does not exist; `make bench` creates it")
     bench = Bench(given)
@@ -244,6 +215,35 @@ def main() -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     finally:
         shutil.rmtree(bench.scratch, ignore_errors=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure and print; returns what was measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.against_trl",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--setting", choices=("tiny", *one_device.SHAPE_OF), default="tiny", help="what is trained")
+    parser.add_argument("--timed", type=int, help="updates of a process in which one update is measured (tiny: 16)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds of measuring one update (tiny: 2)")
+    parser.add_argument("--trl", default=str(ROOT / ".venv-parity/bin/python"), help="the interpreter that has TRL")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="tables and numbers go here")
+    tiny = parser.add_argument_group("tiny")
+    tiny.add_argument("--cells", type=int, default=64, help="cells of the grid")
+    tiny.add_argument("--trl-cells", type=int, default=6, help="cells of the grid that TRL really trains")
+    tiny.add_argument("--updates", type=int, default=100, help="updates of a cell of the grid")
+    tiny.add_argument("--core", type=int, default=0, help="where one update is measured")
+    tiny.add_argument("--work", default="~/.cache/klab/bench", help="keeps the starting checkpoint")
+    device = parser.add_argument_group("0.5b and toy")
+    device.add_argument("--at-once", type=int, help="processes at once, and cells of the pack (0.5b: 4, toy: 2)")
+    device.add_argument("--without-trl", action="store_true", help="klab's rows alone")
+    given = parser.parse_args(arguments)
+    if given.setting != "tiny":
+        return one_device.compare(given)
+    given.timed, given.rounds = given.timed or 16, given.rounds or 2
+    return compare(given)
 
 
 if __name__ == "__main__":

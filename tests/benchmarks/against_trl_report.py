@@ -1,4 +1,4 @@
-"""Tables and reward curves of `against_trl`."""
+"""Tables and reward curves of `against_trl`, and the table of one device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from harness.training.stopwatch import PHASES
+from tests.benchmarks.setting import LORA_ALPHA, UPDATES_PER_ROLLOUT
 
 PHASE_NAMES = (*PHASES[:3], "behaviour", *PHASES[3:])
 """`behaviour`: TRL computes the sampler's log-probabilities anew, klab keeps those it sampled with."""
@@ -151,3 +152,41 @@ def curves_figure(grids: dict[str, Any], file: Path) -> None:
         axes.legend(frameon=False, loc="lower right")
     figure.axes[0].set(ylabel="mean reward", ylim=(0, 1))
     figure.savefig(file, dpi=150)
+
+
+def device_table(found: dict[str, Any]) -> str:
+    """Markdown, from what `one_device.compare` found."""
+    K, told = found["at_once"], found["told"]
+    at_a_time = told["rows"] or told["prompts"] * told["group_size"]
+    head = ("cells", f"TRL one ÷ this, TRL {K} at once ÷ this", "ms per cell and update", *PHASE_NAMES, "the rest",
+            "decoded tokens/s", "peak memory, GiB", "first update, s")  # fmt: skip
+    lines = [
+        f"{found['shape']} with random weights on {found['device']}: {told['dtype']}, adapters of rank "
+        f"{told['lora_rank']} (alpha {LORA_ALPHA:.0f}) on every linear layer, {told['prompts']} prompts × "
+        f"{told['group_size']} completions of at most {told['new_tokens']} tokens, {at_a_time} trajectories at a time, "
+        f"{UPDATES_PER_ROLLOUT} updates per rollout; klab's decoding is {found['decoding']}. Wall time with the device "
+        f"synchronised, medians over rollouts and {found['rounds']} rounds. Where {K} processes run at once, a cell's "
+        "time is divided by their number, memory is their sum, and the first update is that of the last of them. "
+        "Memory is what tensors held at the peak; on a CPU it is the processes' own.",
+        "",
+        *_head(found["device"], *head),
+    ]
+    for row in found["rows"].values():
+        cells = row["processes"] * row["cells"]
+        if "failed" in row:
+            lines.append(_row(row["name"], cells, "—", row["failed"], *["—"] * (len(head) - 3)))
+            continue
+        ms, ratios = row["ms"], [row.get(f"{key}_over_this") for key in ("trl", "trl_at_once")]
+        phases = [ms.get(phase, 0.0) for phase in PHASE_NAMES]
+        lines.append(
+            _row(
+                row["name"],
+                cells,
+                ", ".join("—" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                *(f"{each:.1f}" for each in (ms["wall"], *phases, ms["wall"] - sum(phases))),
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['peak_mb'] / 1024:.2f}",
+                f"{row['first_update']:.1f}",
+            )
+        )
+    return "\n".join(lines) + "\n"

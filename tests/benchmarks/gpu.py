@@ -12,13 +12,12 @@ update costs 6 FLOP per weight and token (4 where only adapters are trained), pr
 from __future__ import annotations
 
 import argparse
-import random
 import resource
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,100 +26,24 @@ from rich.table import Table
 from grid import parse_grid
 from harness.policy.decoder import Decoder
 from harness.policy.logprobs import token_scores
-from harness.policy.tokenizer import character_tokenizer
 from harness.training import pack as packs
 from harness.training.member import Member
 from harness.training.memory import release
-from tasks import Example, Score, load_task
+from tasks import load_task
+from tests.benchmarks.shapes import SHAPES, Shape, Strings, write_start
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PEAKS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12)}
 """Bytes per second of the memory and dense bfloat16 FLOP per second, from NVIDIA's data sheets (SXM, 80 GB or more)."""
 
 GRID = """
 name: gpu
-task: {{name: "tests.benchmarks.gpu:Strings", length: {prompt_tokens}}}
+task: {{name: "tests.benchmarks.shapes:Strings", length: {prompt_tokens}}}
 policy: {{name: hf, model: "{start}", dtype: {dtype}, lora: {lora}}}
 training: {{updates: {updates}, prompts: {prompts}, group_size: {group_size}, max_new_tokens: {new_tokens}, lr: 1.0e-6,
   micro_batch: {micro_batch}, evaluate_every: 1000}}
 objective: {{algorithm: grpo}}
 seeds: {cells}
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model and the size of its updates."""
-
-    config: dict[str, Any]
-    prompts: int
-    group_size: int
-    prompt_tokens: int
-    new_tokens: int
-    micro_batch: int | None
-    dtype: str
-    packs: tuple[int, ...]
-
-
-SHAPES = {
-    "qwen2.5-0.5b": Shape(
-        {
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1e6,
-        },
-        prompts=16,
-        group_size=8,
-        prompt_tokens=128,
-        new_tokens=256,
-        micro_batch=64,
-        dtype="bfloat16",
-        packs=(2, 4),
-    ),
-    "toy": Shape(
-        {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-        },
-        prompts=2,
-        group_size=4,
-        prompt_tokens=6,
-        new_tokens=12,
-        micro_batch=None,
-        dtype="bfloat16",
-        packs=(2,),
-    ),
-}
-
-
-class Strings:
-    """Prompts of random letters, one token each; the reward is the share of vowels, so that gradients are not zero."""
-
-    name, alphabet, max_new_tokens, interactive = "strings", LETTERS, 16, False
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def split(self, name: Literal["train", "held_out"]) -> list[Example]:
-        draw = random.Random(name)
-        return [Example("".join(draw.choices(LETTERS, k=self.length)), "") for _ in range(256)]
-
-    def score(self, example: Example, completion: str) -> Score:
-        share = sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
-        return Score(share + 1e-3 * (len(completion) % 7), False)
-
-    def respond(self, example: Example, transcript: str) -> str | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -142,18 +65,6 @@ class Measured:
     @property
     def seconds(self) -> float:
         return self.rollout_seconds + self.update_seconds
-
-
-def write_start(folder: Path, shape: Shape) -> Path:
-    """A checkpoint with random weights, whose tokens are letters and names without meaning."""
-    from transformers import Qwen2Config
-
-    tokenizer = character_tokenizer(LETTERS, shape.config["vocab_size"])
-    config = Qwen2Config(
-        **shape.config, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id
-    )
-    Decoder.random(config, tokenizer, [0], dtype=getattr(torch, shape.dtype)).save(folder, 0)
-    return folder
 
 
 def measure(shape: Shape, start: Path, cells: int, rank: int | None, rounds: int) -> Measured:

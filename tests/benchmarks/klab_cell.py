@@ -11,19 +11,19 @@ STARTED = time.time()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import resource  # noqa: E402
 import tempfile  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
-from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from setting import grid_text  # noqa: E402
+from clock import CLOCKS, Clock, device_name, meet, usage, wall  # noqa: E402
+from setting import ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, add_arguments, told  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from grid import parse_grid  # noqa: E402
-from harness.store import Run  # noqa: E402
+from harness.store import CellFolder, Run  # noqa: E402
 from harness.training import pack, run_cells  # noqa: E402
 from harness.training.life import Progress  # noqa: E402
 from harness.training.member import Member  # noqa: E402
@@ -31,41 +31,91 @@ from harness.training.stopwatch import PHASES, Stopwatch  # noqa: E402
 from tasks import load_task  # noqa: E402
 
 
-class ProcessorWatch(Stopwatch):
-    """Counts processor seconds, which a busy neighbour does not lengthen."""
+class ClockedWatch(Stopwatch):
+    """A stopwatch that reads another clock."""
+
+    clock: Clock = time.process_time
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.process_time()
+        clock = type(self).clock
+        started = clock()
         try:
             yield
         finally:
-            self._spent[phase] += time.process_time() - started
+            self._spent[phase] += clock() - started
 
 
-def trained(text: str, cells: int) -> dict[str, object]:
-    """Every update's seconds per cell, and processor seconds, also by phase."""
-    pack.Stopwatch = ProcessorWatch  # type: ignore[misc]
-    marks: list[tuple[int, float, float]] = []
+def trained(
+    text: str, cells: int, clock: str = "processor", gather: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Every update's seconds per cell, processor seconds, and seconds by phase on the chosen clock.
+
+    Args:
+        gather: called once the updates are over that no median counts; its time is nobody's.
+
+    Raises:
+        RuntimeError: a cell has not finished, or the cells did not train together to the end.
+    """
+    ClockedWatch.clock = CLOCKS[clock]
+    pack.Stopwatch = ClockedWatch  # type: ignore[misc]
+    pack.Pack.halve = lambda _: False  # type: ignore[method-assign]  # equal micro-batches on both sides, or none
+    spans: list[tuple[float, float]] = []
+    seen_updates: list[int] = []
+    began = (0.0, 0.0)
+    first = 0.0
 
     def seen(progress: Progress) -> None:
-        if not marks or marks[-1][0] != progress.update:
-            marks.append((progress.update, time.time(), time.process_time()))
+        nonlocal began, first
+        number = progress.update
+        if seen_updates and seen_updates[-1] == number:
+            return
+        seen_updates.append(number)
+        now = (wall(), time.process_time())
+        if number > 0:
+            spans.append((now[0] - began[0], now[1] - began[1]))
+        if number == 1:
+            first = time.time() - STARTED
+        if number == UPDATES_PER_ROLLOUT * ROLLOUTS_DROPPED:
+            gather()
+            now = (wall(), time.process_time())
+        began = now
 
     with tempfile.TemporaryDirectory() as scratch:
         grid = parse_grid(text, "bench")
         run = Run.create(Path(scratch) / "run", grid)
-        run_cells(run.path, run.cells, progress=seen)
-        rows = [run.cell(identity).metrics() for identity in run.cells]
+        states = run_cells(run.path, run.cells, progress=seen)
+        folders = [run.cell(identity) for identity in run.cells]
+        if set(states.values()) != {"finished"}:
+            raise RuntimeError(f"cells have not finished: {states}")
+        if seen_updates != list(range(len(spans) + 1)):
+            raise RuntimeError("out of memory: the pack was taken apart")
+        rows = [folder.metrics() for folder in folders]
+        adapters = _adapter_numbers(folders[0])
     updates = [
         {
             **{phase: rows[0][number][f"seconds_{phase}"] for phase in PHASES},
-            "wall": (after[1] - before[1]) / cells,
-            "cpu": (after[2] - before[2]) / cells,
+            "wall": seconds / cells,
+            "cpu": processor / cells,
         }
-        for number, (before, after) in enumerate(pairwise(marks))
+        for number, (seconds, processor) in enumerate(spans)
     ]
-    return {"updates": updates, "first_update": marks[1][1] - STARTED}
+    counted = [row for each in rows for row in each[UPDATES_PER_ROLLOUT * ROLLOUTS_DROPPED :]]
+    return {
+        "updates": updates,
+        "first_update": first,
+        "trajectories": [round(row["tokens"] / row["length_mean"]) for row in rows[0]],
+        "tokens": sum(row["tokens"] for row in counted) / max(1, len(counted)),
+        "adapter_numbers": adapters,
+    }
+
+
+def _adapter_numbers(folder: CellFolder) -> int:
+    """How many numbers a cell's adapters have; 0 where it has none."""
+    from safetensors.torch import load_file
+
+    file = folder.policy / "adapter_model.safetensors"
+    return sum(value.numel() for value in load_file(file).values()) if file.exists() else 0
 
 
 class CountingWatch(Stopwatch):
@@ -98,24 +148,18 @@ def counted(text: str, updates: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("start", type=Path)
-    parser.add_argument("--prompts", type=int, required=True)
-    parser.add_argument("--budget", type=int, required=True)
-    parser.add_argument("--updates", type=int, required=True)
+    add_arguments(parser)
     parser.add_argument("--cells", type=int, default=1)
     parser.add_argument("--count", action="store_true", help="count operations, take no times")
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    text = grid_text(given.start, given.prompts, given.budget, given.updates, given.cells)
+    setting = told(given)
+    text = setting.grid_text(given.start, given.updates, given.cells)
     if given.count:
         given.out.write_text(json.dumps(counted(text, given.updates)))
         return
-    found = trained(text, given.cells)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    found["peak_mb"] = usage.ru_maxrss / 1024
-    found["process_cpu"] = usage.ru_utime + usage.ru_stime
-    given.out.write_text(json.dumps(found))
+    found = trained(text, given.cells, setting.clock, lambda: meet(given.meet, given.processes))
+    given.out.write_text(json.dumps({**found, **usage(), "device": device_name()}))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. .venv-parity/bin/python tests/benchmarks/trl_cell.py START --prompts 16 --budget 8 --updates 9 --out F
 
-Nothing of TRL is replaced; clocks are wrapped around its methods. `bf16` and gradient checkpointing, which TRL switches
-on by default, are off: a CPU computes neither faster.
+Nothing of TRL is replaced; clocks are wrapped around its methods. Gradient checkpointing, which TRL switches on by
+default, is off; so is `bf16` where weights are float32, as in the tiny setting: a CPU computes neither faster.
 """
 
 from __future__ import annotations
@@ -14,40 +14,61 @@ STARTED = time.time()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import resource  # noqa: E402
 import tempfile  # noqa: E402
 from collections import Counter  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
+from clock import CLOCKS, device_name, meet, usage, wall  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from setting import BETA, DIGITS, EPSILON, GROUP_SIZE, LEARNING_RATE, UPDATES_PER_ROLLOUT  # noqa: E402
+from setting import (  # noqa: E402
+    BETA,
+    EPSILON,
+    LEARNING_RATE,
+    LORA_ALPHA,
+    ROLLOUTS_DROPPED,
+    UPDATES_PER_ROLLOUT,
+    Setting,
+    add_arguments,
+    told,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from tasks.addition import Addition  # noqa: E402
+from tasks import load_task  # noqa: E402
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds and processor seconds of every update, and of the phases inside."""
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Seconds and processor seconds of every update, and seconds of the phases inside on the chosen clock.
 
-    def __init__(self) -> None:
+    Attributes:
+        trajectories: that went through the loss, by update.
+        tokens: drawn, by rollout.
+    """
+
+    def __init__(self, clock: str, gather: Callable[[], None]) -> None:
         self.updates: list[dict[str, float]] = []
         self.phases: Counter[str] = Counter()
+        self.trajectories: list[int] = []
+        self.tokens: list[int] = []
         self.first: float | None = None
+        self._clock, self._gather = CLOCKS[clock], gather
         self._last = _now()
+        self._passed = 0
 
     def around(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = _now()[1]
+            began = self._clock()
             try:
                 return work(*args, **kwargs)
             finally:
-                self.phases[phase] += _now()[1] - began
+                self.phases[phase] += self._clock() - began
 
         return timed
+
+    def passed(self, trajectories: int) -> None:
+        self._passed += trajectories
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._last = _now()
@@ -55,27 +76,40 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         now = _now()
         self.first = self.first or time.time()
-        wall, cpu = now[0] - self._last[0], now[1] - self._last[1]
-        self.updates.append({"wall": wall, "cpu": cpu, **self.phases})
+        seconds, processor = now[0] - self._last[0], now[1] - self._last[1]
+        self.updates.append({"wall": seconds, "cpu": processor, **self.phases})
+        self.trajectories.append(self._passed)
+        self._passed = 0
         self.phases.clear()
-        self._last = _now()
+        if len(self.updates) == UPDATES_PER_ROLLOUT * ROLLOUTS_DROPPED:
+            self._gather()
+            now = _now()
+        self._last = now
 
 
 def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+    return wall(), time.process_time()
 
 
-def _watched(trainer: Any, clock: Clock) -> None:
-    reference, scored = trainer.ref_model, trainer._get_per_token_logps_and_entropies
+def _watched(trainer: Any, clock: Watch) -> None:
+    reference, scored, drawn = trainer.ref_model, trainer._get_per_token_logps_and_entropies, trainer._generate
+    adapted = [each for each in trainer.model.modules() if isinstance(getattr(each, "disable_adapters", None), bool)]
 
-    def score(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return scored(model, *args, **kwargs)  # inside _compute_loss
-        phase = "reference" if model is reference else "behaviour"
-        return clock.around(phase, scored)(model, *args, **kwargs)
+    def score(model: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # inside _compute_loss
+            clock.passed(len(tokens))
+            return scored(model, tokens, *args, **kwargs)
+        # with adapters, the reference is the model with these switched off
+        frozen = adapted[0].disable_adapters if adapted else model is reference
+        return clock.around("reference" if frozen else "behaviour", scored)(model, tokens, *args, **kwargs)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        found = clock.around("rollout", drawn)(*args, **kwargs)
+        clock.tokens.append(sum(map(len, found[1])))
+        return found
 
     trainer._get_per_token_logps_and_entropies = score
-    trainer._generate = clock.around("rollout", trainer._generate)
+    trainer._generate = generate
     trainer._calculate_rewards = clock.around("reward", trainer._calculate_rewards)
     trainer._compute_loss = clock.around("forward", trainer._compute_loss)
     trainer.accelerator.backward = clock.around("backward", trainer.accelerator.backward)
@@ -89,22 +123,62 @@ def _watched(trainer: Any, clock: Clock) -> None:
     trainer.create_optimizer = create
 
 
+def _config(setting: Setting, updates: int, seed: int, folder: str) -> GRPOConfig:
+    rows = setting.rows or setting.trajectories
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=setting.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=setting.trajectories // rows,
+        num_generations=setting.group_size,
+        num_iterations=UPDATES_PER_ROLLOUT,
+        max_completion_length=setting.new_tokens,
+        max_steps=updates,
+        beta=BETA,
+        epsilon=EPSILON,
+        loss_type="grpo",
+        use_bias_correction_kl=False,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        max_grad_norm=1.0,
+        temperature=1.0,
+        seed=seed,
+        logging_steps=1000,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _adapters(setting: Setting) -> Any:
+    if setting.lora_rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=setting.lora_rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("start", type=Path)
-    parser.add_argument("--prompts", type=int, required=True)
-    parser.add_argument("--budget", type=int, required=True)
-    parser.add_argument("--updates", type=int, required=True)
+    add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    task = Addition(DIGITS)
+    setting = told(given)
+    task = load_task(setting.task)
     answers = {}
 
     def rows() -> Any:
         split = task.split("train")
-        for number in range(given.prompts * given.updates):
+        for number in range(setting.prompts * given.updates):
             example = split[(given.seed * 100_003 + number) % len(split)]
             answers[example.prompt] = example
             yield {"prompt": example.prompt}
@@ -118,54 +192,30 @@ def main() -> None:
         return found
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = GRPOConfig(
-            output_dir=scratch,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=given.prompts * GROUP_SIZE,
-            gradient_accumulation_steps=1,
-            num_generations=GROUP_SIZE,
-            num_iterations=UPDATES_PER_ROLLOUT,
-            max_completion_length=given.budget,
-            max_steps=given.updates,
-            beta=BETA,
-            epsilon=EPSILON,
-            loss_type="grpo",
-            use_bias_correction_kl=False,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_epsilon=1e-8,
-            max_grad_norm=1.0,
-            temperature=1.0,
-            seed=given.seed,
-            logging_steps=1000,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        clock = Clock()
+        watch = Watch(setting.clock, lambda: meet(given.meet, given.processes))
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(given.start, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(given.start, dtype=getattr(torch, setting.dtype)),
             reward_funcs=reward,
-            args=config,
+            args=_config(setting, given.updates, given.seed, scratch),
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(given.start),
-            callbacks=[clock],
+            callbacks=[watch],
+            peft_config=_adapters(setting),
         )
-        _watched(trainer, clock)
+        _watched(trainer, watch)
         trainer.train()
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    counted = watch.tokens[ROLLOUTS_DROPPED:]
+    trainable = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
     result = {
-        "first_update": (clock.first or time.time()) - STARTED,
+        "first_update": (watch.first or time.time()) - STARTED,
         "process_wall": time.time() - STARTED,
-        "process_cpu": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
-        "updates": clock.updates,
+        "updates": watch.updates,
+        "trajectories": watch.trajectories,
+        "tokens": sum(counted) / max(1, len(counted)),
+        "adapter_numbers": 0 if setting.lora_rank is None else trainable,
         "rewards": rewards,
+        "device": device_name(),
+        **usage(),
     }
     given.out.write_text(json.dumps(result))
 
