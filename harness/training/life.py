@@ -23,14 +23,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grid.mistake import Mistake
 from harness.policy.start import starting_policy
 from harness.store import CellFolder, Evicted, Run, files, machine
 from harness.training import checkpoint
-from harness.training.allocator import keep_freed_memory
 from harness.training.checkpoint import State, UnusableCheckpoint
+from harness.training.host import settle
 from harness.training.member import CellFailure, Member
 from harness.training.memory import OutOfMemory, out_of_memory, release
 from harness.training.metrics import Row
@@ -84,8 +82,7 @@ def run_cells(
         Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
         there), or `cancelled` (the cell was taken away from this process, which left it as it was).
     """
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+    settle(threads)
     run = Run.open(Path(run_path))
     orders = Orders(world or ALONE)
     life = _Life(run, progress or (lambda _: None), stop or (lambda: False), orders)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from harness.store import Run
 from harness.training import checkpoint
 from harness.training.checkpoint import State
+from harness.training.host import settle
 from harness.training.member import Member
 from harness.training.orders import BEGIN, END, LEAVE, Orders
 from harness.training.pack import Pack, device
@@ -43,7 +42,7 @@ def follow(run_path: str | Path, world: World, threads: int = 1) -> None:
     Raises:
         WorldLost: when a process is gone or out of step.
     """
-    torch.set_num_threads(threads)
+    settle(threads)
     run, orders = Run.open(Path(run_path)), Orders(world)
     while True:
         try:
