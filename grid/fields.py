@@ -15,4 +15,4 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A part of a cell's configuration. Frozen and hashable; unknown keys are mistakes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import grid
-from grid import Grid, Mistake, load_grid
+from grid import Mistake
 from harness.store import Run
+
+if TYPE_CHECKING:
+    from grid import Grid
 
 STUDIES = Path(grid.__file__).parent / "studies"
 
@@ -39,6 +42,8 @@ def grid_of(name: str) -> Grid:
     Raises:
         Mistake: when there is neither, or the file has a mistake.
     """
+    from grid import load_grid
+
     path = Path(name)
     study = STUDIES / f"{name}.yaml"
     if not path.exists() and study.exists():

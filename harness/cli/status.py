@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -9,7 +12,6 @@ import typer
 
 from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from harness.cli.table import console, duration, show, show_json, state_text
-from harness.cli.watch import watch as follow
 from harness.dispatch.status import CellStatus, count, statuses
 
 _SHOWN = 40
@@ -23,10 +25,14 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the state of every cell of a run. Exit code 1 when cells failed."""
-    opened = run_of(run, runs)
-    if watch and not follow(opened, quiet=as_json):
-        return
-    rows = statuses(opened)
+    if watch:
+        from harness.cli.watch import watch as follow
+
+        if not follow(run_of(run, runs), quiet=as_json):
+            return
+    with _uncollected():
+        opened = run_of(run, runs)
+        rows = statuses(opened)
     states = count(rows)
     if as_json:
         show_json({"run": str(opened.path), "states": states, "cells": [asdict(row) for row in rows]})
@@ -38,6 +44,18 @@ def status(
             screen.print("Launching the same grid again continues lost and preempted cells.")
     if states.get("failed"):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles, which would look at ten thousand cells again and again while they are read."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _list(rows: list[CellStatus], everything: bool) -> None:

@@ -6,14 +6,15 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from grid import Cell, Mistake
+from grid import Mistake
 from harness.store import files
 from harness.store.holder import Holder
 from harness.store.lock import Lock, read_lock, stale
+
+if TYPE_CHECKING:
+    from grid import Cell
 
 STATES = ("finished", "diverged")
 _ROWS = "rows"
@@ -46,6 +47,8 @@ class CellFolder:
 
     def cell(self) -> Cell:
         """The cell of this folder."""
+        from grid import Cell
+
         return Cell.from_resolved(self._resolved())
 
     @property
@@ -229,6 +232,8 @@ class CellFolder:
     def _make(self) -> None:
         if (self.path / "cell.yaml").exists():
             return
+        import yaml
+
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({"schema": files.SCHEMA, **self._resolved()}, sort_keys=False, allow_unicode=True)
         files.replace(self.path / "cell.yaml", text.encode())

@@ -22,6 +22,7 @@ from grid import Mistake
 SCHEMA = 1
 _CRC = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*}\s*$')
 _CRC_SPAN = 64
+_TAIL = len(',"crc":"00000000"}')
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
 
 
@@ -67,17 +68,9 @@ def seal(record: Mapping[str, Any], *, indent: int | None = None) -> bytes:
     full.pop("crc", None)
     if indent is None:
         body = json.dumps(full, separators=(",", ":"), ensure_ascii=False)[:-1]
-        return f'{body},"crc":"{_checksum(body)}"}}'.encode()
+        return f'{body},"crc":"{checksum(body)}"}}'.encode()
     body = json.dumps(full, indent=indent, ensure_ascii=False)[:-2]
-    return f'{body},\n{" " * indent}"crc": "{_checksum(body)}"\n}}\n'.encode()
-
-
-def seal_table(head: Mapping[str, Any], key: str, rows: Mapping[str, Any]) -> bytes:
-    """A record whose entry `key` is a table, written one row to a line."""
-    text = json.dumps({"schema": SCHEMA, **head}, indent=2, ensure_ascii=False)[:-2]
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
-    body = f"{text},\n  {json.dumps(key)}: {{\n{lines}\n  }}"
-    return f'{body},\n  "crc": "{_checksum(body)}"\n}}\n'.encode()
+    return f'{body},\n{" " * indent}"crc": "{checksum(body)}"\n}}\n'.encode()
 
 
 def unseal(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[str, Any]:
@@ -93,14 +86,19 @@ def unseal(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[
     if not isinstance(record, dict):
         raise damaged(file, "does not hold a JSON object")
     check_schema(record.get("schema"), file)
-    start = max(0, len(data) - _CRC_SPAN)
-    found = _CRC.search(data[start:])
-    if found is None or int(found[1], 16) != zlib.crc32(memoryview(data)[: start + found.start()]):
+    if not intact(data):
         raise damaged(file, "was damaged or edited: its checksum does not fit")
     del record["crc"]
     if not keep_schema:
         del record["schema"]
     return record
+
+
+def intact(data: bytes) -> bool:
+    """Whether the text ends with the checksum of what stands before it."""
+    start = max(0, len(data) - _CRC_SPAN)
+    found = _CRC.search(data[start:])
+    return found is not None and int(found[1], 16) == zlib.crc32(memoryview(data)[: start + found.start()])
 
 
 def check_schema(schema: object, file: Path | str) -> None:
@@ -126,13 +124,19 @@ def damaged(file: Path | str, problem: str) -> Mistake:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record stored in `path`, or None when there is no such file."""
+    data = read_whole(path)
+    return None if data is None else unseal(data, path)
+
+
+def read_whole(path: Path | str) -> bytes | None:
+    """What stands in `path`, or None when there is no such file."""
     try:
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IsADirectoryError as error:
         raise damaged(path, "is a folder, not a file") from error
-    return unseal(data, path)
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
@@ -161,14 +165,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         Mistake: when a whole line is damaged (the message names it).
     """
+    lines = (read_whole(path) or b"").split(b"\n")[:-1]
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except IsADirectoryError as error:
-        raise damaged(path, "is a folder, not a file") from error
-    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
-    return [unseal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        return _unseal_lines(lines)
+    except (ValueError, LookupError, TypeError, RecursionError):  # the plain way tells which line is wrong, and why
+        return [unseal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _unseal_lines(lines: list[bytes]) -> list[dict[str, Any]]:
+    """Many lines at once, each exactly as `seal` writes it."""
+    for line in lines:
+        if line[-_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(line[:-_TAIL]):
+            raise ValueError("a line's checksum does not fit")
+    records: list[dict[str, Any]] = json.loads(f"[{b','.join(lines).decode()}]")
+    if len(records) != len(lines):
+        raise ValueError("a line is not one record")
+    for record in records:
+        del record["crc"]
+        check_schema(record.pop("schema", None), "")
+    return records
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
@@ -192,7 +207,8 @@ def last_line(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _checksum(body: str) -> str:
+def checksum(body: str) -> str:
+    """CRC-32 of the text, as it stands in records."""
     return f"{zlib.crc32(body.encode()):08x}"
 
 

@@ -6,19 +6,23 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grid import Grid, Mistake
-from grid.sections import Resources, load_section
+from grid import Mistake
 from harness.store import files, machine
 from harness.store.cell_folder import CellFolder
 from harness.store.lock import Lock
+from harness.store.table import read_table, seal_table
+
+if TYPE_CHECKING:
+    from grid import Grid
+    from grid.sections import Resources
 
 _ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "grid": str,
-    "cells": dict,
+    "cells": Mapping,
     "axes": dict,
     "seeds": list,
     "resources": dict,
@@ -26,6 +30,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "baseline": (str, type(None)),
 }
+_CUTS = ("objective", "task", "policy", "training", "seed")
+"""Consecutive entries of a cell; most cells share the values of all but the last."""
 _LOCK_WAIT = 60.0
 
 
@@ -35,6 +41,7 @@ class Run:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self._folders = path / "cells"
 
     @classmethod
     def create(cls, path: str | Path, grid: Grid) -> Run:
@@ -69,7 +76,7 @@ class Run:
         """
         path = Path(path).resolve()
         file = path / "manifest.json"
-        manifest = files.read_record(file)
+        manifest = read_table(file, "cells", _CUTS)
         if manifest is None:
             problem = (
                 "is not a run folder (it has no manifest.json)" if path.is_dir() else "there is no such run folder"
@@ -100,6 +107,8 @@ class Run:
     @property
     def resources(self) -> Resources:
         """What the grid file asks for each job."""
+        from grid.sections import load_section
+
         try:
             return load_section("resources", self.manifest["resources"])  # type: ignore[return-value]
         except Mistake as mistake:
@@ -113,7 +122,7 @@ class Run:
         """
         if identity not in self.manifest["cells"]:
             identity = self._only(identity)
-        return CellFolder(self.path / "cells" / identity, identity, lambda: self.resolved(identity))
+        return CellFolder(self._folders / identity, identity, lambda: self.resolved(identity))
 
     def resolved(self, identity: str) -> dict[str, Any]:
         """All settings of a cell, as plain data."""
@@ -224,7 +233,7 @@ def _flat(resolved: dict[str, Any]) -> dict[str, Any]:
 def _manifest_text(manifest: dict[str, Any]) -> bytes:
     """One line per cell, so that ten thousand of them stay readable and quick to load."""
     head = {key: value for key, value in manifest.items() if key != "cells"}
-    return files.seal_table(head, "cells", manifest["cells"])
+    return seal_table(head, "cells", manifest["cells"])
 
 
 def _check_manifest(manifest: dict[str, Any], file: Path) -> None:

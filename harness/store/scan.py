@@ -1,4 +1,8 @@
-"""Where every cell of a run stands, read quickly: one folder listing per cell, results from an index beside them."""
+"""Where every cell of a run stands, read quickly.
+
+The cells' folders are the truth. The index beside them only saves reading results again: an entry counts as long as its
+result's file is the very one that it was read from, for which one `stat` per cell is enough.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 from grid import Mistake
 from harness.store import files
-from harness.store.cell_folder import CellFolder
+from harness.store.cell_folder import STATES, CellFolder
 from harness.store.lock import read_lock, stale
 from harness.store.run import Run
 
@@ -40,17 +44,22 @@ def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]
     """A snapshot of each cell (of all by default), in the manifest's order."""
     wanted = run.cells if cell_ids is None else list(cell_ids)
     index = _read_index(run)
-    present = _names(run.path / "cells")
+    folders = f"{run.path}/cells"
+    present = _names(folders)
     found: dict[str, Snapshot] = {}
     changed = 0
     for identity in wanted:
         if identity not in present:
             found[identity] = Snapshot(identity)
             continue
-        snapshot, entry = _look(run.cell(identity), index.get(identity))
-        found[identity] = snapshot
-        if entry is not None and entry is not index.get(identity):
-            index[identity] = entry
+        stamp = _stamp(f"{folders}/{identity}/result.json")
+        known = index.get(identity)
+        if known is not None and known[0] == stamp:
+            found[identity] = Snapshot(identity, known[1])
+            continue
+        found[identity] = snapshot = _look(run.cell(identity))
+        if stamp is not None and snapshot.result is not None:
+            index[identity] = [stamp, snapshot.result]
             changed += 1
     if changed > 50:  # few results are read again sooner than the index is written
         with suppress(OSError):
@@ -58,14 +67,23 @@ def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]
     return found
 
 
-def _look(folder: CellFolder, entry: list[Any] | None) -> tuple[Snapshot, list[Any] | None]:
+def _stamp(path: str) -> list[int] | None:
+    """What differs after any write to a file, and for any other file in its place; None when there is none."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _look(folder: CellFolder) -> Snapshot:
     snapshot = Snapshot(folder.id)
     names = _names(folder.path)
     try:
-        if "result.json" in names:
-            entry = _summary(folder, entry)
-            snapshot.result = entry[2]
-            return snapshot, entry
+        result = folder.result() if "result.json" in names else None
+        if result is not None:
+            snapshot.result = {key: result[key] for key in _SUMMARY if key in result}
+            return snapshot
         if "attempts.jsonl" in names:
             snapshot.event = folder.last_attempt()
         if "claim" in names:
@@ -76,16 +94,7 @@ def _look(folder: CellFolder, entry: list[Any] | None) -> tuple[Snapshot, list[A
     except Mistake as mistake:
         snapshot.problem = str(mistake)
     snapshot.failed = "error.txt" in names
-    return snapshot, None
-
-
-def _summary(folder: CellFolder, entry: list[Any] | None) -> list[Any]:
-    status = os.stat(folder.path / "result.json")
-    stamp = [status.st_mtime_ns, status.st_size]
-    if entry is not None and entry[:2] == stamp:
-        return entry
-    result = folder.result() or {}
-    return [*stamp, {key: result[key] for key in _SUMMARY if key in result}]
+    return snapshot
 
 
 def _read_index(run: Run) -> dict[str, list[Any]]:
@@ -101,14 +110,11 @@ def _read_index(run: Run) -> dict[str, list[Any]]:
 
 def _valid(entry: object) -> bool:
     return (
-        isinstance(entry, list)
-        and len(entry) == 3
-        and isinstance(entry[2], dict)
-        and entry[2].get("state") in ("finished", "diverged")
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], dict) and entry[1].get("state") in STATES
     )
 
 
-def _names(folder: os.PathLike[str]) -> set[str]:
+def _names(folder: str | os.PathLike[str]) -> set[str]:
     try:
         return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):

@@ -91,6 +91,30 @@ def test_a_torn_last_line_is_dropped_and_written_over(
         assert path.read_bytes() == whole
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(RECORDS, min_size=1, max_size=4), st.data())
+def test_lines_read_together_are_those_read_one_by_one(records: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Also where a line is written with spaces, and where one is wrong: then it is the one that is named."""
+    try:
+        lines = [files.seal(record) for record in records]
+    except UnicodeEncodeError:
+        return
+    place = data.draw(st.integers(0, len(lines) - 1))
+    body = json.dumps({"schema": 1, **records[place]}, ensure_ascii=False)[:-1]
+    spaced = f'{body}, "crc": "{files.checksum(body)}" }}'.encode()
+    damaged = lines[place][:-12] + b"x" + lines[place][-11:]
+    doubled = b"%s,%s" % (lines[place], lines[place])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        for good, line in ((1, lines[place]), (1, spaced), (0, b'{"schema":2}'), (0, damaged), (0, doubled)):
+            path.write_bytes(b"".join(each + b"\n" for each in [*lines[:place], line, *lines[place + 1 :]]))
+            if good:
+                assert same(files.read_lines(path), records)
+                continue
+            with pytest.raises(Mistake, match=rf"rows\.jsonl line {place + 1}:"):
+                files.read_lines(path)
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_as_a_line_file_are_rows_or_a_mistake(data: bytes) -> None:
