@@ -238,8 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tiny.add_argument("--work", default="~/.cache/klab/bench", help="keeps the starting checkpoint")
     device = parser.add_argument_group("0.5b and toy")
     device.add_argument("--at-once", type=int, help="processes at once, and cells of the pack (0.5b: 4, toy: 2)")
-    device.add_argument("--without-trl", action="store_true", help="klab's rows alone")
+    device.add_argument("--only", nargs="+", choices=one_device.WAYS, help="some rows of the table")
     given = parser.parse_args(arguments)
+    fewest = UPDATES_PER_ROLLOUT * (ROLLOUTS_DROPPED + 1)
+    if given.timed is not None and given.timed < fewest:
+        parser.error(
+            f"--timed: {fewest} updates at least, of which the first {fewest - UPDATES_PER_ROLLOUT} do not count"
+        )
     if given.setting != "tiny":
         return one_device.compare(given)
     given.timed, given.rounds = given.timed or 16, given.rounds or 2

@@ -158,7 +158,7 @@ def device_table(found: dict[str, Any]) -> str:
     """Markdown, from what `one_device.compare` found."""
     K, told = found["at_once"], found["told"]
     at_a_time = told["rows"] or told["prompts"] * told["group_size"]
-    head = ("cells", f"TRL one ÷ this, TRL {K} at once ÷ this", "ms per cell and update", *PHASE_NAMES, "the rest",
+    head = ("cells", "TRL, one ÷ this", f"TRL, {K} at once ÷ this", "ms per cell and update", *PHASE_NAMES, "the rest",
             "decoded tokens/s", "peak memory, GiB", "first update, s")  # fmt: skip
     lines = [
         f"{found['shape']} with random weights on {found['device']}: {told['dtype']}, adapters of rank "
@@ -174,7 +174,7 @@ def device_table(found: dict[str, Any]) -> str:
     for row in found["rows"].values():
         cells = row["processes"] * row["cells"]
         if "failed" in row:
-            lines.append(_row(row["name"], cells, "—", row["failed"], *["—"] * (len(head) - 3)))
+            lines.append(_row(row["name"], cells, "—", "—", row["failed"], *["—"] * (len(head) - 4)))
             continue
         ms, ratios = row["ms"], [row.get(f"{key}_over_this") for key in ("trl", "trl_at_once")]
         phases = [ms.get(phase, 0.0) for phase in PHASE_NAMES]
@@ -182,7 +182,7 @@ def device_table(found: dict[str, Any]) -> str:
             _row(
                 row["name"],
                 cells,
-                ", ".join("—" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                *("—" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
                 *(f"{each:.1f}" for each in (ms["wall"], *phases, ms["wall"] - sum(phases))),
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['peak_mb'] / 1024:.2f}",

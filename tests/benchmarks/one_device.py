@@ -44,14 +44,19 @@ class Way:
     cells: int = 1
 
 
-def ways(K: int) -> dict[str, Way]:
-    return {
+def ways(K: int, only: Sequence[str] | None = None) -> dict[str, Way]:
+    """All of them, or some, in their order."""
+    every = {
         "trl": Way("TRL, one process", "trl"),
         "trl_at_once": Way(f"TRL, {K} processes at once", "trl", processes=K),
         "klab": Way("klab, one cell", "klab"),
         "klab_at_once": Way(f"klab, {K} processes of one cell at once", "klab", processes=K),
         "klab_pack": Way(f"klab, a pack of {K} cells over one base", "klab", cells=K),
     }
+    return {key: way for key, way in every.items() if only is None or key in only}
+
+
+WAYS = tuple(ways(1))
 
 
 def told(shape: Shape) -> Setting:
@@ -80,7 +85,7 @@ def obstacle(name: str, trl: str | None) -> str | None:
     """Why this setting cannot be measured here, in one sentence; None where it can.
 
     Args:
-        trl: TRL's interpreter; None where klab is measured alone.
+        trl: TRL's interpreter; None where only klab is measured.
     """
     gpu = name != "toy"
     if gpu and not torch.cuda.is_available():
@@ -88,7 +93,7 @@ def obstacle(name: str, trl: str | None) -> str | None:
     if trl is None:
         return None
     if not Path(trl).exists():
-        return f"{trl} does not exist: `make bench` creates it, `--without-trl` measures klab alone"
+        return f"{trl} does not exist: `make bench` creates it, `--only klab klab_at_once klab_pack` does without"
     asked = "import torch, trl, peft; print(trl.__version__, torch.cuda.is_available())"
     done = subprocess.run([trl, "-c", asked], capture_output=True, text=True, env={**os.environ, **environment(name)})
     if done.returncode:
@@ -158,7 +163,7 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def measured(device: Device, updates: int, rounds: int) -> dict[str, dict[str, Any]]:
     """All ways, in interleaved rounds; of one that does not fit into memory, just that."""
-    chosen = {k: w for k, w in ways(device.K).items() if w.side == "klab" or not device.given.without_trl}
+    chosen = ways(device.K, device.given.only)
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in chosen}
     failed: dict[str, str] = {}
     for number in range(rounds):
@@ -193,7 +198,8 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and write `against_trl_SETTING.{json,md}`."""
     from tests.benchmarks.against_trl_report import device_table
 
-    problem = obstacle(given.setting, None if given.without_trl else given.trl)
+    needs_trl = any(way.side == "trl" for way in ways(1, given.only).values())
+    problem = obstacle(given.setting, given.trl if needs_trl else None)
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(2)

@@ -29,11 +29,11 @@ def say(text: str) -> None:
 
 
 class Failure(Exception):
-    """A process has failed; the text is its command and the end of what it wrote."""
+    """A process has failed; the message is its command and the end of what it wrote."""
 
-    @property
-    def out_of_memory(self) -> bool:
-        return any(words in str(self).lower() for words in OUT_OF_MEMORY)
+    def __init__(self, command: Sequence[str], written: str) -> None:
+        super().__init__(f"{' '.join(command)}\n{written[-4000:]}")
+        self.out_of_memory = any(words in written.lower() for words in OUT_OF_MEMORY)
 
 
 def run(commands: Sequence[Sequence[str]], settings: Mapping[str, str], core: int | None = None) -> None:
@@ -59,7 +59,7 @@ def run(commands: Sequence[Sequence[str]], settings: Mapping[str, str], core: in
                 for number in [each for each, process in running.items() if process.poll() is not None]:
                     if running.pop(number).returncode:
                         files[number].seek(0)
-                        raise Failure(f"{' '.join(commands[number])}\n{files[number].read()[-4000:]}")
+                        raise Failure(commands[number], files[number].read())
                 time.sleep(0.02)
         finally:
             for process in running.values():
