@@ -12,7 +12,7 @@ STARTED = time.time()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import tempfile  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -118,6 +118,16 @@ def _adapter_numbers(folder: CellFolder) -> int:
     return sum(value.numel() for value in load_file(file).values()) if file.exists() else 0
 
 
+def _grouped_flops(x: Sequence[int], weights: Sequence[int], *_: object, **__: object) -> int:
+    """Of x [M, in] with [G, in, out], whose rows are shared among groups, and of x [in, M] with [M, out], whose columns
+    are."""
+    return 2 * x[0] * x[1] * weights[-1]
+
+
+GROUPED_FLOPS = {torch.ops.aten._grouped_mm: _grouped_flops}
+"""What torch's counter does not know."""
+
+
 class CountingWatch(Stopwatch):
     """Counts floating-point operations of matrix products in place of seconds."""
 
@@ -127,7 +137,7 @@ class CountingWatch(Stopwatch):
 
 class _Counted:
     def __init__(self, spent: dict[str, float], phase: str) -> None:
-        self.spent, self.phase, self.mode = spent, phase, FlopCounterMode(display=False)
+        self.spent, self.phase, self.mode = spent, phase, FlopCounterMode(display=False, custom_mapping=GROUPED_FLOPS)
 
     def __enter__(self) -> None:
         self.mode.__enter__()
