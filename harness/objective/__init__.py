@@ -19,6 +19,7 @@ Whatever they return off the own tokens is ignored.
 from harness.objective.advantage import Returns
 from harness.objective.aggregate import Totals
 from harness.objective.batch import TokenBatch
+from harness.objective.groups import Groups
 from harness.objective.loss import Coefficients, Context, Outcome, objective_loss, parts, surrogate, update_context
 from harness.objective.placement import Placement
 from harness.objective.value import value_loss, value_metrics
@@ -26,6 +27,7 @@ from harness.objective.value import value_loss, value_metrics
 __all__ = [
     "Coefficients",
     "Context",
+    "Groups",
     "Outcome",
     "Placement",
     "Returns",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -45,16 +46,27 @@ class Groups:
         slot[order] = torch.arange(n, device=labels.device) - first[index[order]]
         return cls(index, slot, len(members), int(members.max()) if n else 0)
 
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def even(count: int, size: int, device: torch.device) -> Groups:
+        """Groups of equal size one after the other, as in a rollout; made once."""
+        index = torch.arange(count, device=device).repeat_interleave(size)
+        return Groups(index, torch.arange(size, device=device).repeat(count), count, size)
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """int `[N, 1]`, each trajectory's row in the layout."""
+        return (self.index * self.size + self.slot)[:, None]
+
     def together(self, values: Tensor) -> Tensor:
         """`[N, K]` as `[count, size, K]`, with 0 (False) where a group has fewer trajectories."""
         width = values.shape[1]
-        place = (self.index * self.size + self.slot)[:, None].expand(-1, width)
         room = torch.zeros(self.count * self.size, width, dtype=values.dtype, device=values.device)
-        return room.scatter(0, place, values).view(self.count, self.size, width)
+        return room.scatter(0, self._place.expand(-1, width), values).view(self.count, self.size, width)
 
     def each(self, statistics: Tensor) -> Tensor:
         """A statistic of the groups, `[count, K]`, as one row per trajectory `[N, K]`."""
-        return statistics[self.index]
+        return statistics.index_select(0, self.index)
 
 
 def moments(values: Tensor, valid: Tensor, std: str) -> tuple[Tensor, Tensor]:

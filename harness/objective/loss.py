@@ -26,6 +26,7 @@ from grid import Objective
 from harness.objective.advantage import ADVANTAGES, Returns, value_targets
 from harness.objective.aggregate import AGGREGATIONS, Totals
 from harness.objective.batch import TokenBatch
+from harness.objective.groups import Groups
 from harness.objective.kl import ESTIMATORS, FROM_LOGITS, behaviour_kl
 from harness.objective.metrics import Observation, measured
 from harness.objective.placement import PLACEMENTS, Placement
@@ -158,11 +159,16 @@ class Outcome:
 
 
 @torch.no_grad()
-def update_context(objective: Objective, batch: TokenBatch, coefficients: Coefficients = FIXED) -> Context:
+def update_context(
+    objective: Objective, batch: TokenBatch, coefficients: Coefficients = FIXED, groups: Groups | None = None
+) -> Context:
     """Advantages, denominators, solved parameters and a critic's targets of a whole update.
 
     Reads the current policy (`logp`, `logits`) only for `kl_at: current`, the estimator `full` and the weight
     `adaptive`.
+
+    Args:
+        groups: the trajectories by prompt, where they are known; else they are found from `batch.groups`.
     """
     chosen = parts(objective)
     mask, dtype = batch.mask, batch.logp.dtype
@@ -176,7 +182,7 @@ def update_context(objective: Objective, batch: TokenBatch, coefficients: Coeffi
         token_rewards=token_rewards,
         rewards=rewards,
         mask=mask,
-        groups=batch.grouping(),
+        groups=batch.grouping() if groups is None else groups,
         greedy_rewards=None if batch.greedy_rewards is None else batch.greedy_rewards.to(dtype),
         values=None if batch.values is None else own(batch.values.to(dtype), mask),
     )

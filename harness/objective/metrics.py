@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Observation:
     groups: Tensor
 
 
+@torch.no_grad()
 def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
     """The metrics of an update as plain numbers; all 0 without own tokens.
 
@@ -44,31 +46,39 @@ def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
     Args:
         losses: scalars to report beside them, by name.
     """
-    mask = seen.mask
-    names = [*losses, *_NAMES]
-    if not bool(mask.any()):
-        return dict.fromkeys(names, 0.0) | {name: float(value.detach()) for name, value in losses.items()}
-    kappa, ratio, weight, advantage = (
-        values[mask] for values in (seen.log_ratio_reference, seen.ratio, seen.weight, seen.advantage)
+    own = seen.mask.flatten().nonzero().squeeze(1)
+    if not own.numel():
+        return dict.fromkeys(_NAMES, 0.0) | {name: float(value) for name, value in losses.items()}
+    log_ratio, kappa, ratio, weight, advantage = (
+        values.take(own)
+        for values in (seen.log_ratio, seen.log_ratio_reference, seen.ratio, seen.weight, seen.advantage)
     )
-    square = weight.square().sum() * len(weight)
-    informative = ((seen.advantage != 0) & mask).any(1)
-    figures = [
-        *losses.values(),
-        k1(kappa).mean(),
-        k2(kappa).mean(),
-        k3(kappa).mean(),
-        behaviour_kl(seen.log_ratio[mask]).mean(),
-        ratio.mean(),
-        ratio.max(),
-        torch.where(square == 0, 0.0, weight.sum().square() / square),
-        weight.mean(),
-        (weight == 0).to(weight.dtype).mean(),
-        weight.new_tensor(len(set(seen.groups[informative].tolist())) / len(set(seen.groups.tolist()))),
-        advantage.mean(),
-        advantage.std(correction=0),
-    ]
-    return dict(zip(names, torch.stack([figure.detach().double() for figure in figures]).tolist(), strict=True))
+    square = weight.square().sum() * weight.numel()
+    means = {
+        "k1": k1(kappa),
+        "k2": k2(kappa),
+        "k3": k3(kappa),
+        "kl_behaviour": behaviour_kl(log_ratio),
+        "ratio_mean": ratio,
+        "weight_mean": weight,
+        "clip_fraction": (weight == 0).to(weight.dtype),
+        "advantage_mean": advantage,
+    }
+    others = {
+        **losses,
+        "ratio_max": ratio.max(),
+        "ess": torch.where(square == 0, 0.0, weight.sum().square() / square),
+        "informative_groups": advantage.new_tensor(_informative(seen)),
+        "advantage_std": advantage.std(correction=0),
+    }
+    figures = torch.cat([torch.stack([*means.values()]).mean(1), torch.stack([*others.values()])])
+    return dict(zip([*means, *others], figures.double().tolist(), strict=True))
+
+
+def _informative(seen: Observation) -> float:
+    """The share of the groups with an advantage other than 0."""
+    groups, told = seen.groups.tolist(), ((seen.advantage != 0) & seen.mask).any(1).tolist()
+    return len(set(compress(groups, told))) / len(set(groups))
 
 
 _NAMES = (

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grid.mistake import Mistake
+from harness.objective import Groups
 from harness.policy.policy import Policy
 from harness.policy.prefixes import Forest, forest, plain_forest
 
@@ -47,8 +48,12 @@ class Rollout:
     @property
     def groups(self) -> Tensor:
         """int64 [N], which prompt each trajectory continues."""
-        count = len(self.prompts)
-        return torch.arange(count, device=self.tokens.device).repeat_interleave(self.group_size)
+        return self.grouping.index
+
+    @property
+    def grouping(self) -> Groups:
+        """The trajectories by prompt."""
+        return Groups.even(len(self.prompts), self.group_size, self.tokens.device)
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:

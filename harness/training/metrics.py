@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from harness.objective.positions import own
 from harness.training.rollouts import Experience
 
 FROM_OBJECTIVE = (
@@ -52,13 +53,13 @@ def update_row(
         gradient_norm: before clipping.
         nonfinite: the loss or the gradient was not finite, and the update was skipped.
     """
-    rollout = experience.rollout
+    sampled = sampled_figures(experience)
     return {
         "update": update,
         "rollout": experience.number,
-        **sampled_figures(experience),
+        **sampled,
         **{name: finite(metrics[name]) for name in FROM_OBJECTIVE},
-        "entropy": finite(float(entropy.masked_fill(~rollout.mask, 0.0).sum()) / max(1, int(rollout.mask.sum()))),
+        "entropy": finite(float(own(entropy, experience.rollout.mask).sum()) / max(1, sampled["tokens"])),
         "gradient_norm": finite(gradient_norm),
         "loss": finite(loss),
         "lr": lr,

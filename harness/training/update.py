@@ -160,7 +160,7 @@ def _whole(
         losses, results = [], []
         for c, member in enumerate(members):
             batch = _batch(member, minibatches[c], passes[c])
-            context = _context(c, member, batch, coefficients[c])
+            context = _context(c, member, minibatches[c], batch, coefficients[c])
             loss, metrics = _loss(c, member, batch, context)
             losses += [loss, *_value_losses(models.critics, passes[c], batch, context)]
             lesson = _lesson(models.critics, passes[c], batch, context)
@@ -192,7 +192,7 @@ def _in_pieces(
         for c, member in enumerate(members):
             joined = _join([passes[place][c] for place, turn in enumerate(every) if not empty(turn[c])])
             batch = _batch(member, minibatches[c], joined)
-            contexts.append(_context(c, member, batch, coefficients[c]))
+            contexts.append(_context(c, member, minibatches[c], batch, coefficients[c]))
             loss, metrics = _loss(c, member, batch, contexts[c])
             lesson = _lesson(models.critics, joined, batch, contexts[c])
             results.append(Result(float(loss), metrics, joined.entropy, lesson))
@@ -304,9 +304,11 @@ def _lesson(critics: Critics | None, forward: Forward, batch: TokenBatch, contex
     return None if critics is None or forward.values is None else critics.lesson(forward.values, batch, context)
 
 
-def _context(position: int, member: Member, batch: TokenBatch, coefficients: Coefficients) -> Context:
+def _context(
+    position: int, member: Member, experience: Experience, batch: TokenBatch, coefficients: Coefficients
+) -> Context:
     try:
-        return update_context(member.cell.objective, batch, coefficients)
+        return update_context(member.cell.objective, batch, coefficients, experience.rollout.grouping)
     except Exception as error:
         raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
 

@@ -71,6 +71,14 @@ def test_groups_lay_trajectories_side_by_side(labels: list[int]) -> None:
             assert torch.equal(sums[row], values[members].sum(0))
 
 
+def test_even_groups_are_those_of_their_labels() -> None:
+    even = Groups.even(3, 2, torch.device("cpu"))
+    found = Groups.of(torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert (even.count, even.size) == (found.count, found.size) == (3, 2)
+    assert torch.equal(even.index, found.index)
+    assert torch.equal(even.slot, found.slot)
+
+
 def test_moments_of_equal_values_are_exact() -> None:
     values = torch.full((1, 3, 1), 0.1, dtype=torch.float64)
     mean, spread = moments(values, torch.ones_like(values, dtype=torch.bool), "sample")
