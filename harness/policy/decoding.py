@@ -132,13 +132,12 @@ class _Plan:
         """As one cell of a layout."""
         hidden = torch.from_numpy(~self.visible)
         return Lanes(
-            tokens=torch.from_numpy(self.tokens),
-            positions=torch.from_numpy(self.positions.reshape(-1)[self.places]),
-            slots=torch.from_numpy(self.slots),
-            places=torch.from_numpy(self.places),
+            tokens=self.tokens,
+            positions=self.positions.reshape(-1)[self.places],
+            slots=self.slots,
+            places=self.places,
             kept=None,
             bias=torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf),
-            unique=True,
         )
 
 
@@ -162,15 +161,14 @@ class Branches:
     def start(self, dtype: torch.dtype) -> Lanes:
         """A causal lane per prompt."""
         P, S = len(self.prompts), self.width
-        places = torch.arange(P * S)
+        places = np.arange(P * S)
         return Lanes(
-            tokens=torch.tensor([[*prompt, *[0] * (S - len(prompt))] for prompt in self.prompts]).view(-1),
-            positions=torch.arange(S).repeat(P),
-            slots=places.view(P, S),
+            tokens=np.array([[*prompt, *[0] * (S - len(prompt))] for prompt in self.prompts]).reshape(-1),
+            positions=np.tile(np.arange(S), P),
+            slots=places.reshape(P, S),
             places=places,
-            kept=torch.from_numpy(np.arange(P) * S + self.lengths - 1),
+            kept=np.arange(P) * S + self.lengths - 1,
             bias=torch.full((1, S, S), -torch.inf, dtype=dtype).triu_(1),
-            unique=True,
         )
 
     def grow(self, tokens: Indices, open_rows: NDArray[np.bool_]) -> _Plan:

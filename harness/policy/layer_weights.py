@@ -1,10 +1,8 @@
-"""The parameters of a stacked decoder's layers, cell by cell, for `harness.policy.ragged`."""
+"""The parameters of one layer of a stacked decoder, for `harness.policy.ragged`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -12,12 +10,6 @@ from harness.policy.architecture import Architecture
 
 if TYPE_CHECKING:
     from harness.policy.decoder import Decoder
-
-NAMES = ("input_norm", "qkv", "qkv_bias", "out", "out_bias", "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias")
-"""Parameters of a layer, in one order; biases may be absent."""
-
-Slices = list[Tensor]
-"""By cell."""
 
 
 def suits(architecture: Architecture) -> bool:
@@ -31,36 +23,21 @@ def suits(architecture: Architecture) -> bool:
     return aligned and a.kv_heads == a.heads and not a.qk_norm
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer's parameters, cell by cell: slices of the stack, without a copy."""
+class LayerWeights(NamedTuple):
+    """One layer's parameters [C, …], or their gradients; biases may be absent."""
 
-    input_norm: Slices
-    qkv: Slices
-    qkv_bias: Slices | None
-    out: Slices
-    out_bias: Slices | None
-    mlp_norm: Slices
-    gate_up: Slices
-    gate_up_bias: Slices | None
-    down: Slices
-    down_bias: Slices | None
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
 
     @classmethod
-    def of(cls, stacked: Sequence[Tensor | None], cells: Sequence[int]) -> LayerWeights:
-        """Of some cells, from the parameters [C, …] named by `NAMES`."""
-        slices = []
-        for value in stacked:
-            every = None if value is None else value.unbind(0)
-            slices.append(None if every is None else [every[c] for c in cells])
-        return cls(*slices)  # type: ignore[arg-type]
-
-
-def layers_of(policy: Decoder, cells: Sequence[int]) -> list[LayerWeights]:
-    """The layers' parameters of some cells."""
-    return [LayerWeights.of(stacked_layer(policy, number), cells) for number in range(policy.architecture.layers)]
-
-
-def stacked_layer(policy: Decoder, number: int) -> list[Tensor | None]:
-    """One layer's parameters [C, …] in the order of `NAMES`."""
-    return [policy.parameters.get(f"layers.{number}.{name}") for name in NAMES]
+    def of(cls, policy: Decoder, number: int) -> LayerWeights:
+        """Those of a layer."""
+        return cls(*(policy.parameters.get(f"layers.{number}.{name}") for name in cls._fields))  # type: ignore[arg-type]

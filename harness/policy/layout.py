@@ -1,85 +1,193 @@
-"""Where tokens of cells of unequal sizes stand: in one flat axis, and in lanes of slots for each cell's attention."""
+"""Where tokens of cells of unequal sizes stand: in one flat axis, and in lanes of slots for attention."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from harness.policy.attention import EXPLICIT_SLOTS
+from harness.policy.stretches import Stretches
+
+Indices = NDArray[np.int64]
+
+ALIGNMENT = 64
+"""Bytes. Where a cell's matrices begin at multiples of it, as memory that is allocated alone does, the bits of its
+products are those that it has alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Where one cell's M tokens stand for attention: L lanes of S slots.
+    """Where one cell's M new tokens stand for attention: L lanes of S slots, which see K slots.
 
     Attributes:
         tokens: ids [M].
         positions: [M], in their sequences.
         slots: [L, S], the token in each slot.
         places: [M], a slot (flat) in which each token stands.
-        kept: [K], the tokens whose final states are wanted; None: all.
-        bias: [L or 1, S, slots seen], 0 where a slot sees another and −inf where not; slots of earlier passes first.
+        kept: [J], the tokens whose final states are wanted; None: all.
+        bias: [L or 1, S, K], 0 where a slot sees another and −inf where not.
+        seen: [L, K], the row of all tokens so far (`Layout.start`) in each slot that is seen; None: the slots, K = S.
         unique: every token is seen in one slot only.
     """
 
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    places: Tensor
-    kept: Tensor | None
+    tokens: Indices
+    positions: Indices
+    slots: Indices
+    places: Indices
+    kept: Indices | None
     bias: Tensor
-    unique: bool
+    seen: Indices | None = None
+    unique: bool = True
+
+    def seeing(self, rows: Indices) -> Lanes:
+        """The same where slots see some rows [L, K]."""
+        return replace(self, seen=rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Cells with lanes of one shape, whose attention is computed together; they follow one another.
+
+    Attributes:
+        shape: (cells, heads, L, S, K).
+        bias: [cells, 1, L or 1, S, K].
+        slots: its queries', keys' and values' stretch of `Layout.spread`.
+        mixed: its stretch of the mixed values.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    bias: Tensor
+    slots: slice
+    mixed: slice
+
+    @property
+    def matrices(self) -> int:
+        cells, heads, lanes, _, _ = self.shape
+        return cells * heads * lanes
+
+    def views(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [matrices, S, size], keys and values [matrices, K, size] of all slots [Σ, size]."""
+        own, size, (_, _, _, S, K) = slots[self.slots], slots.shape[1], self.shape
+        queries = self.matrices * S
+        keys, values = own[queries:].view(2, self.matrices, K, size).unbind(0)
+        return own[:queries].view(self.matrices, S, size), keys, values
 
 
 class Layout:
-    """The lanes of some cells with M tokens and S slots altogether, and the gathers between the two.
-
-    The slots of a cell are ordered (query, key or value; head; lane; slot), one cell after the other.
+    """The lanes of some cells with M tokens altogether, and the gathers between tokens and slots.
 
     Attributes:
-        cells: which cells of the policy's stack they are.
-        sizes, slots: tokens and slots of each cell.
+        cells: which cells of the policy's stack they are, ascending.
+        stretches: of all C cells of the stack.
         tokens, positions: [M].
         limit: one more than the largest position.
-        spread: [3 · heads · S], the row of `qkv.view(-1, head_size)` in each slot.
-        collect: [M · heads], the slot in which each head of each token finds its mixed values.
-        owned: [M · 3 · heads], the slot that each row of qkv stands in, one past the last where nothing sees it: the
-            inverse of `spread`, if it has one.
-        kept: [K], the tokens whose states are wanted, with `kept_sizes` of each cell, and `collect_kept`.
+        start: the row of the first new token among all tokens so far.
+        runs: cells whose attention is computed together. A run's slots are its queries, keys and values, each ordered
+            (cell; head; lane; slot).
+        spread: for each slot, its row of all tokens' `qkv.view(-1, head_size)`.
+        collect: [M · heads], where each head of each token finds its mixed values: ordered (run; cell; head; lane;
+            slot).
+        kept: [J], the tokens whose states are wanted, with `kept_stretches`, `kept_sizes` of `cells`, `collect_kept`.
     """
 
-    def __init__(self, cells: Sequence[int], lanes: Sequence[Lanes], heads: int) -> None:
-        self.cells, self.lanes, self.heads = list(cells), list(lanes), heads
-        self.sizes = [len(each.tokens) for each in lanes]
-        self.slots = [each.slots.numel() for each in lanes]
-        self.tokens = torch.cat([each.tokens for each in lanes])
-        self.positions = torch.cat([each.positions for each in lanes])
-        self.limit = int(self.positions.max()) + 1
-        head = torch.arange(3 * heads)
-        spread, collect, owned = [], [], []
-        token = slot = 0
-        for each, size, count in zip(lanes, self.sizes, self.slots, strict=True):
-            flat, places = each.slots.reshape(-1), each.places[:, None]
-            spread.append(((flat + token) * (3 * heads) + head[:, None]).view(-1))
-            collect.append((places + (head[:heads] * count + slot * heads)).view(-1))
-            if each.unique:
-                stands = (flat[each.places] == torch.arange(size))[:, None]  # padding stands nowhere
-                nowhere = 3 * heads * sum(self.slots)
-                owned.append(torch.where(stands, places + (head * count + slot * 3 * heads), nowhere).view(-1))
-            token, slot = token + size, slot + count
-        self.spread, self.collect = torch.cat(spread), torch.cat(collect)
-        self.owned = torch.cat(owned) if len(owned) == len(self.lanes) else None
+    def __init__(self, cells: Sequence[int], lanes: Sequence[Lanes], heads: int, total: int, start: int = 0) -> None:
+        self.cells, self.lanes, self.heads, self.start = list(cells), list(lanes), heads, start
+        sizes = [len(each.tokens) for each in lanes]
+        self.stretches = self._stretches(sizes, total)
+        self._firsts = np.cumsum([0, *sizes])
+        self.tokens = torch.from_numpy(np.concatenate([each.tokens for each in lanes]))
+        positions = np.concatenate([each.positions for each in lanes])
+        self.positions, self.limit = torch.from_numpy(positions), int(positions.max()) + 1
+        self.runs: list[Run] = []
+        self._mixed_firsts = [0] * len(lanes)
+        spread: list[Indices] = []
+        slots = mixed = 0
+        for members in self._members():
+            index, run = self._run(members, slots, mixed)
+            spread += index
+            slots, mixed = run.slots.stop, run.mixed.stop
+            self.runs.append(run)
+        self.spread, self.mixed = torch.from_numpy(np.concatenate(spread)), mixed
+        head = np.arange(heads)
+        collect = [
+            places[:, None] + (head * each.slots.size + first)
+            for each, places, first in zip(lanes, (each.places for each in lanes), self._mixed_firsts, strict=True)
+        ]
+        every = np.concatenate(collect)
+        self.collect = torch.from_numpy(every.reshape(-1))
         self.kept: Tensor | None = None
-        self.kept_sizes, self.collect_kept = self.sizes, self.collect
-        kept = [each.kept for each in lanes if each.kept is not None]
+        self.kept_sizes, self.kept_stretches, self.collect_kept = sizes, self.stretches, self.collect
+        kept = [each.kept + first for each, first in zip(lanes, self._firsts, strict=False) if each.kept is not None]
         if kept:
-            starts = [sum(self.sizes[:i]) for i in range(len(kept))]
-            self.kept = torch.cat([rows + start for rows, start in zip(kept, starts, strict=True)])
+            chosen = np.concatenate(kept)
+            self.kept = torch.from_numpy(chosen)
             self.kept_sizes = [len(rows) for rows in kept]
-            self.collect_kept = self.collect.view(-1, heads).index_select(0, self.kept).view(-1)
+            self.kept_stretches = self._stretches(self.kept_sizes, total)
+            self.collect_kept = torch.from_numpy(every[chosen].reshape(-1))
+
+    def _stretches(self, sizes: Sequence[int], total: int) -> Stretches:
+        own = dict(zip(self.cells, sizes, strict=True))
+        return Stretches([own.get(cell, 0) for cell in range(total)])
+
+    def _members(self) -> list[list[int]]:
+        """Positions of cells whose attention may be computed together without a change of bits."""
+
+        def shape(position: int) -> tuple[int, ...]:
+            each = self.lanes[position]
+            S, K = each.bias.shape[1:]
+            width = each.bias.element_size() * self.heads * len(each.slots) * S * K
+            apart = K > EXPLICIT_SLOTS or width % ALIGNMENT > 0
+            return (*each.slots.shape, *each.bias.shape, position if apart else -1)
+
+        order = sorted(range(len(self.lanes)), key=shape)
+        return [list(alike) for _, alike in groupby(order, shape)]
+
+    def _run(self, members: list[int], slots: int, mixed: int) -> tuple[list[Indices], Run]:
+        chosen, heads, n = [self.lanes[i] for i in members], self.heads, len(members)
+        L, S = chosen[0].slots.shape
+        K = chosen[0].bias.shape[2]
+        head = np.arange(heads)[:, None, None]
+        queries = np.stack([each.slots + first for each, first in zip(chosen, self._firsts[members], strict=True)])
+        queries += self.start
+        seen = queries if chosen[0].seen is None else np.stack([each.seen for each in chosen if each.seen is not None])
+        rows = seen[:, None] * (3 * heads) + head
+        index = [(queries[:, None] * (3 * heads) + head), rows + heads, rows + 2 * heads]
+        for number, i in enumerate(members):
+            self._mixed_firsts[i] = mixed + number * heads * L * S
+        run = Run(
+            (n, heads, L, S, K),
+            torch.stack([each.bias for each in chosen]).unsqueeze(1),
+            slice(slots, slots + n * heads * L * (S + 2 * K)),
+            slice(mixed, mixed + n * heads * L * S),
+        )
+        return [part.reshape(-1) for part in index], run
+
+    @cached_property
+    def owned(self) -> Tensor | None:
+        """[M · 3 · heads], the slot that each row of qkv stands in, one past the last where nothing sees it: the
+        inverse of `spread`. None where a token is seen in several slots."""
+        if not all(each.unique for each in self.lanes):
+            return None
+        found: list[Indices] = [np.zeros(0, dtype=np.int64)] * len(self.lanes)
+        for run, members in zip(self.runs, self._members(), strict=True):
+            _, heads, L, S, _ = run.shape
+            head = np.arange(3 * heads)
+            parts = head // heads * (run.mixed.stop - run.mixed.start) + head % heads * L * S
+            for number, i in enumerate(members):
+                each = self.lanes[i]
+                first = run.slots.start + number * heads * L * S
+                stands = each.slots.reshape(-1)[each.places] == np.arange(len(each.places))  # padding stands nowhere
+                slots = each.places[:, None] + (parts + first)
+                found[i] = np.where(stands[:, None], slots, len(self.spread)).reshape(-1)
+        return torch.from_numpy(np.concatenate(found))
 
     def rows(self, vocabulary: int) -> Tensor:
         """[M], the tokens' rows in the embeddings of the stack, one cell's after the other's."""
-        offsets = torch.tensor(self.cells).mul_(vocabulary)
-        return self.tokens + offsets.repeat_interleave(torch.tensor(self.sizes))
+        return self.tokens + self.stretches.owner * vocabulary

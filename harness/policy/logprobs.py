@@ -80,7 +80,7 @@ def stacked_scores(
     ragged = policy.ragged and not plain
     short = [c for c, f in enumerate(forests) if ragged and f.slots.shape[1] <= EXPLICIT_SLOTS]
     if short:
-        layout = Layout(short, [forests[c].lanes(policy.dtype) for c in short], policy.architecture.heads)
+        layout = Layout(short, [forests[c].lanes(policy.dtype) for c in short], policy.architecture.heads, policy.cells)
         every = policy.head(policy.parameters).unbind(0)
         for c, each in zip(short, final_states(policy, layout).split_with_sizes(layout.kept_sizes), strict=True):
             if not logits and len(each) * policy.vocabulary > chunk_size(policy.device):

@@ -51,9 +51,15 @@ class Forest:
     def lanes(self, dtype: torch.dtype) -> Lanes:
         """As one cell of a layout."""
         bias = _causal(self.slots.shape[1]) if self.bias is None else self.bias
-        positions = self.positions.reshape(-1)[self.places]
+        places = self.places.numpy()
         return Lanes(
-            self.tokens, positions, self.slots, self.places, self.kept, bias.to(dtype), unique=self.bias is not None
+            tokens=self.tokens.numpy(),
+            positions=self.positions.numpy().reshape(-1)[places],
+            slots=self.slots.numpy(),
+            places=places,
+            kept=self.kept.numpy(),
+            bias=bias.to(dtype),
+            unique=self.bias is not None,
         )
 
 

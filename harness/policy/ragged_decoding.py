@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.policy.decoding import Branches
-from harness.policy.layer_weights import LayerWeights, layers_of
-from harness.policy.layout import Lanes, Layout
-from harness.policy.ragged import Cached, final_states
+from harness.policy.layout import Indices, Lanes, Layout
+from harness.policy.ragged import final_states
 
 if TYPE_CHECKING:
     from harness.policy.decoder import Decoder
@@ -21,49 +20,54 @@ if TYPE_CHECKING:
 class RaggedDecoding:
     """The trajectories of every cell of a policy, growing by one token per step.
 
-    `caches`: keys and values by cell and layer.
+    Attributes:
+        tables: by layer, queries, keys and values [rows, 3 · heads · size] of all tokens so far.
+        filled: how many rows of them are in use.
+        seen: by cell, the row in each slot of its lanes [L, K].
     """
 
     def __init__(self, policy: Decoder, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy = policy
         self.cells = [Branches(listed, group_size) for listed in prompts]
-        self.caches: list[list[Cached | None]] = [[None] * policy.architecture.layers for _ in prompts]
-        self._weights: dict[tuple[int, ...], list[LayerWeights]] = {}
+        width = 3 * policy.architecture.heads * policy.architecture.head_size
+        self.tables = [torch.empty(0, width, dtype=policy.dtype) for _ in range(policy.architecture.layers)]
+        self.filled = 0
+        self.seen: dict[int, Indices] = {}
 
     def start(self) -> dict[int, Tensor]:
         """See `Decoding.start`."""
-        logits = self._logits(range(len(self.cells)), [each.start(self.policy.dtype) for each in self.cells])
-        return {cell: rows.repeat_interleave(self.cells[cell].group_size, 0) for cell, rows in logits.items()}
+        plans = {cell: each.start(self.policy.dtype) for cell, each in enumerate(self.cells)}
+        return {
+            cell: rows.repeat_interleave(self.cells[cell].group_size, 0) for cell, rows in self._logits(plans).items()
+        }
 
     def step(self, newest: Mapping[int, Tensor], open_rows: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         """See `Decoding.step`."""
-        plans = {}
+        lanes, rows = {}, {}
         for cell, tokens in newest.items():
             going, branches = np.array(open_rows[cell]), self.cells[cell]
-            lanes, gathered = branches.lanes, branches.move(going)
+            gathered = branches.move(going)
             if gathered is not None:
-                origin, slots = (torch.from_numpy(index) for index in gathered)
-                self.caches[cell] = [_moved(pair, lanes, origin, slots) for pair in self.caches[cell]]
-            plans[cell] = branches.grow(tokens.numpy(), going)
-        logits = self._logits(list(plans), [plan.lanes(self.policy.dtype) for plan in plans.values()])
-        return {cell: rows.index_select(0, torch.from_numpy(plans[cell].rows)) for cell, rows in logits.items()}
+                self.seen[cell] = self.seen[cell][gathered]
+            plan = branches.grow(tokens.numpy(), going)
+            lanes[cell], rows[cell] = plan.lanes(self.policy.dtype), torch.from_numpy(plan.rows)
+        return {cell: each.index_select(0, rows[cell]) for cell, each in self._logits(lanes).items()}
 
-    def _logits(self, cells: Sequence[int], lanes: Sequence[Lanes]) -> dict[int, Tensor]:
-        policy = self.policy
-        layout = Layout(cells, lanes, policy.architecture.heads)
-        by_layer = [list(row) for row in zip(*(self.caches[cell] for cell in cells), strict=True)]
-        weights = self._weights.setdefault(tuple(cells), [])
-        if not weights:
-            weights += layers_of(policy, cells)
-        hidden = final_states(policy, layout, by_layer, weights).split_with_sizes(layout.kept_sizes)
-        for cell, pairs in zip(cells, zip(*by_layer, strict=True), strict=True):
-            self.caches[cell] = list(pairs)
+    def _logits(self, lanes: Mapping[int, Lanes]) -> dict[int, Tensor]:
+        policy, start, placed = self.policy, self.filled, []
+        for cell, each in lanes.items():
+            before = self.seen.get(cell, np.zeros((len(each.slots), 0), dtype=np.int64))
+            self.seen[cell] = np.concatenate((before, self.filled + each.slots), 1)
+            placed.append(each.seeing(self.seen[cell]))
+            self.filled += len(each.tokens)
+        self._make_room()
+        layout = Layout(list(lanes), placed, policy.architecture.heads, policy.cells, start)
+        hidden = final_states(policy, layout, self.tables).split_with_sizes(layout.kept_sizes)
         head = policy.head(policy.parameters)
-        return {cell: torch.mm(each, head[cell]) for cell, each in zip(cells, hidden, strict=True)}
+        return {cell: torch.mm(each, head[cell]) for cell, each in zip(lanes, hidden, strict=True)}
 
-
-def _moved(pair: Cached | None, lanes: int, origin: Tensor, slots: Tensor) -> Cached:
-    """A cache gathered into other lanes [new, 1] and slots [new, new slots]."""
-    assert pair is not None
-    keys, values = (x.view(-1, lanes, *x.shape[1:])[:, origin, slots].flatten(0, 1) for x in pair)
-    return keys, values
+    def _make_room(self) -> None:
+        if self.filled > len(self.tables[0]):
+            for number, table in enumerate(self.tables):
+                self.tables[number] = table.new_empty(2 * self.filled, table.shape[1])
+                self.tables[number][: len(table)] = table

@@ -1,96 +1,95 @@
 """Arithmetic on the tokens of cells in one flat axis `[M, width]`, each cell's stretch with its own weights.
 
-`sizes` are the lengths of the stretches; weights, scales and biases come cell by cell.
+Weights, scales and biases are stacks `[C, …]`. A cell without tokens has a stretch of length 0, and gradients of 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+GROUPED = hasattr(functional, "grouped_mm")
+"""Whether torch multiplies all stretches in one call: it takes the same products one after the other, without Python
+between them. Older versions do not, and none does for float64."""
+
+
+class Stretches:
+    """The lengths of C stretches, Σ = M."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = list(sizes)
+        self.ends = torch.tensor(self.sizes).cumsum(0).int()
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """[M], the cell of each token."""
+        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The stretches of x [M, …]."""
+        return x.split_with_sizes(self.sizes)
 
 
 def root_mean_square(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x), and 1 / rms(x)."""
-    inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * inverse, inverse
 
 
-def scaled(y: Tensor, scales: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    if len(sizes) == 1:
-        return y * scales[0]
-    out = torch.empty_like(y)
-    for part, scale, target in zip(y.split_with_sizes(sizes), scales, out.split_with_sizes(sizes), strict=True):
-        torch.mul(part, scale, out=target)
+def scaled(y: Tensor, scale: Tensor, stretches: Stretches) -> Tensor:
+    """y [M, width] times each cell's scale [C, width]."""
+    return y * scale.index_select(0, stretches.owner)
+
+
+def products(x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretches) -> Tensor:
+    """x [M, in] times each cell's weight [C, in, out], plus its bias [C, out]."""
+    if GROUPED and x.dtype == torch.float32:
+        out = functional.grouped_mm(x, weight, offs=stretches.ends)
+    else:
+        out = x.new_empty(len(x), weight.shape[2])
+        for part, own, target in zip(stretches.parts(x), weight.unbind(0), stretches.parts(out), strict=True):
+            torch.mm(part, own, out=target)
+    return out if bias is None else out.add_(bias.index_select(0, stretches.owner))
+
+
+def weight_gradients(x: Tensor, grad: Tensor, stretches: Stretches) -> Tensor:
+    """[C, in, out], gradients of the weights of products of x [M, in], from those of the products [M, out]."""
+    if GROUPED and x.dtype == torch.float32:
+        return functional.grouped_mm(x.t(), grad, offs=stretches.ends)
+    out = x.new_empty(len(stretches.sizes), x.shape[1], grad.shape[1])
+    for part, given, target in zip(stretches.parts(x), stretches.parts(grad), out.unbind(0), strict=True):
+        torch.mm(part.t(), given, out=target)
     return out
 
 
-def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, sizes: Sequence[int]) -> Tensor:
-    out = x.new_empty(len(x), weights[0].shape[1])
-    for i, (part, target) in enumerate(zip(x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)):
-        if biases is None:
-            torch.mm(part, weights[i], out=target)
-        else:
-            torch.addmm(biases[i], part, weights[i], out=target)
-    return out
-
-
-def added_products(
-    x: Tensor, h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, sizes: Sequence[int]
-) -> Tensor:
-    """x plus the products of h."""
-    out = torch.empty_like(x)
-    parts = zip(x.split_with_sizes(sizes), h.split_with_sizes(sizes), out.split_with_sizes(sizes), weights, strict=True)
-    for i, (before, part, target, weight) in enumerate(parts):
-        torch.addmm(before if biases is None else before + biases[i], part, weight, out=target)
-    return out
+def sums(x: Tensor, stretches: Stretches) -> Tensor:
+    """[C, width], the sum of each stretch of x [M, width]."""
+    return x.new_zeros(len(stretches.sizes), x.shape[1]).index_add_(0, stretches.owner, x)
 
 
 def back_products(
-    grad: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    sizes: Sequence[int],
-    into: Sequence[Tensor],
-    into_bias: Sequence[Tensor] | None,
-) -> Tensor:
-    """Gradient of the inputs x of products; those of weights and biases are written."""
-    out = torch.empty_like(x)
-    parts = zip(
-        grad.split_with_sizes(sizes), x.split_with_sizes(sizes), out.split_with_sizes(sizes), weights, into, strict=True
-    )
-    for i, (g, part, target, weight, d_weight) in enumerate(parts):
-        torch.mm(g, weight.t(), out=target)
-        torch.mm(part.t(), g, out=d_weight)
-        if into_bias is not None:
-            torch.sum(g, 0, out=into_bias[i])
-    return out
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretches
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the inputs x, the weights and the biases of products."""
+    d_weight = weight_gradients(x, grad, stretches)
+    d_bias = None if bias is None else sums(grad, stretches)
+    return products(grad, weight.transpose(1, 2), None, stretches), d_weight, d_bias
 
 
 def back_normed(
-    grad: Tensor,
-    d_h: Tensor,
-    y: Tensor,
-    inverse: Tensor,
-    scales: Sequence[Tensor],
-    into: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> Tensor:
-    """grad + (g − y·mean(g·y)) / rms with g = scale · d_h, which is overwritten."""
-    products = d_h * y
-    for product, d, scale, d_scale in zip(
-        products.split_with_sizes(sizes), d_h.split_with_sizes(sizes), scales, into, strict=True
-    ):
-        torch.sum(product, 0, out=d_scale)
-        d.mul_(scale)
-    share = torch.mul(d_h, y, out=products).mean(-1, keepdim=True)
-    return torch.addcmul(grad, d_h.addcmul_(y, share, value=-1), inverse)
-
-
-def room_for_gradient(stacked: Tensor, cells: int) -> Tensor:
-    """Room for a parameter's gradient; zeros where not all cells take part."""
-    return torch.empty_like(stacked) if cells == len(stacked) else torch.zeros_like(stacked)
+    grad: Tensor, d_h: Tensor, y: Tensor, inverse: Tensor, scale: Tensor, stretches: Stretches
+) -> tuple[Tensor, Tensor]:
+    """grad + (g − y·mean(g·y)) / rms with g = scale · d_h, which is overwritten; and the scale's gradient."""
+    product = d_h * y
+    d_scale = sums(product, stretches)
+    d_h.mul_(scale.index_select(0, stretches.owner))
+    share = torch.mul(d_h, y, out=product).mean(-1, keepdim=True)
+    return torch.addcmul(grad, d_h.addcmul_(y, share, value=-1), inverse), d_scale
 
 
 def turn(x: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> None:
@@ -98,11 +97,3 @@ def turn(x: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> None:
     first, second = x.chunk(2, -1)
     swapped = torch.cat((second, first), -1)
     x.mul_(cosines).addcmul_(swapped, sines, value=-1 if back else 1)
-
-
-def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """Attention weights [heads · L, S, all slots]."""
-    B, S, size = queries.shape
-    K = keys.shape[1]
-    scores = torch.bmm(queries, keys.transpose(1, 2)).view(heads, B // heads, S, K)
-    return torch.add(bias, scores, alpha=size**-0.5).softmax(-1).view(B, S, K)

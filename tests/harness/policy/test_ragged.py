@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from harness.policy import stretches
 from harness.policy.attention import EXPLICIT_SLOTS
 from harness.policy.decoder import Decoder
 from harness.policy.decoding import Decoding
-from harness.policy.layer_weights import NAMES
+from harness.policy.layer_weights import LayerWeights
 from harness.policy.layout import Lanes, Layout
 from harness.policy.logprobs import token_scores
 from harness.policy.ragged import final_norm, layer
 from harness.policy.ragged_decoding import RaggedDecoding
 from harness.policy.rollout import Rollout, sample
+from harness.policy.stretches import Stretches, back_products, products
 from tests.harness.policy.tiny import decoder, generators
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -79,19 +82,25 @@ def test_gradients_by_finite_differences() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     policy = decoder(2, dtype=torch.float64, **sizes, **BIASES)
     bias = torch.full((1, 2, 2), -torch.inf, dtype=torch.float64).triu_(1)
-    index = torch.tensor
+    index = np.array
     lanes = [
         Lanes(
-            index([3, 4, 5]), index([0, 1, 1]), index([[0, 1], [0, 2]]), index([0, 1, 3]), index([1, 2]), bias, False
+            index([3, 4, 5]),
+            index([0, 1, 1]),
+            index([[0, 1], [0, 2]]),
+            index([0, 1, 3]),
+            index([1, 2]),
+            bias,
+            unique=False,
         ),
-        Lanes(index([6, 7]), index([0, 1]), index([[0, 1]]), index([0, 1]), index([1]), bias, False),
+        Lanes(index([6, 7]), index([0, 1]), index([[0, 1]]), index([0, 1]), index([1]), bias, unique=False),
     ]
-    layout = Layout([0, 1], lanes, heads=2)
+    layout = Layout([0, 1], lanes, heads=2, total=2)
     cosines, sines = policy.rotary(layout.positions, torch.float64, layout.limit)
     turns = cosines.unsqueeze(1), sines.unsqueeze(1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 16, generator=generator, dtype=torch.float64, requires_grad=True)
-    stacked = [policy.parameters[f"layers.0.{name}"] for name in NAMES]
+    stacked = LayerWeights.of(policy, 0)
     scale = policy.parameters["norm"]
 
     def whole(x: torch.Tensor, scale: torch.Tensor, *stacked: torch.Tensor) -> torch.Tensor:
@@ -127,3 +136,38 @@ def test_sampling_writes_what_stacked_cells_write() -> None:
 def test_other_architectures_are_stacked(family: str, changes: dict[str, int]) -> None:
     assert not decoder(1, family, **changes).ragged
     assert decoder(1).ragged
+
+
+def test_products_in_one_call_have_the_bits_of_products_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cells = Stretches([5, 0, 48, 1])
+    x, grad = (torch.randn(54, width, generator=generator) for width in (32, 48))
+    weight, bias = torch.randn(4, 32, 48, generator=generator), torch.randn(4, 48, generator=generator)
+
+    def found() -> list[torch.Tensor]:
+        back = back_products(grad, x, weight, bias, cells)
+        return [products(x, weight, bias, cells), *(each for each in back if each is not None)]
+
+    together = found()
+    monkeypatch.setattr(stretches, "GROUPED", False)
+    for one, other in zip(found(), together, strict=True):
+        assert torch.equal(one, other)
+    assert not together[2][1].any()
+    for cell, (part, given) in enumerate(zip(x.split(cells.sizes), grad.split(cells.sizes), strict=True)):
+        torch.testing.assert_close(together[2][cell], part.t() @ given)
+        torch.testing.assert_close(together[3][cell], given.sum(0))
+
+
+def test_attention_of_cells_with_lanes_of_one_shape_is_computed_together() -> None:
+    def lanes(groups: int, slots: int) -> Lanes:
+        every = np.arange(groups * slots)
+        bias = torch.full((1, slots, slots), -torch.inf).triu_(1)
+        return Lanes(every, every % slots, every.reshape(groups, slots), every, None, bias)
+
+    def together(heads: int) -> list[int]:
+        layout = Layout([0, 1, 3, 4], [lanes(2, 4), lanes(2, 7), lanes(2, 4), lanes(2, 7)], heads, total=5)
+        assert layout.stretches.sizes == [8, 14, 0, 8, 14]
+        return sorted(run.shape[0] for run in layout.runs)
+
+    assert together(heads=8) == [2, 2]
+    assert together(heads=2) == [1, 1, 2]  # 7 × 7 weights of 2 × 2 matrices end between two multiples of 64 bytes
