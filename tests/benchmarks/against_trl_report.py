@@ -165,8 +165,8 @@ def device_table(found: dict[str, Any]) -> str:
         f"{told['lora_rank']} (alpha {LORA_ALPHA:.0f}) on every linear layer, {told['prompts']} prompts × "
         f"{told['group_size']} completions of at most {told['new_tokens']} tokens, {at_a_time} trajectories at a time, "
         f"{UPDATES_PER_ROLLOUT} updates per rollout; klab's decoding is {found['decoding']}. Wall time with the device "
-        f"synchronised, medians over rollouts and {found['rounds']} rounds. Where {K} processes run at once, a cell's "
-        "time is divided by their number, memory is their sum, and the first update is that of the last of them. "
+        f"synchronised, medians over rollouts, then over rounds ({found['rounds']}). Where {K} processes run at once, "
+        "a cell's time is divided by their number, memory is their sum, the first update is that of the last of them. "
         "Memory is what tensors held at the peak; on a CPU it is the processes' own.",
         "",
         *_head(found["device"], *head),

@@ -96,4 +96,6 @@ def told(given: argparse.Namespace) -> Setting:
     """The setting that a cell's process was told."""
     if given.setting is not None:
         return Setting(**json.loads(given.setting.read_text()))
+    if given.prompts is None or given.budget is None:
+        raise SystemExit("say --prompts and --budget, or --setting")
     return tiny(given.prompts, given.budget)
