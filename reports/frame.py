@@ -13,7 +13,6 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import pandas as pd
 
 from grid import Mistake
 from harness.store import CellFolder, Run
+from harness.store.numbers import Numbers, read_numbers
+from reports.block import Block, last_update, number
 from reports.columns import EVALUATIONS, METRICS, RESULTS
 
 _VERSION = 1
@@ -29,6 +30,8 @@ _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
 _ENDED = ("finished", "diverged", "failed", "damaged")
 _ERROR_TAIL = 4000
+_TOGETHER = 64
+"""Cells whose metrics are parsed at once."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,13 @@ def _alive(folder: CellFolder, updates: float) -> str:
 
 def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
     cells: list[dict[str, Any]] = []
-    metrics, evaluations = _Columns(METRICS), _Columns(EVALUATIONS)
+    metrics, evaluations = Block(METRICS), Block(EVALUATIONS)
     samples: list[tuple[Any, ...]] = []
-    for identity in identities:
+    numbers: dict[str, Numbers] = {}
+    for place, identity in enumerate(identities):
+        if place % _TOGETHER == 0:
+            some = [each for each in identities[place : place + _TOGETHER] if marks[each]]
+            numbers = read_numbers({each: run.cell(each).path / "metrics.jsonl" for each in some})
         folder = run.cell(identity)
         row: dict[str, Any] = {"cell": identity, "mark": marks[identity], "state": "missing", "error": None}
         row.update(dict.fromkeys(RESULTS, np.nan))
@@ -111,16 +118,14 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         if not marks[identity]:
             continue
         try:
-            result, error = folder.result(), folder.error()
-            measured, evaluated = folder.metrics(), folder.evaluations()
-            if result is not None:
-                folder.check_rows()
+            result, measured, evaluated = folder.measured(numbers.get(identity))
+            error = folder.error() if result is None else None
         except Mistake as mistake:
             row.update(state="damaged", error=str(mistake))
             continue
-        row["updates"] = float(measured[-1]["update"]) if measured else 0.0
+        row["updates"] = last_update(measured)
         if result is not None:
-            row.update({name: _number(result.get(name)) for name in RESULTS}, state=result["state"])
+            row.update({name: number(result.get(name)) for name in RESULTS}, state=result["state"])
         elif error is not None:
             row.update(state="failed", error=error[-_ERROR_TAIL:])
         metrics.add(identity, measured)
@@ -135,47 +140,7 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
 def _sample(identity: str, update: int, item: object) -> tuple[Any, ...]:
     part = item if isinstance(item, dict) else {}
     prompt, completion = str(part.get("prompt", "")), str(part.get("completion", ""))
-    return identity, update, prompt[:2000], completion[:2000], _number(part.get("reward"))
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
-
-
-class _Columns:
-    """Rows of many cells, gathered column by column: a million small dictionaries would not fit."""
-
-    def __init__(self, known: Mapping[str, str]) -> None:
-        self.arrays: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in known}
-        self.identities: list[str] = []
-        self.lengths: list[int] = []
-
-    def add(self, identity: str, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        for row in (rows[0], rows[-1]):
-            for name, value in row.items():
-                if name not in self.arrays and isinstance(value, int | float):
-                    self.arrays[name] = [np.full(length, np.nan) for length in self.lengths]
-        self.identities.append(identity)
-        self.lengths.append(len(rows))
-        names = list(self.arrays)
-        try:
-            table = np.asarray(list(map(itemgetter(*names), rows)), dtype=np.float64)
-        except (KeyError, TypeError, ValueError):
-            table = np.asarray([[_number(row.get(name)) for name in names] for row in rows])
-        for name, column in zip(names, table.T, strict=True):
-            self.arrays[name].append(column)
-
-    def frame(self) -> pd.DataFrame:
-        codes = np.repeat(np.arange(len(self.identities)), self.lengths)
-        data: dict[str, Any] = {
-            "cell": pd.Categorical.from_codes(codes, categories=pd.Index(self.identities, dtype="str"))
-        }
-        for name, parts in self.arrays.items():
-            data[name] = np.concatenate(parts) if parts else np.empty(0)
-        data["update"] = data["update"].astype(np.int64)
-        return pd.DataFrame(data)
+    return identity, update, prompt[:2000], completion[:2000], number(part.get("reward"))
 
 
 def _merge(old: Frames, fresh: Frames, kept: set[str]) -> Frames:

@@ -15,6 +15,7 @@ from harness.store.lock import Lock, read_lock, stale
 
 if TYPE_CHECKING:
     from grid import Cell
+    from harness.store.numbers import Numbers
 
 STATES = ("finished", "diverged")
 _ROWS = "rows"
@@ -175,10 +176,7 @@ class CellFolder:
 
     def result(self) -> dict[str, Any] | None:
         """How the cell ended, None before that."""
-        path = self.path / "result.json"
-        record = files.read_record(path)
-        if record is not None and record.get("state") not in STATES:
-            raise files.damaged(path, f"has the state {record.get('state')!r} instead of finished or diverged")
+        record = self._ended()
         if record is not None:
             record.pop(_ROWS, None)
         return record
@@ -194,14 +192,28 @@ class CellFolder:
         files.replace(self.path / "result.json", files.seal({**result, _ROWS: rows}, indent=2))
         (self.path / "error.txt").unlink(missing_ok=True)
 
-    def check_rows(self) -> None:
-        """Raises a `Mistake` where rows are gone that were there when the result was written."""
-        record = files.read_record(self.path / "result.json") or {}
-        for name, count in dict(record.get(_ROWS) or {}).items():
-            path = self.path / f"{name}.jsonl"
-            found = _lines(path)
-            if found != count:
-                raise files.damaged(path, f"has {found} rows of the {count} that belong to the result")
+    def measured(
+        self, numbers: Numbers | None = None
+    ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | Numbers, list[dict[str, Any]]]:
+        """The result, the metrics and the evaluations, each file read once.
+
+        Args:
+            numbers: the metrics, where `read_numbers` could read them.
+
+        Raises:
+            Mistake: where one of them is damaged, or rows are gone that were there when the result was written.
+        """
+        record = self._ended()
+        counts: dict[str, int] = dict((record or {}).pop(_ROWS, None) or {})
+        fits = numbers is not None and len(numbers) == counts.get("metrics", len(numbers))
+        metrics = numbers if numbers is not None and fits else self.metrics()  # it may have ended in between
+        evaluations = self.evaluations()
+        if record is not None:
+            for name, found in (("metrics", len(metrics)), ("evaluations", len(evaluations))):
+                if found != counts.get(name, found):
+                    problem = f"has {found} rows of the {counts[name]} that belong to the result"
+                    raise files.damaged(self.path / f"{name}.jsonl", problem)
+        return record, metrics, evaluations
 
     def error(self) -> str | None:
         """Why the cell failed, None when it did not."""
@@ -228,6 +240,13 @@ class CellFolder:
         (self.path / "error.txt").unlink(missing_ok=True)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _ended(self) -> dict[str, Any] | None:
+        path = self.path / "result.json"
+        record = files.read_record(path)
+        if record is not None and record.get("state") not in STATES:
+            raise files.damaged(path, f"has the state {record.get('state')!r} instead of finished or diverged")
+        return record
 
     def _make(self) -> None:
         if (self.path / "cell.yaml").exists():

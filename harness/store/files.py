@@ -11,11 +11,11 @@ import json
 import os
 import re
 import secrets
-import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from grid import Mistake
 
@@ -98,7 +98,7 @@ def intact(data: bytes) -> bool:
     """Whether the text ends with the checksum of what stands before it."""
     start = max(0, len(data) - _CRC_SPAN)
     found = _CRC.search(data[start:])
-    return found is not None and int(found[1], 16) == zlib.crc32(memoryview(data)[: start + found.start()])
+    return found is not None and int(found[1], 16) == crc32(memoryview(data)[: start + found.start()])
 
 
 def check_schema(schema: object, file: Path | str) -> None:
@@ -172,11 +172,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [unseal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
+def lines_intact(lines: list[bytes]) -> bool:
+    """Whether each line ends with the checksum of what stands before it, exactly as `seal` writes it."""
+    return all(line[-_TAIL:] == b',"crc":"%08x"}' % crc32(line[:-_TAIL]) for line in lines)
+
+
 def _unseal_lines(lines: list[bytes]) -> list[dict[str, Any]]:
     """Many lines at once, each exactly as `seal` writes it."""
-    for line in lines:
-        if line[-_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(line[:-_TAIL]):
-            raise ValueError("a line's checksum does not fit")
+    if not lines_intact(lines):
+        raise ValueError("a line's checksum does not fit")
     records: list[dict[str, Any]] = json.loads(f"[{b','.join(lines).decode()}]")
     if len(records) != len(lines):
         raise ValueError("a line is not one record")
@@ -209,7 +213,7 @@ def last_line(path: Path) -> dict[str, Any] | None:
 
 def checksum(body: str) -> str:
     """CRC-32 of the text, as it stands in records."""
-    return f"{zlib.crc32(body.encode()):08x}"
+    return f"{crc32(body.encode()):08x}"
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -53,8 +53,8 @@ def test_only_cells_that_changed_are_read_again(small: Small, monkeypatch: pytes
     last = run.cell(changed).metrics()[-1]
     run.cell(changed).append_metrics([{**last, "update": last["update"] + 1, "reward_mean": 0.123, "new_column": 7.0}])
     read: list[str] = []
-    original = CellFolder.metrics
-    monkeypatch.setattr(CellFolder, "metrics", lambda folder: read.append(folder.id) or original(folder))
+    original = CellFolder.measured
+    monkeypatch.setattr(CellFolder, "measured", lambda folder, *rest: read.append(folder.id) or original(folder, *rest))
     after = read_frames(run)
     assert read == [changed]
     assert len(after.metrics) == len(before.metrics) + 1
@@ -109,3 +109,30 @@ def test_states_of_cells(small: Small) -> None:
         assert np.isnan(found["reward_final"]).tolist() == [False, False, True, True, True, True]
     finally:
         held.unclaim()
+
+
+def test_reading_many_cells_at_once_changes_nothing(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside cells with a column of their own, a damaged one, one with words among its numbers, and unfinished ones;
+    in a block that has to grow.
+    """
+    states = iter(["finished", "diverged", "stopped", "finished", "missing", "stopped"])
+    run = small(outcome=lambda cell: next(states))
+    path = run.cell(run.cells[3]).path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"reward_mean":0.', b'"reward_mean":1.', 1))
+    for identity, more in ((run.cells[2], {"new": 2.5}), (run.cells[5], {"new": 1.5, "loss": None, "word": "x"})):
+        last = run.cell(identity).metrics()[-1]
+        run.cell(identity).append_metrics([{**last, "update": last["update"] + 1, **more}])
+    monkeypatch.setattr("reports.block._ROWS", 2)
+    together = read_frames(run, cache=False)
+    monkeypatch.setattr("reports.frame.read_numbers", lambda paths: {})
+    plain = read_frames(run, cache=False)
+    for name in ("cells", "metrics", "evaluations", "samples"):
+        pd.testing.assert_frame_equal(getattr(together, name), getattr(plain, name), check_exact=True)
+    assert together.metrics["new"].dropna().tolist() == [2.5, 1.5]
+    for identity in (run.cells[0], run.cells[1], run.cells[5]):
+        part = plain.metrics[plain.metrics["cell"] == identity]
+        rows = run.cell(identity).metrics()
+        for column in ("loss", "reward_mean", "nonfinite", "update"):
+            np.testing.assert_array_equal(
+                part[column], [np.nan if row[column] is None else row[column] for row in rows]
+            )
