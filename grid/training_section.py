@@ -148,3 +148,6 @@ class TrainingSection(Section):
 
 NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds")
 """Training settings that cannot change any number of a cell, hence no part of its identity."""
+
+STACKABLE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
+"""Training settings that cells of one pack need not share: they act on one cell's slice only."""

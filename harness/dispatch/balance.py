@@ -19,6 +19,18 @@ LARGEST = 32
 
 _APART = 2**0.5
 
+NOISE = 1.1
+"""Times that differ by less than this factor are alike."""
+
+
+def settled(measured: Mapping[int, float], usual: int) -> dict[int, float]:
+    """Seconds per update and cell by pack size, where what hardly differs from the usual size's does not differ: a
+    machine is never so quiet that a smaller pack could be preferred for less."""
+    known = measured.get(usual)
+    if known is None:
+        return dict(measured)
+    return {size: known if known / NOISE < each < known * NOISE else each for size, each in measured.items()}
+
 
 def pack_seconds(measured: Mapping[int, float], updates: int, most: int) -> list[float]:
     """Seconds that packs of 1 to `most` cells take, never less for more cells.
@@ -69,11 +81,12 @@ def divide(count: int, workers: int, seconds: Sequence[float], trial: int | None
 
 def trial(measured: Mapping[int, float], share: int, running: Collection[int] = ()) -> int | None:
     """A size whose step time is worth knowing: half or twice the best one, if nothing near it was measured or is
-    `running`, and a worker's `share` of cells has room for a pack of it and one of the best size."""
+    `running`, and a worker's `share` of cells has room for a pack of it and one of the best size; for half the size,
+    which gains less often, for four of the best."""
     best = min(measured, key=lambda size: (measured[size], -size))
-    for size in (2 * best, best // 2):
+    for size, room in ((2 * best, 3 * best), (best // 2, 4 * best)):
         known = any(size / _APART <= other <= size * _APART for other in (*measured, *running))
-        if 1 <= size <= LARGEST and size + best <= share and not known:
+        if 1 <= size <= LARGEST and room <= share and not known:
             return size
     return None
 

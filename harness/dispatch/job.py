@@ -101,9 +101,13 @@ def work(
                         from harness.training import run_cells
                         from harness.training.pack import device
 
+                        began, used = time.monotonic(), time.process_time()
                         states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads, world=together)
                     if together is None and executor != "slurm" and set(states.values()) == {"finished"}:
-                        note(run, ids, Place.here(threads, device().type == "cuda"))
+                        on_gpu, busy = device().type == "cuda", 1.0
+                        if threads == 1 and not on_gpu:
+                            busy = min(1.0, (time.process_time() - used) / (time.monotonic() - began))
+                        note(run, ids, Place.here(threads, on_gpu), busy)
             except Exception:
                 for folder in claimed:
                     _fail(folder, traceback.format_exc())

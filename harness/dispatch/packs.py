@@ -11,7 +11,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.dispatch.balance import LARGEST, divide, even, makespan, pack_seconds, trial
+from grid.training_section import NUMERICALLY_IDLE, STACKABLE
+from harness.dispatch.balance import LARGEST, divide, even, makespan, pack_seconds, settled, trial
 from harness.dispatch.executor import Pack
 
 PACK_SIZE = 8
@@ -22,19 +23,13 @@ STACKED_BYTES = 2**25
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
-_FREE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
-"""Training settings that may differ between stacked cells, because they act on one cell's slice only."""
-
-_IDLE = (
-    *("updates", "evaluate_every", "evaluation_prompts", "evaluation_samples"),
-    *("checkpoint_updates", "checkpoint_seconds", "reward_seconds"),
-)
-"""Further training settings that do not change what an update takes."""
+_IDLE = ("updates", "evaluate_every", "evaluation_prompts", "evaluation_samples", *NUMERICALLY_IDLE)
+"""Training settings that do not change what an update takes."""
 
 
 def shape(resolved: Mapping[str, Any]) -> str:
     """Cells with equal shapes can be stacked; seeds, objectives and optimizer settings may differ."""
-    training = {key: value for key, value in resolved["training"].items() if key not in _FREE}
+    training = {key: value for key, value in resolved["training"].items() if key not in STACKABLE}
     return json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
 
 
@@ -52,7 +47,7 @@ def shapes(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def kind(resolved: Mapping[str, Any]) -> str:
     """Cells of one kind take equally long for an update; a short word for it."""
-    training = {key: value for key, value in resolved["training"].items() if key not in (*_FREE, *_IDLE)}
+    training = {key: value for key, value in resolved["training"].items() if key not in (*STACKABLE, *_IDLE)}
     text = json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -145,7 +140,8 @@ def _groups(cells: Mapping[str, Mapping[str, Any]], step_times: Mapping[str, Map
         first = cells[members[0]]
         small = _small(first["policy"])
         times = step_times.get(kind(first), {}) if small and step_times else {}
-        groups.append(_Group(members, int(first["training"].get("updates", 1)), small, times))
+        updates = int(first["training"].get("updates", 1))
+        groups.append(_Group(members, updates, small, settled(times, PACK_SIZE)))
     return groups
 
 

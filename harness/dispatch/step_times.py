@@ -25,7 +25,7 @@ FILE = ".step-times.jsonl"
 """Below the folder that holds the runs."""
 
 LAST = 5
-"""Of so many newest measurements of one pack size the median counts."""
+"""Of so many newest measurements of one pack size the least counts: whatever else happens on a machine adds time."""
 
 _LEAST = 4
 _APART = 1.1
@@ -60,11 +60,14 @@ class Place:
         return cls.here(min(resources.cpus, machine.cores()), on_gpu)
 
 
-def note(run: Run, cells: Sequence[str], place: Place) -> None:
+def note(run: Run, cells: Sequence[str], place: Place, busy: float = 1.0) -> None:
     """Write down what an update of these cells took, which one job trained together from beginning to end.
 
     The median over updates counts, without the first, for it pays for what is done once. Nothing is written for cells
     with very few updates, or that an earlier job had begun.
+
+    Args:
+        busy: the share of that time in which the job had a processor; for the rest of it others had it.
     """
     with suppress(OSError, Mistake):
         folders = [run.cell(identity) for identity in cells]
@@ -73,7 +76,7 @@ def note(run: Run, cells: Sequence[str], place: Place) -> None:
         if any(count > 1 for count in begun) or len(rows) < _LEAST:
             return
         spent = [sum(value for key, value in row.items() if key.startswith("seconds")) for row in rows]
-        append(run.path.parent, place, kind(run.resolved(cells[0])), len(cells), median(spent))
+        append(run.path.parent, place, kind(run.resolved(cells[0])), len(cells), busy * median(spent))
 
 
 def append(runs: Path, place: Place, word: str, size: int, seconds: float) -> None:
@@ -98,7 +101,7 @@ def measured(runs: Path, place: Place | None) -> StepTimes:
             continue
         if where == place and size > 0 and 0 < seconds < math.inf:
             found.setdefault(record["kind"], {}).setdefault(size, []).append(seconds)
-    return {each: {size: median(times[-LAST:]) for size, times in by_size.items()} for each, by_size in found.items()}
+    return {each: {size: min(times[-LAST:]) for size, times in by_size.items()} for each, by_size in found.items()}
 
 
 def differ(new: StepTimes, old: StepTimes) -> bool:

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grid.cell import Cell
+from grid.training_section import STACKABLE
 from harness.policy.prompt import GENERATION
 from harness.training.prompts import chat_template, fitting
 from harness.training.schedule import Timetable
 from tasks.task import Example, SplitName, Task
-
-_FREE = frozenset(
-    {"lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm"}
-)
-"""Training settings that cells of one pack need not share: they act on one cell's slice only."""
 
 
 class CellFailure(Exception):
@@ -69,7 +65,7 @@ class Member:
 
         Objectives, learning rates, clipping and seeds may differ. Adapters are stacked over one starting policy only.
         """
-        training = self.cell.training.model_dump(mode="json", exclude=set(_FREE))
+        training = self.cell.training.model_dump(mode="json", exclude=set(STACKABLE))
         training["max_new_tokens"] = self.max_new_tokens
         examined = min(len(self.split("held_out")), self.cell.training.evaluation_prompts)
         policy = self.cell.policy
