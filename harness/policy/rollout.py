@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from torch.nn.functional import pad
 
 from grid.mistake import Mistake
 from harness.objective import Groups
+from harness.policy.categorical import Stretch, draw, uniform
+from harness.policy.draft import Draft, Environment
 from harness.policy.policy import Policy
 from harness.policy.prefixes import Forest, forest, plain_forest
 
-Environment = Callable[[int, int, str], str | None]
-"""`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far
-(both sides, without end tokens), called when the policy has ended its turn; None ends the episode."""
+TOGETHER = 2**22
+"""Logits of several cells are drawn from in one call as long as there are no more of them than this."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,29 @@ class Rollout:
     def grouping(self) -> Groups:
         """The trajectories by prompt."""
         return Groups.even(len(self.prompts), self.group_size, self.tokens.device)
+
+    @classmethod
+    def of(cls, draft: Draft) -> Rollout:
+        """The trajectories of a finished draft."""
+        device = draft.policy.device
+        wide = torch.float64 if draft.policy.dtype == torch.float64 else torch.float32
+        lengths = torch.tensor([len(row) for row in draft.written], device=device)
+        present = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+
+        def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+            values = torch.tensor(list(chain.from_iterable(rows)), dtype=dtype, device=device)
+            return torch.zeros(present.shape, dtype=dtype, device=device).masked_scatter_(present, values)
+
+        return cls(
+            prompts=draft.prompts,
+            group_size=draft.group_size,
+            tokens=padded(draft.written, torch.long),
+            mask=padded(draft.own, torch.bool),
+            present=present,
+            logp=padded(draft.logp, wide),
+            truncated=torch.tensor(draft.truncated, device=device),
+            texts=[draft.text(row, own_only=True) for row in range(len(draft.written))],
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -135,18 +160,6 @@ class Rollout:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """The random numbers of some of a cell's trajectories: the n that follow the first `first` of `total`.
-
-    Each step consumes one number per trajectory of the cell, so these are what they would be among all of them.
-    """
-
-    generator: torch.Generator
-    first: int
-    total: int
-
-
 def sample(
     policy: Policy,
     prompts: Sequence[Sequence[Sequence[int]]],
@@ -191,150 +204,17 @@ def sample(
         active = list(range(policy.cells))
         logits = decoding.start()
         while active:
-            for cell in active:
-                tempered = logits[cell] if temperature == 1.0 else logits[cell] / temperature
-                chosen, logp = draw(tempered, None if greedy else generators[cell], top_p)
-                drafts[cell].write(chosen, logp)
+            together = sum(logits[cell].numel() for cell in active) <= TOGETHER
+            for cells in [active] if together else [[cell] for cell in active]:
+                rows = torch.cat([logits[cell] for cell in cells])
+                numbers = [uniform(generators[cell], len(logits[cell]), rows.device) for cell in cells if not greedy]
+                tempered = rows if temperature == 1.0 else rows / temperature
+                chosen, logp = draw(tempered, torch.cat(numbers) if numbers else None, top_p)
+                drawn = zip(chosen.tolist(), logp.tolist(), strict=True)
+                for cell in cells:
+                    drafts[cell].write(islice(drawn, len(logits[cell])))
             active = [cell for cell in active if not drafts[cell].finished]
             if active:
                 newest = {cell: drafts[cell].newest for cell in active}
                 logits = decoding.step(newest, {cell: drafts[cell].open for cell in active})
-    return [draft.rollout() for draft in drafts]
-
-
-def draw(logits: Tensor, generator: torch.Generator | Stretch | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """Tokens [N] drawn from logits [N, V] by inverting the cumulative distribution, and their log-probabilities [N].
-
-    One uniform number per row is consumed, whatever the logits. None as the generator takes the most likely token.
-    """
-    logp = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(-1)
-    if generator is None:
-        chosen = logp.argmax(-1, keepdim=True)
-        return chosen.squeeze(-1), logp.gather(-1, chosen).squeeze(-1)
-    numbers = uniform(generator, len(logp), logp.device)
-    probabilities = logp.exp().double()
-    if top_p < 1.0:
-        ordered, order = probabilities.sort(stable=True, dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the most likely token is never outside
-        probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
-    cumulative = probabilities.cumsum(-1)
-    chosen = (cumulative <= numbers * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(max=logp.shape[-1] - 1)
-    return chosen.squeeze(-1), logp.gather(-1, chosen).squeeze(-1)
-
-
-def uniform(generator: torch.Generator | Stretch, rows: int, device: torch.device) -> Tensor:
-    """Uniform numbers [rows, 1] in float64."""
-    if isinstance(generator, torch.Generator):
-        return torch.rand(rows, 1, generator=generator, device=device, dtype=torch.float64)
-    every = torch.rand(generator.total, 1, generator=generator.generator, device=device, dtype=torch.float64)
-    return every[generator.first : generator.first + rows]
-
-
-class Draft:
-    """Trajectories of one cell while they are being written."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        cell: int,
-        prompts: list[list[int]],
-        group_size: int,
-        budget: int,
-        environment: Environment | None,
-    ) -> None:
-        self.policy, self.cell, self.prompts, self.group_size = policy, cell, prompts, group_size
-        self.budget, self.environment = budget, environment
-        self.ends = policy.ends
-        N = len(prompts) * group_size
-        self.open = [True] * N
-        self.spent = [0] * N
-        self.truncated = [False] * N
-        self.answers: list[list[int]] = [[] for _ in range(N)]  # environment tokens still to be written
-        self.written: list[list[int]] = [[] for _ in range(N)]
-        self.own: list[list[bool]] = [[] for _ in range(N)]
-        self.logp: list[list[float]] = [[] for _ in range(N)]
-        self.decoded: dict[tuple[int, ...], str] = {}  # many trajectories are equal
-
-    @property
-    def finished(self) -> bool:
-        return not any(self.open)
-
-    @property
-    def newest(self) -> Tensor:
-        """[N], the last token of each trajectory; any token for those that have ended."""
-        return torch.tensor([row[-1] for row in self.written], device=self.policy.device)
-
-    def write(self, tokens: Tensor, logp: Tensor) -> None:
-        """One more token per open trajectory: the drawn one, or the next of an environment's answer."""
-        for row, (token, value) in enumerate(zip(tokens.tolist(), logp.tolist(), strict=True)):
-            if not self.open[row]:
-                continue
-            if self.answers[row]:
-                self.written[row].append(self.answers[row].pop(0))
-                self.own[row].append(False)
-                self.logp[row].append(0.0)
-                continue
-            self.written[row].append(token)
-            self.own[row].append(True)
-            self.logp[row].append(value)
-            self.spent[row] += 1
-            if token in self.ends:
-                self.open[row] = self._answered(row)
-            elif self.spent[row] >= self.budget:
-                self.open[row], self.truncated[row] = False, True
-
-    def turn(self, row: int, tokens: Sequence[int], logp: Sequence[float]) -> None:
-        """A whole turn of an open trajectory at once, and the environment's answer to it.
-
-        Without an end token or tokens of the budget left, what stopped the turn (the model's context) truncates it.
-        """
-        self.written[row] += tokens
-        self.own[row] += [True] * len(tokens)
-        self.logp[row] += logp
-        self.spent[row] += len(tokens)
-        if tokens and tokens[-1] in self.ends:
-            self.open[row] = self._answered(row)
-            self.written[row] += self.answers[row]
-            self.own[row] += [False] * len(self.answers[row])
-            self.logp[row] += [0.0] * len(self.answers[row])
-            self.answers[row] = []
-        else:
-            self.open[row], self.truncated[row] = False, True
-
-    def _answered(self, row: int) -> bool:
-        if self.environment is None:
-            return False
-        answer = self.environment(self.cell, row, self._text(row, own_only=False))
-        if answer is None:
-            return False
-        if self.spent[row] >= self.budget:
-            self.truncated[row] = True
-            return False
-        self.answers[row] = list(self.policy.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        return True
-
-    def _text(self, row: int, own_only: bool) -> str:
-        pairs = zip(self.written[row], self.own[row], strict=True)
-        kept = tuple(token for token, own in pairs if token not in self.ends and (own or not own_only))
-        if kept not in self.decoded:
-            self.decoded[kept] = str(self.policy.tokenizer.decode(list(kept), skip_special_tokens=False))
-        return self.decoded[kept]
-
-    def rollout(self) -> Rollout:
-        N, T = len(self.written), max(len(row) for row in self.written)
-        device = self.policy.device
-        wide = torch.float64 if self.policy.dtype == torch.float64 else torch.float32
-
-        def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], dtype=dtype, device=device)
-
-        return Rollout(
-            prompts=self.prompts,
-            group_size=self.group_size,
-            tokens=padded(self.written, torch.long),
-            mask=padded(self.own, torch.bool),
-            present=padded([[True] * len(row) for row in self.written], torch.bool),
-            logp=padded(self.logp, wide),
-            truncated=torch.tensor(self.truncated, device=device),
-            texts=[self._text(row, own_only=True) for row in range(N)],
-        )
+    return [Rollout.of(draft) for draft in drafts]

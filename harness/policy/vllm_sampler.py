@@ -23,8 +23,10 @@ from typing import Any, Protocol
 import torch
 
 from grid.mistake import Mistake
+from harness.policy.categorical import Stretch, uniform
+from harness.policy.draft import Draft, Environment
 from harness.policy.policy import Policy
-from harness.policy.rollout import Draft, Environment, Rollout, Stretch, uniform
+from harness.policy.rollout import Rollout
 
 MEMORY = 0.3
 """The engine's share of the GPU's memory: its weights and its cache."""
@@ -120,7 +122,7 @@ class VllmSampler:
                 answers = engine.generate(asked, settings, use_tqdm=False)
                 for row, answer in zip(going, answers, strict=True):
                     write(draft, row, answer.outputs[0])
-            found.append(draft.rollout())
+            found.append(Rollout.of(draft))
         return found
 
     def _synchronised(self, policy: Policy, cell: int, mode: str) -> Any:

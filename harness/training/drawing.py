@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.policy.categorical import Stretch
+from harness.policy.draft import Environment
 from harness.policy.policy import Policy
-from harness.policy.rollout import Environment, Rollout, Stretch, sample
+from harness.policy.rollout import Rollout, sample
 from harness.training.member import CellFailure, Member
 from harness.training.microbatch import WHOLE, Limit
 from harness.training.prompts import encode

@@ -14,8 +14,10 @@ from torch import Tensor
 from grid.mistake import Mistake
 from grid.sections import Sampler, TrainingSection
 from harness.objective.kl import k3
+from harness.policy.categorical import Stretch
+from harness.policy.draft import Environment
 from harness.policy.policy import Policy
-from harness.policy.rollout import Environment, Rollout, Stretch, sample
+from harness.policy.rollout import Rollout, sample
 from harness.training.member import Member
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from grid.mistake import Mistake
+from harness.policy.categorical import Stretch, draw, uniform
 from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, Stretch, draw, sample
+from harness.policy.rollout import Rollout, sample
 from tests.harness.policy.tiny import decoder, generators
 
 PROMPTS = [[3, 4, 5, 13, 14], [6, 13, 7], [8, 9, 10, 3, 4, 13, 14]]
@@ -57,9 +59,13 @@ def test_a_trajectory_ends_with_its_end_token_or_its_budget() -> None:
     assert not rollout.tokens[~rollout.present].any()
 
 
+def numbers(rows: int) -> Tensor:
+    return uniform(torch.Generator().manual_seed(0), rows, torch.device("cpu"))
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(40_000, -1)
-    chosen, logp = draw(logits, torch.Generator().manual_seed(0), 1.0)
+    chosen, logp = draw(logits, numbers(len(logits)), 1.0)
     shares = torch.bincount(chosen, minlength=4) / len(chosen)
     torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.01, rtol=0)
     torch.testing.assert_close(logp, logits[0].log_softmax(0)[chosen])
@@ -70,7 +76,7 @@ def test_top_p_draws_from_the_smallest_likely_set_and_records_the_full_distribut
     top_p: float, allowed: set[int]
 ) -> None:
     logits = torch.tensor([[0.1, 0.25, 0.6, 0.05]]).log().expand(4000, -1)
-    chosen, logp = draw(logits, torch.Generator().manual_seed(0), top_p)
+    chosen, logp = draw(logits, numbers(len(logits)), top_p)
     assert set(chosen.tolist()) == allowed
     torch.testing.assert_close(logp, logits[0][chosen])
 

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from grid.mistake import Mistake
 from harness.policy.decoder import Decoder
+from harness.policy.draft import Draft
 from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Draft, sample
+from harness.policy.rollout import Rollout, sample
 from harness.policy.vllm_sampler import VllmSampler, replace_checkpoint, require_vllm, vllm_sampler, write
 from tests.harness.policy.test_rollout import PROMPTS, assert_same
 from tests.harness.policy.tiny import decoder, generators
@@ -70,7 +71,7 @@ def test_what_an_engine_returns_becomes_the_rollout_that_klab_would_have_drawn(e
             logprobs = [{token: engine.Logprob(value), 99: engine.Logprob(-1.0)} for token, value in turn]
             write(draft, row, engine.CompletionOutput([token for token, _ in turn], logprobs))
     assert draft.finished
-    assert_same(draft.rollout(), rollout)
+    assert_same(Rollout.of(draft), rollout)
 
 
 def test_an_engine_without_log_probabilities_is_an_error(engine: Any) -> None:
