@@ -229,12 +229,16 @@ class Decoder:
     def frozen(self, dtype: torch.dtype | None = None) -> Decoder:
         """A copy that needs no gradient and shares no trained weights with this policy: the reference, or a sampler.
 
-        Adapters that add nothing yet (B = 0) are left off.
+        Adapters that add nothing yet (B = 0) are left off; weights that all cells have in common are held once.
 
         Args:
             dtype: of the copy, all of its weights included; None: as they are.
         """
-        copies = {name: value.detach().to(dtype, copy=True) for name, value in self.parameters.items()}
+        alike = all(bool((value == value[:1]).all()) for value in self.parameters.values())
+        copies = {}
+        for name, value in self.parameters.items():
+            once = value.detach()[:1] if alike else value.detach()
+            copies[name] = once.to(dtype, copy=True).expand_as(value)
         shared = {name: value.to(dtype) for name, value in self.shared.items()}
         if self.adapters is not None and not any(v.any() for n, v in copies.items() if n.endswith(".B")):
             return self._like({}, shared, None, self.cells)

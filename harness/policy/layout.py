@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from harness.policy.attention import EXPLICIT_SLOTS
 from harness.policy.stretches import Stretches
@@ -188,6 +189,8 @@ class Layout:
                 found[i] = np.where(stands[:, None], slots, len(self.spread)).reshape(-1)
         return torch.from_numpy(np.concatenate(found))
 
-    def rows(self, vocabulary: int) -> Tensor:
-        """[M], the tokens' rows in the embeddings of the stack, one cell's after the other's."""
-        return self.tokens + self.stretches.owner * vocabulary
+    def embedded(self, table: Tensor) -> Tensor:
+        """[M, hidden], the tokens' rows of their cells' embeddings [C, V, hidden]."""
+        if table.stride(0) == 0:
+            return functional.embedding(self.tokens, table[0])
+        return functional.embedding(self.tokens + self.stretches.owner * table.shape[1], table.flatten(0, 1))

@@ -236,7 +236,7 @@ def final_states(policy: Decoder, layout: Layout, tables: Sequence[Tensor] | Non
         raise Mistake(f"sequences of {layout.limit} tokens exceed the model's context", value=a.context)
     cosines, sines = policy.rotary(layout.positions, policy.dtype, layout.limit)
     turns = cosines.unsqueeze(1), sines.unsqueeze(1)
-    x = functional.embedding(layout.rows(a.vocabulary), parameters["embedding"].flatten(0, 1))
+    x = layout.embedded(parameters["embedding"])
     for number in range(a.layers):
         weights, last = LayerWeights.of(policy, number), number == a.layers - 1
         if torch.is_grad_enabled():

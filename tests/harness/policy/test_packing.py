@@ -78,3 +78,18 @@ def test_cells_of_equal_shapes_are_computed_together() -> None:
     policy = decoder(3)
     assert policy.stacks([(1, 2), (1, 2), (1, 2)]) == [[0, 1, 2]]
     assert policy.stacks([(1, 2), (3, 4), (1, 2)]) == [[0, 2], [1]]
+
+
+def test_a_frozen_copy_holds_weights_that_all_cells_share_once() -> None:
+    same, different = decoder(1), decoder(3)
+    policy = selected(same, [0, 0, 0])
+    frozen = policy.frozen()
+    assert {value.stride(0) for value in frozen.parameters.values()} == {0}
+    assert all(value.stride(0) > 0 for value in different.frozen().parameters.values())
+    prompts = [prompts_of(cell, 3, ragged=True) for cell in range(3)]
+    rollouts = sample(policy, prompts, group_size=4, max_new_tokens=5, generators=generators(range(3)))
+    with torch.no_grad():
+        for own, held in zip(token_scores(policy, rollouts), token_scores(frozen, rollouts), strict=True):
+            assert torch.equal(own.logp, held.logp)
+        policy.parameters["norm"].add_(1.0)
+    assert (frozen.parameters["norm"] == same.parameters["norm"]).all()
