@@ -84,6 +84,8 @@ class Part:
     seconds: float
     measure: Callable[[Path, int], Spent]
     memory: float | None = None
+    whole: int = 1
+    """Cells come in multiples of this."""
 
 
 def spent(work: str, *arguments: object, cache: Path) -> Spent:
@@ -145,16 +147,16 @@ def small_product(folder: Path) -> Path:
 
 
 def finished(folder: Path, cells: int) -> Path:
-    """A run of so many cells of 100 updates, most of them finished; written once, beyond 1,000 cells as copies."""
+    """A run of so many thousand cells of 100 updates, most of them finished; written once, beyond 1,000 as copies."""
     path = folder / f"finished-{cells}"
     if path.exists():
         return path
     if cells <= 1_000:
-        write_large_run(path, cells // 5, 5)
+        write_large_run(path, cells // 8, 8)
         return path
     first = finished(folder, 1_000)
     sources = [source for source in sorted((first / "cells").iterdir())]
-    run = Run.create(path, parse_grid(large_grid(cells // 5, 5, 100), path / "grid.yaml"))
+    run = Run.create(path, parse_grid(large_grid(cells // 8, 8, 100), path / "grid.yaml"))
     for number, identity in enumerate(run.cells):
         target = run.cell(identity).path
         target.mkdir(parents=True)
@@ -184,9 +186,9 @@ PARTS = (
     Part("merging, nothing measured before", 10_000, 60.0, merging),
     Part("merging, everything measured", 10_000, 60.0, merging_again),
     Part("launch, bookkeeping", 10_000, 30.0, launching),
-    Part("status, cold", 10_000, 5.0, status_cold),
-    Part("status, warm", 10_000, 1.0, status_warm),
-    Part("report frames, 100 updates", 10_000, 60.0, frames),
+    Part("status, cold", 10_000, 5.0, status_cold, whole=1_000),
+    Part("status, warm", 10_000, 1.0, status_warm, whole=1_000),
+    Part("report frames, 100 updates", 10_000, 60.0, frames, whole=1_000),
 )
 
 
@@ -201,9 +203,10 @@ def main(chosen: list[str], scale: float) -> None:
         for part in PARTS:
             if chosen and not any(word in part.name for word in chosen):
                 continue
-            cells = round(part.cells * scale)
-            little, large = (part.measure(folder, number) for number in (cells // 10, cells))
-            exponent = math.log10(large.processor / little.processor)
+            cells = max(round(part.cells * scale / part.whole), 2) * part.whole
+            few = max(cells // 10, part.whole)
+            little, large = (part.measure(folder, number) for number in (few, cells))
+            exponent = math.log(large.processor / little.processor) / math.log(cells / few)
             ratio = large.wall / part.seconds
             peak = f"{large.peak:.0f}" + (f" of {part.memory:.0f}" if part.memory else "")
             numbers = (f"{large.wall:.1f}", f"{ratio:.2f}", f"{large.processor:.1f}", peak, f"{exponent:.2f}")
