@@ -67,9 +67,10 @@ def leading(
     Raises:
         SystemExit: where the processes lose one another.
     """
+    from harness.training.meeting import LOOPBACK, join
     from harness.training.pack import device
     from harness.training.parallel import finish
-    from harness.training.world import LOOPBACK, WorldLost, join
+    from harness.training.world import WorldLost
 
     def watch() -> None:
         for rank, other in enumerate(others, 1):
@@ -96,8 +97,9 @@ def follow(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     from harness.training import parallel
+    from harness.training.meeting import join
     from harness.training.pack import device
-    from harness.training.world import WorldLost, join
+    from harness.training.world import WorldLost
 
     try:
         world = join(rank, size, meeting, device=device())

@@ -12,6 +12,7 @@ The file is replaced atomically and read without pickle, so a file from a strang
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from harness.objective import Coefficients
 from harness.policy.rollout import Rollout
-from harness.store import files
+from harness.store import CellFolder, files
 from harness.training.refill import Drawn
 from harness.training.rollouts import Experience
 
@@ -121,6 +122,24 @@ def read(file: Path, cell: str, device: torch.device) -> State:
         critic=_below(tensors, "critic/"),
         coefficients=Coefficients(**counters["coefficients"]),
     )
+
+
+def resume(folder: CellFolder, device: torch.device) -> State | None:
+    """The state to go on from, with the records cut back to it; None to start afresh."""
+    file = folder.checkpoint / FILE
+    state = None
+    if file.exists():
+        try:
+            state = read(file, folder.id, device)
+        except UnusableCheckpoint as problem:
+            print(f"{folder.id} starts again from its beginning: {problem}", file=sys.stderr)
+    if state is not None and folder.keep_metrics(state.update) == state.update:
+        every = folder.cell().training.evaluate_every
+        if folder.keep_evaluations(state.update) == state.update // every + 1:
+            return state
+    folder.keep_metrics(0)
+    folder.keep_evaluations(-1)
+    return None
 
 
 _SCORES = ("rewards", "correct", "reference", "greedy", "values", "recomputed")

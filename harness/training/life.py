@@ -11,29 +11,25 @@ only the guilty one fails.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from grid.mistake import Mistake
 from harness.policy.start import starting_policy
-from harness.store import CellFolder, Evicted, Run, files, machine
+from harness.store import CellFolder, Evicted, Run
 from harness.training import checkpoint
-from harness.training.checkpoint import State, UnusableCheckpoint
+from harness.training.checkpoint import State
+from harness.training.conclusion import conclude
 from harness.training.host import settle
 from harness.training.member import CellFailure, Member
-from harness.training.memory import OutOfMemory, out_of_memory, release
+from harness.training.memory import explained, out_of_memory, release
 from harness.training.metrics import Row
 from harness.training.orders import Orders
-from harness.training.outcome import outcome
 from harness.training.overlong import check_buffer
 from harness.training.pack import Pack, device
 from harness.training.parallel import begin
@@ -122,25 +118,7 @@ def _prepared(
     member = Member(cell, task, start)
     check_buffer(member)
     check_sampler(member)
-    return member, _resume(folder)
-
-
-def _resume(folder: CellFolder) -> State | None:
-    """The state to go on from, with the records cut back to it; None to start afresh."""
-    file = folder.checkpoint / checkpoint.FILE
-    state = None
-    if file.exists():
-        try:
-            state = checkpoint.read(file, folder.id, device())
-        except UnusableCheckpoint as problem:
-            print(f"{folder.id} starts again from its beginning: {problem}", file=sys.stderr)
-    if state is not None and folder.keep_metrics(state.update) == state.update:
-        every = folder.cell().training.evaluate_every
-        if folder.keep_evaluations(state.update) == state.update // every + 1:
-            return state
-    folder.keep_metrics(0)
-    folder.keep_evaluations(-1)
-    return None
+    return member, checkpoint.resume(folder, device())
 
 
 class _Life:
@@ -170,7 +148,7 @@ class _Life:
             pack = begin(self._orders, members, states)
         except Exception as error:
             if len(members) == 1:
-                self._fail(members[0].id, _explained(error, members[0]))
+                self._fail(members[0].id, explained(error, members[0].cell))
                 return
             for position in range(len(members)):
                 self.begin(members[position : position + 1], states[position : position + 1])
@@ -232,7 +210,7 @@ class _Life:
             self._fail(pack.members[error.position].id, error)
             return pack.only([c for c in range(len(pack.members)) if c != error.position])
         if len(pack.members) == 1:
-            self._fail(pack.members[0].id, _explained(error, pack.members[0], pack.limit.rows))
+            self._fail(pack.members[0].id, explained(error, pack.members[0].cell, pack.limit.rows))
         else:
             for c in range(len(pack.members)):
                 self.live(pack.only([c]))
@@ -271,22 +249,8 @@ class _Life:
     def _finish(self, pack: Pack, positions: Sequence[int], stopped: bool = False) -> None:
         for position in positions:
             with self.blaming(pack.members[position].id):
-                self._conclude(self._run.cell(pack.members[position].id), pack, position, stopped)
-
-    def _conclude(self, folder: CellFolder, pack: Pack, position: int, stopped: bool) -> None:
-        """Save the policy, write the result, remove the checkpoint that is no longer needed; in this order."""
-        folder.guard()
-        partial = folder.path / "policy.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        pack.policy.save(partial, position)
-        _make_durable(partial)
-        shutil.rmtree(folder.policy, ignore_errors=True)
-        partial.rename(folder.policy)
-        planned = pack.members[position].cell.training.updates
-        found = outcome(planned, folder.metrics(), folder.evaluations(), stopped)
-        folder.finish({**found, **_provenance(self._orders.world.size)})
-        self.states[folder.id] = found["state"]
-        shutil.rmtree(folder.checkpoint, ignore_errors=True)
+                folder = self._run.cell(pack.members[position].id)
+                self.states[folder.id] = conclude(folder, pack, position, stopped, self._orders.world.size)
 
     def _beat(self, pack: Pack) -> None:
         """A sign of life of every member, not more often than every `BEAT_SECONDS`."""
@@ -318,25 +282,3 @@ class _Life:
         print(text, end="", file=sys.stderr)
         with suppress(OSError):  # a full disk: the job's log has the text
             self._run.cell(identity).fail(text)
-
-
-def _explained(error: Exception, member: Member, rows: int | None = None) -> Exception:
-    """The error, or, where memory did not suffice, one that says which settings need less of it."""
-    if not out_of_memory(error):
-        return error
-    explained = OutOfMemory(member.cell, rows)
-    explained.__cause__ = error
-    return explained
-
-
-def _make_durable(folder: Path) -> None:
-    """Make a folder's files survive a power cut."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    files.sync_folder(folder)
-
-
-@cache
-def _provenance(processes: int) -> dict[str, Any]:
-    return {"versions": machine.versions(), "hardware": {**machine.hardware(), "processes": processes}}

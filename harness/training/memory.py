@@ -38,6 +38,15 @@ class OutOfMemory(Exception):
         super().__init__(f"memory does not suffice for {cell.id} alone; {', or '.join(ways)}")
 
 
+def explained(error: Exception, cell: Cell, rows: int | None = None) -> Exception:
+    """The error, or, where memory did not suffice, one that says which settings need less of it."""
+    if not out_of_memory(error):
+        return error
+    explained = OutOfMemory(cell, rows)
+    explained.__cause__ = error
+    return explained
+
+
 def release() -> None:
     """Give back what nothing refers to any more, and what can be made again."""
     static_decoding.forget()

@@ -19,6 +19,7 @@ from harness.training import controls, selection
 from harness.training.checkpoint import State
 from harness.training.critic import Critics
 from harness.training.evaluation import Examination, evaluate, prepare
+from harness.training.forward import Models
 from harness.training.member import Member
 from harness.training.metrics import Row
 from harness.training.microbatch import Limit
@@ -28,7 +29,7 @@ from harness.training.orders import Orders
 from harness.training.outcome import DIVERGED_AFTER
 from harness.training.rollouts import Experience, collect
 from harness.training.stopwatch import Stopwatch
-from harness.training.update import Models, update
+from harness.training.update import update
 from harness.training.world import checksum
 
 CHECK_UPDATES = 8

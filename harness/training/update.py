@@ -22,11 +22,9 @@ from torch import Tensor
 
 from grid.sections import Sampler
 from harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
-from harness.policy.logprobs import token_scores
-from harness.policy.policy import Policy
-from harness.policy.rollout import Rollout
 from harness.training.controls import figures
 from harness.training.critic import Critics, Lesson
+from harness.training.forward import Forward, Models, forward, join
 from harness.training.member import CellFailure, Member
 from harness.training.metrics import Row, update_row
 from harness.training.microbatch import WHOLE, Limit, Turn, empty, turns
@@ -42,18 +40,6 @@ from harness.training.world import ALONE, World
 _ALL = slice(None)
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for
-    `full`, and its critic's values [n, T]."""
-
-    logp: Tensor
-    entropy: Tensor
-    logits: Tensor | None = None
-    logits_reference: Tensor | None = None
-    values: Tensor | None = None
-
-
 @dataclass(slots=True)
 class Result:
     """One cell's loss, as a number, the objective's metrics, the entropy [N, T] of the policy before the update, and
@@ -63,15 +49,6 @@ class Result:
     metrics: dict[str, float]
     entropy: Tensor
     lesson: Lesson | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """What an update of a pack computes with: the policies that learn, their references, and their critics."""
-
-    policy: Policy
-    reference: Policy
-    critics: Critics | None = None
 
 
 def update(
@@ -156,7 +133,7 @@ def _whole(
     watch: Stopwatch,
 ) -> list[Result]:
     with watch("forward"):
-        passes = _forward(models, members, [m.rollout for m in minibatches], alone)
+        passes = forward(models, members, [m.rollout for m in minibatches], alone)
         losses, results = [], []
         for c, member in enumerate(members):
             batch = _batch(member, minibatches[c], passes[c])
@@ -183,14 +160,14 @@ def _in_pieces(
     mine = world.turns(len(every))
     kept = world.size > 1 and len(mine) == 1  # the graph of a single piece, which spares its second pass
     with watch("forward"), torch.set_grad_enabled(kept):
-        found = {place: _forward(models, members, [r for r, _ in every[place]], alone) for place in mine}
+        found = {place: forward(models, members, [r for r, _ in every[place]], alone) for place in mine}
     with watch("forward"), torch.no_grad():
         passes: dict[int, list[Forward]] = {}
         for part in world.exchange("log-probabilities", lambda: found, models.policy.device):
             passes |= part
         contexts, results = [], []
         for c, member in enumerate(members):
-            joined = _join([passes[place][c] for place, turn in enumerate(every) if not empty(turn[c])])
+            joined = join([passes[place][c] for place, turn in enumerate(every) if not empty(turn[c])])
             batch = _batch(member, minibatches[c], joined)
             contexts.append(_context(c, member, minibatches[c], batch, coefficients[c]))
             loss, metrics = _loss(c, member, batch, contexts[c])
@@ -201,7 +178,7 @@ def _in_pieces(
             found.clear()
     for turn in map(every.__getitem__, mine):
         with watch("forward"):
-            forwards = found.popitem()[1] if kept else _forward(models, members, [r for r, _ in turn], alone)
+            forwards = found.popitem()[1] if kept else forward(models, members, [r for r, _ in turn], alone)
             losses = []
             for c, member in enumerate(members):
                 if empty(turn[c]):
@@ -214,44 +191,6 @@ def _in_pieces(
         with watch("backward"):
             _backward(losses)
     return results
-
-
-def _forward(models: Models, members: Sequence[Member], rollouts: Sequence[Rollout], alone: bool) -> list[Forward]:
-    temperature, full = members[0].cell.training.temperature, members[0].needs_logits
-    critics, listed = models.critics, list(rollouts)
-    shared = critics is not None and critics.shares_trunk
-    scores = token_scores(models.policy, listed, temperature=temperature, logits=full, entropy=True, states=shared)
-    with torch.no_grad():
-        other = token_scores(models.reference, listed, temperature=temperature, logits=True) if full else None
-    states = [score.states.detach() if alone and score.states is not None else score.states for score in scores]
-    values = None if critics is None else critics.values(listed, states)
-    found = []
-    for c, score in enumerate(scores):
-        assert score.entropy is not None
-        found.append(
-            Forward(
-                score.logp,
-                score.entropy,
-                score.logits,
-                None if other is None else other[c].logits,
-                None if values is None else values[c],
-            )
-        )
-    return found
-
-
-def _join(passes: Sequence[Forward]) -> Forward:
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-        present = [value for value in values if value is not None]
-        return torch.cat(present) if present else None
-
-    return Forward(
-        torch.cat([p.logp for p in passes]),
-        torch.cat([p.entropy for p in passes]),
-        joined([p.logits for p in passes]),
-        joined([p.logits_reference for p in passes]),
-        joined([p.values for p in passes]),
-    )
 
 
 def _batch(member: Member, experience: Experience, forward: Forward, rows: slice = _ALL) -> TokenBatch:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from harness.training.meeting import join
 from harness.training.parallel import follow
-from harness.training.world import WorldLost, join
+from harness.training.world import WorldLost
 
 
 def main(rank: int, folder: Path) -> None:

@@ -18,8 +18,9 @@ from training_records import MakeRun, StopAfter, assert_same, finished, numbers,
 
 from harness.store import Run
 from harness.training import run_cells
+from harness.training.meeting import join
 from harness.training.parallel import finish
-from harness.training.world import WorldLost, join
+from harness.training.world import WorldLost
 
 HERE = Path(__file__).parent
 Together = Callable[..., dict[str, str]]

@@ -16,13 +16,14 @@ from harness.policy.logprobs import token_scores
 from harness.policy.rollout import sample
 from harness.store import Run
 from harness.training import run_cells
+from harness.training.forward import Forward
 from harness.training.life import _prepared
 from harness.training.pack import Pack
 from harness.training.prompts import encode
 from harness.training.randomness import generator
 from harness.training.rollouts import training_examples
 from harness.training.sampling import correction, mismatch
-from harness.training.update import Forward, _batch
+from harness.training.update import _batch
 from tests.harness.objective.batches import gradient
 from tests.harness.objective.enumeration import Enumeration
 

@@ -1,0 +1,81 @@
+"""The forward passes of an update: every cell's policy, its reference for whole distributions, and its critic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.policy.logprobs import token_scores
+from harness.policy.policy import Policy
+from harness.policy.rollout import Rollout
+from harness.training.critic import Critics
+from harness.training.member import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What an update of a pack computes with: the policies that learn, their references, and their critics."""
+
+    policy: Policy
+    reference: Policy
+    critics: Critics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for
+    `full`, and its critic's values [n, T]."""
+
+    logp: Tensor
+    entropy: Tensor
+    logits: Tensor | None = None
+    logits_reference: Tensor | None = None
+    values: Tensor | None = None
+
+
+def forward(models: Models, members: Sequence[Member], rollouts: Sequence[Rollout], alone: bool) -> list[Forward]:
+    """What the models say about some trajectories of every cell.
+
+    Args:
+        alone: the critics learn alone, so that no gradient of theirs goes into the policies.
+    """
+    temperature, full = members[0].cell.training.temperature, members[0].needs_logits
+    critics, listed = models.critics, list(rollouts)
+    shared = critics is not None and critics.shares_trunk
+    scores = token_scores(models.policy, listed, temperature=temperature, logits=full, entropy=True, states=shared)
+    with torch.no_grad():
+        other = token_scores(models.reference, listed, temperature=temperature, logits=True) if full else None
+    states = [score.states.detach() if alone and score.states is not None else score.states for score in scores]
+    values = None if critics is None else critics.values(listed, states)
+    found = []
+    for c, score in enumerate(scores):
+        assert score.entropy is not None
+        found.append(
+            Forward(
+                score.logp,
+                score.entropy,
+                score.logits,
+                None if other is None else other[c].logits,
+                None if values is None else values[c],
+            )
+        )
+    return found
+
+
+def join(passes: Sequence[Forward]) -> Forward:
+    """The rows of several passes over one cell, one after the other."""
+
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.cat(present) if present else None
+
+    return Forward(
+        torch.cat([p.logp for p in passes]),
+        torch.cat([p.entropy for p in passes]),
+        joined([p.logits for p in passes]),
+        joined([p.logits_reference for p in passes]),
+        joined([p.values for p in passes]),
+    )
