@@ -45,6 +45,8 @@ class StackedAdamW:
         self._weights, self._first, self._second = (
             self._slices(group) for group in (self.masters, self.first, self.second)
         )
+        # the fused step divides by a float32 number as it goes, which spares a pass over the gradients
+        self._divides = all(value.dtype == torch.float32 for value in self.masters.values())
         rounded = [name for name, value in parameters.items() if value.dtype != self.masters[name].dtype]
         self._rounded = [
             ([parameters[name].detach()[c] for name in rounded], [self.masters[name][c] for name in rounded])
@@ -70,8 +72,12 @@ class StackedAdamW:
         """One update of one cell, its gradient scaled down so that its norm is at most `clip_norm`."""
         training = self.settings[cell]
         gradients = [g.to(weight.dtype) for g, weight in zip(gradients, self._weights[cell], strict=True)]
+        divisor = None
         if training.clip_norm is not None and norm > training.clip_norm:
-            torch._foreach_mul_(gradients, training.clip_norm / norm)
+            if self._divides:
+                divisor = torch.tensor(norm / training.clip_norm, device=gradients[0].device)
+            else:
+                torch._foreach_mul_(gradients, training.clip_norm / norm)
         self.steps[cell] += 1
         cut = self._matrices if training.weight_decay else len(self._order)
         for part, decay in ((slice(0, cut), training.weight_decay), (slice(cut, None), 0.0)):
@@ -91,6 +97,7 @@ class StackedAdamW:
                     eps=training.adam_eps,
                     amsgrad=False,
                     maximize=False,
+                    grad_scale=divisor,
                 )
         self._publish(cell)
 

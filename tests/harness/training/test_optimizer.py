@@ -47,6 +47,18 @@ def test_it_is_torchs_adamw_with_gradient_clipping(clip: float | None) -> None:
         torch.testing.assert_close(ours[name][0], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 3e-7), (torch.float64, 1e-14)])
+def test_clipping_is_as_exact_as_the_weights(dtype: torch.dtype, error: float) -> None:
+    weights = {name: value.detach().to(dtype).requires_grad_() for name, value in stack(1).items()}
+    optimizer = StackedAdamW(weights, [TrainingSection(clip_norm=0.3)])
+    run(optimizer, [0], steps=1)
+    given = {name: value.double() for name, value in gradient(0, 0).items()}
+    scale = 0.3 / float(norm(list(given.values())))
+    for name, value in given.items():
+        expected = 0.1 * scale * value  # Adam's first moment after one step, 1 − β₁ = 0.1
+        torch.testing.assert_close(optimizer.first[name][0].double(), expected, rtol=error, atol=0)
+
+
 def test_weight_decay_shrinks_matrices_only() -> None:
     decayed, plain = stack(1), stack(1)
     run(StackedAdamW(decayed, [TrainingSection(weight_decay=0.5)]), [0], steps=1, lr=0.1)
