@@ -38,7 +38,7 @@ from harness.store import Run
 from tasks.addition import Addition
 from tests.benchmarks import one_device
 from tests.benchmarks.clock import per_update
-from tests.benchmarks.limit import peak_gflops, plain_flops
+from tests.benchmarks.limit import peak_gflops, plain_flops, stream_gigabytes, weight_bytes
 from tests.benchmarks.model import endless_checkpoint, starting_checkpoint
 from tests.benchmarks.processes import NO_GPU, ROOT, Failure, console, run, say
 from tests.benchmarks.setting import DIGITS, ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, grid_text
@@ -100,7 +100,7 @@ def phases(bench: Bench) -> dict[str, dict[str, Any]]:
             "prompts": prompts,
             "budget": budget,
             "packed": pack,
-            "flops": bench.cell("klab", prompts, budget, 10, "--count"),
+            **bench.cell("klab", prompts, budget, 10, "--count"),
             **{
                 side: {
                     **{n: statistics.median(row.get(n, 0.0) for row in rows) for n in set().union(*rows)},
@@ -178,15 +178,17 @@ def trl_grid(bench: Bench, prompts: int) -> dict[str, Any]:
     }
 
 
-def floors(found: dict[str, dict[str, Any]], peak: float) -> None:
-    """Adds to each shape the milliseconds that products need at the measured peak: by the plain formula, and for the
-    rows that klab computes."""
+def floors(found: dict[str, dict[str, Any]], peak: float, stream: float) -> None:
+    """Adds to each shape the milliseconds that products need at the measured peak, by the plain formula and for the
+    rows that klab computes, and those that weights need at the measured rate of memory."""
     prompt = len(Addition(DIGITS).split("train")[0].prompt)
     for shape in found.values():
         tokens = 4.5 if shape["budget"] == 8 else shape["budget"]
         plain = plain_flops(shape["prompts"], prompt, tokens)
         shape["floor_plain"] = {phase: flops / peak / 1e6 for phase, flops in plain.items()}
         shape["floor_klab"] = {phase: flops / peak / 1e6 for phase, flops in shape["flops"].items()}
+        moved = weight_bytes(shape["passes"], shape["packed"])
+        shape["floor_memory"] = {phase: count / stream / 1e6 for phase, count in moved.items()}
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
@@ -197,10 +199,10 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
         sys.exit(f"{given.trl} does not exist; `make bench` creates it")
     bench = Bench(given)
     try:
-        peak = peak_gflops()
-        say(f"peak of this core: {peak:.0f} GFLOP/s in float32")
-        found: dict[str, Any] = {"peak_gflops": peak, "shapes": phases(bench), "grids": {}}
-        floors(found["shapes"], peak)
+        peak, stream = peak_gflops(), stream_gigabytes()
+        say(f"peak of this core: {peak:.0f} GFLOP/s in float32, {stream:.1f} GB/s from memory")
+        found: dict[str, Any] = {"peak_gflops": peak, "stream_gb": stream, "shapes": phases(bench), "grids": {}}
+        floors(found["shapes"], peak, stream)
         for prompts in (16, 4):
             ours = klab_grid(bench, prompts)
             say(f"{given.cells} cells, {prompts} prompts: klab launch {ours['wall']:.0f} s")

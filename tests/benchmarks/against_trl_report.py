@@ -73,26 +73,19 @@ def _limits(found: dict[str, Any]) -> str:
     lines = [
         "Milliseconds of processor time per update and phase, and what matrix products alone need at this core's peak "
         f"({found['peak_gflops']:.0f} GFLOP/s). Plain: every trajectory in full, once per phase. Merged: the rows that "
-        "klab really computes.",
+        "klab really computes. Memory: what weights, gradients and moments of a pack's cells need between memory and "
+        f"core ({found['stream_gb']:.1f} GB/s). Whoever overlaps both perfectly needs the larger of the two.",
         "",
-        *_head("shape", "phase", "TRL", "klab pack", "plain limit", "merged limit", "klab ÷ merged limit"),
+        *_head("shape", "phase", "TRL", "klab pack", "plain", "merged", "memory", "klab ÷ (merged + memory)"),
     ]
+    sides = ("trl", "pack", "floor_plain", "floor_klab", "floor_memory")
     for name, shape in found["shapes"].items():
-        for phase in PHASE_NAMES:
-            trl, ours = shape["trl"].get(phase, 0.0), shape["pack"].get(phase, 0.0)
-            plain, merged = shape["floor_plain"].get(phase, 0.0), shape["floor_klab"].get(phase, 0.0)
-            share = f"{ours / merged:.1f}" if merged else ""
-            lines.append(
-                _row(
-                    name.replace("x", " × 8, "),
-                    phase,
-                    f"{trl:.1f}",
-                    f"{ours:.1f}",
-                    f"{plain:.1f}",
-                    f"{merged:.1f}",
-                    share,
-                )
-            )
+        for phase in (*PHASE_NAMES, "all"):
+            counted = PHASE_NAMES if phase == "all" else (phase,)
+            values = {side: sum(shape[side].get(each, 0.0) for each in counted) for side in sides}
+            least = values["floor_klab"] + values["floor_memory"]
+            share = f"{values['pack'] / least:.1f}" if least else ""
+            lines.append(_row(name.replace("x", " × 8, "), phase, *(f"{each:.1f}" for each in values.values()), share))
     return "\n".join(lines)
 
 

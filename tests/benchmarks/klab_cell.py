@@ -147,13 +147,19 @@ class _Counted:
         self.spent[self.phase] += self.mode.get_total_flops()
 
 
-def counted(text: str, updates: int) -> dict[str, float]:
-    """FLOPs per update and phase that the matrix products of one cell really take, shared prompts and rows merged."""
+def counted(text: str, updates: int) -> dict[str, Any]:
+    """FLOPs per update and phase that the matrix products of one cell really take, shared prompts and rows merged; and
+    the policy's passes for one rollout."""
     cell = parse_grid(text, "bench").cells[0]
     alone = pack.Pack([Member(cell, load_task(cell.task), Path(cell.policy.model))])
     alone._watch = CountingWatch()
-    rows = [alone.advance()[0] for _ in range(updates)]
-    return {phase: sum(row[f"seconds_{phase}"] for row in rows) / updates for phase in PHASES}
+    rows, passes = [], []
+    for _ in range(updates):
+        alone.draw()
+        passes.append(alone.pending[0][0].rollout.tokens.shape[1])
+        rows += alone.advance()
+    flops = {phase: sum(row[f"seconds_{phase}"] for row in rows) / updates for phase in PHASES}
+    return {"flops": flops, "passes": sum(passes) / updates}
 
 
 def main() -> None:

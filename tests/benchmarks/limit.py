@@ -1,4 +1,4 @@
-"""How fast this core multiplies matrices, and how many multiplications an update takes by the plain formula."""
+"""How fast this core multiplies matrices and reads memory, and how much of either an update takes at least."""
 
 from __future__ import annotations
 
@@ -35,6 +35,40 @@ def peak_gflops(rounds: int = 7) -> float:
             found.append(2 * size**3 * repeats / (time.process_time() - began) / 1e9)
         rates.append(statistics.median(found))
     return max(rates)
+
+
+def stream_gigabytes(rounds: int = 7) -> float:
+    """The best rate at which one thread reads memory that no cache holds, in 10⁹ bytes per second of processor time."""
+    torch.set_num_threads(1)
+    numbers = torch.ones(2**26)
+    times = []
+    for _ in range(rounds):
+        began = time.process_time()
+        numbers.sum()
+        times.append(time.process_time() - began)
+    return 4 * len(numbers) / min(times) / 1e9
+
+
+def weight_bytes(passes: float, packed: int) -> dict[str, float]:
+    """Bytes of weights, gradients and moments that one update of a cell moves between memory and core, if caches keep
+    nothing from one pass to the next, as in a pack whose cells have more of them than the caches hold.
+
+    Every pass of a rollout reads all weights once; the reference's are shared by the pack. The backward pass reads
+    weights and writes gradients (what is written is read first); the norm reads gradients; Adam reads gradients,
+    weights and two moments and writes three of them.
+
+    Args:
+        passes: of the policy for one rollout: the prompts' and one per further token.
+    """
+    weights = 4 * (LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE) + VOCABULARY * HIDDEN)
+    times = {
+        "rollout": passes / UPDATES_PER_ROLLOUT,
+        "reference": 1 / UPDATES_PER_ROLLOUT / packed,
+        "forward": 1.0,
+        "backward": 3.0,
+        "step": 8.0,
+    }
+    return {phase: count * weights for phase, count in times.items()}
 
 
 def plain_flops(prompts: int, prompt_tokens: int, completion_tokens: float) -> dict[str, float]:
