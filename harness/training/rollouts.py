@@ -132,10 +132,36 @@ def _scored(
     world: World,
 ) -> list[Draw]:
     """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
-    share = world.share(len(examples[0]))
+    training, share = members[0].cell.training, world.share(len(examples[0]))
+    temperature = training.temperature
+    if training.sampler is not None and training.sampler.temperature is not None:
+        temperature = training.sampler.temperature
 
     def drawn() -> list[tuple[Rollout, Tensor, Tensor]]:
-        return _share_scored(policy, members, positions, examples, purpose, watch, limit, share) if share else []
+        """By cell, the trajectories of this process's share, their rewards and whether they are correct."""
+        if not share:
+            return []
+        with watch("rollout"):
+            rollouts = draw(
+                policy if len(positions) == len(members) else policy.only(positions),
+                [members[c] for c in positions],
+                examples,
+                training.group_size,
+                purpose,
+                temperature,
+                training.top_p,
+                sampler=sampler_of(training),
+                positions=positions,
+                limit=limit,
+                share=share,
+            )
+        with watch("reward"):
+            asked = zip(positions, examples, rollouts, strict=True)
+            scores = [score(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked]
+        return [
+            (rollout, _column(rollout, [s.reward for s in each]), _column(rollout, [float(s.correct) for s in each]))
+            for rollout, each in zip(rollouts, scores, strict=True)
+        ]
 
     parts = [part for part in world.exchange("a draw", drawn, policy.device) if part]
     return [
@@ -146,44 +172,6 @@ def _scored(
             torch.cat([part[c][2] for part in parts]),
         )
         for c, listed in enumerate(examples)
-    ]
-
-
-def _share_scored(
-    policy: Policy,
-    members: Sequence[Member],
-    positions: Sequence[int],
-    examples: Sequence[list[Example]],
-    purpose: tuple[int | str, ...],
-    watch: Stopwatch,
-    limit: Limit,
-    share: range,
-) -> list[tuple[Rollout, Tensor, Tensor]]:
-    """Per cell, the trajectories of a share of its examples, their rewards and whether they are correct."""
-    training = members[0].cell.training
-    temperature = training.temperature
-    if training.sampler is not None and training.sampler.temperature is not None:
-        temperature = training.sampler.temperature
-    with watch("rollout"):
-        rollouts = draw(
-            policy if len(positions) == len(members) else policy.only(positions),
-            [members[c] for c in positions],
-            examples,
-            training.group_size,
-            purpose,
-            temperature,
-            training.top_p,
-            sampler=sampler_of(training),
-            positions=positions,
-            limit=limit,
-            share=share,
-        )
-    with watch("reward"):
-        asked = zip(positions, examples, rollouts, strict=True)
-        scores = [score(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked]
-    return [
-        (rollout, _column(rollout, [s.reward for s in each]), _column(rollout, [float(s.correct) for s in each]))
-        for rollout, each in zip(rollouts, scores, strict=True)
     ]
 
 
