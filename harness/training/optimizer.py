@@ -9,6 +9,7 @@ Weights of 16 bits are copies of float32 ones: a step of 1e-6 of a weight is los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from grid.sections import TrainingSection
 
 NARROW = (torch.float16, torch.bfloat16)
+
+_FAR = 1e30
+"""Weights that cannot be larger are finite; so are second moments of gradients whose squares cannot be."""
 
 
 class StackedAdamW:
@@ -48,6 +52,8 @@ class StackedAdamW:
         # the fused step divides by a float32 number as it goes, which spares a pass over the gradients
         self._divides = all(value.dtype == torch.float32 for value in self.masters.values())
         rounded = [name for name, value in parameters.items() if value.dtype != self.masters[name].dtype]
+        self._reach = [math.inf for _ in settings]
+        self._steepest = [0.0 for _ in settings]
         self._rounded = [
             ([parameters[name].detach()[c] for name in rounded], [self.masters[name][c] for name in rounded])
             for c in range(len(self.settings))
@@ -100,6 +106,14 @@ class StackedAdamW:
                     grad_scale=divisor,
                 )
         self._publish(cell)
+        self._stretch(cell, lr, norm)
+
+    def _stretch(self, cell: int, lr: float, norm: float) -> None:
+        """How large a weight may be after a step: m̂ is a mean of gradients so far, and the step is lr·m̂/(√v̂ + ε)."""
+        training = self.settings[cell]
+        self._steepest[cell] = max(self._steepest[cell], min(norm, training.clip_norm or math.inf))
+        farthest = lr * self._steepest[cell] / training.adam_eps
+        self._reach[cell] = self._reach[cell] * (1 + lr * training.weight_decay) + farthest
 
     @torch.no_grad()
     def _publish(self, cell: int) -> None:
@@ -109,9 +123,12 @@ class StackedAdamW:
             torch._foreach_copy_(narrow, wide)
 
     def finite(self) -> list[bool]:
-        """Whether each cell's weights are all finite."""
-        sums = torch.stack([norm(slices) for slices in self._weights])
-        return [bool(value) for value in torch.isfinite(sums).tolist()]
+        """Whether each cell's weights are all finite; they are looked at only if they may have become too large."""
+        far = [not max(reach, self._steepest[cell] ** 2) < _FAR for cell, reach in enumerate(self._reach)]
+        norms = {cell: float(norm(self._weights[cell])) for cell, look in enumerate(far) if look}
+        for cell, value in norms.items():
+            self._reach[cell] = value if math.isfinite(value) else math.inf
+        return [math.isfinite(norms.get(cell, 0.0)) for cell in range(len(far))]
 
     def state(self, cell: int) -> dict[str, Tensor]:
         """One cell's weights and moments by name, as copies on the CPU."""
@@ -130,6 +147,9 @@ class StackedAdamW:
                 value[cell].copy_(stored)
         self.steps[cell].copy_(state["steps"])
         self._publish(cell)
+        done, beta = int(self.steps[cell]), self.settings[cell].adam_beta1
+        self._steepest[cell] = float(norm(self._first[cell])) / (1 - beta**done) if done else 0.0
+        self._reach[cell] = math.inf
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

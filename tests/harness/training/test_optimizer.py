@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grid.sections import TrainingSection
 from harness.training.optimizer import StackedAdamW, norm
@@ -106,6 +108,46 @@ def test_only_the_cell_with_an_infinite_weight_is_not_finite() -> None:
     with torch.no_grad():
         weights["other"][1, 0, 0] = float("inf")
     assert StackedAdamW(weights, [TrainingSection()] * 3).finite() == [True, False, True]
+
+
+def step_evenly(optimizer: StackedAdamW, gradient: float, lr: float) -> None:
+    """A step of the only cell along a gradient of equal numbers."""
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.full_like(parameter, gradient)
+    (slices,) = optimizer.gradients()
+    optimizer.step(0, slices, lr, float(norm(slices)))
+
+
+@given(
+    st.lists(st.tuples(st.floats(-30, 36), st.floats(-20, 37)), min_size=1, max_size=6),
+    st.sampled_from([None, 1.0, 1e20]),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 5),
+)
+def test_no_weight_becomes_infinite_unseen(
+    steps: list[tuple[float, float]], clip_norm: float | None, decay: float, resumed_after: int
+) -> None:
+    """Whatever the learning rates and gradients, also when the cell is resumed in between."""
+    settings = [TrainingSection(clip_norm=clip_norm, weight_decay=decay)]
+    optimizer = StackedAdamW(stack(1), settings)
+    for number, (rate, scale) in enumerate(steps):
+        step_evenly(optimizer, 10**scale, 10**rate)
+        if number == resumed_after:
+            state, optimizer = optimizer.state(0), StackedAdamW(stack(1), settings)
+            optimizer.restore(0, state)
+        sound = all(bool(value.isfinite().all()) for value in optimizer.parameters.values())
+        assert sound or optimizer.finite() == [False]
+
+
+def test_weights_that_cannot_be_infinite_are_not_looked_at() -> None:
+    optimizer = StackedAdamW(stack(1), [TrainingSection()])
+    assert optimizer.finite() == [True]
+    step_evenly(optimizer, 1.0, 1e-3)
+    with torch.no_grad():
+        optimizer.parameters["other"][0, 0, 0] = float("inf")  # which no step can do
+    assert optimizer.finite() == [True]
+    step_evenly(optimizer, 1.0, 1e23)
+    assert optimizer.finite() == [False]
 
 
 def narrow(cells: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
