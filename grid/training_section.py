@@ -130,7 +130,7 @@ class TrainingSection(Section):
     evaluate_every: Count = 10
     evaluation_prompts: Count = 64
     evaluation_samples: Count = 4
-    checkpoint_updates: Count = 50
+    checkpoint_updates: Count = 1000
     checkpoint_seconds: Positive = 60.0
     reward_seconds: Positive = 60.0
 

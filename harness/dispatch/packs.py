@@ -15,7 +15,7 @@ from grid.training_section import NUMERICALLY_IDLE, STACKABLE
 from harness.dispatch.balance import LARGEST, divide, even, makespan, pack_seconds, settled, trial
 from harness.dispatch.executor import Pack
 
-PACK_SIZE = 8
+PACK_SIZE = 16
 """Cells per job at most, where no step time of their shape was measured and the grid file says nothing."""
 
 STACKED_BYTES = 2**25

@@ -46,7 +46,7 @@ from tests.benchmarks.setting import DIGITS, ROLLOUTS_DROPPED, UPDATES_PER_ROLLO
 SHAPES = ((16, 8), (4, 8), (16, 32), (4, 32))
 """Prompts of a rollout and budget of new tokens. Up to 8 tokens completions end by themselves, 32 are all used up."""
 
-PACK, LONG_PACK = 8, 2
+PACK, LONG_PACK = 16, 2
 TRL_AT_ONCE = 2
 
 

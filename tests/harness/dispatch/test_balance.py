@@ -123,8 +123,8 @@ def test_what_was_asked_for_wins_and_nothing_measured_means_the_default() -> Non
     assert ([len(pack.cells) for pack in asked.packs], asked.sizes_from) == ([7, 7, 7, 7, 2], "cells_per_job")
     for nothing in (None, {}, {"another kind": {2: 0.1}}):
         planned = make_packs(alike, None, 2, nothing)
-        assert ([len(pack.cells) for pack in planned.packs], planned.sizes_from) == ([8, 8, 7, 7], "default")
-        assert max(len(pack.cells) for pack in make_packs(cells(100), None, 1, nothing).packs) == PACK_SIZE
+        assert ([len(pack.cells) for pack in planned.packs], planned.sizes_from) == ([15, 15], "default")
+        assert max(len(pack.cells) for pack in make_packs(cells(96), None, 1, nothing).packs) == PACK_SIZE
 
 
 def test_shapes_share_the_workers_by_their_time_and_the_longest_packs_come_first() -> None:
@@ -146,8 +146,8 @@ def test_one_pack_of_an_unknown_size_where_there_is_room_for_it() -> None:
     assert trial({8: 0.1, 16: 0.2}, 31) is trial({8: 0.1}, 31, running=[16]) is None
     assert trial({8: 0.1, 15: 0.2, 5: 0.2}, 100) is None
     assert trial({32: 0.1, 16: 0.2}, 1000) is None
-    assert sizes(48, {8: 0.1}, 2) == [16, 8, 8, 8, 8]
-    assert sizes(48, {8: 0.1}, 2, running=[16, 4]) == [8] * 6
+    assert sizes(96, {16: 0.1}, 2) == [32, 16, 16, 16, 16]
+    assert sizes(96, {16: 0.1}, 2, running=[32, 8]) == [16] * 6
 
 
 def test_sizes_are_not_chosen_for_what_may_be_noise() -> None:

@@ -36,8 +36,8 @@ def test_alike_cells_are_shared_evenly(number: int, workers: int) -> None:
     assert len(sizes) % workers == 0 or len(sizes) == number
 
 
-def test_thirty_cells_on_two_workers_are_four_packs() -> None:
-    assert [len(pack.cells) for pack in make_packs(cells([1] * 30), None, 2).packs] == [8, 8, 7, 7]
+def test_sixty_cells_on_two_workers_are_four_packs() -> None:
+    assert [len(pack.cells) for pack in make_packs(cells([1] * 60), None, 2).packs] == [15] * 4
 
 
 def test_cells_of_a_large_model_get_a_job_each_unless_asked_otherwise(tmp_path: Path) -> None:
