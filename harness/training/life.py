@@ -25,7 +25,7 @@ from harness.store import CellFolder, Evicted, Run
 from harness.training import checkpoint
 from harness.training.checkpoint import State
 from harness.training.conclusion import conclude
-from harness.training.host import settle
+from harness.training.host import settled
 from harness.training.member import CellFailure, Member
 from harness.training.memory import explained, out_of_memory, release
 from harness.training.metrics import Row
@@ -78,11 +78,10 @@ def run_cells(
         Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
         there), or `cancelled` (the cell was taken away from this process, which left it as it was).
     """
-    settle(threads)
     run = Run.open(Path(run_path))
     orders = Orders(world or ALONE)
     life = _Life(run, progress or (lambda _: None), stop or (lambda: False), orders)
-    try:
+    with settled(threads), _dismissing(orders):
         folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
         waiting: dict[tuple[str, int], list[tuple[Member, State | None]]] = {}
         for identity, folder in folders.items():
@@ -100,9 +99,15 @@ def run_cells(
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():
             life.begin([member for member, _ in alike], [state for _, state in alike if state is not None])
+    return {identity: life.states[identity] for identity in folders}
+
+
+@contextmanager
+def _dismissing(orders: Orders) -> Iterator[None]:
+    try:
+        yield
     finally:
         orders.dismiss()
-    return {identity: life.states[identity] for identity in folders}
 
 
 class _Halted(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.store import Run
 from harness.training import checkpoint
 from harness.training.checkpoint import State
-from harness.training.host import settle
+from harness.training.host import settled
 from harness.training.member import Member
 from harness.training.orders import BEGIN, END, LEAVE, Orders
 from harness.training.pack import Pack, device
@@ -42,8 +42,12 @@ def follow(run_path: str | Path, world: World, threads: int = 1) -> None:
     Raises:
         WorldLost: when a process is gone or out of step.
     """
-    settle(threads)
-    run, orders = Run.open(Path(run_path)), Orders(world)
+    with settled(threads):
+        _follow(Run.open(Path(run_path)), world)
+
+
+def _follow(run: Run, world: World) -> None:
+    orders = Orders(world)
     while True:
         try:
             order = orders.next()
