@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test check format slurm-test fault-test browser-test parity-test bench clean
+.PHONY: help install demo test check format slurm-test fault-test browser-test parity-test bench bench-gpu clean
 
 help:
 	@echo "make demo          train the quickstart grid and write its report"
@@ -16,6 +16,7 @@ help:
 	@echo "make browser-test  the report in headless Chromium (needs apt)"
 	@echo "make parity-test   gradients against TRL and verl, in an environment of their own"
 	@echo "make bench         benchmarks"
+	@echo "make bench-gpu     benchmarks of a model of real size on one GPU"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,14 +59,19 @@ $(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	touch $@
 
-parity-test: $(VENV)-parity/installed
+parity-test: $(VENV)/installed $(VENV)-parity/installed
 	$(VENV)-parity/bin/python -m pytest -q -m parity tests/parity
+	$(PYTEST) -q -m parity tests/benchmarks
 
 bench: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python tests/benchmarks/update.py
 	$(BIN)/python -m tests.benchmarks.against_trl
 	$(BIN)/python -m tests.benchmarks.report
 	$(BIN)/python -m tests.benchmarks.scale
+
+bench-gpu: $(VENV)/installed $(VENV)-parity/installed
+	$(BIN)/python -m tests.benchmarks.gpu
+	$(BIN)/python -m tests.benchmarks.against_trl --setting 0.5b
 
 clean:
 	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

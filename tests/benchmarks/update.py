@@ -23,6 +23,7 @@ from harness.policy.logprobs import token_scores
 from harness.policy.rollout import sample
 from harness.store import Run
 from harness.training import run_cells
+from harness.training.host import settled
 from tasks import load_task
 
 PHASES = ("rollout", "reward", "reference", "forward", "backward", "step")
@@ -83,8 +84,12 @@ def shortcuts(folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure and print both tables."""
-    torch.set_num_threads(1)
+    """Measure and print both tables, under the conditions of a process that trains."""
+    with settled(1):
+        _measure()
+
+
+def _measure() -> None:
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
