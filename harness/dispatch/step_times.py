@@ -18,6 +18,7 @@ from statistics import median
 from grid import Mistake
 from grid.sections import Resources
 from harness.dispatch import gpus
+from harness.dispatch.balance import NOISE
 from harness.dispatch.packs import kind
 from harness.store import Run, files, machine
 
@@ -28,7 +29,6 @@ LAST = 5
 """Of so many newest measurements of one pack size the least counts: whatever else happens on a machine adds time."""
 
 _LEAST = 4
-_APART = 1.1
 _BYTES = 2**20
 
 
@@ -108,7 +108,7 @@ def differ(new: StepTimes, old: StepTimes) -> bool:
     """Whether there are sizes that were not measured before, or times that changed by more than noise."""
     for word, times in new.items():
         before = old.get(word, {})
-        if any(size not in before or abs(math.log(times[size] / before[size])) > math.log(_APART) for size in times):
+        if any(size not in before or abs(math.log(times[size] / before[size])) > math.log(NOISE) for size in times):
             return True
     return False
 

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.policy.attention import EXPLICIT_SLOTS, attention
-from harness.policy.layout import Lanes
+from harness.policy.layout import Indices, Lanes
 from harness.policy.prefixes import Grove, bucket, plain_forest
 
 if TYPE_CHECKING:
     from harness.policy.decoder import Decoder
     from harness.policy.stacked import Weights
 
-Indices = NDArray[np.int64]
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, [kv_heads, lanes, slots, head_size]."""
 

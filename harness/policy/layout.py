@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -47,22 +47,20 @@ class Lanes:
     seen: Indices | None = None
     unique: bool = True
 
-    def seeing(self, rows: Indices) -> Lanes:
-        """The same where slots see some rows [L, K]."""
-        return replace(self, seen=rows)
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Cells with lanes of one shape, whose attention is computed together; they follow one another.
 
     Attributes:
+        members: their positions among the layout's cells.
         shape: (cells, heads, L, S, K).
         bias: [cells, 1, L or 1, S, K].
         slots: its queries', keys' and values' stretch of `Layout.spread`.
         mixed: its stretch of the mixed values.
     """
 
+    members: list[int]
     shape: tuple[int, int, int, int, int]
     bias: Tensor
     slots: slice
@@ -72,6 +70,12 @@ class Run:
     def matrices(self) -> int:
         cells, heads, lanes, _, _ = self.shape
         return cells * heads * lanes
+
+    @property
+    def firsts(self) -> list[tuple[int, int]]:
+        """Each member, and where its queries begin among those of the run."""
+        _, heads, L, S, _ = self.shape
+        return [(member, number * heads * L * S) for number, member in enumerate(self.members)]
 
     def views(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [matrices, S, size], keys and values [matrices, K, size] of all slots [Σ, size]."""
@@ -107,7 +111,6 @@ class Layout:
         positions = np.concatenate([each.positions for each in lanes])
         self.positions, self.limit = torch.from_numpy(positions), int(positions.max()) + 1
         self.runs: list[Run] = []
-        self._mixed_firsts = [0] * len(lanes)
         spread: list[Indices] = []
         slots = mixed = 0
         for members in self._members():
@@ -117,11 +120,11 @@ class Layout:
             self.runs.append(run)
         self.spread, self.mixed = torch.from_numpy(np.concatenate(spread)), mixed
         head = np.arange(heads)
-        collect = [
-            places[:, None] + (head * each.slots.size + first)
-            for each, places, first in zip(lanes, (each.places for each in lanes), self._mixed_firsts, strict=True)
-        ]
-        every = np.concatenate(collect)
+        collect = {}
+        for run in self.runs:
+            for i, first in run.firsts:
+                collect[i] = lanes[i].places[:, None] + (head * lanes[i].slots.size + run.mixed.start + first)
+        every = np.concatenate([collect[i] for i in range(len(lanes))])
         self.collect = torch.from_numpy(every.reshape(-1))
         self.kept: Tensor | None = None
         self.kept_sizes, self.kept_stretches, self.collect_kept = sizes, self.stretches, self.collect
@@ -160,9 +163,8 @@ class Layout:
         seen = queries if chosen[0].seen is None else np.stack([each.seen for each in chosen if each.seen is not None])
         rows = seen[:, None] * (3 * heads) + head
         index = [(queries[:, None] * (3 * heads) + head), rows + heads, rows + 2 * heads]
-        for number, i in enumerate(members):
-            self._mixed_firsts[i] = mixed + number * heads * L * S
         run = Run(
+            members,
             (n, heads, L, S, K),
             torch.stack([each.bias for each in chosen]).unsqueeze(1),
             slice(slots, slots + n * heads * L * (S + 2 * K)),
@@ -176,18 +178,17 @@ class Layout:
         inverse of `spread`. None where a token is seen in several slots."""
         if not all(each.unique for each in self.lanes):
             return None
-        found: list[Indices] = [np.zeros(0, dtype=np.int64)] * len(self.lanes)
-        for run, members in zip(self.runs, self._members(), strict=True):
+        found = {}
+        head = np.arange(3 * self.heads)
+        for run in self.runs:
             _, heads, L, S, _ = run.shape
-            head = np.arange(3 * heads)
-            parts = head // heads * (run.mixed.stop - run.mixed.start) + head % heads * L * S
-            for number, i in enumerate(members):
+            parts = head // heads * (run.mixed.stop - run.mixed.start) + head % heads * L * S + run.slots.start
+            for i, first in run.firsts:
                 each = self.lanes[i]
-                first = run.slots.start + number * heads * L * S
                 stands = each.slots.reshape(-1)[each.places] == np.arange(len(each.places))  # padding stands nowhere
                 slots = each.places[:, None] + (parts + first)
                 found[i] = np.where(stands[:, None], slots, len(self.spread)).reshape(-1)
-        return torch.from_numpy(np.concatenate(found))
+        return torch.from_numpy(np.concatenate([found[i] for i in range(len(self.lanes))]))
 
     def embedded(self, table: Tensor) -> Tensor:
         """[M, hidden], the tokens' rows of their cells' embeddings [C, V, hidden]."""

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.policy.attention import EXPLICIT_SLOTS, attention
-from harness.policy.layout import Lanes
-
-Indices = NDArray[np.int64]
+from harness.policy.layout import Indices, Lanes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,7 @@ class RaggedDecoding:
         for cell, each in lanes.items():
             before = self.seen.get(cell, np.zeros((len(each.slots), 0), dtype=np.int64))
             self.seen[cell] = np.concatenate((before, self.filled + each.slots), 1)
-            placed.append(each.seeing(self.seen[cell]))
+            placed.append(replace(each, seen=self.seen[cell]))
             self.filled += len(each.tokens)
         self._make_room()
         layout = Layout(list(lanes), placed, policy.architecture.heads, policy.cells, start)

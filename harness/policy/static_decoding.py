@@ -19,18 +19,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from grid.mistake import Mistake
 from harness.policy.attention import attention
+from harness.policy.layout import Indices
 
 if TYPE_CHECKING:
     from harness.policy.decoder import Decoder
     from harness.policy.stacked import Weights
 
-Indices = NDArray[np.int64]
 
 VARIABLE = "KLAB_DECODING"
 KINDS = ("growing", "static")

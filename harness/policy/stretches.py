@@ -17,6 +17,10 @@ GROUPED = hasattr(functional, "grouped_mm")
 between them. Older versions do not, and none does for float64."""
 
 
+def _in_one_call(x: Tensor) -> bool:
+    return GROUPED and x.dtype == torch.float32
+
+
 class Stretches:
     """The lengths of C stretches, Σ = M."""
 
@@ -48,7 +52,7 @@ def scaled(y: Tensor, scale: Tensor, stretches: Stretches) -> Tensor:
 
 def products(x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretches) -> Tensor:
     """x [M, in] times each cell's weight [C, in, out], plus its bias [C, out]."""
-    if GROUPED and x.dtype == torch.float32:
+    if _in_one_call(x):
         out = functional.grouped_mm(x, weight, offs=stretches.ends)
     else:
         out = x.new_empty(len(x), weight.shape[2])
@@ -59,7 +63,7 @@ def products(x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretche
 
 def weight_gradients(x: Tensor, grad: Tensor, stretches: Stretches) -> Tensor:
     """[C, in, out], gradients of the weights of products of x [M, in], from those of the products [M, out]."""
-    if GROUPED and x.dtype == torch.float32:
+    if _in_one_call(x):
         return functional.grouped_mm(x.t(), grad, offs=stretches.ends)
     out = x.new_empty(len(stretches.sizes), x.shape[1], grad.shape[1])
     for part, given, target in zip(stretches.parts(x), stretches.parts(grad), out.unbind(0), strict=True):

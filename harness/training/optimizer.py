@@ -51,9 +51,10 @@ class StackedAdamW:
         )
         # the fused step divides by a float32 number as it goes, which spares a pass over the gradients
         self._divides = all(value.dtype == torch.float32 for value in self.masters.values())
+        # each cell's bounds of its weights and of its gradients so far
+        self._reach = [math.inf] * len(self.settings)
+        self._steepest = [0.0] * len(self.settings)
         rounded = [name for name, value in parameters.items() if value.dtype != self.masters[name].dtype]
-        self._reach = [math.inf for _ in settings]
-        self._steepest = [0.0 for _ in settings]
         self._rounded = [
             ([parameters[name].detach()[c] for name in rounded], [self.masters[name][c] for name in rounded])
             for c in range(len(self.settings))
@@ -124,11 +125,13 @@ class StackedAdamW:
 
     def finite(self) -> list[bool]:
         """Whether each cell's weights are all finite; they are looked at only if they may have become too large."""
-        far = [not max(reach, self._steepest[cell] ** 2) < _FAR for cell, reach in enumerate(self._reach)]
-        norms = {cell: float(norm(self._weights[cell])) for cell, look in enumerate(far) if look}
-        for cell, value in norms.items():
-            self._reach[cell] = value if math.isfinite(value) else math.inf
-        return [math.isfinite(norms.get(cell, 0.0)) for cell in range(len(far))]
+        return [self._finite(cell) for cell in range(len(self.settings))]
+
+    def _finite(self, cell: int) -> bool:
+        if max(self._reach[cell], self._steepest[cell] ** 2) < _FAR:
+            return True
+        self._reach[cell] = float(norm(self._weights[cell]))
+        return math.isfinite(self._reach[cell])
 
     def state(self, cell: int) -> dict[str, Tensor]:
         """One cell's weights and moments by name, as copies on the CPU."""
