@@ -32,11 +32,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PYTEST) -q -n 2 --dist worksteal -m "not slurm and not faults and not browser and not parity"
 
-check: $(VENV)/installed
+# mypy and import-linter do not follow an editable installation, but links
+.links: Makefile
+	mkdir -p .links/klab
+	for room in grid tasks harness reports; do ln -sfn ../../$$room .links/klab/$$room; done
+	touch $@
+
+check: $(VENV)/installed .links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=.links $(BIN)/lint-imports
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
@@ -57,6 +63,7 @@ $(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
+	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 parity-test: $(VENV)/installed $(VENV)-parity/installed

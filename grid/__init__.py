@@ -6,29 +6,29 @@ Names are imported when they are first asked for: looking at a run needs none of
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grid import catalogue
-    from grid.cell import Cell
-    from grid.definition import Grid, load_grid, parse_grid
-    from grid.mistake import Mistake
-    from grid.objective import Objective
+    from klab.grid import catalogue
+    from klab.grid.cell import Cell
+    from klab.grid.errors import Mistake
+    from klab.grid.grid_file import Grid, load_grid, parse_grid
+    from klab.grid.objective import Objective
 else:
     import importlib
 
     _HOMES = {
         "Cell": "cell",
-        "Grid": "definition",
-        "Mistake": "mistake",
+        "Grid": "grid_file",
+        "Mistake": "errors",
         "Objective": "objective",
-        "load_grid": "definition",
-        "parse_grid": "definition",
+        "load_grid": "grid_file",
+        "parse_grid": "grid_file",
     }
 
     def __getattr__(name):
         if name == "catalogue":
-            return importlib.import_module("grid.catalogue")
+            return importlib.import_module("klab.grid.catalogue")
         if name not in _HOMES:
-            raise AttributeError(f"module 'grid' has no attribute {name!r}")
-        found = globals()[name] = getattr(importlib.import_module(f"grid.{_HOMES[name]}"), name)
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         return found
 
 

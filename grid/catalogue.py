@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from grid.mistake import Mistake
+from klab.grid.errors import Mistake
 
 
 @dataclass(frozen=True, slots=True)

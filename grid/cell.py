@@ -10,10 +10,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from grid.catalogue import AXES, PARAMETERS
-from grid.mistake import Mistake
-from grid.objective import Objective
-from grid.sections import NUMERICALLY_IDLE, PolicySection, Section, TaskSection, TrainingSection, load_section
+from klab.grid.catalogue import AXES, PARAMETERS
+from klab.grid.errors import Mistake
+from klab.grid.objective import Objective
+from klab.grid.schema.sections import (
+    NUMERICALLY_IDLE,
+    PolicySection,
+    Section,
+    TaskSection,
+    TrainingSection,
+    load_section,
+)
 
 ID_VERSION = 2
 """Version of the id algorithm; part of what is hashed, raised whenever the same cell would get another id."""

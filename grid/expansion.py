@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from grid.mistake import Mistake
-from grid.point import SECTIONS, Change, Point, Spread, mapping, place
-from grid.sections import TrainingSection
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import TrainingSection
+from klab.grid.variant import SECTIONS, Change, Point, Spread, mapping, place
 
 DESIGNS = ("product", "one_at_a_time", "zip", "list")
 LARGEST = 1_000_000

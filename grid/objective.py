@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grid.activity import Form, resolve
-from grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
-from grid.mistake import Mistake
+from klab.grid.canonical import Form, resolve
+from klab.grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
+from klab.grid.errors import Mistake
 
 
 class Objective:
@@ -118,7 +118,7 @@ class Objective:
         return any(is_import_path(getattr(self, axis)) for axis in AXES)
 
     def form(self, on_policy: bool = False) -> Form:
-        """What of this objective is active, and why the rest is not (see `grid.activity`)."""
+        """What of this objective is active, and why the rest is not (see `klab.grid.canonical`)."""
         if on_policy not in self._forms:
             self._forms[on_policy] = resolve({axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy)
         return self._forms[on_policy]

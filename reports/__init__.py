@@ -1,6 +1,6 @@
 """What came out: tidy frames, statistics, tables, figures and one page.
 
->>> from reports import load_run
+>>> from klab.reports import load_run
 >>> load_run("runs/quickstart").summary()  # doctest: +SKIP
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reports.page import render
-    from reports.study import Study, load_run, load_runs
+    from klab.reports.page import render
+    from klab.reports.study import Study, load_run, load_runs
 
 __all__ = ["Study", "load_run", "load_runs", "render"]
 
@@ -18,11 +18,11 @@ __all__ = ["Study", "load_run", "load_runs", "render"]
 def __getattr__(name: str) -> Any:
     # pandas and matplotlib are imported when a report is asked for, not when the command line starts.
     if name == "render":
-        from reports.page import render
+        from klab.reports.page import render
 
         return render
     if name in __all__:
-        import reports.study
+        from klab.reports import study
 
-        return getattr(reports.study, name)
-    raise AttributeError(f"module 'reports' has no attribute {name!r}")
+        return getattr(study, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

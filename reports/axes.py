@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grid import Cell
-from grid.catalogue import AXES, PARAMETERS, is_import_path
-from grid.sections import Section
+from klab.grid import Cell
+from klab.grid.catalogue import AXES, PARAMETERS, is_import_path
+from klab.grid.schema.sections import Section
 
 _NEUTRAL = ("none", "one")
 _OUTSIDE = ("task",)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-
-from grid import Mistake
-from reports.columns import LOWER_IS_BETTER, RESULTS, SUMMARY
-from reports.effects import AxisEffect, Design, Interaction, interactions, main_effects
-from reports.statistics import (
+from klab.grid import Mistake
+from klab.reports.effects import AxisEffect, Design, Interaction, interactions, main_effects
+from klab.reports.schema import LOWER_IS_BETTER, RESULTS, SUMMARY
+from klab.reports.statistics import (
     Array,
     block_error,
     critical_difference,
@@ -21,7 +20,7 @@ from reports.statistics import (
     probability_of_improvement,
     t_interval,
 )
-from reports.study import Study
+from klab.reports.study import Study
 
 _LOST = ("diverged", "failed", "damaged")
 

@@ -18,10 +18,9 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from klab.reports.statistics import Array, block_error, finite, holm, seed_shifts
 from numpy.typing import NDArray
 from scipy import stats
-
-from reports.statistics import Array, block_error, finite, holm, seed_shifts
 
 _TOLERANCE = 1e-8
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-from reports.columns import TITLES
-from reports.comparison import Comparison
-from reports.effects import AxisEffect
-from reports.frame import records
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.effects import AxisEffect
+from klab.reports.frame import records
+from klab.reports.schema import TITLES
+from klab.reports.study import Study
 
 LEVEL = 0.05
 

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from grid import Mistake
-from harness.store import CellFolder, Run
-from harness.store.numbers import Numbers, read_numbers
-from reports.block import Block, last_update, number
-from reports.columns import EVALUATIONS, METRICS, RESULTS
+from klab.grid import Mistake
+from klab.harness.store import CellFolder, Run
+from klab.harness.store.metrics_reader import Numbers, read_numbers
+from klab.reports.numeric_frame import Block, last_update, number
+from klab.reports.schema import EVALUATIONS, METRICS, RESULTS
 
 _VERSION = 1
 _QUIET = ("heartbeat", "claim")

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from reports.comparison import Comparison
-from reports.frame import records
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.frame import records
+from klab.reports.study import Study
 
 COLUMNS = ("group", "drift", "bias", "cosine", "variance")
 """Columns that a gradient frame must have."""

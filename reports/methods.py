@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-from reports.columns import CELLS, TITLES
-from reports.comparison import Comparison
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.schema import CELLS, TITLES
+from klab.reports.study import Study
 
 
 def methods(study: Study, comparisons: list[Comparison]) -> list[str]:

@@ -13,22 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from klab.grid.catalogue import AXES, PARAMETERS
+from klab.reports.axis_legend import AxisLegend, formula, legend
+from klab.reports.comparison import Comparison, compare
+from klab.reports.config_detail import Detail, details
+from klab.reports.figures import Drawing, draw, inline_svg, save, svg_text
+from klab.reports.figures.tasks import across_tasks, profiles
+from klab.reports.findings import Findings, find, number, p_words, signed
+from klab.reports.frame import records
+from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
+from klab.reports.methods import methods
+from klab.reports.provenance import provenance
+from klab.reports.schema import SUMMARY, TITLES
+from klab.reports.study import Study, load_runs
+from klab.reports.tables import write_tables
 from markupsafe import Markup
-
-from grid.catalogue import AXES, PARAMETERS
-from reports.columns import SUMMARY, TITLES
-from reports.comparison import Comparison, compare
-from reports.details import Detail, details
-from reports.figures import Drawing, draw, inline_svg, save, svg_text
-from reports.figures.tasks import across_tasks, profiles
-from reports.findings import Findings, find, number, p_words, signed
-from reports.frame import records
-from reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
-from reports.legend import AxisLegend, formula, legend
-from reports.methods import methods
-from reports.provenance import provenance
-from reports.study import Study, load_runs
-from reports.tables import write_tables
 
 Progress = Callable[[str], None]
 

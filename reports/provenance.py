@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
-
-from reports.study import Study
+from klab.reports.study import Study
 
 
 def provenance(study: Study) -> list[dict[str, Any]]:

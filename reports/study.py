@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
-from grid import Cell, Mistake
-from harness.store import Run
-from reports.axes import VariedAxis, axis_table, group_labels, task_label
-from reports.columns import CELLS, SUMMARY
-from reports.frame import Frames, read_frames
+from klab.grid import Cell, Mistake
+from klab.harness.store import Run
+from klab.reports.axes import VariedAxis, axis_table, group_labels, task_label
+from klab.reports.frame import Frames, read_frames
+from klab.reports.schema import CELLS, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Study:
         Args:
             metric: a column of `cells` that results have, for example ``accuracy_final``.
         """
-        from reports.comparison import compare
+        from klab.reports.comparison import compare
 
         tables = [compare(self, task, metric).table for task in self.tasks]
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY))

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from grid import Mistake
-from reports.columns import SUMMARY, TITLES
-from reports.comparison import Comparison
-from reports.frame import records
-from reports.study import Study
+from klab.grid import Mistake
+from klab.reports.comparison import Comparison
+from klab.reports.frame import records
+from klab.reports.schema import SUMMARY, TITLES
+from klab.reports.study import Study
 
 FORMATS = ("md", "latex", "csv", "json")
 _LATEX = {

@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from grid import Mistake
-from harness.store import CellFolder, Run
+from klab.grid import Mistake
+from klab.harness.store import CellFolder, Run
 
 TRACKERS = ("tensorboard", "wandb")
 _TEXTS = ("update", "samples", "schema")

@@ -1,5 +1,5 @@
 """Where reward comes from: prompts with ground truth, splits, and the score of a completion."""
 
-from tasks.task import Example, Score, SplitName, Task, load_task
+from klab.tasks.task import Example, Score, SplitName, Task, load_task
 
 __all__ = ["Example", "Score", "SplitName", "Task", "load_task"]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
 
-from grid.mistake import Mistake
-from tasks.splits import Drawn, split_of
-from tasks.task import Example, Score, SplitName
+from klab.grid.errors import Mistake
+from klab.tasks.splits import Drawn, split_of
+from klab.tasks.task import Example, Score, SplitName
 
 LISTED_DIGITS = 2
 TRAIN_LENGTH, HELD_OUT_LENGTH = 1_000_000, 4_096

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grid.mistake import Mistake
-from tasks.tabular import Tabular
+from klab.grid.errors import Mistake
+from klab.tasks.tabular import Tabular
 
 
 class Bandit(Tabular):

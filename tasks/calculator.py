@@ -9,10 +9,10 @@ import random
 import re
 from collections.abc import Sequence
 
-from grid.mistake import Mistake
-from tasks.expression import Malformed, evaluate
-from tasks.splits import Drawn
-from tasks.task import TURN_END, Example, Score, SplitName
+from klab.grid.errors import Mistake
+from klab.tasks.expression import Malformed, evaluate
+from klab.tasks.splits import Drawn
+from klab.tasks.task import TURN_END, Example, Score, SplitName
 
 TRAIN_LENGTH, HELD_OUT_LENGTH = 1_000_000, 4_096
 LONGEST_RESULT = 12

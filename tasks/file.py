@@ -9,11 +9,11 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any, overload
 
-from grid.mistake import Mistake
-from tasks.dataset import Table, chosen_split, load_tables, require_columns
-from tasks.rewards import Rewards
-from tasks.splits import split_of
-from tasks.task import Example, Score, SplitName
+from klab.grid.errors import Mistake
+from klab.tasks.dataset import Table, chosen_split, load_tables, require_columns
+from klab.tasks.rewards import Rewards
+from klab.tasks.splits import split_of
+from klab.tasks.task import Example, Score, SplitName
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
@@ -37,14 +37,14 @@ class File:
     one prompt in ten, chosen by a hash of its text. A prompt that is held out is never trained on, wherever it occurs.
 
     Args:
-        path: see `tasks.dataset.load_tables`.
+        path: see `klab.tasks.dataset.load_tables`.
         prompt: see `Template`.
         answer: column of the ground truth; lists and mappings become JSON. None: every answer is "".
         solution: column of reference completions, for warming up a tiny policy.
         config: the hub dataset's configuration.
         train, held_out: names of splits.
         held_out_path: another dataset of the same columns.
-        reward, reward_seconds: see `tasks.rewards.Rewards`.
+        reward, reward_seconds: see `klab.tasks.rewards.Rewards`.
         alphabet: the characters of all prompts and solutions, for a tiny policy.
         max_new_tokens: default budget of own tokens.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tasks.file import File
+from klab.tasks.file import File
 
 HUB_ID, CONFIG = "openai/gsm8k", "main"
 PROMPT = "{question}\nThink step by step and end with #### and the answer.\n"
@@ -17,12 +17,12 @@ class Gsm8k(File):
     Reference solutions are without the calculator annotations `<<48/2=24>>`.
 
     Args:
-        path: see `tasks.dataset.load_tables`.
-        prompt: see `tasks.file.Template`.
-        reward, reward_seconds: see `tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
+        path: see `klab.tasks.dataset.load_tables`.
+        prompt: see `klab.tasks.file.Template`.
+        reward, reward_seconds: see `klab.tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
 
     Raises:
-        Mistake: see `tasks.file.File`.
+        Mistake: see `klab.tasks.file.File`.
     """
 
     name = "gsm8k"

@@ -2,7 +2,7 @@ r"""MATH (Hendrycks et al. 2021): competition problems, with solutions that end 
 
 from __future__ import annotations
 
-from tasks.file import File
+from klab.tasks.file import File
 
 HUB_ID, HELD_OUT_HUB_ID = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
 PROMPT = "{problem}\nThink step by step and put the answer in \\boxed{}.\n"
@@ -12,12 +12,12 @@ class Mathematics(File):
     """The 7,500 training problems, with MATH-500 (Lightman et al. 2023) held out.
 
     Args:
-        path: another dataset with columns `problem` and `solution`, split as it is; see `tasks.dataset.load_tables`.
-        prompt: see `tasks.file.Template`.
-        reward, reward_seconds: see `tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
+        path: another dataset with columns `problem` and `solution`, split as it is; see `dataset.load_tables`.
+        prompt: see `klab.tasks.file.Template`.
+        reward, reward_seconds: see `klab.tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
 
     Raises:
-        Mistake: see `tasks.file.File`.
+        Mistake: see `klab.tasks.file.File`.
     """
 
     name = "math"

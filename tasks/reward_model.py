@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from grid.mistake import Mistake
-from tasks.task import Example
-from tasks.verdict import Verdict
+from klab.grid.errors import Mistake
+from klab.tasks.task import Example
+from klab.tasks.verdict import Verdict
 
 ROWS, TOKENS = 32, 16_384
 """Most texts, and most tokens with padding, that go through the model at once."""

@@ -3,11 +3,11 @@ r"""Rewards made of weighted terms, each reported separately.
 A term is one of
 
 * `exact`: 1 where the completion, or its marked final answer, is the ground truth;
-* `math`: 1 where its final answer has the same mathematical value (see `tasks.verification`);
+* `math`: 1 where its final answer has the same mathematical value (see `klab.tasks.verification`);
 * `format`: 1 where the completion marks a final answer (`#### …` or `\boxed{…}`), right or wrong;
 * `package.module:function`: the user's, called as `function(prompt, completion, answer)` in a process of its own; it
   returns a number, or a `tasks.Score`;
-* a sequence classifier (see `tasks.reward_model`).
+* a sequence classifier (see `klab.tasks.reward_model`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from grid.mistake import Mistake
-from grid.task_sections import RewardTerm, reward_terms
-from tasks.answers import final_answer
-from tasks.task import Example, Score
-from tasks.verdict import Verdict
-from tasks.worker import CallOverdue, Worker
+from klab.grid.errors import Mistake
+from klab.grid.schema.task import RewardTerm, reward_terms
+from klab.tasks.answers import final_answer
+from klab.tasks.task import Example, Score
+from klab.tasks.verdict import Verdict
+from klab.tasks.worker import CallOverdue, Worker
 
 Reward = Callable[[Example, str], Verdict]
 
@@ -100,7 +100,7 @@ def exact(example: Example, completion: str) -> Verdict:
 
 def mathematical(example: Example, completion: str) -> Verdict:
     """1 where the completion's final answer has the value of the ground truth."""
-    from tasks.verification import same_value
+    from klab.tasks.verification import same_value
 
     same = same_value(example.answer, completion)
     return Verdict(float(same), same)
@@ -143,12 +143,12 @@ class UserFunction:
 
 def _reward(term: RewardTerm, seconds: float) -> Reward:
     if term.model is not None:
-        from tasks.reward_model import reward_model
+        from klab.tasks.reward_model import reward_model
 
         return reward_model(term.model)
     assert term.name is not None
     if term.name == "math":
-        from tasks.verification import require_math_verify
+        from klab.tasks.verification import require_math_verify
 
         require_math_verify()
     known: dict[str, Reward] = {"exact": exact, "math": mathematical, "format": marked}

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import overload
 
-from tasks.task import Example, SplitName
+from klab.tasks.task import Example, SplitName
 
 HELD_OUT_SHARE = 0.1
 

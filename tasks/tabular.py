@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import product
 from string import ascii_lowercase
 
-from grid.mistake import Mistake
-from grid.task_sections import LARGEST_TABLE
-from tasks.task import Example, Score, SplitName
+from klab.grid.errors import Mistake
+from klab.grid.schema.task import LARGEST_TABLE
+from klab.tasks.task import Example, Score, SplitName
 
 PROMPT = "?"
 SHARE_OF_BEST = 0.4

@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from grid.mistake import Mistake
+from klab.grid.errors import Mistake
 
 SplitName = Literal["train", "held_out"]
 TURN_END = "\x04"
 """Joins the turns of a reference solution; never a character of a turn."""
 
 TASKS = {
-    "addition": "tasks.addition:Addition",
-    "countdown": "tasks.countdown:Countdown",
-    "calculator": "tasks.calculator:Calculator",
-    "bandit": "tasks.bandit:Bandit",
-    "tabular": "tasks.tabular:Tabular",
-    "gsm8k": "tasks.gsm8k:Gsm8k",
-    "math": "tasks.mathematics:Mathematics",
-    "file": "tasks.file:File",
+    "addition": "klab.tasks.addition:Addition",
+    "countdown": "klab.tasks.countdown:Countdown",
+    "calculator": "klab.tasks.calculator:Calculator",
+    "bandit": "klab.tasks.bandit:Bandit",
+    "tabular": "klab.tasks.tabular:Tabular",
+    "gsm8k": "klab.tasks.gsm8k:Gsm8k",
+    "math": "klab.tasks.mathematics:Mathematics",
+    "file": "klab.tasks.file:File",
 }
 """Where the tasks are that a grid may name."""
 

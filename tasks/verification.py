@@ -11,9 +11,9 @@ import logging
 from functools import cache, lru_cache
 from importlib.util import find_spec
 
-from grid.mistake import Mistake
-from tasks.answers import final_answer, number
-from tasks.worker import CallFailed, CallOverdue, Worker
+from klab.grid.errors import Mistake
+from klab.tasks.answers import final_answer, number
+from klab.tasks.worker import CallFailed, CallOverdue, Worker
 
 STEP_SECONDS = 5
 """Limit of math-verify for each step (parsing, comparing)."""
@@ -54,7 +54,7 @@ def same_value(answer: str, completion: str) -> bool:
 
 @cache
 def _worker() -> Worker:
-    return Worker("tasks.verification:verified", CALL_SECONDS, MEMORY_GB)
+    return Worker("klab.tasks.verification:verified", CALL_SECONDS, MEMORY_GB)
 
 
 def verified(truth: str, given: str, completion: str) -> bool:

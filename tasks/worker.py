@@ -24,12 +24,14 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from grid.mistake import Mistake
+from klab.grid.errors import Mistake
 
 START_SECONDS = 120.0
 """For starting Python and importing the function's module, which may import torch."""
 
-_CHILD = "import sys, json; sys.path[:] = json.loads(sys.stdin.readline()); from tasks.worker import serve; serve()"
+_CHILD = (
+    "import sys, json; sys.path[:] = json.loads(sys.stdin.readline()); from klab.tasks.worker import serve; serve()"
+)
 
 
 class CallOverdue(Exception):
@@ -203,7 +205,7 @@ def _found(path: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _described(value: object) -> dict[str, Any]:
-    from tasks.task import Score
+    from klab.tasks.task import Score
 
     if isinstance(value, Score):
         parts = {str(name): _number(part) for name, part in value.parts.items()}

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from grid import Mistake, parse_grid
-from grid.algorithms import algorithm_names
-from grid.sections import TrainingSection
-from harness.cli.main import COMMANDS
+from klab.grid import Mistake, parse_grid
+from klab.grid.algorithms import algorithm_names
+from klab.grid.schema.sections import TrainingSection
+from klab.harness.cli.main import COMMANDS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from grid.mistake import Mistake
-from grid.source import parse_yaml, read_text
+from klab.grid.errors import Mistake
+from klab.grid.yaml_loader import parse_yaml, read_text
 
 _FOLDER = Path(__file__).parent
 _KEYS = ("title", "source", "objective", "training", "constants", "note")

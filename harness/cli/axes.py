@@ -6,10 +6,9 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-
-from grid import Mistake, catalogue
-from harness.cli.places import JsonOption
-from harness.cli.table import console, show, show_json
+from klab.grid import Mistake, catalogue
+from klab.harness.cli.arguments import JsonOption
+from klab.harness.cli.table import console, show, show_json
 
 
 def axes(

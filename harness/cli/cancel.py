@@ -6,12 +6,11 @@ import sys
 from typing import Annotated
 
 import typer
-
-from grid import Mistake
-from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from harness.cli.table import show_json
-from harness.dispatch.cancel import cancel as stop
-from harness.dispatch.status import OVER, statuses
+from klab.grid import Mistake
+from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.table import show_json
+from klab.harness.dispatch.cancel import cancel as stop
+from klab.harness.dispatch.status import OVER, statuses
 
 
 def cancel(

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from grid import Mistake
-from harness.cli.places import JsonOption
-from harness.cli.table import console, show, show_json, table
+from klab.grid import Mistake
+from klab.harness.cli.arguments import JsonOption
+from klab.harness.cli.table import console, show, show_json, table
 
 if TYPE_CHECKING:
-    from harness.exact.claims.claim import Finding
+    from klab.harness.claims.claim import Finding
 
 COLOURS = {
     "holds": "green",
@@ -35,8 +34,7 @@ def claims(
 ) -> None:
     """Examine what the literature claims: source, statement, measured number, and the verdict that follows."""
     import torch
-
-    from harness.exact.claims.book import examine, markdown, records
+    from klab.harness.claims.book import examine, markdown, records
 
     if as_json and as_markdown:
         raise Mistake("choose --json or --markdown, not both")
@@ -58,17 +56,16 @@ def claims(
 
 
 def _draw(folder: Path) -> None:
-    from harness.exact.claims.figures import draw_all
+    from klab.harness.claims.figures import draw_all
 
     for path in draw_all(folder):
         typer.echo(str(path), err=True)
 
 
 def _print_table(findings: list[Finding]) -> None:
+    from klab.harness.claims.book import measured, tally
     from rich.markup import escape
     from rich.table import Table
-
-    from harness.exact.claims.book import measured, tally
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     made.add_column("claim", no_wrap=True)
@@ -89,9 +86,8 @@ def _print_table(findings: list[Finding]) -> None:
 
 
 def _print_in_full(finding: Finding) -> None:
+    from klab.harness.claims.book import digits, subject
     from rich.markup import escape
-
-    from harness.exact.claims.book import digits, subject
 
     claim, screen = finding.claim, console()
     colour = COLOURS[str(finding.verdict)]

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from grid import Mistake
-from harness.cli.places import RUNS, JsonOption, RunsOption, run_of
-from harness.cli.report import span
-from harness.cli.table import show, show_json
+from klab.grid import Mistake
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
+from klab.harness.cli.report import span
+from klab.harness.cli.table import show, show_json
 
 CellArgument = Annotated[
     str,
@@ -30,9 +29,9 @@ def compare(
 ) -> None:
     """Compare two cells over their seeds: settings that differ, results, seeds in pairs, curves."""
     (run, left), (other, right) = _split(first, runs), _split(second, runs)
-    from reports.pair import compare_pair, configuration
-    from reports.sparks import sparkline
-    from reports.study import load_runs
+    from klab.reports.compare_cells import compare_pair, configuration
+    from klab.reports.sparkline import sparkline
+    from klab.reports.study import load_runs
 
     together = load_runs([run, other])
     groups = [

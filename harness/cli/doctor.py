@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import typer
-
-from grid import Mistake
-from harness.cli.places import RUNS, JsonOption, RunsOption
-from harness.cli.table import show, show_json
-from harness.store import Lock, files, machine
+from klab.grid import Mistake
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
+from klab.harness.cli.table import show, show_json
+from klab.harness.store import Lock, files, machine
 
 Verdict = Literal["ok", "note", "problem"]
 

@@ -9,13 +9,12 @@ from typing import Annotated
 
 import typer
 import yaml
-
-from grid import Cell, Mistake, Objective
-from grid.algorithms import algorithm_names, load_algorithm
-from harness.cli.peers import PEERS, Setting
-from harness.cli.places import RUNS, JsonOption, RunsOption
-from harness.cli.table import show_json
-from harness.store import Run
+from klab.grid import Cell, Mistake, Objective
+from klab.grid.algorithms import algorithm_names, load_algorithm
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
+from klab.harness.cli.table import show_json
+from klab.harness.export.peers import PEERS, Setting
+from klab.harness.store import Run
 
 
 class Peer(StrEnum):

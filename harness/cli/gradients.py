@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from grid import Cell, Mistake, Objective
-from harness.cli.places import STUDIES, JsonOption, grid_of, run_of
-from harness.cli.table import show, show_json
-from harness.store import Run, files
+from klab.grid import Cell, Mistake, Objective
+from klab.harness.cli.arguments import STUDIES, JsonOption, grid_of, run_of
+from klab.harness.cli.table import show, show_json
+from klab.harness.store import Run, files
 
 COLUMNS = (
     "group",
@@ -125,7 +124,7 @@ def measure_run(run: Run, most: int) -> None:
 
 def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | None]:
     """Objective, group size and whether the schedule is on-policy, by configuration; and the run, if it is one."""
-    from grid.algorithms import algorithm_names, load_algorithm
+    from klab.grid.algorithms import algorithm_names, load_algorithm
 
     if (Path(target) / "manifest.json").exists():
         run = Run.open(target)
@@ -149,8 +148,8 @@ def _survey_rows(
     configurations: dict[str, tuple[Objective, int]], seed: int, vocabulary: int, horizon: int,
     drifts: Sequence[float] | None, updates: Sequence[int] | None, samples: int,
 ) -> Rows:  # fmt: skip
-    from harness.exact.bench import Instance
-    from harness.exact.survey import INNER_UPDATES, RANDOM_DRIFTS, survey
+    from klab.harness.exact.gradient_table import INNER_UPDATES, RANDOM_DRIFTS, survey
+    from klab.harness.exact.instance import Instance
 
     entries = survey(
         dict(reversed(configurations.items())),
@@ -164,8 +163,8 @@ def _survey_rows(
 
 
 def _kl_rows(seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None) -> Rows:
-    from harness.exact.bench import Instance
-    from harness.exact.kl_errors import kl_errors
+    from klab.harness.exact.instance import Instance
+    from klab.harness.exact.kl_errors import kl_errors
 
     return [asdict(entry) for entry in kl_errors(Instance(vocabulary, horizon, seed), drifts or (0.0, 0.3))]
 
@@ -174,7 +173,7 @@ def _product_rows(
     file: Path, seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None, group_size: int | None,
     samples: int, workers: int,
 ) -> Rows:  # fmt: skip
-    from harness.exact.sweep import Plan, sweep
+    from klab.harness.exact.product_sweep import Plan, sweep
 
     size = group_size or 4
     plan = Plan(vocabulary, horizon, seed, drifts[0] if drifts else 0.3, size, max(2, samples // size))

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from grid import Grid, Mistake
-from grid.sections import Resources
-from harness.cli.merged import MergeOption, merged_grid
-from harness.cli.places import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
-from harness.cli.table import console, show_json
-from harness.cli.tracking import Tracking, require_trackers
-from harness.cli.watch import Board, watch
-from harness.dispatch.executor import Executor, Pack
-from harness.dispatch.gpus import require
-from harness.dispatch.launch import Launch, wanted
-from harness.dispatch.launch import launch as submit
-from harness.dispatch.local import Local
-from harness.dispatch.packs import make_packs
-from harness.dispatch.status import count, statuses
-from harness.dispatch.step_times import Place, measured
-from harness.store import Run
+from klab.grid import Grid, Mistake
+from klab.grid.schema.sections import Resources
+from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
+from klab.harness.cli.merged import MergeOption, merged_grid
+from klab.harness.cli.table import console, show_json
+from klab.harness.cli.tracking import Tracking, require_trackers
+from klab.harness.cli.watch import Board, watch
+from klab.harness.dispatch.backends import Executor, Pack
+from klab.harness.dispatch.launch import Launch, wanted
+from klab.harness.dispatch.launch import launch as submit
+from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.local.gpus import require
+from klab.harness.dispatch.packing.packs import make_packs
+from klab.harness.dispatch.packing.step_times import Place, measured
+from klab.harness.dispatch.status import count, statuses
+from klab.harness.store import Run
 
 
 class Where(StrEnum):
@@ -129,7 +128,7 @@ def _backend(
     if on is Where.slurm:
         if choice is not None:
             raise Mistake("is for this machine", key="--device", value=choice, hint="On Slurm, --gpus asks for GPUs.")
-        from harness.dispatch.slurm import Slurm
+        from klab.harness.dispatch.slurm.backend import Slurm
 
         slurm = Slurm(flags, profile)
         resources = slurm.resources(study.resources)
@@ -143,7 +142,7 @@ def _backend(
     elif choice is None and resources.gpus:
         require("resources.gpus", resources.gpus)
     if on is Where.here:
-        from harness.dispatch.here import Here
+        from klab.harness.dispatch.local.inline import Here
 
         return Here(progress=board.tell if board else None, device=choice), 1, resources
     local = Local(max_parallel=resources.max_parallel, device=choice)
@@ -153,7 +152,7 @@ def _backend(
 def _require_samplers(study: Grid) -> None:
     """Raises a Mistake where a cell's sampler is not installed: before anything is submitted."""
     if any(cell.training.sampler is not None and cell.training.sampler.engine == "vllm" for cell in study.cells):
-        from harness.policy.vllm_sampler import require_vllm
+        from klab.harness.policy.sampling.vllm import require_vllm
 
         require_vllm()
 
@@ -179,7 +178,7 @@ def _rehearse(
     packs = make_packs(cells, size, workers, measured(folder.parent, place)).packs
     text: str | None = None
     if executor.name == "slurm":
-        from harness.dispatch.slurm import Slurm
+        from klab.harness.dispatch.slurm.backend import Slurm
 
         assert isinstance(executor, Slurm)
         text = "\n".join(executor.scripts(run, packs, study.resources))

@@ -7,17 +7,16 @@ import time
 from typing import Annotated
 
 import typer
+from klab.grid import Mistake
+from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.table import console, show_json, table
+from klab.harness.cli.tracking import Tracking
+from klab.harness.cli.watch import Pace, board, resting
+from klab.harness.dispatch.status import CellStatus, statuses
+from klab.harness.store import Run
+from klab.reports.sparkline import sparkline
 from rich.console import Group, RenderableType
 from rich.live import Live
-
-from grid import Mistake
-from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from harness.cli.table import console, show_json, table
-from harness.cli.tracking import Tracking
-from harness.cli.watch import Pace, board, resting
-from harness.dispatch.status import CellStatus, statuses
-from harness.store import Run
-from reports.sparks import sparkline
 
 _ORDER = ("running", "failed", "diverged", "lost", "preempted", "finished", "queued", "unknown", "waiting", "cancelled")
 

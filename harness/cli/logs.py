@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from harness.cli.table import console, show, show_json
-from harness.store import CellFolder, Run
+from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.table import console, show, show_json
+from klab.harness.store import CellFolder, Run
 
 _CHUNK = 1 << 18
 

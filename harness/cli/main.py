@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
-
-from grid import Mistake
+from klab.grid import Mistake
 
 COMMANDS = {
     "plan": "Show what a grid file would run: cells, merged spellings, packs, estimated time.",
@@ -29,7 +28,7 @@ COMMANDS = {
     "export": "Print a cell's settings for another trainer, or say why it has none.",
     "doctor": "Check versions, devices, Slurm, folders and disk space.",
 }
-"""Name -> one line of help. The module `harness.cli.<name>` holds a function of that name."""
+"""Name -> one line of help. The module `klab.harness.cli.<name>` holds a function of that name."""
 
 _ELSEWHERE = {"watch": "live"}
 """Commands whose module has another name."""
@@ -95,7 +94,9 @@ def _version(on: bool) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"harness.cli.{_ELSEWHERE.get(name, name)}"), name)
+    function: Callable[..., Any] = getattr(
+        importlib.import_module(f"klab.harness.cli.{_ELSEWHERE.get(name, name)}"), name
+    )
     return function
 
 

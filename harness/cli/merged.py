@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from klab.grid import Grid
+from klab.harness.cli.table import console
+from klab.harness.dispatch.merging import Merged, merge_equal
+from klab.harness.store import Run
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from grid import Grid
-from harness.cli.table import console
-from harness.dispatch.merging import Merged, merge_equal
-from harness.store import Run
 
 AT_ONCE = 200
 """How many objectives `klab plan` compares without being asked: some seconds, once per machine."""

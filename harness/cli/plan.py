@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from grid import Cell, Grid
-from harness.cli.merged import AT_ONCE, MergeOption, merged_grid
-from harness.cli.places import RUNS, GridArgument, JsonOption, RunsOption, grid_of
-from harness.cli.table import console, duration, show, show_json
-from harness.dispatch.estimate import Estimate, estimate
-from harness.dispatch.executor import Pack
-from harness.dispatch.local import Local
-from harness.dispatch.packs import Plan, make_packs
-from harness.dispatch.step_times import Place, measured
-from harness.store import Run, scan
+from klab.grid import Cell, Grid
+from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
+from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
+from klab.harness.cli.table import console, duration, show, show_json
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.packing.estimate import Estimate, estimate
+from klab.harness.dispatch.packing.packs import Plan, make_packs
+from klab.harness.dispatch.packing.step_times import Place, measured
+from klab.harness.store import Run, scan
 
 _SHOWN = 40
 

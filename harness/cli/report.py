@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from grid import Mistake
-from harness.cli.gradients import measure_run
-from harness.cli.places import RUNS, JsonOption, RunsOption, run_of
-from harness.cli.table import console, show, show_json
+from klab.grid import Mistake
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
+from klab.harness.cli.gradients import measure_run
+from klab.harness.cli.table import console, show, show_json
 
 if TYPE_CHECKING:
-    from reports.comparison import Comparison
+    from klab.reports.comparison import Comparison
 
 FORMATS = ("md", "latex", "csv", "json")
 MEASURED = 100
@@ -54,16 +53,16 @@ def report(
     if form is not None and form not in FORMATS:
         raise Mistake("unknown format", key="--format", value=form, allowed=FORMATS)
     opened = [run_of(name, runs) for name in runs_given]
-    from reports.comparison import compare
-    from reports.study import load_runs
-    from reports.tables import formatted
+    from klab.reports.comparison import compare
+    from klab.reports.study import load_runs
+    from klab.reports.tables import formatted
 
     paths = [run.path for run in opened]
     if form is not None:
         study = load_runs(paths, baseline=baseline)
         typer.echo(formatted([compare(study, task, metric) for task in study.tasks], form), nl=False)
         return
-    from reports.page import render
+    from klab.reports.page import render
 
     with console().status("report") as status:
         if gradients:
@@ -80,7 +79,7 @@ def report(
             progress=lambda text: status.update(f"report: {text}"),
         )
     for name in track or ():
-        from reports.track import follow
+        from klab.reports.track import follow
 
         for run in opened:
             follow(run, name)
@@ -96,8 +95,8 @@ def report(
 
 
 def _show(comparison: Comparison) -> None:
-    from reports.columns import TITLES
-    from reports.frame import records
+    from klab.reports.frame import records
+    from klab.reports.schema import TITLES
 
     rows = []
     for record in records(comparison.table.head(_LINES)):

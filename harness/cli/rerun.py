@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from klab.grid import Cell, Grid, Mistake, catalogue
+from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.table import console, show_json
+from klab.harness.store import CellFolder, Run, machine
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from grid import Cell, Grid, Mistake, catalogue
-from harness.cli.places import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
-from harness.cli.table import console, show_json
-from harness.store import CellFolder, Run, machine
-
 if TYPE_CHECKING:
-    from harness.training.life import Progress as Told
+    from klab.harness.training.runner import Progress as Told
 
 _SECTIONS = ("objective", "task", "policy", "training")
 _SHOWN = ("reward_final", "accuracy_final", "reverse_kl_final", "updates")
@@ -161,10 +160,10 @@ def _same_bits(old: object, new: object) -> bool:
 
 def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: bool) -> CellFolder:
     """Train the cell in a run folder of its own, with the original's starting policies."""
-    from harness.dispatch import gpus
-    from harness.dispatch.job import work
-    from harness.dispatch.local import Local
-    from harness.dispatch.threads import limit_threads
+    from klab.harness.dispatch.job import work
+    from klab.harness.dispatch.local import gpus
+    from klab.harness.dispatch.local.backend import Local
+    from klab.harness.dispatch.threads import limit_threads
 
     if device is Device.cuda:
         gpus.require("--device", device.value)

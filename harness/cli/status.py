@@ -9,10 +9,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-
-from harness.cli.places import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from harness.cli.table import console, duration, show, show_json, state_text
-from harness.dispatch.status import CellStatus, count, statuses
+from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.table import console, duration, show, show_json, state_text
+from klab.harness.dispatch.status import CellStatus, count, statuses
 
 _SHOWN = 40
 
@@ -26,7 +25,7 @@ def status(
 ) -> None:
     """Show the state of every cell of a run. Exit code 1 when cells failed."""
     if watch:
-        from harness.cli.watch import watch as follow
+        from klab.harness.cli.watch import watch as follow
 
         if not follow(run_of(run, runs), quiet=as_json):
             return

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from importlib.util import find_spec
 
-from grid import Mistake
-from harness.store import Run
+from klab.grid import Mistake
+from klab.harness.store import Run
 
 EVERY_SECONDS = 20.0
 
@@ -27,7 +27,7 @@ class Tracking:
     def finish(self) -> None:
         """Send what is new."""
         for name in self.names:
-            from reports.track import follow
+            from klab.reports.track import follow
 
             follow(self._run, name)
         self._sent = time.monotonic()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from harness.dispatch.executor import Executor
-from harness.dispatch.status import backends
-from harness.store import Run
+from klab.harness.dispatch.backends import Executor
+from klab.harness.dispatch.status import backends
+from klab.harness.store import Run
 
 
 def cancel(run: Run, cell_ids: Iterable[str], executors: Iterable[Executor] | None = None) -> None:

@@ -17,16 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from grid import Mistake
-from harness.dispatch.processes import several
-from harness.dispatch.step_times import Place, note
-from harness.dispatch.threads import limit_threads
-from harness.store import CellFolder, Held, Holder, Run
-from harness.store.lock import TOUCH_SECONDS
+from klab.grid import Mistake
+from klab.harness.dispatch.packing.step_times import Place, note
+from klab.harness.dispatch.processes import several
+from klab.harness.dispatch.threads import limit_threads
+from klab.harness.store import CellFolder, Held, Holder, Run
+from klab.harness.store.lock import TOUCH_SECONDS
 
 if TYPE_CHECKING:
-    from harness.training.life import Progress
-    from harness.training.world import World
+    from klab.harness.training.distributed.process_group import World
+    from klab.harness.training.runner import Progress
 
 GRACE_SECONDS = 40.0
 """How long a scheduler's signal waits for the end of an update before the job gives way without a fresh checkpoint."""
@@ -98,8 +98,8 @@ def work(
                 ids = [folder.id for folder in claimed]
                 if ids:
                     with nullcontext(world) if world else several(run, processes, threads, devices) as together:
-                        from harness.training import run_cells
-                        from harness.training.pack import device
+                        from klab.harness.training import run_cells
+                        from klab.harness.training.pack import device
 
                         began, used = time.monotonic(), time.process_time()
                         states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads, world=together)

@@ -6,12 +6,12 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from grid.sections import Resources
-from harness.dispatch.executor import Executor, Pack
-from harness.dispatch.packs import make_packs
-from harness.dispatch.status import CellStatus, statuses
-from harness.dispatch.step_times import Place, measured
-from harness.store import Run
+from klab.grid.schema.sections import Resources
+from klab.harness.dispatch.backends import Executor, Pack
+from klab.harness.dispatch.packing.packs import make_packs
+from klab.harness.dispatch.packing.step_times import Place, measured
+from klab.harness.dispatch.status import CellStatus, statuses
+from klab.harness.store import Run
 
 
 @dataclass(frozen=True, slots=True)

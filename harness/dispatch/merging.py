@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grid import Cell, Grid, Objective
-from grid.definition import Equality
-from harness.exact.equivalence import contested_fingerprints, equivalence_classes
-from harness.exact.fingerprints import cache_folder
+from klab.grid import Cell, Grid, Objective
+from klab.grid.grid_file import Equality
+from klab.harness.exact.equivalence import contested_fingerprints, equivalence_classes
+from klab.harness.exact.fingerprints import cache_folder
 
 Progress = Callable[[int, int], None]
 """Called with (objectives measured so far, objectives to measure)."""
@@ -75,9 +75,9 @@ def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Colle
 
 
 def _measure(unknown: Mapping[tuple[str, bool], Objective], cache: Path, progress: Progress | None) -> None:
-    """Run `python -m harness.exact.measure` on these objectives."""
+    """Run `python -m klab.harness.exact.measure` on these objectives."""
     wanted = [json.dumps([objective.settings(), on_policy]) for (_, on_policy), objective in unknown.items()]
-    command = [sys.executable, "-m", "harness.exact.measure", str(cache)]
+    command = [sys.executable, "-m", "klab.harness.exact.measure", str(cache)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None

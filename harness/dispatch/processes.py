@@ -1,8 +1,8 @@
 """Several processes that train a job's cells together: started on this machine, or tasks of a Slurm job.
 
-The first one leads: it holds the claims and writes; the others do what it says (`harness.training.parallel`). They hear
+The first one leads: it holds the claims and writes; the others do what it says. They hear
 no signals, and end when the first one does. As a program this module is one of the others:
-`python -m harness.dispatch.processes RUN RANK SIZE THREADS MEETING`.
+`python -m klab.harness.dispatch.processes RUN RANK SIZE THREADS MEETING`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.dispatch.threads import limit_threads
-from harness.store import Run, machine
+from klab.harness.dispatch.threads import limit_threads
+from klab.harness.store import Run, machine
 
 if TYPE_CHECKING:
-    from harness.training.world import World
+    from klab.harness.training.distributed.process_group import World
 
 _END_SECONDS = 20.0
 """How long processes that were let go may take to end."""
@@ -67,10 +67,10 @@ def leading(
     Raises:
         SystemExit: where the processes lose one another.
     """
-    from harness.training.meeting import LOOPBACK, join
-    from harness.training.pack import device
-    from harness.training.parallel import finish
-    from harness.training.world import WorldLost
+    from klab.harness.training.distributed.process_group import WorldLost
+    from klab.harness.training.distributed.rendezvous import LOOPBACK, join
+    from klab.harness.training.distributed.worker import finish
+    from klab.harness.training.pack import device
 
     def watch() -> None:
         for rank, other in enumerate(others, 1):
@@ -96,10 +96,10 @@ def follow(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    from harness.training import parallel
-    from harness.training.meeting import join
-    from harness.training.pack import device
-    from harness.training.world import WorldLost
+    from klab.harness.training.distributed import worker as parallel
+    from klab.harness.training.distributed.process_group import WorldLost
+    from klab.harness.training.distributed.rendezvous import join
+    from klab.harness.training.pack import device
 
     try:
         world = join(rank, size, meeting, device=device())
@@ -131,7 +131,7 @@ def _start(
         environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
     words = [str(run.path), str(rank), str(size), str(threads), str(meeting)]
     return subprocess.Popen(
-        [sys.executable, "-m", "harness.dispatch.processes", *words],
+        [sys.executable, "-m", "klab.harness.dispatch.processes", *words],
         env=environment,
         stdin=subprocess.DEVNULL,
         start_new_session=True,

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from grid import Mistake
-from grid.sections import Resources, load_section
+from klab.grid import Mistake
+from klab.grid.schema.sections import Resources, load_section
 
 
 def configuration_file() -> Path:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.dispatch.executor import Executor, SchedulerState
-from harness.store import Run, Snapshot, scan
+from klab.harness.dispatch.backends import Executor, SchedulerState
+from klab.harness.store import Run, Snapshot, scan
 
 State = Literal[
     "waiting", "queued", "running", "preempted", "finished", "diverged", "failed", "cancelled", "lost", "unknown"
@@ -77,11 +77,11 @@ def count(rows: Iterable[CellStatus]) -> dict[State, int]:
 
 def backends(run: Run) -> list[Executor]:
     """The backends that have something to say about this run."""
-    from harness.dispatch.local import Local
+    from klab.harness.dispatch.local.backend import Local
 
     found: list[Executor] = [Local()]
     if (run.jobs / "slurm").exists():
-        from harness.dispatch.slurm import Slurm
+        from klab.harness.dispatch.slurm.backend import Slurm
 
         found.append(Slurm())
     return found

@@ -1,6 +1,6 @@
 """The exact lab: policies small enough to enumerate, and what a cell's gradient really is on them.
 
-Names are resolved on first use, so that `harness.exact.equivalence` can be imported without torch.
+Names are resolved on first use, so that `klab.harness.exact.equivalence` can be imported without torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.exact.equivalence import equivalence_classes
-    from harness.exact.gradients import exact_entropy, exact_gradient, exact_kl, expected_reward, gradient_of
-    from harness.exact.report import EstimatorReport, estimator_report
-    from harness.exact.tabular import TabularPolicy
+    from klab.harness.exact.equivalence import equivalence_classes
+    from klab.harness.exact.gradients import exact_entropy, exact_gradient, exact_kl, expected_reward, gradient_of
+    from klab.harness.exact.report import EstimatorReport, estimator_report
+    from klab.harness.exact.tabular import TabularPolicy
 
 _HOMES = {
     "TabularPolicy": "tabular",

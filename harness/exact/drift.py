@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-
-from grid import Objective
-from harness.exact.estimators import update_gradients
-from harness.exact.gradients import exact_kl
-from harness.exact.setting import Setting
-from harness.exact.tabular import Reward, TabularPolicy
-from harness.exact.updates import sampled_updates
+from klab.grid import Objective
+from klab.harness.exact.estimators import update_gradients
+from klab.harness.exact.gradients import exact_kl
+from klab.harness.exact.tabular import Reward, TabularPolicy
+from klab.harness.exact.tabular_setting import Setting
+from klab.harness.exact.updates import sampled_updates
 
 STEP = 0.1
 """Length in logit space of one inner update: every cell walks equally far, whatever the scale of its gradient."""

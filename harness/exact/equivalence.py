@@ -1,8 +1,8 @@
 """Which cells are the same algorithm under their training schedule.
 
 Two cells are the same when their tasks, policies, schedules and seeds are and their objectives have the same gradient
-on the probe updates of `harness.exact.probes` to a relative 1e-12. Objectives with equal canonical forms need no
-measurement. The others are told apart by their fingerprints (`harness.exact.fingerprints`).
+on the probe updates of `klab.harness.exact.probes` to a relative 1e-12. Objectives with equal canonical forms need no
+measurement. The others are told apart by their fingerprints (`klab.harness.exact.fingerprints`).
 
 Where training takes an objective apart, equal gradients do not make equal algorithms, and only equal canonical forms
 count: a critic learns the returns, in which a KL stands or not; a sampler's correction multiplies the surrogate and
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from grid import Cell, Objective
-from grid.sections import NUMERICALLY_IDLE, PolicySection, TaskSection, TrainingSection
-from harness.exact.fingerprints import Marks, Progress, canonical_text, fingerprints, known_fingerprints
+from klab.grid import Cell, Objective
+from klab.grid.schema.sections import NUMERICALLY_IDLE, PolicySection, TaskSection, TrainingSection
+from klab.harness.exact.fingerprints import Marks, Progress, canonical_text, fingerprints, known_fingerprints
 
 TOLERANCE = 1e-12
 """Largest relative difference of two gradients that count as equal."""

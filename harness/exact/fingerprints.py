@@ -16,7 +16,7 @@ from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
-from grid import Objective
+from klab.grid import Objective
 
 Marks = dict[tuple[str, bool], list[float]]
 """Fingerprints by canonical form and schedule."""
@@ -79,7 +79,7 @@ def fingerprints(
 def _computed(
     missing: Mapping[tuple[str, bool], Objective], workers: int
 ) -> Iterator[tuple[tuple[str, bool], list[float]]]:
-    from harness.exact.probes import fingerprint
+    from klab.harness.exact.probes import fingerprint
 
     schedules = [on_policy for _, on_policy in missing]
     if workers <= 1:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from klab.harness.exact.tabular import Reward, TabularPolicy
 from torch import Tensor
-
-from harness.exact.tabular import Reward, TabularPolicy
 
 Direction = Literal["reverse", "forward"]
 Scale = Literal["sum", "mean"]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grid import Objective
-from grid.catalogue import AXES
-from harness.exact.bench import Instance
-from harness.exact.report import report
-from harness.exact.setting import Setting
-from harness.exact.updates import every_trajectory
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
+from klab.harness.exact.instance import Instance
+from klab.harness.exact.report import report
+from klab.harness.exact.tabular_setting import Setting
+from klab.harness.exact.updates import every_trajectory
 
 PLACEMENTS = tuple(name for name in AXES["placement"].values if name not in ("none", "log_ratio"))
 ESTIMATORS = ("k1", "k2", "k3")

@@ -1,4 +1,4 @@
-"""`python -m harness.exact.measure CACHE`: fingerprints of the objectives on standard input, into the cache.
+"""`python -m klab.harness.exact.measure CACHE`: fingerprints of the objectives on standard input, into the cache.
 
 Standard input is a JSON list of `[settings, on_policy]`; standard output counts, as `done/total` lines. A process of
 its own, so that `klab plan` answers without torch.
@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from grid import Objective
-from harness.exact.fingerprints import canonical_text, fingerprints
-from harness.store.machine import cores
+from klab.grid import Objective
+from klab.harness.exact.fingerprints import canonical_text, fingerprints
+from klab.harness.store.machine import cores
 
 _WORTH_PROCESSES = 1_000
 """From so many fingerprints on, the start of further processes costs less than they save."""

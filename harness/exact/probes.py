@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from klab.grid import Objective
+from klab.harness.exact.estimators import loss_gradients
+from klab.harness.objective import TokenBatch
 from torch import Tensor
-
-from grid import Objective
-from harness.exact.estimators import loss_gradients
-from harness.objective import TokenBatch
 
 VOCABULARY, POSITIONS, GROUP_SIZE = 4, 6, 4
 PROJECTIONS = 3

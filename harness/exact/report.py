@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from grid import Objective
-from harness.exact.estimators import Gradients, couples_trajectories, update_gradients
-from harness.exact.setting import Setting
-from harness.exact.tabular import Reward, TabularPolicy
-from harness.exact.updates import (
+from klab.grid import Objective
+from klab.harness.exact.estimators import Gradients, couples_trajectories, update_gradients
+from klab.harness.exact.tabular import Reward, TabularPolicy
+from klab.harness.exact.tabular_setting import Setting
+from klab.harness.exact.updates import (
     LARGEST_GROUPS,
     Method,
     Updates,
@@ -21,6 +19,7 @@ from harness.exact.updates import (
     every_trajectory,
     sampled_updates,
 )
+from torch import Tensor
 
 DEFAULT_SAMPLES = 8_000
 """Trajectories of a Monte Carlo estimate where the caller names no number."""

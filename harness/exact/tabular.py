@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from klab.grid import Mistake
 from torch import Tensor
-
-from grid import Mistake
 
 Reward = Tensor | Callable[[Tensor], Tensor]
 """Rewards of the lab: a tensor over all V^H token rows in lexicographic order (or over the distinct trajectories, when

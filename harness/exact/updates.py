@@ -14,9 +14,8 @@ from itertools import combinations_with_replacement
 from typing import Literal
 
 import torch
+from klab.harness.exact.tabular import TabularPolicy
 from torch import Tensor
-
-from harness.exact.tabular import TabularPolicy
 
 Method = Literal["trajectories", "groups", "monte carlo"]
 

@@ -16,13 +16,13 @@ are, its parameters following as keywords:
 Whatever they return off the own tokens is ignored.
 """
 
-from harness.objective.advantage import Returns
-from harness.objective.aggregate import Totals
-from harness.objective.batch import TokenBatch
-from harness.objective.groups import Groups
-from harness.objective.loss import Coefficients, Context, Outcome, objective_loss, parts, surrogate, update_context
-from harness.objective.placement import Placement
-from harness.objective.value import value_loss, value_metrics
+from klab.harness.objective.advantage import Returns
+from klab.harness.objective.aggregate import Totals
+from klab.harness.objective.batch import TokenBatch
+from klab.harness.objective.groups import Groups
+from klab.harness.objective.loss import Coefficients, Context, Outcome, objective_loss, parts, surrogate, update_context
+from klab.harness.objective.placement import Placement
+from klab.harness.objective.value import value_loss, value_metrics
 
 __all__ = [
     "Coefficients",

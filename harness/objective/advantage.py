@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from klab.harness.objective.groups import Groups, moments
+from klab.harness.objective.masking import compact, expand, lengths, own, suffix_sum
+from klab.harness.objective.registry import Registry
 from torch import Tensor
-
-from harness.objective.groups import Groups, moments
-from harness.objective.positions import compact, expand, lengths, own, suffix_sum
-from harness.objective.registry import Registry
 
 ADVANTAGES = Registry("advantage", "returns")
 

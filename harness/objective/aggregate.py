@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from klab.harness.objective.masking import lengths
+from klab.harness.objective.registry import Registry
 from torch import Tensor
-
-from harness.objective.positions import lengths
-from harness.objective.registry import Registry
 
 AGGREGATIONS = Registry("aggregation", "terms", "mask", "totals")
 

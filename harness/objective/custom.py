@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grid import Mistake
+from klab.grid import Mistake
 
 
 def load(path: str, axis: str) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """The composition of the axes: KL samples, returns, advantage, ratio, weight, surrogate, loss.
 
 >>> import torch
->>> from grid import Objective
+>>> from klab.grid import Objective
 >>> logp = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.5]])).requires_grad_()
 >>> batch = TokenBatch(
 ...     logp, logp.detach(), logp.detach(), mask=torch.ones(2, 2, dtype=torch.bool),
@@ -20,20 +20,19 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from klab.grid import Objective
+from klab.harness.objective.advantage import ADVANTAGES, Returns, value_targets
+from klab.harness.objective.aggregate import AGGREGATIONS, Totals
+from klab.harness.objective.batch import TokenBatch
+from klab.harness.objective.groups import Groups
+from klab.harness.objective.kl import ESTIMATORS, FROM_LOGITS, behaviour_kl
+from klab.harness.objective.masking import last_own, own, suffix_sum
+from klab.harness.objective.metrics import Observation, measured
+from klab.harness.objective.placement import PLACEMENTS, Placement
+from klab.harness.objective.ratio import RATIOS
+from klab.harness.objective.registry import Registry
+from klab.harness.objective.weight import SOLVERS, WEIGHTS
 from torch import Tensor
-
-from grid import Objective
-from harness.objective.advantage import ADVANTAGES, Returns, value_targets
-from harness.objective.aggregate import AGGREGATIONS, Totals
-from harness.objective.batch import TokenBatch
-from harness.objective.groups import Groups
-from harness.objective.kl import ESTIMATORS, FROM_LOGITS, behaviour_kl
-from harness.objective.metrics import Observation, measured
-from harness.objective.placement import PLACEMENTS, Placement
-from harness.objective.positions import last_own, own, suffix_sum
-from harness.objective.ratio import RATIOS
-from harness.objective.registry import Registry
-from harness.objective.weight import SOLVERS, WEIGHTS
 
 PATHS = Registry("path", "logp", "log_rho")
 
@@ -154,7 +153,7 @@ class Outcome:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """Plain numbers over the rows given (see `harness.objective.metrics`), computed when first read."""
+        """Plain numbers over the rows given (see `klab.harness.objective.metrics`), computed when first read."""
         return measured(self.observation, loss=self.loss, policy_loss=self.policy_loss, kl_loss=self.kl_loss)
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from klab.harness.objective.masking import last_own, lengths, suffix_sum
+from klab.harness.objective.registry import Registry
 from torch import Tensor
-
-from harness.objective.positions import last_own, lengths, suffix_sum
-from harness.objective.registry import Registry
 
 PLACEMENTS = Registry("placement")
 

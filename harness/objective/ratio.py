@@ -7,10 +7,9 @@ off the own tokens are ignored. Sums run over own tokens: i ≥ j means the own 
 from __future__ import annotations
 
 import torch
+from klab.harness.objective.masking import lengths, suffix_sum
+from klab.harness.objective.registry import Registry
 from torch import Tensor
-
-from harness.objective.positions import lengths, suffix_sum
-from harness.objective.registry import Registry
 
 RATIOS = Registry("ratio", "log_ratio", "mask")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from grid import Mistake
-from grid.catalogue import is_import_path
-from harness.objective.custom import check_parameters, load
+from klab.grid import Mistake
+from klab.grid.catalogue import is_import_path
+from klab.harness.objective.custom import check_parameters, load
 
 F = TypeVar("F", bound=Callable[..., Any])
 

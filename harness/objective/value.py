@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from klab.harness.objective.aggregate import Totals, token_mean
+from klab.harness.objective.masking import own
 from torch import Tensor
-
-from harness.objective.aggregate import Totals, token_mean
-from harness.objective.positions import own
 
 
 def value_loss(

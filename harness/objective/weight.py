@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from klab.harness.objective.registry import Registry
 from torch import Tensor
-
-from harness.objective.registry import Registry
 
 WEIGHTS = Registry("weight", "ratio", "advantage")
 

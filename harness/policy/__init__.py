@@ -1,5 +1,5 @@
 """The model: stacked decoder, sampling, log-probabilities, Hugging Face import and export."""
 
-from harness.policy.policy import Policy
+from klab.harness.policy.policy import Policy
 
 __all__ = ["Policy"]

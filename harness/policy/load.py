@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-
-from grid.mistake import Mistake
-from harness.policy.architecture import Architecture, Rotary
-from harness.policy.checkpoint import read_config
-from harness.policy.decoder import Decoder
-from harness.policy.policy import Policy
-from harness.policy.transformers_policy import TransformersPolicy
+from klab.grid.errors import Mistake
+from klab.harness.policy.hf.policy import TransformersPolicy
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.stacked.checkpoint import read_config
+from klab.harness.policy.stacked.config import Architecture, Rotary
+from klab.harness.policy.stacked.decoder import Decoder
 
 Engine = Literal["stacked", "transformers"]
 

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
+from klab.harness.policy.stacked.lm_head import chunk_size, picked
+from klab.harness.policy.stacked.packed_layers import final_states
+from klab.harness.policy.stacked.packed_layout import Layout
+from klab.harness.policy.stacked.prefix_tree import Grove
 from torch import Tensor
 
-from harness.policy.attention import EXPLICIT_SLOTS
-from harness.policy.layout import Layout
-from harness.policy.output import chunk_size, picked
-from harness.policy.policy import Policy
-from harness.policy.prefixes import Grove
-from harness.policy.ragged import final_states
-from harness.policy.rollout import Rollout
-
 if TYPE_CHECKING:
-    from harness.policy.decoder import Decoder
-    from harness.policy.stacked import Weights
+    from klab.harness.policy.stacked.batched_layers import Weights
+    from klab.harness.policy.stacked.decoder import Decoder
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from harness.policy.logprobs import Scores
-    from harness.policy.rollout import Rollout
+    from klab.harness.policy.logprobs import Scores
+    from klab.harness.policy.rollout import Rollout
 
 
 class Steps(Protocol):
@@ -80,7 +80,7 @@ class Policy(Protocol):
         states: bool = False,
         plain: bool = False,
     ) -> list[Scores]:
-        """See `harness.policy.logprobs.token_scores`."""
+        """See `klab.harness.policy.logprobs.token_scores`."""
         ...
 
     def frozen(self, dtype: torch.dtype | None = None) -> Policy:

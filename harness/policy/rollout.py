@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import torch
+from klab.grid.errors import Mistake
+from klab.harness.objective import Groups
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.sampling.categorical import Stretch, draw, uniform
+from klab.harness.policy.sampling.trajectory_builder import Draft, Environment
+from klab.harness.policy.stacked.prefix_tree import Forest, forest, plain_forest
 from torch import Tensor
 from torch.nn.functional import pad
-
-from grid.mistake import Mistake
-from harness.objective import Groups
-from harness.policy.categorical import Stretch, draw, uniform
-from harness.policy.draft import Draft, Environment
-from harness.policy.policy import Policy
-from harness.policy.prefixes import Forest, forest, plain_forest
 
 TOGETHER = 2**22
 """Logits of several cells are drawn from in one call as long as there are no more of them than this."""

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grid import Mistake
-from harness.store import files
-from harness.store.holder import Holder
-from harness.store.lock import Lock, read_lock, stale
+from klab.grid import Mistake
+from klab.harness.store import files
+from klab.harness.store.lock import Lock, read_lock, stale
+from klab.harness.store.process import Holder
 
 if TYPE_CHECKING:
-    from grid import Cell
-    from harness.store.numbers import Numbers
+    from klab.grid import Cell
+    from klab.harness.store.metrics_reader import Numbers
 
 STATES = ("finished", "diverged")
 _ROWS = "rows"
@@ -48,7 +48,7 @@ class CellFolder:
 
     def cell(self) -> Cell:
         """The cell of this folder."""
-        from grid import Cell
+        from klab.grid import Cell
 
         return Cell.from_resolved(self._resolved())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from grid import Mistake
+from klab.grid import Mistake
 
 SCHEMA = 1
 _CRC = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*}\s*$')

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grid import Mistake
-from harness.store.files import seal, unseal
-from harness.store.holder import Holder
+from klab.grid import Mistake
+from klab.harness.store.files import seal, unseal
+from klab.harness.store.process import Holder
 
 STALE_SECONDS = 120.0
 TOUCH_SECONDS = 15.0

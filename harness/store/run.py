@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grid import Mistake
-from harness.store import files, machine
-from harness.store.cell_folder import CellFolder
-from harness.store.lock import Lock
-from harness.store.table import read_table, seal_table
+from klab.grid import Mistake
+from klab.harness.store import files, machine
+from klab.harness.store.cell_folder import CellFolder
+from klab.harness.store.lock import Lock
+from klab.harness.store.manifest import read_table, seal_table
 
 if TYPE_CHECKING:
-    from grid import Grid
-    from grid.sections import Resources
+    from klab.grid import Grid
+    from klab.grid.schema.sections import Resources
 
 _ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -107,7 +107,7 @@ class Run:
     @property
     def resources(self) -> Resources:
         """What the grid file asks for each job."""
-        from grid.sections import load_section
+        from klab.grid.schema.sections import load_section
 
         try:
             return load_section("resources", self.manifest["resources"])  # type: ignore[return-value]

@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from grid import Mistake
-from harness.store import files
-from harness.store.cell_folder import STATES, CellFolder
-from harness.store.lock import read_lock, stale
-from harness.store.run import Run
+from klab.grid import Mistake
+from klab.harness.store import files
+from klab.harness.store.cell_folder import STATES, CellFolder
+from klab.harness.store.lock import read_lock, stale
+from klab.harness.store.run import Run
 
 _INDEX = "index.json"
 _SUMMARY = ("state", "updates", "reward_final", "accuracy_final", "reverse_kl_final", "collapsed", "seconds", "tokens")

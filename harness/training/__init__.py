@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.training.life import Progress
-    from harness.training.world import World
+    from klab.harness.training.distributed.process_group import World
+    from klab.harness.training.runner import Progress
 
 __all__ = ["run_cells"]
 
@@ -25,7 +25,7 @@ def run_cells(
     threads: int = 1,
     world: World | None = None,
 ) -> dict[str, str]:
-    """One life of a pack of cells; see `harness.training.life.run_cells`."""
-    from harness.training import life
+    """One life of a pack of cells; see `klab.harness.training.runner.run_cells`."""
+    from klab.harness.training import runner as life
 
     return life.run_cells(run_path, cell_ids, progress=progress, stop=stop, threads=threads, world=world)

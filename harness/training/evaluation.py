@@ -13,19 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout
+from klab.harness.training.data.generate import draw
+from klab.harness.training.data.rollouts import score
+from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.metrics import Row, finite
+from klab.harness.training.microbatch import WHOLE, Limit, empty, turns
+from klab.harness.training.packed_cell import Member
+from klab.harness.training.runtime.rng import choose
+from klab.tasks.task import Example, Score
 from torch import Tensor
-
-from harness.policy.logprobs import token_scores
-from harness.policy.policy import Policy
-from harness.policy.rollout import Rollout
-from harness.training.drawing import draw
-from harness.training.member import Member
-from harness.training.metrics import Row, finite
-from harness.training.microbatch import WHOLE, Limit, empty, turns
-from harness.training.randomness import choose
-from harness.training.rollouts import score
-from harness.training.world import ALONE, World
-from tasks.task import Example, Score
 
 SAMPLES = 4
 """Completions shown in a row."""

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout
+from klab.harness.training.optim.critic import Critics
+from klab.harness.training.packed_cell import Member
 from torch import Tensor
-
-from harness.policy.logprobs import token_scores
-from harness.policy.policy import Policy
-from harness.policy.rollout import Rollout
-from harness.training.critic import Critics
-from harness.training.member import Member
 
 
 @dataclass(frozen=True, slots=True)

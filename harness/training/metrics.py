@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from klab.harness.objective.masking import own
+from klab.harness.training.data.rollouts import Experience
 from torch import Tensor
-
-from harness.objective.positions import own
-from harness.training.rollouts import Experience
 
 FROM_OBJECTIVE = (
     "k1",
@@ -28,7 +27,7 @@ FROM_OBJECTIVE = (
     "clip_fraction",
     "informative_groups",
 )
-"""Figures of `harness.objective`'s output that a row keeps under their own names."""
+"""Figures of `klab.harness.objective`'s output that a row keeps under their own names."""
 
 Row = dict[str, Any]
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from klab.grid.schema.sections import TrainingSection
+from klab.harness.policy.rollout import Rollout
+from klab.harness.training.distributed.process_group import ALONE, World
 from torch import Tensor
-
-from grid.sections import TrainingSection
-from harness.policy.rollout import Rollout
-from harness.training.world import ALONE, World
 
 Piece = tuple[Rollout, slice]
 """A micro-batch, and which rows of the whole it has."""

@@ -12,25 +12,25 @@ from collections.abc import Sequence
 from copy import copy
 
 import torch
-
-from harness.policy.load import load_policy
-from harness.policy.policy import Policy
-from harness.training import controls, selection
-from harness.training.checkpoint import State
-from harness.training.critic import Critics
-from harness.training.evaluation import Examination, evaluate, prepare
-from harness.training.forward import Models
-from harness.training.member import Member
-from harness.training.metrics import Row
-from harness.training.microbatch import Limit
-from harness.training.minibatch import minibatch, select
-from harness.training.optimizer import StackedAdamW
-from harness.training.orders import Orders
-from harness.training.outcome import DIVERGED_AFTER
-from harness.training.rollouts import Experience, collect
-from harness.training.stopwatch import Stopwatch
-from harness.training.update import update
-from harness.training.world import checksum
+from klab.harness.policy.load import load_policy
+from klab.harness.policy.policy import Policy
+from klab.harness.training.checkpoint import State
+from klab.harness.training.data import group_filtering as selection
+from klab.harness.training.data.minibatch import minibatch, select
+from klab.harness.training.data.rollouts import Experience, collect
+from klab.harness.training.distributed.commands import Orders
+from klab.harness.training.distributed.process_group import checksum
+from klab.harness.training.evaluation import Examination, evaluate, prepare
+from klab.harness.training.forward import Models
+from klab.harness.training.metrics import Row
+from klab.harness.training.microbatch import Limit
+from klab.harness.training.optim import kl_controller as controls
+from klab.harness.training.optim.critic import Critics
+from klab.harness.training.optim.optimizer import StackedAdamW
+from klab.harness.training.packed_cell import Member
+from klab.harness.training.runtime.timer import Stopwatch
+from klab.harness.training.summary import DIVERGED_AFTER
+from klab.harness.training.update import update
 
 CHECK_UPDATES = 8
 """How often processes that train a pack together compare their weights."""

@@ -18,24 +18,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from klab.grid.schema.sections import Sampler
+from klab.harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
+from klab.harness.training.data.group_filtering import silent
+from klab.harness.training.data.overlong import left_out, training_rewards
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.sampler_mismatch import correction
+from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.forward import Forward, Models, forward, join
+from klab.harness.training.metrics import Row, update_row
+from klab.harness.training.microbatch import WHOLE, Limit, Turn, empty, turns
+from klab.harness.training.optim.critic import Critics, Lesson
+from klab.harness.training.optim.kl_controller import figures
+from klab.harness.training.optim.optimizer import StackedAdamW, norm
+from klab.harness.training.optim.schedule import learning_rate
+from klab.harness.training.packed_cell import CellFailure, Member
+from klab.harness.training.runtime.timer import Stopwatch
 from torch import Tensor
-
-from grid.sections import Sampler
-from harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
-from harness.training.controls import figures
-from harness.training.critic import Critics, Lesson
-from harness.training.forward import Forward, Models, forward, join
-from harness.training.member import CellFailure, Member
-from harness.training.metrics import Row, update_row
-from harness.training.microbatch import WHOLE, Limit, Turn, empty, turns
-from harness.training.optimizer import StackedAdamW, norm
-from harness.training.overlong import left_out, training_rewards
-from harness.training.rollouts import Experience
-from harness.training.sampling import correction
-from harness.training.schedule import learning_rate
-from harness.training.selection import silent
-from harness.training.stopwatch import Stopwatch
-from harness.training.world import ALONE, World
 
 _ALL = slice(None)
 

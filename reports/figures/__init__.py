@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-
-from reports.comparison import Comparison
-from reports.figures.curves import axis_curves, cell_curves, curve_cubes
-from reports.figures.effects import interaction_maps, main_effect_plot
-from reports.figures.plane import bias_variance_plane
-from reports.figures.ranking import ranking, seed_lines
-from reports.figures.stability import stability_panel, stability_table
-from reports.figures.style import Drawing, styled
-from reports.figures.svg import inline_svg, svg_text
-from reports.figures.tradeoff import tradeoff
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.figures.curves import axis_curves, cell_curves, curve_cubes
+from klab.reports.figures.effects import interaction_maps, main_effect_plot
+from klab.reports.figures.plane import bias_variance_plane
+from klab.reports.figures.ranking import ranking, seed_lines
+from klab.reports.figures.stability import stability_panel, stability_table
+from klab.reports.figures.style import Drawing, styled
+from klab.reports.figures.svg import inline_svg, svg_text
+from klab.reports.figures.tradeoff import tradeoff
+from klab.reports.study import Study
 
 __all__ = ["Drawing", "draw", "inline_svg", "save", "svg_text"]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
-from reports.axes import VariedAxis
-from reports.comparison import Comparison
-from reports.figures.series import Cube, average, cube, over_seeds, representatives, smoothed
-from reports.figures.style import MUTED, WIDE, Drawing, canvas, look, shortened, spread_labels, styled
-from reports.study import Study
+from klab.reports.axes import VariedAxis
+from klab.reports.comparison import Comparison
+from klab.reports.figures.series import Cube, average, cube, over_seeds, representatives, smoothed
+from klab.reports.figures.style import MUTED, WIDE, Drawing, canvas, look, shortened, spread_labels, styled
+from klab.reports.study import Study
 
 MOST_VALUES = 12
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-
-from reports.columns import TITLES
-from reports.comparison import Comparison
-from reports.figures.style import INK, MUTED, RULE, WIDE, Drawing, canvas, look, shortened, styled
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.figures.style import INK, MUTED, RULE, WIDE, Drawing, canvas, look, shortened, styled
+from klab.reports.schema import TITLES
+from klab.reports.study import Study
 
 
 def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-
-from reports.columns import TITLES
-from reports.comparison import Comparison
-from reports.figures.style import NARROW, WIDE, Drawing, canvas, shortened, styled
+from klab.reports.comparison import Comparison
+from klab.reports.figures.style import NARROW, WIDE, Drawing, canvas, shortened, styled
+from klab.reports.schema import TITLES
 
 
 def bias_variance_plane(comparison: Comparison, gradients: pd.DataFrame | None) -> Drawing | None:

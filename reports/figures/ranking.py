@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
-from reports.columns import TITLES
-from reports.comparison import Comparison
-from reports.figures.style import (
+from klab.reports.comparison import Comparison
+from klab.reports.figures.style import (
     INK,
     MUTED,
     NARROW,
@@ -21,7 +19,8 @@ from reports.figures.style import (
     spread_labels,
     styled,
 )
-from reports.frame import records
+from klab.reports.frame import records
+from klab.reports.schema import TITLES
 
 MOST = 30
 

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from klab.reports.axes import VariedAxis
+from klab.reports.comparison import Comparison
+from klab.reports.statistics import Array
+from klab.reports.study import Study
 from numpy.typing import NDArray
 from scipy import stats
-
-from reports.axes import VariedAxis
-from reports.comparison import Comparison
-from reports.statistics import Array
-from reports.study import Study
 
 
 class Cube(NamedTuple):

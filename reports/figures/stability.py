@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-
-from reports.comparison import Comparison
-from reports.figures.style import MUTED, PAPER, WIDE, Drawing, canvas, shortened, styled
-from reports.statistics import Array
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.figures.style import MUTED, PAPER, WIDE, Drawing, canvas, shortened, styled
+from klab.reports.statistics import Array
+from klab.reports.study import Study
 
 MOST = 32
 _COLUMNS = (

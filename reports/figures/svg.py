@@ -8,7 +8,7 @@ import io
 import re
 import xml.etree.ElementTree as ElementTree
 
-from reports.figures.style import INK, MUTED, PAPER, RULE, SERIES, Drawing, styled
+from klab.reports.figures.style import INK, MUTED, PAPER, RULE, SERIES, Drawing, styled
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"

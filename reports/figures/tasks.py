@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-
-from reports.columns import TITLES
-from reports.comparison import Comparison
-from reports.figures.style import WIDE, Drawing, canvas, look, shortened, styled
-from reports.statistics import Array, bootstrap_interval, interquartile_mean, optimality_gap, performance_profile
+from klab.reports.comparison import Comparison
+from klab.reports.figures.style import WIDE, Drawing, canvas, look, shortened, styled
+from klab.reports.schema import TITLES
+from klab.reports.statistics import Array, bootstrap_interval, interquartile_mean, optimality_gap, performance_profile
 
 _MOST = 8
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from reports.columns import TITLES
-from reports.comparison import Comparison
-from reports.figures.style import INK, MUTED, NARROW, RULE, SERIES, WIDE, Drawing, canvas, shortened, styled
-from reports.statistics import t_interval
-from reports.study import Study
+from klab.reports.comparison import Comparison
+from klab.reports.figures.style import INK, MUTED, NARROW, RULE, SERIES, WIDE, Drawing, canvas, shortened, styled
+from klab.reports.schema import TITLES
+from klab.reports.statistics import t_interval
+from klab.reports.study import Study
 
 _LABELLED = 8
 _WITH_BARS = 40

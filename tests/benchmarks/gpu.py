@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from klab.grid import parse_grid
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.training import pack as packs
+from klab.harness.training.packed_cell import Member
+from klab.harness.training.runtime.oom import release
+from klab.tasks import load_task
 from rich.console import Console
 from rich.table import Table
 
-from grid import parse_grid
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import token_scores
-from harness.training import pack as packs
-from harness.training.member import Member
-from harness.training.memory import release
-from tasks import load_task
 from tests.benchmarks.shapes import SHAPES, Shape, Strings, write_start
 
 PEAKS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12)}
@@ -114,7 +114,7 @@ def _resident() -> int:
 @torch.no_grad()
 def gap(start: Path, shape: Shape, device: torch.device) -> tuple[float, float]:
     """Mean and largest difference of log-probabilities of the same tokens under bfloat16 weights and float32 copies."""
-    from harness.policy.rollout import sample
+    from klab.harness.policy.rollout import sample
 
     narrow = Decoder.from_pretrained(start, dtype=torch.bfloat16, device=device)
     examples = Strings(shape.prompt_tokens).split("train")[: shape.prompts]

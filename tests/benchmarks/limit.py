@@ -7,14 +7,7 @@ import time
 
 import torch
 
-from tests.benchmarks.setting import (
-    GROUP_SIZE,
-    HIDDEN,
-    INTERMEDIATE,
-    LAYERS,
-    UPDATES_PER_ROLLOUT,
-    VOCABULARY,
-)
+from tests.benchmarks.setting import GROUP_SIZE, HIDDEN, INTERMEDIATE, LAYERS, UPDATES_PER_ROLLOUT, VOCABULARY
 
 SIZES = (512, 1024)
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from harness.policy.decoder import Decoder
-from harness.policy.start import tiny_config
-from harness.policy.tokenizer import character_tokenizer
-from harness.policy.warmup import warm_up
-from tasks.addition import Addition
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.harness.policy.init.initial_policy import tiny_config
+from klab.harness.policy.init.sft_warmup import warm_up
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.tasks.addition import Addition
+
 from tests.benchmarks.setting import CONTEXT, DIGITS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY
 
 SIZES = SimpleNamespace(

@@ -20,9 +20,9 @@ from rich.table import Table
 from tests.reports.synthetic import write_large_run
 
 _WORK = {
-    "frames, fresh": "from reports import load_run; load_run(sys.argv[1])",
-    "frames, cached": "from reports import load_run; load_run(sys.argv[1])",
-    "page and tables": "from reports import render; print(render(sys.argv[1], figures=False).stat().st_size)",
+    "frames, fresh": "from klab.reports import load_run; load_run(sys.argv[1])",
+    "frames, cached": "from klab.reports import load_run; load_run(sys.argv[1])",
+    "page and tables": "from klab.reports import render; print(render(sys.argv[1], figures=False).stat().st_size)",
 }
 _FRAME = """
 import resource, sys, time

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grid import parse_grid
-from harness.store import Run
+from klab.grid import parse_grid
+from klab.harness.store import Run
+
 from tests.reports.synthetic import large_grid, write_large_run
 
 _MEASURED = """
@@ -33,18 +34,20 @@ own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(res
 used = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 print("\\n", wall, used, own.ru_maxrss / 1024)
 """
-_COMMAND = "from harness.cli.main import main\nmain(sys.argv[1:])"
-_FRAMES = "from harness.store import Run\nfrom reports.frame import read_frames\nread_frames(Run.open(sys.argv[1]))"
+_COMMAND = "from klab.harness.cli.main import main\nmain(sys.argv[1:])"
+_FRAMES = (
+    "from klab.harness.store import Run\nfrom klab.reports.frame import read_frames\nread_frames(Run.open(sys.argv[1]))"
+)
 _BOOKKEEPING = """
 from pathlib import Path
-from grid import load_grid
-from harness.dispatch.launch import launch
-from harness.store import Run
+from klab.grid import load_grid
+from klab.harness.dispatch.launch import launch
+from klab.harness.store import Run
 class Taker:
     name = "local"
     def submit(self, run, packs, resources):
-        from harness.dispatch.local import Local, request_path
-        import harness.dispatch.local as local
+        from klab.harness.dispatch.local.backend import Local, request_path
+        import klab.harness.dispatch.local.backend as local
         local.start_controller = lambda run: None
         Local(max_parallel=2).submit(run, packs, resources)
     def states(self, run):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import Example, Score
+from klab.tasks import Example, Score
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -93,10 +93,9 @@ class Strings:
 def write_start(folder: Path, shape: Shape) -> Path:
     """A checkpoint with random weights, whose tokens are letters and names without meaning."""
     import torch
+    from klab.harness.policy.init.char_tokenizer import character_tokenizer
+    from klab.harness.policy.stacked.decoder import Decoder
     from transformers import Qwen2Config
-
-    from harness.policy.decoder import Decoder
-    from harness.policy.tokenizer import character_tokenizer
 
     tokenizer = character_tokenizer(LETTERS, shape.config["vocab_size"])
     config = Qwen2Config(

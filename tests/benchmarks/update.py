@@ -14,17 +14,16 @@ import time
 from pathlib import Path
 
 import torch
+from klab.grid import parse_grid
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import sample
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.runtime.torch_settings import settled
+from klab.tasks import load_task
 from rich.console import Console
 from rich.table import Table
-
-from grid import parse_grid
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import sample
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.host import settled
-from tasks import load_task
 
 PHASES = ("rollout", "reward", "reference", "forward", "backward", "step")
 UPDATES, ROUNDS, GROUP_SIZE = 12, 3, 8

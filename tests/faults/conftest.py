@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from klab.grid import load_grid
+from klab.harness.store import Run
 
-from grid import load_grid
-from harness.store import Run
-from tests.faults.lives import live, wait
-from tests.trial import small_policy, write_grid
+from tests.support.forked_runs import live, wait
+from tests.support.small_cells import small_policy, write_grid
 
 MakeRun = Callable[..., Run]
 

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from grid import load_grid
-from harness.store import Run
-from tests.faults.lives import live, wait
+from klab.grid import load_grid
+from klab.harness.store import Run
+
+from tests.support.forked_runs import live, wait
 
 SMALLEST, STEP, LARGEST = 24, 8, 400
 """KiB; pages have four."""

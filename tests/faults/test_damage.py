@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from klab.grid import Mistake
+from klab.harness.dispatch.status import statuses
+from klab.harness.store import Run
 
-from grid import Mistake
-from harness.dispatch.status import statuses
-from harness.store import Run
 from tests.faults.conftest import MakeRun
-from tests.faults.lives import live, wait
-from tests.trial import assert_same
+from tests.support.forked_runs import live, wait
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.faults
 SETTINGS: dict[str, Any] = {"seeds": 2, "training": {"updates": 6, "checkpoint_updates": 2, "evaluate_every": 3}}
@@ -96,7 +96,7 @@ def complaint(path: Path) -> str | None:
 
 
 def test_damaged_files_of_a_finished_run_never_give_a_wrong_number(finished: MakeRun) -> None:
-    from reports import load_run
+    from klab.reports import load_run
 
     dice = random.Random(11)
     run = finished("damage", **SETTINGS)
@@ -139,9 +139,9 @@ def copied(run: Run) -> Path:
 
 def stop_after(updates: int) -> None:
     """Interrupt this process's training at that update's boundary."""
-    import harness.training
+    import klab.harness.training
 
-    whole, left = harness.training.run_cells, [updates]
+    whole, left = klab.harness.training.run_cells, [updates]
 
     def stop() -> bool:
         left[0] -= 1
@@ -150,4 +150,4 @@ def stop_after(updates: int) -> None:
     def limited(path: Any, cells: Any, **keywords: Any) -> Any:
         return whole(path, cells, **{**keywords, "stop": stop})
 
-    harness.training.run_cells = limited  # type: ignore[assignment]
+    klab.harness.training.run_cells = limited  # type: ignore[assignment]

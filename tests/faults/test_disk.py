@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import MakeRun
-from tests.faults.lives import live, wait
-from tests.trial import assert_same
+from tests.support.forked_runs import live, wait
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_a_disk_of_every_size(make_run: MakeRun, finished: MakeRun, policy: Path
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
-    from harness.store import Run
+    from klab.harness.store import Run
 
     for copy in sorted((tmp_path / "mounted.kept").iterdir()):
         assert_same(quiet, Run.open(copy))

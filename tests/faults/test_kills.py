@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from klab.harness.dispatch.local.controller import lock_path
+from klab.harness.dispatch.status import statuses
+from klab.harness.store import Holder, Run, scan
+from klab.harness.store.lock import read_lock
 
-from harness.dispatch.controller import lock_path
-from harness.dispatch.status import statuses
-from harness.store import Holder, Run, scan
-from harness.store.lock import read_lock
 from tests.faults.conftest import MakeRun
-from tests.faults.lives import live, wait
-from tests.trial import assert_same
+from tests.support.forked_runs import live, wait
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("KLAB_TEST_KILLS", "120"))
@@ -59,7 +59,7 @@ def test_launchers_controllers_and_workers_killed(
     settings |= {"training": {"updates": 60, "checkpoint_updates": 1, "evaluate_every": 20}}
     quiet = finished("storm", **settings)
     run = make_run("storm", **settings)
-    launch = [sys.executable, "-m", "harness.cli.main", "launch", tmp_path / "storm.yaml"]
+    launch = [sys.executable, "-m", "klab.harness.cli.main", "launch", tmp_path / "storm.yaml"]
     launch += ["--runs", tmp_path / "runs", "--max-parallel", "2", "--cells-per-job", "3"]
     killed = {"launcher": 0, "controller": 0, "worker": 0}
     try:

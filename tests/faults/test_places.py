@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from klab.harness.dispatch.status import statuses
+from klab.harness.store import Run
 
-from harness.dispatch.status import statuses
-from harness.store import Run
 from tests.faults.conftest import MakeRun
-from tests.faults.lives import live, wait
 from tests.faults.test_damage import stop_after
-from tests.trial import assert_same
+from tests.support.forked_runs import live, wait
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_a_read_only_run_can_be_looked_at(
         else [str(run.path)]
     )
     rest = [more.cells[0] if word == "CELL" else word for word in words[1:]]
-    command = [sys.executable, "-m", "harness.cli.main", words[0], *target, *rest]
+    command = [sys.executable, "-m", "klab.harness.cli.main", words[0], *target, *rest]
     script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && shift && exec "$@"'
     space = ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*space, "true"], capture_output=True).returncode:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from klab.harness.dispatch.status import statuses
 
-from harness.dispatch.status import statuses
 from tests.faults.conftest import MakeRun
 
 pytestmark = pytest.mark.faults
@@ -29,7 +29,7 @@ def test_each_cell_fails_with_its_reason_and_the_sound_one_finishes(make_run: Ma
     command = [
         sys.executable,
         "-m",
-        "harness.cli.main",
+        "klab.harness.cli.main",
         "launch",
         tmp_path / "troubles.yaml",
         "--runs",

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from klab.grid import Grid, Mistake, load_grid
+from klab.harness.dispatch.slurm.submission import submissions
+from klab.harness.dispatch.status import statuses
+from klab.harness.store import Run
 
-from grid import Grid, Mistake, load_grid
-from harness.dispatch.status import statuses
-from harness.dispatch.submission import submissions
-from harness.store import Run
 from tests.faults.conftest import MakeRun
-from tests.faults.lives import live, wait
+from tests.support.forked_runs import live, wait
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_nothing_is_unpickled(finished: MakeRun, tmp_path: Path) -> None:
         path.write_bytes(bomb)
     (cell.policy / "pytorch_model.bin").write_bytes(bomb)
     for words in (["status"], ["logs", cell.id], ["report"]):
-        command = [sys.executable, "-m", "harness.cli.main", words[0], str(run.path), *words[1:]]
+        command = [sys.executable, "-m", "klab.harness.cli.main", words[0], str(run.path), *words[1:]]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert "Traceback" not in done.stderr, done.stderr
     (cell.path / "result.json").unlink()

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from grid import Grid, Mistake, load_grid, parse_grid
-from grid.algorithms import algorithm_names
+from klab.grid import Grid, Mistake, load_grid, parse_grid
+from klab.grid.algorithms import algorithm_names
 
 STUDIES = Path(__file__).parents[2] / "grid" / "studies"
 

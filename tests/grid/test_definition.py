@@ -7,10 +7,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from grid import Cell, Mistake, load_grid, parse_grid
-from grid.algorithms import algorithm_names, load_algorithm
-from grid.objective import Objective
+from klab.grid import Cell, Mistake, load_grid, parse_grid
+from klab.grid.algorithms import algorithm_names, load_algorithm
+from klab.grid.objective import Objective
 
 STUDIES = Path(__file__).parents[2] / "grid" / "studies"
 
@@ -97,7 +96,7 @@ def test_checkpoint_settings_are_no_part_of_the_identity_and_seeds_are():
 
 
 def test_ids_are_the_same_in_every_process_and_known_for_ever():
-    code = "from grid import load_grid; print([c.id for c in load_grid('grid/studies/quickstart.yaml').cells][:1])"
+    code = "from klab.grid import load_grid; print([c.id for c in load_grid('grid/studies/quickstart.yaml').cells][:1])"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -4,9 +4,8 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from grid import Mistake, Objective
-from grid.catalogue import AXES, PARAMETERS
+from klab.grid import Mistake, Objective
+from klab.grid.catalogue import AXES, PARAMETERS
 
 AXIS_VALUES = st.fixed_dictionaries({axis.name: st.sampled_from(list(axis.values)) for axis in AXES.values()})
 

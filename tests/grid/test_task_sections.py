@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-
-from grid import Cell, Mistake, parse_grid
-from grid.sections import TASKS, load_section
-from tasks.task import TASKS as LOADED
+from klab.grid import Cell, Mistake, parse_grid
+from klab.grid.schema.sections import TASKS, load_section
+from klab.tasks.task import TASKS as LOADED
 
 GSM8K = {"name": "gsm8k", "reward": "math"}
 NEEDED: dict[str, dict[str, Any]] = {"file": {"path": "data.jsonl", "prompt": "q"}}

@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-
-from grid import Grid, Mistake, parse_grid
-from grid.sections import TrainingSection
+from klab.grid import Grid, Mistake, parse_grid
+from klab.grid.schema.sections import TrainingSection
 
 
 def grid_of(**sections: Any) -> Grid:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from klab.grid import Grid, load_grid
 
-from grid import Grid, load_grid
-from tests.trial import small_policy
+from tests.support.run_processes import end_all
+from tests.support.small_cells import small_policy
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # for `processes`
-
-from processes import end_all  # noqa: E402
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +25,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with the tasks of `chores.py`; whatever still runs there at the end is killed."""
-    shutil.copy(HERE / "chores.py", tmp_path)
+    """A working folder with the tasks of `slow_tasks.py`; whatever still runs there at the end is killed."""
+    shutil.copy(SUPPORT / "slow_tasks.py", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from grid import Objective
-from grid.algorithms import load_algorithm
+from klab.grid import Objective
+from klab.grid.algorithms import load_algorithm
 
 trl = pytest.importorskip(
     "trl", reason="TRL is not installed: `make parity-test` installs trl==1.16.0 into its own environment"

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from grid import Cell, parse_grid
-from harness.store import Run
+from klab.grid import Cell, parse_grid
+from klab.harness.store import Run
 
 QUICKSTART = """
 name: quickstart

@@ -6,8 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-
-from reports.effects import Design, interactions, main_effects
+from klab.reports.effects import Design, interactions, main_effects
 
 A = {"k1": 0.0, "k2": 0.3, "k3": 0.5}
 B = {"loss": 0.0, "reward": -0.2}

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
-
-from harness.store import CellFolder, Run
-from reports.columns import EVALUATIONS, METRICS
-from reports.frame import read_frames
+from klab.harness.store import CellFolder, Run
+from klab.reports.frame import read_frames
+from klab.reports.schema import EVALUATIONS, METRICS
 
 Small = Callable[..., Run]
 
@@ -122,9 +121,9 @@ def test_reading_many_cells_at_once_changes_nothing(small: Small, monkeypatch: p
     for identity, more in ((run.cells[2], {"new": 2.5}), (run.cells[5], {"new": 1.5, "loss": None, "word": "x"})):
         last = run.cell(identity).metrics()[-1]
         run.cell(identity).append_metrics([{**last, "update": last["update"] + 1, **more}])
-    monkeypatch.setattr("reports.block._ROWS", 2)
+    monkeypatch.setattr("klab.reports.numeric_frame._ROWS", 2)
     together = read_frames(run, cache=False)
-    monkeypatch.setattr("reports.frame.read_numbers", lambda paths: {})
+    monkeypatch.setattr("klab.reports.frame.read_numbers", lambda paths: {})
     plain = read_frames(run, cache=False)
     for name in ("cells", "metrics", "evaluations", "samples"):
         pd.testing.assert_frame_equal(getattr(together, name), getattr(plain, name), check_exact=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from reports.sparks import BLOCKS, sparkline
+from klab.reports.sparkline import BLOCKS, sparkline
 
 
 def test_rises_with_the_values_and_leaves_gaps() -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from klab.grid import Mistake
+from klab.harness.store import Run
+from klab.reports import Study, load_run
+from klab.reports.comparison import compare
+from klab.reports.figures.tasks import across_tasks
+from klab.reports.schema import CELLS, SUMMARY
+from klab.reports.study import load_runs
 from scipy import stats
 
-from grid import Mistake
-from harness.store import Run
-from reports import Study, load_run
-from reports.columns import CELLS, SUMMARY
-from reports.comparison import compare
-from reports.figures.tasks import across_tasks
-from reports.study import load_runs
 from tests.reports.synthetic import EFFECTS, write_run
 
 Small = Callable[..., Run]

@@ -8,12 +8,11 @@ import json
 import re
 
 import pytest
-
-from grid import Mistake
-from reports import Study
-from reports.columns import SUMMARY
-from reports.comparison import Comparison, compare
-from reports.tables import formatted
+from klab.grid import Mistake
+from klab.reports import Study
+from klab.reports.comparison import Comparison, compare
+from klab.reports.schema import SUMMARY
+from klab.reports.tables import formatted
 
 
 @pytest.fixture(scope="module")

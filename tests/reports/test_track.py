@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from grid import Mistake
-from harness.store import Run
-from reports.track import follow, tracked_id
+from klab.grid import Mistake
+from klab.harness.store import Run
+from klab.reports.track import follow, tracked_id
 
 Small = Callable[..., Run]
 

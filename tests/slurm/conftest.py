@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from klab.grid import load_grid
+from klab.harness.dispatch.status import CellStatus, statuses
+from klab.harness.store import Run
 
-from grid import load_grid
-from harness.dispatch.status import CellStatus, statuses
-from harness.store import Run
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_for
-from tests.trial import small_policy, write_grid
+from tests.support.small_cells import small_policy, write_grid
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ class Lab:
         self.policy = policy
 
     def grid(self, name: str, **settings: Any) -> Path:
-        """A grid file; see `tests.trial.write_grid`."""
+        """A grid file; see `tests.support.small_cells.write_grid`."""
         return write_grid(self.folder / f"{name}.yaml", self.policy, **settings)
 
     def klab(self, *words: str | Path, code: int = 0) -> str:
@@ -51,7 +51,7 @@ class Lab:
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
         """Start klab."""
-        command = [sys.executable, "-m", "harness.cli.main", *map(str, words), "--runs", str(self.folder / "runs")]
+        command = [sys.executable, "-m", "klab.harness.cli.main", *map(str, words), "--runs", str(self.folder / "runs")]
         return subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -66,7 +66,7 @@ class Lab:
 
     def undisturbed(self, grid: Path) -> Run:
         """The same cells after one quiet life in this process."""
-        from harness.training import run_cells
+        from klab.harness.training import run_cells
 
         run = Run.create(self.folder / "quiet" / grid.stem, load_grid(grid))
         with pytest.MonkeyPatch.context() as patch:

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from klab.harness.cli.main import main
+from klab.harness.dispatch.slurm import array_job as sbatch
+from klab.harness.dispatch.slurm.submission import Submission
 from submitit.core.utils import JobPaths
-
-from harness.cli.main import main
-from harness.dispatch import sbatch
-from harness.dispatch.submission import Submission
 
 
 def die(*_: Any, **__: Any) -> Any:

@@ -6,11 +6,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from klab.harness.dispatch.status import statuses
 
-from harness.dispatch.status import statuses
 from tests.slurm.conftest import Lab, starts
 from tests.slurm.processes import wait_for
-from tests.trial import assert_same
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.slurm
 

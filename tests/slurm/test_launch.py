@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from klab.harness.dispatch.slurm.backend import Slurm
+from klab.harness.dispatch.slurm.submission import submissions
+from klab.harness.dispatch.status import statuses
 
-from harness.dispatch.slurm import Slurm
-from harness.dispatch.status import statuses
-from harness.dispatch.submission import submissions
 from tests.slurm.conftest import ROOT, Lab, starts
 from tests.slurm.processes import wait_for
-from tests.trial import assert_same
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.slurm
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from klab.grid import load_grid
+from klab.harness.dispatch.job import work
+from klab.harness.dispatch.slurm.submission import submissions
+from klab.harness.store import Run
 
-from grid import load_grid
-from harness.dispatch.job import work
-from harness.dispatch.submission import submissions
-from harness.store import Run
 from tests.slurm.conftest import Lab, starts
 from tests.slurm.processes import facts, kill, processes, wait_for
-from tests.trial import assert_same
+from tests.support.small_cells import assert_same
 
 pytestmark = pytest.mark.slurm
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from grid.mistake import Mistake
-from tasks.addition import Addition
+from klab.grid.errors import Mistake
+from klab.tasks.addition import Addition
 
 
 @pytest.mark.parametrize("digits", [1, 2, 5])

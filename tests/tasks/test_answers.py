@@ -5,9 +5,8 @@ from __future__ import annotations
 from decimal import Decimal
 
 import pytest
-
-from tasks.answers import final_answer, number
-from tasks.verification import same_value
+from klab.tasks.answers import final_answer, number
+from klab.tasks.verification import same_value
 
 # the first training example of GSM8K, Cobbe et al. 2021
 NATALIA = (

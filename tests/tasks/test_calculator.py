@@ -6,18 +6,17 @@ import re
 
 import pytest
 import torch
-
-from grid.mistake import Mistake
-from grid.sections import TinyPolicy, load_section
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, sample
-from harness.policy.start import tiny_config
-from harness.policy.tokenizer import character_tokenizer
-from harness.policy.warmup import solved
-from tasks import Example, load_task
-from tasks.calculator import Calculator
-from tasks.task import TURN_END
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import TinyPolicy, load_section
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.harness.policy.init.initial_policy import tiny_config
+from klab.harness.policy.init.sft_warmup import solved
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.tasks import Example, load_task
+from klab.tasks.calculator import Calculator
+from klab.tasks.task import TURN_END
 
 EXAMPLE = Example("12*34=", "408", f"[12*34]{TURN_END}408")
 

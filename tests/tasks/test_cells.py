@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from grid import load_grid
-from harness.store import Run
-from harness.training import run_cells
-from tests.trial import small_policy
+from klab.grid import load_grid
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+
+from tests.support.small_cells import small_policy
 
 TRAINING = {"updates": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 4, "evaluate_every": 2}
 EVALUATION = {"evaluation_prompts": 2, "evaluation_samples": 1}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
-from grid.mistake import Mistake
-from tasks.countdown import Countdown
-from tasks.task import Example
+from klab.grid.errors import Mistake
+from klab.tasks.countdown import Countdown
+from klab.tasks.task import Example
 
 
 @pytest.mark.parametrize(("numbers", "largest", "target_max"), [(2, 9, 81), (3, 9, 30), (5, 25, 200)])

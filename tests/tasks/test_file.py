@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid import Mistake
-from grid.sections import load_section
-from tasks import Example, load_task
-from tasks.file import File, Template
+from klab.grid import Mistake
+from klab.grid.schema.sections import load_section
+from klab.tasks import Example, load_task
+from klab.tasks.file import File, Template
 
 Write = Callable[..., str]
 SUMS = [{"q": f"{i}+1=", "a": i + 1, "why": f"{i}+1"} for i in range(60)]

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from grid.mistake import Mistake
-from grid.sections import AdditionTask, CountdownTask, CustomTask
-from tasks import Example, Score, Task, load_task
-from tasks.addition import Addition
-from tasks.countdown import Countdown
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import AdditionTask, CountdownTask, CustomTask
+from klab.tasks import Example, Score, Task, load_task
+from klab.tasks.addition import Addition
+from klab.tasks.countdown import Countdown
 
 
 class Copying:

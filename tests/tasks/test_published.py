@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid.mistake import Mistake
-from grid.sections import load_section
-from tasks import Example, Score, load_task
-from tasks.gsm8k import Gsm8k
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import load_section
+from klab.tasks import Example, Score, load_task
+from klab.tasks.gsm8k import Gsm8k
 
 PROBLEMS = [
     {

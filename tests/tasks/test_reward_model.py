@@ -11,12 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from grid.mistake import Mistake
-from harness.policy.tokenizer import character_tokenizer
-from tasks import Example
-from tasks.reward_model import ROWS, TOKENS, RewardModel, batches
-from tasks.rewards import Rewards
+from klab.grid.errors import Mistake
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.tasks import Example
+from klab.tasks.reward_model import ROWS, TOKENS, RewardModel, batches
+from klab.tasks.rewards import Rewards
 
 EXAMPLE = Example("ab", "")
 

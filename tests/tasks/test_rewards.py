@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid.mistake import Mistake
-from tasks import Example
-from tasks.rewards import Rewards
-from tasks.worker import CallFailed, Worker
+from klab.grid.errors import Mistake
+from klab.tasks import Example
+from klab.tasks.rewards import Rewards
+from klab.tasks.worker import CallFailed, Worker
 
 MODULE = "tests.tasks.user_rewards"
 EXAMPLE = Example("1+1=", "#### 2")

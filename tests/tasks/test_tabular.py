@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid import load_grid
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import load_section
+from klab.harness.exact.tabular import enumerate_trajectories
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.tasks import Example, load_task
+from klab.tasks.bandit import Bandit
+from klab.tasks.tabular import PROMPT, SHARE_OF_BEST, Tabular
 from torch import Tensor
 
-from grid import load_grid
-from grid.mistake import Mistake
-from grid.sections import load_section
-from harness.exact.tabular import enumerate_trajectories
-from harness.store import Run
-from harness.training import run_cells
-from tasks import Example, load_task
-from tasks.bandit import Bandit
-from tasks.tabular import PROMPT, SHARE_OF_BEST, Tabular
-from tests.trial import small_policy
+from tests.support.small_cells import small_policy
 
 
 def test_words_are_in_the_order_of_the_exact_lab() -> None:

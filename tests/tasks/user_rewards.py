@@ -8,7 +8,7 @@ import time
 from fractions import Fraction
 from typing import Any
 
-from tasks import Score
+from klab.tasks import Score
 
 calls = 0
 

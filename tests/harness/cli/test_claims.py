@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from harness.cli.main import main
+from klab.harness.cli.main import main
 
 
 def test_one_claim_is_printed_in_full_with_its_parts(capsys: pytest.CaptureFixture[str]) -> None:

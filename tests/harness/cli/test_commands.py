@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid import Grid, catalogue
-from harness.cli.main import COMMANDS, main
-from harness.store import Run
+from klab.grid import Grid, catalogue
+from klab.harness.cli.main import COMMANDS, main
+from klab.harness.store import Run
 
 MakeGrid = Callable[..., Grid]
 Ask = Callable[..., Any]
@@ -171,7 +170,7 @@ def test_rerun_refuses_settings_that_do_not_exist(run: Run, ask: Ask) -> None:
 
 
 def test_launch_says_when_cells_failed(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
-    make_grid(task={"name": "chores:Chore", "fail_unless": "there"})
+    make_grid(task={"name": "slow_tasks:Chore", "fail_unless": "there"})
     assert "1 failed" in ask("launch", "little.yaml", "--on", "here", code=1)
     (place / "there").touch()
     assert "1 failed" in ask("launch", "little.yaml", "--on", "here", code=1)
@@ -217,7 +216,7 @@ def test_a_damaged_manifest_is_named(run: Run, ask: Ask) -> None:
 
 @pytest.mark.parametrize(("limit", "said"), [("disk", "disk is full"), ("read", "cannot be written")])
 def test_a_disk_that_refuses_is_said_plainly(limit: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.cli.main import _explain
+    from klab.harness.cli.main import _explain
 
     error = OSError(28 if limit == "disk" else 30, "no", "runs/x")
     assert said in _explain(error)
@@ -226,7 +225,7 @@ def test_a_disk_that_refuses_is_said_plainly(limit: str, said: str, monkeypatch:
 
 LIGHT = """
 import sys
-from harness.cli.main import main
+from klab.harness.cli.main import main
 code = main(sys.argv[1:])
 heavy = ("torch", "transformers", "pandas", "seaborn", "matplotlib", "scipy", "numpy", "submitit", "jinja2")
 print([name for name in heavy if name in sys.modules], file=sys.stderr)

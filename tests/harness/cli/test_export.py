@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid import Mistake, Objective, parse_grid
-from grid.algorithms import algorithm_names, load_algorithm
-from grid.sections import TrainingSection
-from harness.cli.main import main
-from harness.cli.peers import PEERS, Setting
-from harness.store import Run
+from klab.grid import Mistake, Objective, parse_grid
+from klab.grid.algorithms import algorithm_names, load_algorithm
+from klab.grid.schema.sections import TrainingSection
+from klab.harness.cli.main import main
+from klab.harness.export.peers import PEERS, Setting
+from klab.harness.store import Run
 
 OFF_POLICY = TrainingSection(updates_per_rollout=2)
 

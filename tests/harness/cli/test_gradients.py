@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid import load_grid
-from harness.cli.gradients import measure_run
-from harness.cli.main import main
-from harness.exact import sweep
-from harness.store import Run
+from klab.grid import load_grid
+from klab.harness.cli.gradients import measure_run
+from klab.harness.cli.main import main
+from klab.harness.exact import product_sweep as sweep
+from klab.harness.store import Run
 
 GRID = """
 name: small

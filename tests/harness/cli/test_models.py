@@ -10,15 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from grid import Grid
-from harness.cli.main import main
-from harness.store import Run
+from klab.grid import Grid
+from klab.harness.cli.main import main
+from klab.harness.store import Run
 
 MODEL = {"name": "hf", "model": "some-one/some-model", "revision": "v1", "dtype": "bfloat16", "lora": {"rank": 8}}
 _PLAN = """
 import sys
-from harness.cli.main import main
+from klab.harness.cli.main import main
 code = main(["plan", "study.yaml"])
 loaded = [name for name in ("torch", "transformers", "huggingface_hub", "peft") if name in sys.modules]
 sys.exit(f"loaded {loaded}" if loaded else code)

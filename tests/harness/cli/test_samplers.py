@@ -6,8 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-from harness.cli.main import main
+from klab.harness.cli.main import main
 
 STUDY = """
 name: fast

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from grid import Mistake
-from harness.cli.main import main
-from harness.cli.tracking import require_trackers
+from klab.grid import Mistake
+from klab.harness.cli.main import main
+from klab.harness.cli.tracking import require_trackers
 
 STUDY = """
 name: tracked

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from harness.dispatch.arrays import Chunk, split
+from klab.harness.dispatch.slurm.array_plan import Chunk, split
 
 
 @given(st.integers(0, 400), st.integers(1, 60), st.none() | st.integers(1, 80))

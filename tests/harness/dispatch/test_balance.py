@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import wait_for
+from klab.grid import Grid
+from klab.grid.schema.sections import Resources
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.launch import launch
+from klab.harness.dispatch.local.inline import Here
+from klab.harness.dispatch.local.pool import Pool
+from klab.harness.dispatch.packing.balance import START_SECONDS, divide, even, makespan, pack_seconds, settled, trial
+from klab.harness.dispatch.packing.packs import PACK_SIZE, kind, make_packs
+from klab.harness.dispatch.packing.step_times import FILE, Place, append, differ, measured, note
+from klab.harness.dispatch.status import count, statuses
+from klab.harness.store import Run
 
-from grid import Grid
-from grid.sections import Resources
-from harness.dispatch.balance import START_SECONDS, divide, even, makespan, pack_seconds, settled, trial
-from harness.dispatch.executor import Pack
-from harness.dispatch.here import Here
-from harness.dispatch.launch import launch
-from harness.dispatch.packs import PACK_SIZE, kind, make_packs
-from harness.dispatch.pool import Pool
-from harness.dispatch.status import count, statuses
-from harness.dispatch.step_times import FILE, Place, append, differ, measured, note
-from harness.store import Run
+from tests.support.run_processes import wait_for
 
 MakeGrid = Callable[..., Grid]
 

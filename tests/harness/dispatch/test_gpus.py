@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import wait_for
+from klab.grid import Grid, Mistake
+from klab.harness.cli.main import main
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.local import gpus
+from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.local.inline import Here
+from klab.harness.store import Run
 
-from grid import Grid, Mistake
-from harness.cli.main import main
-from harness.dispatch import gpus
-from harness.dispatch.executor import Pack
-from harness.dispatch.here import Here
-from harness.dispatch.local import Local
-from harness.store import Run
+from tests.support.run_processes import wait_for
 
 
 @pytest.mark.parametrize(

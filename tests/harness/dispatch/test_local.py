@@ -10,18 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from processes import controllers, kill, wait_for, workers
+from klab.grid import Grid
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.cancel import cancel
+from klab.harness.dispatch.launch import launch
+from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.local.controller import control, request_path
+from klab.harness.dispatch.local.inline import Here
+from klab.harness.dispatch.local.pool import Pool
+from klab.harness.dispatch.status import count, statuses
+from klab.harness.store import Run, files, scan
 
-from grid import Grid
-from harness.dispatch.cancel import cancel
-from harness.dispatch.controller import control, request_path
-from harness.dispatch.executor import Pack
-from harness.dispatch.here import Here
-from harness.dispatch.launch import launch
-from harness.dispatch.local import Local
-from harness.dispatch.pool import Pool
-from harness.dispatch.status import count, statuses
-from harness.store import Run, files, scan
+from tests.support.run_processes import controllers, kill, wait_for, workers
 
 MakeGrid = Callable[..., Grid]
 
@@ -41,7 +41,7 @@ def klab_launch(*options: str) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
-        "harness.cli.main",
+        "klab.harness.cli.main",
         "launch",
         "little.yaml",
         "--no-merge",
@@ -64,7 +64,7 @@ def test_whoever_is_killed_the_numbers_are_those_of_an_undisturbed_run(make_grid
         seeds=2,
         updates=50,
         checkpoint_updates=4,
-        task={"name": "chores:Chore", "seconds": 0.006},
+        task={"name": "slow_tasks:Chore", "seconds": 0.006},
         resources={"cells_per_job": 2},
     )
     quiet = Run.create(place / "quiet", grid)
@@ -102,7 +102,7 @@ def test_a_cancelled_cell_leaves_its_pack_and_a_new_launch_takes_it_up(make_grid
         seeds=3,
         updates=40,
         checkpoint_updates=5,
-        task={"name": "chores:Chore", "seconds": 0.01},
+        task={"name": "slow_tasks:Chore", "seconds": 0.01},
         resources={"cells_per_job": 2},
     )
     run = Run.create(place / "runs/little", grid)
@@ -127,7 +127,7 @@ def test_a_cancelled_cell_leaves_its_pack_and_a_new_launch_takes_it_up(make_grid
 
 
 def test_a_process_that_keeps_vanishing_becomes_a_failure_with_a_reason(make_grid: MakeGrid, place: Path) -> None:
-    run = Run.create(place / "runs/little", make_grid(task={"name": "chores:Chore", "die": 9}))
+    run = Run.create(place / "runs/little", make_grid(task={"name": "slow_tasks:Chore", "die": 9}))
     pool = Pool(run, losses=2)
     pool.renew([Pack(tuple(run.cells))], slots=1, threads=1, gpus=[])
     wait_for(lambda: pool.step() and not pool.flying and not pool.waiting)
@@ -138,7 +138,7 @@ def test_a_process_that_keeps_vanishing_becomes_a_failure_with_a_reason(make_gri
 
 def test_at_most_so_many_jobs_at_a_time_and_one_gpu_each(make_grid: MakeGrid, place: Path) -> None:
     """Five packs on two slots and two devices; each process is stopped at its claim by a cell that takes its time."""
-    grid = make_grid(seeds=3, updates=2, task={"name": "chores:Chore", "seconds": 0.05})
+    grid = make_grid(seeds=3, updates=2, task={"name": "slow_tasks:Chore", "seconds": 0.05})
     run = Run.create(place / "runs/little", grid)
     pool = Pool(run)
     pool.renew([Pack((identity,)) for identity in run.cells], slots=2, threads=1, gpus=["7", "9"])
@@ -160,7 +160,7 @@ def test_at_most_so_many_jobs_at_a_time_and_one_gpu_each(make_grid: MakeGrid, pl
 
 
 def test_a_failed_cell_waits_for_retry_failed(make_grid: MakeGrid, place: Path) -> None:
-    grid = make_grid(seeds=2, task={"name": "chores:Chore", "fail_unless": str(place / "there")})
+    grid = make_grid(seeds=2, task={"name": "slow_tasks:Chore", "fail_unless": str(place / "there")})
     run = Run.create(place / "runs/little", grid)
     assert len(launch(run, Here(), workers=1).packs) == 1
     rows = statuses(run)

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from grid import parse_grid
-from harness.dispatch.merging import merge_equal
-from harness.store import Run
+from klab.grid import parse_grid
+from klab.harness.dispatch.merging import merge_equal
+from klab.harness.store import Run
 
 STUDY = """
 name: twins
@@ -81,7 +80,7 @@ def test_the_baseline_is_the_survivor():
 def test_plan_merges_without_importing_torch(tmp_path):
     (tmp_path / "twins.yaml").write_text(STUDY)
     code = (
-        "import sys; from harness.cli.main import main; sys.argv = ['klab', 'plan', 'twins.yaml', '--json']\n"
+        "import sys; from klab.harness.cli.main import main; sys.argv = ['klab', 'plan', 'twins.yaml', '--json']\n"
         "try: main()\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )

@@ -7,8 +7,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from harness.dispatch.packs import PACK_SIZE, STACKED_BYTES, make_packs, shape
+from klab.harness.dispatch.packing.packs import PACK_SIZE, STACKED_BYTES, make_packs, shape
 
 
 def cells(shapes: list[int]) -> dict[str, dict[str, Any]]:

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import controllers, followers, kill, wait_for
+from klab.grid import Grid, Mistake
+from klab.grid.schema.sections import Resources, load_section
+from klab.harness.dispatch.launch import launch
+from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.local.inline import Here
+from klab.harness.dispatch.local.pool import InFlight, Pool
+from klab.harness.dispatch.processes import choose_gpu
+from klab.harness.dispatch.status import count, statuses
+from klab.harness.store import Run
+from klab.harness.training.metrics import same_numbers
+from klab.harness.training.runner import Progress
 
-from grid import Grid, Mistake
-from grid.sections import Resources, load_section
-from harness.dispatch.here import Here
-from harness.dispatch.launch import launch
-from harness.dispatch.local import Local
-from harness.dispatch.pool import InFlight, Pool
-from harness.dispatch.processes import choose_gpu
-from harness.dispatch.status import count, statuses
-from harness.store import Run
-from harness.training.life import Progress
-from harness.training.metrics import same_numbers
+from tests.support.run_processes import controllers, followers, kill, wait_for
 
 MakeGrid = Callable[..., Grid]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from grid import Mistake
-from grid.sections import Resources
-from harness.dispatch.profiles import configuration_file, profiles, resolve
+from klab.grid import Mistake
+from klab.grid.schema.sections import Resources
+from klab.harness.dispatch.profiles import configuration_file, profiles, resolve
 
 TEXT = """
 profiles:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from harness.dispatch.executor import SchedulerState
-from harness.dispatch.scheduler import elements, seconds, state_of
+from klab.harness.dispatch.backends import SchedulerState
+from klab.harness.dispatch.slurm.client import elements, seconds, state_of
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grid import Mistake, load_grid
-from harness.dispatch import scheduler
-from harness.dispatch.executor import Pack
-from harness.dispatch.slurm import Slurm
-from harness.dispatch.submission import intend, submissions
-from harness.store import Run
+from klab.grid import Mistake, load_grid
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.slurm import client as scheduler
+from klab.harness.dispatch.slurm.backend import Slurm
+from klab.harness.dispatch.slurm.submission import intend, submissions
+from klab.harness.store import Run
 
 COMMAND = """#!/bin/sh
 echo "$0 $*" >> "$FAKE/calls"

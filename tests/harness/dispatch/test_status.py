@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
-
-from grid import Grid
-from grid.sections import Resources
-from harness.dispatch.executor import Pack, SchedulerState
-from harness.dispatch.launch import wanted
-from harness.dispatch.status import CellStatus, statuses
-from harness.store import CellFolder, Run
+from klab.grid import Grid
+from klab.grid.schema.sections import Resources
+from klab.harness.dispatch.backends import Pack, SchedulerState
+from klab.harness.dispatch.launch import wanted
+from klab.harness.dispatch.status import CellStatus, statuses
+from klab.harness.store import CellFolder, Run
 
 
 class Scheduler:

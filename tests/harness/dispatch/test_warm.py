@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import kill, wait_for, workers
+from klab.grid import Grid
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.local.pool import Pool
+from klab.harness.dispatch.status import count, statuses
+from klab.harness.store import Run
 
-from grid import Grid
-from harness.dispatch.executor import Pack
-from harness.dispatch.pool import Pool
-from harness.dispatch.status import count, statuses
-from harness.store import Run
+from tests.support.run_processes import kill, wait_for, workers
 
 
 def parent_of(pid: int) -> int:
@@ -20,7 +20,7 @@ def parent_of(pid: int) -> int:
 
 
 def test_a_killed_parent_is_made_again_and_its_forks_go_on(make_grid: Callable[..., Grid], place: Path) -> None:
-    grid = make_grid(seeds=2, updates=30, task={"name": "chores:Chore", "seconds": 0.01})
+    grid = make_grid(seeds=2, updates=30, task={"name": "slow_tasks:Chore", "seconds": 0.01})
     run = Run.create(place / "runs/little", grid)
     pool = Pool(run)
     pool.renew([Pack((identity,)) for identity in run.cells], slots=1, threads=1, gpus=[])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from grid import Objective
-from harness.exact.bench import Instance
-from harness.exact.drift import STEP, drift_size, inner_updates, random_drift
-from harness.exact.estimators import update_gradients
-from harness.exact.gradients import expected_reward
-from harness.exact.tabular import TabularPolicy
-from harness.exact.updates import sampled_updates
+from klab.grid import Objective
+from klab.harness.exact.drift import STEP, drift_size, inner_updates, random_drift
+from klab.harness.exact.estimators import update_gradients
+from klab.harness.exact.gradients import expected_reward
+from klab.harness.exact.instance import Instance
+from klab.harness.exact.tabular import TabularPolicy
+from klab.harness.exact.updates import sampled_updates
 
 GRPO = Objective(advantage="group_norm", weight="ppo_clip", placement="none")
 

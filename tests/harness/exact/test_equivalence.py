@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid import Cell, Objective
+from klab.grid.catalogue import AXES
+from klab.grid.schema.sections import AdditionTask, TinyPolicy, TrainingSection
+from klab.harness.exact.equivalence import contested_fingerprints, count_classes, equivalence_classes
+from klab.harness.exact.fingerprints import canonical_text, fingerprints
+from klab.harness.exact.probes import probe, probe_gradient
 
-from grid import Cell, Objective
-from grid.catalogue import AXES
-from grid.sections import AdditionTask, TinyPolicy, TrainingSection
-from harness.exact.equivalence import contested_fingerprints, count_classes, equivalence_classes
-from harness.exact.fingerprints import canonical_text, fingerprints
-from harness.exact.probes import probe, probe_gradient
 from tests.harness.exact.enumeration import weight_of
 
 ON_POLICY = TrainingSection()
@@ -172,9 +172,9 @@ def test_known_fingerprints_need_no_torch(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from grid import Cell, Objective
-from grid.sections import AdditionTask, TinyPolicy, TrainingSection
-from harness.exact.equivalence import equivalence_classes
+from klab.grid import Cell, Objective
+from klab.grid.schema.sections import AdditionTask, TinyPolicy, TrainingSection
+from klab.harness.exact.equivalence import equivalence_classes
 cells = [Cell(Objective(estimator=name), AdditionTask(), TinyPolicy(), TrainingSection(updates_per_rollout=2), 0)
          for name in ("k1", "k2", "k3_plus")]
 print(len(equivalence_classes(cells, cache=Path({str(tmp_path)!r}))), "torch" in sys.modules)

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
+from klab.harness.exact import TabularPolicy, estimator_report, exact_gradient
+from klab.harness.exact.estimators import loss_gradients, update_gradients
+from klab.harness.exact.instance import Instance
+from klab.harness.exact.kl_errors import ESTIMATORS, PLACEMENTS, kl_errors
+from klab.harness.exact.report import EstimatorReport
+from klab.harness.exact.tabular_setting import Setting
+from klab.harness.exact.updates import every_trajectory
 from torch import Tensor
-
-from grid import Objective
-from grid.catalogue import AXES
-from harness.exact import TabularPolicy, estimator_report, exact_gradient
-from harness.exact.bench import Instance
-from harness.exact.estimators import loss_gradients, update_gradients
-from harness.exact.kl_errors import ESTIMATORS, PLACEMENTS, kl_errors
-from harness.exact.report import EstimatorReport
-from harness.exact.setting import Setting
-from harness.exact.updates import every_trajectory
 
 RATIOS = tuple(AXES["ratio"].values)
 TINY = 1e-12

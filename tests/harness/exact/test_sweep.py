@@ -8,13 +8,12 @@ from itertools import islice, product
 from pathlib import Path
 
 import pytest
-
-from grid import Mistake, Objective
-from grid.catalogue import AXES
-from harness.exact import estimator_report
-from harness.exact.bench import Draws, Instance
-from harness.exact.survey import survey
-from harness.exact.sweep import MAIN_AXES, Plan, main_axes_product, sweep
+from klab.grid import Mistake, Objective
+from klab.grid.catalogue import AXES
+from klab.harness.exact import estimator_report
+from klab.harness.exact.gradient_table import survey
+from klab.harness.exact.instance import Draws, Instance
+from klab.harness.exact.product_sweep import MAIN_AXES, Plan, main_axes_product, sweep
 
 PLAN = Plan(groups=50)
 CELLS = [

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from klab.grid import Objective
+from klab.harness.objective import TokenBatch
 from torch import Tensor
 
-from grid import Objective
-from harness.objective import TokenBatch
-from tests.harness.objective.batches import gradient
+from tests.support.random_batches import gradient
 
 
 class Enumeration:

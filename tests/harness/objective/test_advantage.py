@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
+from klab.harness.objective import TokenBatch, update_context
 
-from grid import Objective
-from grid.catalogue import AXES
-from harness.objective import TokenBatch, update_context
-from tests.harness.objective.batches import tokens
+from tests.support.random_batches import tokens
 
 CENTRED = (
     "group_norm", "group_center", "leave_one_out", "group_center_batch_norm", "batch_norm", "position_norm",

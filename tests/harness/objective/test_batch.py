@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from klab.harness.objective import TokenBatch
+from klab.harness.objective.groups import Groups, moments
 
-from harness.objective import TokenBatch
-from harness.objective.groups import Groups, moments
-from tests.harness.objective.batches import tokens
+from tests.support.random_batches import tokens
 
 
 @pytest.mark.parametrize(

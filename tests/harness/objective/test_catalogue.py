@@ -5,18 +5,17 @@ from __future__ import annotations
 import inspect
 
 import pytest
-
-from grid import Mistake, Objective
-from grid.catalogue import AXES
-from harness.objective import parts
-from harness.objective.advantage import ADVANTAGES
-from harness.objective.aggregate import AGGREGATIONS
-from harness.objective.kl import ESTIMATORS
-from harness.objective.loss import PATHS
-from harness.objective.placement import PLACEMENTS
-from harness.objective.ratio import RATIOS
-from harness.objective.registry import Registry
-from harness.objective.weight import SOLVERS, WEIGHTS
+from klab.grid import Mistake, Objective
+from klab.grid.catalogue import AXES
+from klab.harness.objective import parts
+from klab.harness.objective.advantage import ADVANTAGES
+from klab.harness.objective.aggregate import AGGREGATIONS
+from klab.harness.objective.kl import ESTIMATORS
+from klab.harness.objective.loss import PATHS
+from klab.harness.objective.placement import PLACEMENTS
+from klab.harness.objective.ratio import RATIOS
+from klab.harness.objective.registry import Registry
+from klab.harness.objective.weight import SOLVERS, WEIGHTS
 
 REGISTRIES = (ESTIMATORS, PLACEMENTS, RATIOS, WEIGHTS, ADVANTAGES, AGGREGATIONS, PATHS)
 

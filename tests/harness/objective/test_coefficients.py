@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
+from klab.harness.objective import Coefficients, TokenBatch, objective_loss, update_context
 from torch import Tensor
 
-from grid import Objective
-from grid.catalogue import AXES
-from harness.objective import Coefficients, TokenBatch, objective_loss, update_context
-from tests.harness.objective.batches import random_batch, random_objective, tokens
 from tests.harness.objective.enumeration import Enumeration
+from tests.support.random_batches import random_batch, random_objective, tokens
 
 WITH_BETA = [name for name, value in AXES["placement"].values.items() if "beta" in value.parameters]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from klab.grid import Mistake, Objective
+from klab.harness.objective import objective_loss, update_context
 
-from grid import Mistake, Objective
-from harness.objective import objective_loss, update_context
-from tests.harness.objective.batches import gradient, random_batch
+from tests.support.random_batches import gradient, random_batch
 
-HERE = "tests.harness.objective.custom_values"
+HERE = "tests.support.custom_values"
 BATCH = random_batch(random.Random(11), drift=0.3)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 
-from harness.objective import loss
+from klab.harness.objective import loss
 
 
 def test_the_documented_example() -> None:

@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
 from torch import Tensor
 
-from grid import Objective
-from grid.catalogue import AXES
-from tests.harness.objective.batches import gradient, random_batch, random_objective
 from tests.harness.objective.enumeration import Enumeration
+from tests.support.random_batches import gradient, random_batch, random_objective
 
 EXACT = {"rtol": 0.0, "atol": 1e-13}
 PLAIN = {"ratio": "none", "weight": "one", "advantage": "raw", "aggregation": "sequence_sum"}

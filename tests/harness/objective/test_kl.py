@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.harness.objective import objective_loss
+from klab.harness.objective.kl import ESTIMATORS
 
-from grid import Objective
-from harness.objective import objective_loss
-from harness.objective.kl import ESTIMATORS
-from tests.harness.objective.batches import gradient, tokens
+from tests.support.random_batches import gradient, tokens
 
 KAPPA = torch.tensor([-1.5, -1e-9, 0.0, 1e-9, 0.3, 2.0], dtype=torch.float64)
 

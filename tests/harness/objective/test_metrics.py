@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.harness.objective import objective_loss
 
-from grid import Objective
-from harness.objective import objective_loss
-from tests.harness.objective.batches import tokens
+from tests.support.random_batches import tokens
 
 LOG2 = math.log(2.0)
 

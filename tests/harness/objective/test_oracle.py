@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
+from klab.grid.catalogue import AXES
+from klab.harness.objective import objective_loss, update_context
 
-from grid.catalogue import AXES
-from harness.objective import objective_loss, update_context
-from tests.harness.objective.batches import random_batch, random_objective, trajectories, with_sampler
 from tests.harness.objective.oracle import solve
+from tests.support.random_batches import random_batch, random_objective, trajectories, with_sampler
 
 COMBINATIONS, PARTS = 1500, 6
 TOLERANCE = 1e-9

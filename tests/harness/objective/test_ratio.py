@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from grid.catalogue import AXES
-from harness.objective.positions import compact, expand, last_own
-from harness.objective.ratio import RATIOS
+from klab.grid.catalogue import AXES
+from klab.harness.objective.masking import compact, expand, last_own
+from klab.harness.objective.ratio import RATIOS
 
 MASK = torch.tensor([[False, True, True, False, True, False], [True, False, False, False, False, False]])
 LOG_RATIO = torch.tensor([[0.0, 0.1, -0.4, 0.0, 0.9, 0.0], [0.3, 0, 0, 0, 0, 0]], dtype=torch.float64)

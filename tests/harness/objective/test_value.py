@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
+from klab.grid import Objective
+from klab.harness.objective import TokenBatch, update_context, value_loss, value_metrics
+from klab.harness.objective.aggregate import Totals
 from torch import Tensor
 
-from grid import Objective
-from harness.objective import TokenBatch, update_context, value_loss, value_metrics
-from harness.objective.aggregate import Totals
-from tests.harness.objective.batches import gradient, random_batch, tokens, with_sampler
 from tests.harness.objective.enumeration import Enumeration
+from tests.support.random_batches import gradient, random_batch, tokens, with_sampler
 
 GAE = {"advantage": "gae", "placement": "none"}
 SPACE = Enumeration(symbols=3, steps=3)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from klab.harness.policy.logprobs import Scores, token_scores
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.prefix_tree import forest
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import Scores, token_scores
-from harness.policy.prefixes import forest
-from harness.policy.rollout import Rollout
-from tests.harness.policy.tiny import decoder, written
+from tests.support.tiny_policy import decoder, written
 
 
 def ragged(seed: int, prompts: int = 3, group_size: int = 4, longest: int = 6, alphabet: int = 2) -> Rollout:

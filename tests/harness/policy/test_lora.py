@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid.errors import Mistake
+from klab.grid.schema.policy import HfPolicy, Lora
+from klab.harness.policy.load import load_policy
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.stacked.decoder import Decoder
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grid.mistake import Mistake
-from grid.policy_sections import HfPolicy, Lora
-from harness.policy.decoder import Decoder
-from harness.policy.load import load_policy
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, sample
-from tests.harness.policy.tiny import configuration, decoder, generators, written
+from tests.support.tiny_policy import configuration, decoder, generators, written
 
 PROMPTS = [[3, 4, 5], [6, 7], [8]]
 ROWS = torch.randint(3, 15, (3, 20), generator=torch.Generator().manual_seed(1))

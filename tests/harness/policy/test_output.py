@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid.schema.policy import Lora
+from klab.harness.policy.logprobs import Scores, token_scores
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.stacked import lm_head as output
+from klab.harness.policy.stacked.decoder import Decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grid.policy_sections import Lora
-from harness.policy import output
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import Scores, token_scores
-from harness.policy.rollout import Rollout
-from tests.harness.policy.tiny import decoder, written
+from tests.support.tiny_policy import decoder, written
 
 VOCABULARY = 300
 

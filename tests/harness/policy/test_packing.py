@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.stacked.decoder import Decoder
 
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, sample
-from tests.harness.policy.tiny import decoder, generators
+from tests.support.tiny_policy import decoder, generators
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "short": {"budget": 5, "group_size": 4},

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from klab.grid import Mistake
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.harness.policy.load import load_policy
+from klab.harness.policy.prompt import check_ids, end_tokens, prompt_ids
+from klab.harness.policy.rollout import sample
+from klab.harness.policy.stacked.checkpoint import read_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from grid import Mistake
-from harness.policy.checkpoint import read_tokenizer
-from harness.policy.load import load_policy
-from harness.policy.prompt import check_ids, end_tokens, prompt_ids
-from harness.policy.rollout import sample
-from harness.policy.tokenizer import character_tokenizer
-from tests.harness.policy.checkpoints import checkpoint
-from tests.harness.policy.tiny import generators
+from tests.support.random_checkpoints import checkpoint
+from tests.support.tiny_policy import generators
 
 LETTERS = "abcdefgh<>[] .:"
 FAMILIES = ("Qwen2", "GPT2")

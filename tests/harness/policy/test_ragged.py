@@ -7,19 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.stacked import grouped_ops as stretches
+from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.grouped_ops import Stretches, back_products, products
+from klab.harness.policy.stacked.kv_cache import Decoding
+from klab.harness.policy.stacked.layer_weights import LayerWeights
+from klab.harness.policy.stacked.packed_decoding import RaggedDecoding
+from klab.harness.policy.stacked.packed_layers import final_norm, layer
+from klab.harness.policy.stacked.packed_layout import Lanes, Layout
 
-from harness.policy import stretches
-from harness.policy.attention import EXPLICIT_SLOTS
-from harness.policy.decoder import Decoder
-from harness.policy.decoding import Decoding
-from harness.policy.layer_weights import LayerWeights
-from harness.policy.layout import Lanes, Layout
-from harness.policy.logprobs import token_scores
-from harness.policy.ragged import final_norm, layer
-from harness.policy.ragged_decoding import RaggedDecoding
-from harness.policy.rollout import Rollout, sample
-from harness.policy.stretches import Stretches, back_products, products
-from tests.harness.policy.tiny import decoder, generators
+from tests.support.tiny_policy import decoder, generators
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import AdditionTask, CustomTask, HfPolicy, TinyPolicy
+from klab.harness.policy.init.initial_policy import address, starting_policy
+from klab.harness.policy.init.sft_warmup import sampled_accuracy
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.tasks import Example, Score, load_task
 from transformers import AutoModelForCausalLM
 
-from grid.mistake import Mistake
-from grid.sections import AdditionTask, CustomTask, HfPolicy, TinyPolicy
-from harness.policy.decoder import Decoder
-from harness.policy.start import address, starting_policy
-from harness.policy.warmup import sampled_accuracy
-from tasks import Example, Score, load_task
-from tests.harness.policy.tiny import decoder
+from tests.support.tiny_policy import decoder
 
 POLICY = TinyPolicy(hidden=16, layers=1, intermediate=16, heads=2, warmup_accuracy=0.25)
 TASK = CustomTask(name="tests.harness.policy.test_start:Dice")

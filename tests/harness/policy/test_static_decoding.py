@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid.errors import Mistake
+from klab.grid.schema.policy import Lora
+from klab.harness.policy.rollout import sample
+from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
+from klab.harness.policy.stacked.cuda_graph_decoding import StaticDecoding
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.kv_cache import Decoding
+from klab.harness.training.runtime.oom import release
 
-from grid.mistake import Mistake
-from grid.policy_sections import Lora
-from harness.policy import static_decoding
-from harness.policy.decoder import Decoder
-from harness.policy.decoding import Decoding
-from harness.policy.rollout import sample
-from harness.policy.static_decoding import StaticDecoding
-from harness.training.memory import release
-from tests.harness.policy.tiny import decoder, generators
+from tests.support.tiny_policy import decoder, generators
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from klab.grid.errors import Mistake
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from grid.mistake import Mistake
-from harness.policy.tokenizer import character_tokenizer
 
 
 def test_one_token_per_character_and_back() -> None:

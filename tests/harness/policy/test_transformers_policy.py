@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid import Mistake
+from klab.harness.policy.hf.policy import BOUNDLESS, TransformersPolicy
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
 from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grid import Mistake
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, sample
-from harness.policy.transformers_policy import BOUNDLESS, TransformersPolicy
-from tests.harness.policy.checkpoints import checkpoint
-from tests.harness.policy.tiny import ALPHABET, generators
+from tests.support.random_checkpoints import checkpoint
+from tests.support.tiny_policy import ALPHABET, generators
 
 FAMILIES = ("GPT2", "Gemma", "Gemma2", "Mistral", "OPT", "Bloom", "Mamba", "Llama")
 PROMPTS = [[[4, 5, 6], [7, 8, 9, 10, 11], [3]], [[4, 5], [6]]]

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid.errors import Mistake
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.sampling.trajectory_builder import Draft
+from klab.harness.policy.sampling.vllm import VllmSampler, replace_checkpoint, require_vllm, vllm_sampler, write
+from klab.harness.policy.stacked.decoder import Decoder
 from safetensors import safe_open
 
-from grid.mistake import Mistake
-from harness.policy.decoder import Decoder
-from harness.policy.draft import Draft
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import Rollout, sample
-from harness.policy.vllm_sampler import VllmSampler, replace_checkpoint, require_vllm, vllm_sampler, write
 from tests.harness.policy.test_rollout import PROMPTS, assert_same
-from tests.harness.policy.tiny import decoder, generators
+from tests.support.tiny_policy import decoder, generators
 
 ENGINE = Path(__file__).parent / "engine"
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from grid import parse_grid
-from harness.store import Run
+from klab.grid import parse_grid
+from klab.harness.store import Run
 
 TEXT = """
 name: little

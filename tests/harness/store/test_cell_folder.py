@@ -9,9 +9,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from grid import Mistake
-from harness.store import CellFolder, Evicted, Held, Run
+from klab.grid import Mistake
+from klab.harness.store import CellFolder, Evicted, Held, Run
 
 
 @pytest.fixture

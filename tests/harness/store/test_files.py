@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from grid import Mistake
-from harness.store import files
+from klab.grid import Mistake
+from klab.harness.store import files
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -143,7 +142,7 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> No
     program = """
         import resource, sys
         from pathlib import Path
-        from harness.store import files
+        from klab.harness.store import files
         folder = Path(sys.argv[1])
         files.append_lines(folder / "rows.jsonl", [{"number": 1}])
         files.replace(folder / "whole.json", files.seal({"number": 1}))
@@ -171,7 +170,7 @@ def test_a_killed_writer_never_leaves_half_a_file(tmp_path: Path) -> None:
     program = """
         import sys
         from pathlib import Path
-        from harness.store import files
+        from klab.harness.store import files
         folder, number = Path(sys.argv[1]), 0
         print("ready", flush=True)
         while True:

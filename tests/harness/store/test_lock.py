@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-from harness.store import Held, Holder, Lock, files
-from harness.store.lock import STALE_SECONDS, read_lock
+from klab.harness.store import Held, Holder, Lock, files
+from klab.harness.store.lock import STALE_SECONDS, read_lock
 
 
 def python(program: str, *arguments: object) -> subprocess.Popen[str]:
@@ -27,7 +26,7 @@ def test_contending_processes_never_hold_it_together(tmp_path: Path) -> None:
     program = """
         import sys
         from pathlib import Path
-        from harness.store import Lock
+        from klab.harness.store import Lock
         folder = Path(sys.argv[1])
         for _ in range(25):
             with Lock(folder / "lock", wait=60):
@@ -46,7 +45,7 @@ def test_contenders_for_a_dead_holders_lock_never_hold_it_together(tmp_path: Pat
     program = """
         import os, sys
         from pathlib import Path
-        from harness.store import Lock
+        from klab.harness.store import Lock
         folder = Path(sys.argv[1])
         while True:
             Lock(folder / "lock", wait=60).acquire()
@@ -80,7 +79,7 @@ def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path) -> None:
         """
         import sys, time
         from pathlib import Path
-        from harness.store import Lock
+        from klab.harness.store import Lock
         Lock(Path(sys.argv[1])).acquire()
         print("held", flush=True)
         time.sleep(60)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from harness.store import Run, files
-from harness.store.numbers import read_numbers
+from klab.harness.store import Run, files
+from klab.harness.store.metrics_reader import read_numbers
 
 NUMBERS = st.floats() | st.integers(-(2**70), 2**70) | st.booleans()
 ODD = st.none() | st.text(max_size=3) | st.sampled_from(["1", "true", "null", "nan", "a:b", "a,b"]) | st.just([1, 2])

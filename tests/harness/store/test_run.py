@@ -11,9 +11,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from grid import Mistake, parse_grid
-from harness.store import Run, files
+from klab.grid import Mistake, parse_grid
+from klab.harness.store import Run, files
 
 MakeRun = Callable[..., Run]
 

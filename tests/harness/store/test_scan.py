@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from harness.store import Run, files, scan
+from klab.harness.store import Run, files, scan
 
 
 def test_each_kind_of_cell_is_seen(run: Run) -> None:
@@ -114,6 +113,6 @@ def test_any_part_of_an_index_is_no_index(ended: Run) -> None:
 
 def test_looking_at_a_run_needs_no_grid_file() -> None:
     """What validates grid files takes longer to import than ten thousand cells take to be looked at."""
-    program = "import sys, harness.store; print([name for name in ('pydantic', 'yaml') if name in sys.modules])"
+    program = "import sys, klab.harness.store; print([name for name in ('pydantic', 'yaml') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from grid import Mistake
-from harness.store import files
-from harness.store.table import Rows, read_table, seal_table
+from klab.grid import Mistake
+from klab.harness.store import files
+from klab.harness.store.manifest import Rows, read_table, seal_table
 
 CUTS = ("task", "policy", "seed")
 WORDS = st.sampled_from(["id", "task", "policy", "seed", "other", ', "task": ', '": {', "}", '{"task": 1'])

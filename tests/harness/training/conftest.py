@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from klab.grid import load_grid
+from klab.harness.store import Run
 
-from grid import load_grid
-from harness.store import Run
-from tests.trial import small_policy
+from tests.support.small_cells import small_policy
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # for `letters:Letters` in grid files
+SUPPORT = Path(__file__).parents[2] / "support"
+sys.path.insert(0, str(SUPPORT))  # for `letters_task:Letters` in grid files
 
 TRAINING: dict[str, Any] = {
     "updates": 6,
@@ -55,7 +55,7 @@ def make_run(start: Path, tmp_path: Path) -> Callable[..., Run]:
     ) -> Run:
         grid = {
             "name": name,
-            "task": {"name": "letters:Letters", **(task or {})},
+            "task": {"name": "letters_task:Letters", **(task or {})},
             "policy": {"name": "hf", "model": str(start), **(policy or {})},
             "training": {**TRAINING, **(training or {})},
             "objective": {},

@@ -12,10 +12,9 @@ from itertools import count
 from pathlib import Path
 
 import torch
-
-from harness.training.meeting import join
-from harness.training.parallel import follow
-from harness.training.world import WorldLost
+from klab.harness.training.distributed.process_group import WorldLost
+from klab.harness.training.distributed.rendezvous import join
+from klab.harness.training.distributed.worker import follow
 
 
 def main(rank: int, folder: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from klab.harness.policy.load import load_policy
+from klab.harness.training import checkpoint, run_cells
+from klab.harness.training.runner import _prepared
 from safetensors.torch import load_file
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
-from harness.policy.load import load_policy
-from harness.training import checkpoint, run_cells
-from harness.training.life import _prepared
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
 POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}
 NARROW: dict[str, Any] = {"dtype": "bfloat16"}

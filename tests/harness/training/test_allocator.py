@@ -11,7 +11,7 @@ import pytest
 COUNT = """
 import resource, sys
 import numpy
-from harness.training.allocator import keep_freed_memory
+from klab.harness.training.runtime.allocator import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

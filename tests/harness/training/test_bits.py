@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+from klab.harness.training import run_cells
 
-from harness.training import run_cells
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -21,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 OBJECTIVES: list[dict[str, Any]] = [
     {"estimator": "k3", "placement": "loss", "weight": "ppo_clip"},
     {"estimator": "k1", "placement": "reward_to_go", "weight": "truncate", "aggregation": "token_mean"},
-    {"placement": "none", "weight": "letters:gentle", "training.lr": 0.003, "training.clip_norm": 0.1},
+    {"placement": "none", "weight": "letters_task:gentle", "training.lr": 0.003, "training.clip_norm": 0.1},
     {"estimator": "full", "placement": "loss"},
     {"estimator": "k2", "placement": "advantage", "advantage": "greedy_baseline"},
 ]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_records import MakeRun
+from klab.harness.training import checkpoint
+from klab.harness.training.checkpoint import State, UnusableCheckpoint
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
 
-from harness.training import checkpoint
-from harness.training.checkpoint import State, UnusableCheckpoint
-from harness.training.life import _prepared
-from harness.training.pack import Pack
+from tests.support.training_records import MakeRun
 
 CPU = torch.device("cpu")
 

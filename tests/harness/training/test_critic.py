@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from klab.harness.training import checkpoint, run_cells
+from klab.harness.training.metrics import same_numbers
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
 from safetensors.torch import load_file
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
-from harness.training import checkpoint, run_cells
-from harness.training.life import _prepared
-from harness.training.metrics import same_numbers
-from harness.training.pack import Pack
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 GAE: dict[str, Any] = {"advantage": "gae", "placement": "none"}
 KINDS = ("model", "head")
@@ -171,7 +171,7 @@ def test_the_value_loss_reaches_a_shared_trunk_times_its_coefficient(make_run: M
     moved = []
     for factor in (1.0, 2.0):
         training = {"critic": {"kind": "head", "coefficient": factor}, "adam_eps": 1e3, "clip_norm": None, "lr": 1e3}
-        objective = {"advantage": "letters:nothing", "placement": "none", "policy.dtype": "float64"}
+        objective = {"advantage": "letters_task:nothing", "placement": "none", "policy.dtype": "float64"}
         trained = pack(make_run(f"times{factor:g}", training, [objective]))
         assert trained.critics is not None
         with torch.no_grad():
@@ -231,10 +231,10 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
         "critic": critic, "lr": 0.0, "prompts": 8, "group_size": 64, "updates": 120, "updates_per_rollout": 120,
         "schedule": "linear",
     }  # fmt: skip
-    trained = pack(make_run(training=training, objectives=[{**GAE, "lam": 1.0}], task={"name": "letters:Word"}))
+    trained = pack(make_run(training=training, objectives=[{**GAE, "lam": 1.0}], task={"name": "letters_task:Word"}))
     assert trained.critics is not None
     rows = [trained.advance()[0] for _ in range(120)]
-    fresh = pack(make_run("fresh", {"prompts": 8, "group_size": 64}, [GAE], task={"name": "letters:Word"}))
+    fresh = pack(make_run("fresh", {"prompts": 8, "group_size": 64}, [GAE], task={"name": "letters_task:Word"}))
     fresh.draw()
     experience = fresh.pending[0][0]
     trained.critics.appraise([experience], trained.policy)

@@ -8,17 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+from klab.harness.policy.rollout import Rollout
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.data.dynamic_sampling import Draw, Drawn, filled, missing, uneven
+from klab.harness.training.data.generate import draw
+from klab.harness.training.data.rollouts import score, training_examples
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
+from klab.tasks import Example
 
-from harness.policy.rollout import Rollout
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.drawing import draw
-from harness.training.life import _prepared
-from harness.training.pack import Pack
-from harness.training.refill import Draw, Drawn, filled, missing, uneven
-from harness.training.rollouts import score, training_examples
-from tasks import Example
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 SIZE = 2
 GREEDY = {"advantage": "greedy_baseline"}

@@ -5,17 +5,17 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+import klab.harness.training.evaluation as module
 import pytest
 import torch
-from training_records import MakeRun, finished, numbers
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.training.data.generate import draw
+from klab.harness.training.data.rollouts import training_examples
+from klab.harness.training.evaluation import divergence, held_out, pass_at
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
 
-import harness.training.evaluation as module
-from harness.policy.logprobs import token_scores
-from harness.training.drawing import draw
-from harness.training.evaluation import divergence, held_out, pass_at
-from harness.training.life import _prepared
-from harness.training.pack import Pack
-from harness.training.rollouts import training_examples
+from tests.support.training_records import MakeRun, finished, numbers
 
 
 def trained(make_run: MakeRun, updates: int = 3, **settings: Any) -> Pack:

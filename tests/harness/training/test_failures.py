@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.pack import Pack
 from safetensors.torch import load_file
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.pack import Pack
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 
 def result(run: Run, position: int = 0) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_a_reward_that_raises_fails_only_its_cell(make_run: MakeRun) -> None:
 
 def test_a_custom_objective_that_raises_fails_only_its_cell(make_run: MakeRun) -> None:
     training = {"updates_per_rollout": 2}
-    run = make_run("run", training, [{"weight": "letters:broken"}, {"weight": "one"}])
+    run = make_run("run", training, [{"weight": "letters_task:broken"}, {"weight": "one"}])
     assert list(run_cells(run.path, run.cells).values()) == ["failed", "finished"]
     assert "the objective raised ZeroDivisionError: the weight is broken" in str(run.cell(run.cells[0]).error())
     assert_same(run, finished(make_run("without", training, [{"weight": "one"}])), run.cells[1])
@@ -66,12 +66,12 @@ def test_an_error_that_is_nobodys_takes_the_pack_apart(make_run: MakeRun, monkey
 
 
 def test_a_failed_cell_can_be_run_again(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    import letters
+    import letters_task
 
     through, retried = finished(make_run("through")), make_run("retried")
     identity = retried.cells[0]
     with monkeypatch.context() as patch:
-        patch.setattr(letters.Letters, "score", lambda *_: 1.0)
+        patch.setattr(letters_task.Letters, "score", lambda *_: 1.0)
         assert run_cells(retried.path, [identity]) == {identity: "failed"}
     assert "a task's score is a tasks.Score, not float" in str(retried.cell(identity).error())
     assert run_cells(retried.path, [identity]) == {identity: "finished"}
@@ -99,7 +99,7 @@ def test_rewards_that_are_not_finite_diverge_without_touching_the_weights(
 
 def test_one_cell_diverges_and_its_mates_go_on(make_run: MakeRun) -> None:
     training = {"updates": 12, "updates_per_rollout": 2, "checkpoint_updates": 50}
-    run = make_run("run", training, [{"weight": "letters:exploding"}, {"weight": "one"}])
+    run = make_run("run", training, [{"weight": "letters_task:exploding"}, {"weight": "one"}])
     assert list(run_cells(run.path, run.cells).values()) == ["diverged", "finished"]
     assert result(run)["updates"] == 10
     assert_same(run, finished(make_run("without", training, [{"weight": "one"}])), run.cells[1])
@@ -162,15 +162,15 @@ def test_a_cancelled_cell_writes_no_more(make_run: MakeRun) -> None:
     run.cell(lost).unclaim()
 
 
-_LIFE = "import sys; from harness.training import run_cells; print(run_cells(sys.argv[1], sys.argv[2:]))"
+_LIFE = "import sys; from klab.harness.training import run_cells; print(run_cells(sys.argv[1], sys.argv[2:]))"
 
 
 def test_killed_in_the_middle_and_resumed(make_run: MakeRun) -> None:
     training = {"updates": 60, "updates_per_rollout": 2, "lag": 1, "checkpoint_updates": 7, "evaluate_every": 50}
     training |= {"prompts": 2, "group_size": 2}
     killed = make_run("killed", training, seeds=2)
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parents[2]), str(here)])
+    here = Path(__file__)
+    paths = os.pathsep.join([str(here.parents[3]), str(here.parents[2] / "support")])
     command = [sys.executable, "-c", _LIFE, str(killed.path), *killed.cells]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     folder, deadline = killed.cell(killed.cells[0]), time.monotonic() + 60

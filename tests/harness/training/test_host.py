@@ -11,7 +11,7 @@ import torch
 TINY = """
 import sys
 import torch
-from harness.training.host import settled
+from klab.harness.training.runtime.torch_settings import settled
 small = torch.full((2**21,), 1e-30, requires_grad=True)
 with settled(int(sys.argv[1])):
     assert torch.get_num_threads() == int(sys.argv[1])

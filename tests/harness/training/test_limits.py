@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_records import MakeRun, finished, numbers
+from klab.harness.training import pack as pack_module
+from klab.harness.training import run_cells
+from klab.harness.training.runtime.oom import out_of_memory
+from klab.harness.training.runtime.timeout import Overdue, deadline
+from klab.harness.training.update import update
 
-from harness.training import pack as pack_module
-from harness.training import run_cells
-from harness.training.deadline import Overdue, deadline
-from harness.training.memory import out_of_memory
-from harness.training.update import update
+from tests.support.training_records import MakeRun, finished, numbers
 
 
 def spin() -> None:
@@ -32,10 +32,11 @@ def test_a_deadline_interrupts_sleep_and_loops_and_leaves_no_alarm() -> None:
 
 
 def test_a_reward_that_hangs_fails_its_cell(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    import letters
+
+    import letters_task
 
     run = make_run(training={"reward_seconds": 0.1})
-    monkeypatch.setattr(letters.Letters, "score", lambda *_: time.sleep(5))
+    monkeypatch.setattr(letters_task.Letters, "score", lambda *_: time.sleep(5))
     assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
     assert "Overdue: no answer within 0.1 s (prompt" in str(run.cell(run.cells[0]).error())
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from harness.policy.rollout import Rollout
-from harness.training.microbatch import Limit, empty, micro_batches, turns
-from harness.training.minibatch import minibatch, select
-from harness.training.rollouts import Experience
+from klab.harness.policy.rollout import Rollout
+from klab.harness.training.data.minibatch import minibatch, select
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.microbatch import Limit, empty, micro_batches, turns
 
 
 def experience(prompts: int, group_size: int) -> Experience:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from grid.sections import TrainingSection
-from harness.training.optimizer import StackedAdamW, norm
+from klab.grid.schema.sections import TrainingSection
+from klab.harness.training.optim.optimizer import StackedAdamW, norm
 
 SHAPES = {"matrix": (5, 3), "norm": (7,), "other": (3, 11)}
 

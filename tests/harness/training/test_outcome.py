@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from harness.training.outcome import SPIKE, collapse, gradient_spikes, outcome, trailing_mean
+from klab.harness.training.summary import SPIKE, collapse, gradient_spikes, outcome, trailing_mean
 
 
 def row(update: int, reward: float | None, **more: Any) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.distributed.process_group import WorldLost
+from klab.harness.training.distributed.rendezvous import join
+from klab.harness.training.distributed.worker import finish
 
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.meeting import join
-from harness.training.parallel import finish
-from harness.training.world import WorldLost
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
 HERE = Path(__file__).parent
 Together = Callable[..., dict[str, str]]
@@ -45,7 +45,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
         return folder / f"{number}.meeting"
 
     def run_together(run: Run, size: int, cells: Sequence[str] = (), **options: Any) -> dict[str, str]:
-        meeting = announce({"run": str(run.path), "size": size, "path": [str(HERE)]})
+        meeting = announce({"run": str(run.path), "size": size, "path": [str(HERE.parents[1] / "support")]})
         world = join(0, size, meeting, device=torch.device("cpu"))
         try:
             states = run_cells(run.path, cells or run.cells, world=world, **options)
@@ -120,7 +120,7 @@ def test_the_numbers_of_one_process(
     size: int,
     request: pytest.FixtureRequest,
 ) -> None:
-    task = {"name": "letters:Echo"} if "environment" in request.node.callspec.id else None
+    task = {"name": "letters_task:Echo"} if "environment" in request.node.callspec.id else None
     cells = [{**objective, **EXACT} for objective in objectives]
     training = {"updates": 4, "evaluate_every": 2, "evaluation_prompts": 5, **training}
     single = finished(make_run("single", training, cells, task=task))
@@ -168,7 +168,7 @@ def test_what_one_process_cannot_do_fails_the_guilty_cell_and_no_other(make_run:
 
 def test_processes_whose_weights_differ_end_without_a_result(make_run: MakeRun, together: Together) -> None:
     """One process skips the steps that the other makes."""
-    run = make_run("torn", {"updates": 2}, [{"weight": {"name": "letters:torn", "process": 1}}])
+    run = make_run("torn", {"updates": 2}, [{"weight": {"name": "letters_task:torn", "process": 1}}])
     with pytest.raises(WorldLost, match="process 1 of 2 does not have the numbers of process 0 any more"):
         together(run, 2)
     folder = run.cell(run.cells[0])
@@ -180,7 +180,7 @@ def test_out_of_memory_in_one_process_halves_the_pieces_of_all(
     make_run: MakeRun, together: Together, rank: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     training = {"updates": 3, "updates_per_rollout": 3}
-    cells = [{**EXACT, "weight": {"name": "letters:hungry", "process": rank}}]
+    cells = [{**EXACT, "weight": {"name": "letters_task:hungry", "process": rank}}]
     run = make_run("short", training, cells)
     assert set(together(run, 2).values()) == {"finished"}
     assert "goes on with micro-batches of 4 rows" in capfd.readouterr().out

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from harness.training.randomness import choose, derived_seed, generator, permutation
+from klab.harness.training.runtime.rng import choose, derived_seed, generator, permutation
 
 
 def test_a_derived_seed_is_the_same_on_every_machine() -> None:

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from klab.harness.policy.hf.policy import TransformersPolicy
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from training_records import MakeRun, StopAfter, finished, numbers
 from transformers import AutoModelForCausalLM
 from word_problems import CHARACTERS, problems
 
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import token_scores
-from harness.policy.tokenizer import character_tokenizer
-from harness.policy.transformers_policy import TransformersPolicy
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.life import _prepared
-from harness.training.pack import Pack
-from tests.harness.policy.checkpoints import checkpoint
+from tests.support.random_checkpoints import checkpoint
+from tests.support.training_records import MakeRun, StopAfter, finished, numbers
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"

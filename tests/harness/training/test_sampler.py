@@ -6,26 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+from klab.grid import Mistake, Objective
+from klab.grid.schema.sections import Sampler, load_section
+from klab.harness.objective import TokenBatch
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import sample
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.data.prompts import encode
+from klab.harness.training.data.rollouts import training_examples
+from klab.harness.training.data.sampler_mismatch import correction, mismatch
+from klab.harness.training.forward import Forward
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
+from klab.harness.training.runtime.rng import generator
+from klab.harness.training.update import _batch
 
-from grid import Mistake, Objective
-from grid.sections import Sampler, load_section
-from harness.objective import TokenBatch
-from harness.policy.decoder import Decoder
-from harness.policy.logprobs import token_scores
-from harness.policy.rollout import sample
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.forward import Forward
-from harness.training.life import _prepared
-from harness.training.pack import Pack
-from harness.training.prompts import encode
-from harness.training.randomness import generator
-from harness.training.rollouts import training_examples
-from harness.training.sampling import correction, mismatch
-from harness.training.update import _batch
-from tests.harness.objective.batches import gradient
 from tests.harness.objective.enumeration import Enumeration
+from tests.support.random_batches import gradient
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 HOT = {"temperature": 1.5}
 

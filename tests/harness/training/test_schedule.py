@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from grid.sections import TrainingSection
-from harness.training.schedule import Timetable, learning_rate
+from klab.grid.schema.sections import TrainingSection
+from klab.harness.training.optim.schedule import Timetable, learning_rate
 
 
 def rates(**settings: object) -> list[float]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from together import ASKED, Together
-from training_records import MakeRun, finished, numbers
+from batch_task import ASKED, Together
+from klab.harness.training import run_cells
 
-from harness.training import run_cells
+from tests.support.training_records import MakeRun, finished, numbers
 
 
 def test_a_task_that_scores_many_at_once_is_asked_once_per_rollout(make_run: MakeRun) -> None:
     ASKED.clear()
     one = finished(make_run("one", {"updates": 2}))
-    run = finished(make_run("together", {"updates": 2}, task={"name": "together:Together"}))
+    run = finished(make_run("together", {"updates": 2}, task={"name": "batch_task:Together"}))
     mine, theirs = numbers(run, run.cells[0]), numbers(one, one.cells[0])
     assert mine["metrics"] == theirs["metrics"]
     assert mine["evaluations"] == theirs["evaluations"]
@@ -31,7 +31,7 @@ def test_a_task_that_scores_many_at_once_is_asked_once_per_rollout(make_run: Mak
     ],
 )
 def test_the_completion_whose_turn_it_was_is_named(make_run: MakeRun, trouble: str, said: str) -> None:
-    task: dict[str, Any] = {"name": "together:Together", "trouble": trouble}
+    task: dict[str, Any] = {"name": "batch_task:Together", "trouble": trouble}
     run = make_run(training={"reward_seconds": 0.2}, task=task)
     assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
     message = str(run.cell(run.cells[0]).error())

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+from klab.grid import Mistake
+from klab.grid.schema.sections import load_section
+from klab.harness.objective import TokenBatch, objective_loss
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.store import Run
+from klab.harness.training import run_cells
+from klab.harness.training.data.dynamic_sampling import uneven
+from klab.harness.training.data.minibatch import select
+from klab.harness.training.data.overlong import charges
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
 
-from grid import Mistake
-from grid.sections import load_section
-from harness.objective import TokenBatch, objective_loss
-from harness.policy.logprobs import token_scores
-from harness.store import Run
-from harness.training import run_cells
-from harness.training.life import _prepared
-from harness.training.minibatch import select
-from harness.training.overlong import charges
-from harness.training.pack import Pack
-from harness.training.refill import uneven
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 DROP: dict[str, Any] = {"equal_groups": "drop", "group_size": 2, "prompts": 6, "weight_decay": 0.1}
 STEP = {"adam_eps": 1.0, "clip_norm": None, "lr": 0.3}

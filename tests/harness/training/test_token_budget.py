@@ -10,17 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_records import MakeRun, StopAfter, assert_same, finished, numbers
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.store import Run
+from klab.harness.training import microbatch, run_cells
+from klab.harness.training.data.generate import draw
+from klab.harness.training.data.rollouts import training_examples
+from klab.harness.training.microbatch import SAMPLED, Limit, micro_batches
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
 
-from harness.policy.decoder import Decoder
-from harness.policy.rollout import Rollout
-from harness.store import Run
-from harness.training import microbatch, run_cells
-from harness.training.drawing import draw
-from harness.training.life import _prepared
-from harness.training.microbatch import SAMPLED, Limit, micro_batches
-from harness.training.pack import Pack
-from harness.training.rollouts import training_examples
+from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 
 def pack(run: Run) -> Pack:

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from training_records import MakeRun, finished, numbers, weights
+from klab.grid import Objective
+from klab.harness.policy.rollout import sample
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.store import Run
+from klab.harness.training.data.prompts import encode
+from klab.harness.training.data.rollouts import training_examples
+from klab.harness.training.optim.schedule import Timetable
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import _prepared
+from klab.harness.training.runtime.rng import generator
+from klab.reports.schema import METRICS, METRICS_OF_SOME
 
-from grid import Objective
-from harness.policy.decoder import Decoder
-from harness.policy.rollout import sample
-from harness.store import Run
-from harness.training.life import _prepared
-from harness.training.pack import Pack
-from harness.training.prompts import encode
-from harness.training.randomness import generator
-from harness.training.rollouts import training_examples
-from harness.training.schedule import Timetable
-from reports.columns import METRICS, METRICS_OF_SOME
+from tests.support.training_records import MakeRun, finished, numbers, weights
 
 # fmt: off
 UPDATE = [
@@ -57,7 +57,7 @@ def test_the_penalty_keeps_the_policy_near_the_reference(make_run: MakeRun) -> N
 
 
 def test_on_policy_ratios_are_exactly_one(make_run: MakeRun) -> None:
-    run = finished(make_run(objectives=[{"weight": "letters:gentle"}]))
+    run = finished(make_run(objectives=[{"weight": "letters_task:gentle"}]))
     for row in numbers(run, run.cells[0])["metrics"]:
         assert (row["ratio_mean"], row["ratio_max"], row["ess"]) == (1.0, 1.0, 1.0)
         assert (row["weight_mean"], row["clip_fraction"], row["kl_behaviour"]) == (0.5, 0.0, 0.0)
@@ -167,7 +167,7 @@ def test_greedy_baseline_scores_one_greedy_completion_per_prompt(make_run: MakeR
 
 
 def test_environment_tokens_are_nobodys_own(make_run: MakeRun) -> None:
-    trained = pack(make_run(task={"name": "letters:Echo"}))
+    trained = pack(make_run(task={"name": "letters_task:Echo"}))
     rows = [trained.advance()[0] for _ in range(2)]
     assert not any(row["nonfinite"] for row in rows)
     trained.draw()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from grid import parse_grid
-from harness.store import Run
-from harness.training import run_cells
+from klab.grid import parse_grid
+from klab.harness.store import Run
+from klab.harness.training import run_cells
 
 STUDY = """
 name: impatient

@@ -7,17 +7,16 @@ from functools import lru_cache
 
 import pytest
 import torch
-
-from harness.exact.claims.advantages import binomial, enumerated_factor, group_factor
-from harness.exact.claims.book import book
-from harness.exact.claims.claim import Finding, Verdict
-from harness.exact.claims.credit import end_symbol_failure
-from harness.exact.claims.documents import log_ratio_runs
-from harness.exact.claims.drift import random_drift
-from harness.exact.claims.estimator_values import crossing, rao_blackwell, rao_blackwell_counterexample
-from harness.exact.claims.fixed_points import PLACEMENTS, rest, trained
-from harness.exact.claims.instances import Setting, cosine, relative
-from harness.exact.claims.kl_gradients import (
+from klab.harness.claims.advantages import binomial, enumerated_factor, group_factor
+from klab.harness.claims.book import book
+from klab.harness.claims.claim import Finding, Verdict
+from klab.harness.claims.credit import end_symbol_failure
+from klab.harness.claims.documents import log_ratio_runs
+from klab.harness.claims.drift import random_drift
+from klab.harness.claims.estimator_values import crossing, rao_blackwell, rao_blackwell_counterexample
+from klab.harness.claims.fixed_points import PLACEMENTS, rest, trained
+from klab.harness.claims.instances import Setting, cosine, relative
+from klab.harness.claims.kl_gradients import (
     autograd_samples,
     bernoulli_derivatives,
     decisive_first_action,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from grid import Mistake
-from harness.exact.claims.book import book, examine, markdown, records, selected, subject
-from harness.exact.claims.claim import Check, Evidence, Number, Verdict, claim, verdict_of
+from klab.grid import Mistake
+from klab.harness.claims.book import book, examine, markdown, records, selected, subject
+from klab.harness.claims.claim import Check, Evidence, Number, Verdict, claim, verdict_of
 
 
 @pytest.mark.parametrize(

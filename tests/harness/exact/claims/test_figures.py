@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.exact.claims.figures import FIGURES, draw_all
-from harness.exact.claims.plane import cells
+from klab.harness.claims.figures import FIGURES, draw_all
+from klab.harness.claims.plane import cells
 
 
 def test_every_figure_is_written(tmp_path: Path) -> None:

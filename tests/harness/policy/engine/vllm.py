@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from harness.policy.decoder import Decoder
-from harness.policy.rollout import sample
+from klab.harness.policy.rollout import sample
+from klab.harness.policy.stacked.decoder import Decoder
 
 
 @dataclass

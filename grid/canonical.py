@@ -1,0 +1,118 @@
+"""Which axes and parameters of an objective act on the gradient, and which are written but idle.
+
+Only facts that follow from the formulas alone are used here (no measurement): for example the ratio is idle where the
+weight is 1 and nothing else contains it. Equalities that need algebra between values (k2 in the loss = k1 in the
+advantage) are found by measurement, in `klab.harness.exact.equivalence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from klab.grid.catalogue import is_import_path
+
+_IN_RETURN = {"reward": "none", "reward_to_go": "none", "reward_and_loss": "loss"}
+_WITH_RATIO = ("loss_reweighted", "loss_corrected")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """``canonical``: the active settings; ``idle``: why each other axis or parameter in use does not act."""
+
+    canonical: dict[str, Any]
+    idle: dict[str, str]
+
+
+def one_at_one(weight: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether w(ρ = 1) = 1: true of every built-in weight but a mask that excludes 1."""
+    if is_import_path(weight):
+        return False
+    return weight != "mask" or arguments["low"] <= 1.0 <= arguments["high"]
+
+
+def resolve(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]], on_policy: bool) -> Form:
+    """The canonical form of a point on the axes.
+
+    Args:
+        axes: the chosen value of every axis.
+        arguments: the resolved parameters of each chosen value, by axis.
+        on_policy: every ratio is 1 by the training schedule.
+    """
+    value = dict(axes)
+    kept = {axis: dict(parameters) for axis, parameters in arguments.items()}
+    idle: dict[str, str] = {}
+
+    _rest_placement(value, kept, idle)
+    _rest_weight(value, kept, idle, on_policy)
+    _rest_path(value, idle)
+    if "placement" in idle:
+        kept["placement"] = {}
+    if value["placement"] in ("none", "log_ratio"):
+        idle.setdefault("estimator", f"placement {value['placement']} has no KL term")
+    elif not is_import_path(value["placement"]):
+        _rest_kl_parameters(value, kept, idle, on_policy)
+
+    unweighted = value["weight"] == "one" and "ratio" in idle
+    canonical: dict[str, Any] = {}
+    for axis, name in value.items():
+        if axis == "estimator" and "estimator" in idle:
+            continue
+        if unweighted and axis in ("ratio", "weight"):
+            continue
+        canonical[axis] = name
+        for key, item in kept[axis].items():
+            canonical[f"{axis}.{key}"] = item
+    return Form(canonical, idle)
+
+
+def _rest_placement(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str]) -> None:
+    placement = value["placement"]
+    if "beta" in kept["placement"] and kept["placement"]["beta"] == 0.0:
+        idle["placement"] = "beta is 0"
+        value["placement"], kept["placement"] = "none", {}
+    elif value["advantage"] == "positive" and placement in _IN_RETURN:
+        reason = "the advantage 'positive' looks at the task reward only"
+        value["placement"] = _IN_RETURN[placement]
+        beta = kept["placement"]["beta"]
+        kept["placement"] = {"beta": beta} if value["placement"] == "loss" else {}
+        for parameter in ("kl_scale", "kl_at"):
+            idle[parameter] = reason
+        if value["placement"] == "none":
+            idle["placement"] = idle["beta"] = reason
+
+
+def _rest_weight(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str], on_policy: bool) -> None:
+    ratio_is_one = value["ratio"] == "none" or on_policy
+    if ratio_is_one and value["placement"] == "loss_reweighted":
+        value["placement"] = "loss"
+    if value["ratio"] == "none" and value["placement"] == "loss_corrected":
+        value["placement"] = "loss"
+    if ratio_is_one and one_at_one(value["weight"], kept["weight"]):
+        if value["weight"] != "one":
+            reason = "every ratio is 1: one update per rollout" if on_policy else "the ratio is none"
+            idle["weight"] = reason
+            idle.update(dict.fromkeys(kept["weight"], reason))
+        value["weight"], kept["weight"] = "one", {}
+    through_ratio = value["path"] == "ratio" and value["ratio"] not in ("token", "none")
+    if value["weight"] == "one" and not through_ratio and value["placement"] not in _WITH_RATIO:
+        if value["ratio"] != "none":
+            idle["ratio"] = "every ratio is 1: one update per rollout" if on_policy else "the weight is one"
+        else:
+            idle["ratio"] = "the weight is one"
+        value["ratio"] = "none"
+
+
+def _rest_path(value: dict[str, str], idle: dict[str, str]) -> None:
+    if value["ratio"] in ("token", "none"):
+        idle["path"] = "log ρ and ℓ have the same gradient here"
+        value["path"] = "score"
+
+
+def _rest_kl_parameters(
+    value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str], on_policy: bool
+) -> None:
+    if "kl_at" in kept["placement"] and (on_policy or value["estimator"] == "full"):
+        del kept["placement"]["kl_at"]
+        idle["kl_at"] = "current and behaviour policy are the same" if on_policy else "full is always taken at current"

@@ -1,0 +1,194 @@
+"""From written points to cells: algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from klab.grid.algorithms import load_algorithm
+from klab.grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
+from klab.grid.cell import Cell
+from klab.grid.errors import Mistake
+from klab.grid.objective import Objective, split_value
+from klab.grid.schema.sections import Section, TrainingSection, load_section
+from klab.grid.variant import Point
+
+_UNUSED = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
+"""What a training setting is set to where it does nothing."""
+
+NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
+"""Values that say that nothing happens: where the axis is idle, they are true rather than silent no-ops."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a written objective section means."""
+
+    written: Mapping[str, Any]
+    algorithm: str | None
+    objective: Objective
+
+
+class Workshop:
+    """Builds the cells of one grid file, each distinct section once, and keeps account of what acts anywhere."""
+
+    def __init__(self) -> None:
+        self._sections: dict[str, Section] = {}
+        self._seen: dict[int, tuple[Mapping[str, Any], Section]] = {}
+        self._chosen: dict[int, _Chosen] = {}
+        self._objectives: dict[str, Objective] = {}
+        self._settings: dict[Objective, Mapping[str, Any]] = {}
+        self._merged: dict[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+        self._reasons: dict[str, str] = {}
+        self._acting: set[str] = set()
+        self._accounted: set[tuple[int, bool]] = set()
+
+    def cell(self, point: Point, seed: int, count: bool = True) -> Cell:
+        """The cell of a point; with ``count``, its settings enter the account of `refuse_idle`."""
+        task = self._section("task", point.sections["task"])
+        policy = self._section("policy", point.sections["policy"])
+        chosen = self._objective(point.sections["objective"])
+        training = self._training(point, chosen.algorithm)
+        idle = idle_training(training, chosen.objective)
+        if count:
+            self._account(chosen, training.on_policy)
+            self._account_training(point.sections["training"], idle)
+        written = {name: _UNUSED[name] for name in idle if getattr(training, name) != _UNUSED[name]}
+        if written:
+            training = training.model_copy(update=written)
+        spellings = (point.spelling,)
+        return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
+
+    def settings(self, point: Point) -> Mapping[str, Any]:
+        """All objective settings of a point, as exclude rules see them."""
+        objective = self._objective(point.sections["objective"]).objective
+        if objective not in self._settings:
+            self._settings[objective] = objective.settings()
+        return self._settings[objective]
+
+    def refuse_idle(self) -> None:
+        """Raises a Mistake when a written setting acts in no cell at all: a silent no-op."""
+        for key, reason in self._reasons.items():
+            if key not in self._acting:
+                raise Mistake(
+                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
+                )
+
+    def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
+        known = self._seen.get(id(given))
+        if known is not None and known[0] is given:
+            return known[1]
+        key = f"{kind}:{given!r}"
+        if key not in self._sections:
+            self._sections[key] = load_section(kind, given)
+        self._seen[id(given)] = given, self._sections[key]
+        return self._sections[key]
+
+    def _training(self, point: Point, algorithm: str | None) -> TrainingSection:
+        """The written training settings, on top of those that belong to the named algorithm."""
+        written = point.sections["training"]
+        own = load_algorithm(algorithm).training if algorithm else {}
+        if algorithm and own:
+            known = self._merged.get((algorithm, id(written)))
+            if known is None or known[0] is not written:
+                known = self._merged[algorithm, id(written)] = written, {**own, **written}
+            written = known[1]
+        return self._section("training", written)  # type: ignore[return-value]
+
+    def _objective(self, written: Mapping[str, Any]) -> _Chosen:
+        known = self._chosen.get(id(written))
+        if known is None or known.written is not written:
+            algorithm, layered = _layers(written)
+            applicable = _applicable(layered)
+            key = repr(applicable)
+            if key not in self._objectives:
+                self._objectives[key] = Objective(**applicable)
+            known = self._chosen[id(written)] = _Chosen(written, algorithm, self._objectives[key])
+        return known
+
+    def _account_training(self, written: Mapping[str, Any], idle: Mapping[str, str]) -> None:
+        for name in written:
+            if name in idle:
+                self._reasons.setdefault(f"training.{name}", idle[name])
+            else:
+                self._acting.add(f"training.{name}")
+
+    def _account(self, chosen: _Chosen, on_policy: bool) -> None:
+        if (id(chosen.written), on_policy) in self._accounted:
+            return
+        self._accounted.add((id(chosen.written), on_policy))
+        objective = chosen.objective
+        used = {name for axis in AXES for name in objective.arguments(axis)}
+        idle = objective.form(on_policy).idle
+        for key, value in chosen.written.items():
+            if key == "algorithm":
+                continue
+            names = [key]
+            if isinstance(value, Mapping) and not is_import_path(value.get("name")):
+                names += [name for name in value if name != "name"]
+            for name in names:
+                if name in idle and getattr(objective, name) == NEUTRAL.get(name):
+                    continue
+                if name in idle:
+                    self._reasons.setdefault(name, idle[name])
+                elif name in AXES or name in used:
+                    self._acting.add(name)
+                else:
+                    self._reasons.setdefault(name, "no chosen value uses this parameter")
+
+
+def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:
+    """Training settings that do nothing beside this objective, and why."""
+    idle = {}
+    if training.equal_groups != "refill":
+        idle["refill_rounds"] = "only equal_groups: refill draws again"
+    if training.overlong_buffer is None:
+        idle["overlong_penalty"] = "there is no overlong_buffer"
+    if training.critic is None and training.beta_control is None and training.trust_region is None:
+        return idle
+    if training.critic is not None and objective.advantage != "gae" and not is_import_path(objective.advantage):
+        idle["critic"] = "only the advantage 'gae' reads a critic's values"
+    canonical = objective.form(training.on_policy).canonical
+    has_beta = "placement.beta" in canonical or is_import_path(objective.placement)
+    if training.beta_control is not None and not has_beta:
+        idle["beta_control"] = "no KL term has a coefficient"
+    if training.trust_region is not None and training.on_policy:
+        idle["trust_region"] = "every ratio is 1: one update per rollout"
+    return idle
+
+
+def _layers(section: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The named algorithm of an objective section, and its settings with the written ones on top."""
+    written = dict(section)
+    named = written.pop("algorithm", None)
+    if named is None:
+        return None, written
+    overrides: dict[str, Any] = {}
+    if isinstance(named, Mapping):
+        overrides = {key: value for key, value in named.items() if key != "name"}
+        named = named.get("name")
+    if not isinstance(named, str):
+        raise Mistake("not a name", key="algorithm", value=named)
+    for key in overrides:
+        if key not in AXES and key not in PARAMETERS:
+            raise Mistake("unknown key", key="algorithm", value=key, allowed=[*AXES, *PARAMETERS])
+    return named, {**load_algorithm(named).objective, **overrides, **written}
+
+
+def _applicable(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the parameters that no chosen value uses, validated all the same."""
+    chosen = {axis: split_value(axis, written.get(axis, AXES[axis].default)) for axis in AXES}
+    used = {name for axis, (value, _) in chosen.items() for name in value_of(axis, value).parameters}
+    own = {name for _, extra in chosen.values() for name in extra}
+    result: dict[str, Any] = {}
+    for key, value in written.items():
+        if key in AXES:
+            result[key] = dict(value) if isinstance(value, Mapping) else value
+            continue
+        if key not in PARAMETERS:
+            raise Mistake("unknown key", key=key, value=value, allowed=[*AXES, *PARAMETERS])
+        PARAMETERS[key].validated(value)
+        if key in used and key not in own:
+            result[key] = value
+    return result

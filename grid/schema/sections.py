@@ -1,0 +1,223 @@
+"""The sections of a grid file beside the objective, each a frozen, validated model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, get_args
+
+from klab.grid.catalogue import is_import_path
+from klab.grid.errors import Mistake
+from klab.grid.schema.base import Count, Positive, Section
+from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
+from klab.grid.schema.task import (
+    TASKS,
+    AdditionTask,
+    BanditTask,
+    CalculatorTask,
+    CountdownTask,
+    CustomTask,
+    FileTask,
+    Gsm8kTask,
+    MathTask,
+    RewardTable,
+    RewardTerm,
+    TabularTask,
+    TaskSection,
+    check_table,
+)
+from klab.grid.schema.training import NUMERICALLY_IDLE, BetaControl, Critic, Sampler, TrainingSection, TrustRegion
+from pydantic import Field, ValidationError
+
+__all__ = [
+    "NUMERICALLY_IDLE",
+    "POLICIES",
+    "TASKS",
+    "AdditionTask",
+    "BanditTask",
+    "BetaControl",
+    "CalculatorTask",
+    "CountdownTask",
+    "Critic",
+    "CustomTask",
+    "FileTask",
+    "Gsm8kTask",
+    "HfPolicy",
+    "Lora",
+    "MathTask",
+    "PolicySection",
+    "Resources",
+    "RewardTerm",
+    "Sampler",
+    "Section",
+    "TabularTask",
+    "TaskSection",
+    "TinyPolicy",
+    "TrainingSection",
+    "TrustRegion",
+    "load_section",
+]
+
+
+class Resources(Section):
+    """What one job gets, and how many cells it runs; locally ``cells_per_job``, ``max_parallel``, ``cpus``, ``gpus``
+    and ``processes`` count.
+
+    ``processes`` of each node train every cell of the job together, each with ``cpus`` threads and, where there are
+    GPUs, one of its own; None: one per GPU, or one. ``gpus`` and ``memory_gb`` are those of a node.
+    """
+
+    cells_per_job: Count | None = None
+    processes: Count | None = None
+    max_parallel: Count | None = None
+    gpus: Annotated[int, Field(ge=0)] = 0
+    cpus: Count = 1
+    memory_gb: Positive = 4.0
+    minutes: Count = 240
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    nodes: Count = 1
+    exclude: str | None = None
+    setup: tuple[str, ...] = ()
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    profile: str | None = None
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.processes or max(1, self.gpus)
+
+
+def load_section(kind: str, given: object) -> Section:
+    """A section from its mapping.
+
+    Args:
+        kind: ``task``, ``policy``, ``training`` or ``resources``.
+        given: what stands in the grid file.
+
+    Raises:
+        Mistake: naming the key, the value, and the nearest valid one.
+    """
+    if not isinstance(given, Mapping):
+        raise Mistake("not a mapping", key=kind, value=given)
+    model = _model(kind, given)
+    try:
+        section = model.model_validate(dict(given))
+    except ValidationError as error:
+        raise _mistake(kind, model, error) from None
+    if isinstance(section, TrainingSection):
+        _check_training(section)
+    if isinstance(section, TinyPolicy):
+        _check_tiny(section)
+    if isinstance(section, Resources) and section.gpus and section.processes_per_node > section.gpus:
+        raise Mistake(
+            f"each process needs a GPU of its own, and a node has {section.gpus} of them for the job",
+            key="resources.processes",
+            value=section.processes,
+            hint="resources.gpus: 0 trains on processors.",
+        )
+    if isinstance(section, RewardTable):
+        check_table(section)
+    return section
+
+
+def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
+    if kind == "training":
+        return TrainingSection
+    if kind == "resources":
+        return Resources
+    models = TASKS if kind == "task" else POLICIES
+    name = given.get("name")
+    if name is None:
+        raise Mistake("the name is missing", key=f"{kind}.name", allowed=models)
+    if kind == "task" and is_import_path(name):
+        return CustomTask
+    if not isinstance(name, str) or name not in models:
+        raise Mistake(f"unknown {kind}", key=f"{kind}.name", value=name, allowed=models)
+    return models[name]
+
+
+def _mistake(kind: str, model: type[Section], error: ValidationError) -> Mistake:
+    first = error.errors()[0]
+    mistake = first.get("ctx", {}).get("error")
+    if isinstance(mistake, Mistake):
+        return mistake.located(prefix=kind)
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]  # a union's branch is no part of the file
+    key = ".".join((kind, *path))
+    if first["type"] == "extra_forbidden":
+        inner = _inner(model, path[:-1])
+        return Mistake("unknown key", key=".".join((kind, *path[:-1])), value=path[-1], allowed=inner.model_fields)
+    if first["type"] == "missing":
+        return Mistake("missing", key=key)
+    allowed = _choices(str(first.get("ctx", {}).get("expected", ""))) if first["type"] == "literal_error" else ()
+    problem = "unknown value" if allowed else first["msg"][:1].lower() + first["msg"][1:]
+    return Mistake(problem, key=key, value=first.get("input"), allowed=allowed)
+
+
+def _inner(model: type[Section], path: Sequence[str]) -> type[Section]:
+    """The section inside a section that a path of keys leads to."""
+    for name in path:
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        found = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+        model = next((each for each in found if issubclass(each, Section)), model)
+    return model
+
+
+def _choices(expected: str) -> tuple[str, ...]:
+    return tuple(word.strip().strip("'") for word in expected.replace(" or ", ", ").split(",") if word.strip())
+
+
+def _check_training(section: TrainingSection) -> None:
+    if section.prompts % section.minibatches:
+        raise Mistake(
+            f"does not divide the {section.prompts} prompts of a rollout: minibatches are whole groups",
+            key="training.minibatches",
+            value=section.minibatches,
+        )
+    if section.max_new_tokens is not None and (section.overlong_buffer or 0) > section.max_new_tokens:
+        raise Mistake(
+            f"exceeds the {section.max_new_tokens} tokens of training.max_new_tokens",
+            key="training.overlong_buffer",
+            value=section.overlong_buffer,
+        )
+    if section.equal_groups != "keep" and section.group_size == 1:
+        raise Mistake("the rewards of a group of one are always equal", key="training.group_size", value=1)
+    if section.sampler is not None:
+        _check_sampler(section, section.sampler)
+    if section.critic is not None:
+        _check_critic(section.critic)
+
+
+def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
+    if sampler.low > sampler.high:
+        raise Mistake("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
+    temperature = sampler.temperature or section.temperature
+    if sampler.engine == "vllm" and section.top_p < 1.0 and temperature != 1.0:
+        raise Mistake(
+            "vllm records log-probabilities either before the temperature or after top-p",
+            key="training.top_p",
+            value=section.top_p,
+            hint=f"Set it to 1, or the temperature ({temperature:g}) to 1.",
+        )
+
+
+def _check_critic(critic: Critic) -> None:
+    if critic.kind == "model" and critic.coefficient != Critic().coefficient:
+        raise Mistake(
+            "does nothing to a critic that is trained apart",
+            key="training.critic.coefficient",
+            value=critic.coefficient,
+            hint="Its steps are set by training.critic.lr; or choose kind: head.",
+        )
+
+
+def _check_tiny(section: TinyPolicy) -> None:
+    if section.hidden % section.heads or (section.hidden // section.heads) % 2:
+        raise Mistake(
+            "must be an even multiple of policy.heads",
+            key="policy.hidden",
+            value=section.hidden,
+            hint=f"heads: {section.heads}.",
+        )
+    if section.kv_heads is not None and section.heads % section.kv_heads:
+        raise Mistake("must divide policy.heads", key="policy.kv_heads", value=section.kv_heads)

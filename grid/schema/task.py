@@ -1,0 +1,235 @@
+"""The task section of a grid file: one model per task, and the terms that a reward is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from klab.grid.catalogue import is_import_path
+from klab.grid.errors import Mistake
+from klab.grid.schema.base import Count, Positive, Section
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
+REWARDS = ("exact", "math", "format")
+"""Rewards that come with the package: the same text, the same mathematical value, a marked final answer."""
+
+LARGEST_TABLE = 2**16
+"""Most entries of a reward table."""
+
+
+class AdditionTask(Section):
+    """Sums of two n-digit numbers; the answer is written with the least significant digit first."""
+
+    name: Literal["addition"] = "addition"
+    digits: Annotated[int, Field(ge=1, le=9)] = 2
+
+
+class CountdownTask(Section):
+    """Reach a target from given numbers with +, − and ×."""
+
+    name: Literal["countdown"] = "countdown"
+    numbers: Annotated[int, Field(ge=2, le=6)] = 3
+    largest: Annotated[int, Field(ge=2, le=99)] = 9
+    target_max: Annotated[int, Field(ge=1, le=9999)] = 30
+
+
+class CalculatorTask(Section):
+    """Products of two n-digit numbers, with a calculator that answers at most ``calls`` times."""
+
+    name: Literal["calculator"] = "calculator"
+    digits: Annotated[int, Field(ge=2, le=4)] = 2
+    calls: Annotated[int, Field(ge=1, le=8)] = 1
+
+
+class RewardTable(Section):
+    """What tables have in common: drawn from ``seed``, or listed."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    rewards: tuple[float, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries of the table."""
+        return 1
+
+
+class BanditTask(RewardTable):
+    """One token, one reward per arm."""
+
+    name: Literal["bandit"] = "bandit"
+    arms: Annotated[int, Field(ge=2, le=26)] = 4
+
+    @property
+    def size(self) -> int:
+        return self.arms
+
+
+class TabularTask(RewardTable):
+    """``horizon`` tokens over ``symbols`` letters, one reward per word, words in lexicographic order."""
+
+    name: Literal["tabular"] = "tabular"
+    symbols: Annotated[int, Field(ge=2, le=26)] = 3
+    horizon: Annotated[int, Field(ge=1, le=16)] = 2
+
+    @property
+    def size(self) -> int:
+        return int(self.symbols**self.horizon)
+
+
+class RewardTerm(Section):
+    """One term of a reward: a function by name, or a sequence classifier by its checkpoint; and its weight.
+
+    A weight of 0 reports the term without rewarding it.
+    """
+
+    name: str | None = None
+    model: str | None = None
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardTerm:
+        if (self.name is None) == (self.model is None):
+            raise Mistake("a reward has either a name or a model", key="reward", value=self.model_dump())
+        if self.name is not None and self.name not in REWARDS and not is_import_path(self.name):
+            raise Mistake(
+                "unknown reward",
+                key="reward",
+                value=self.name,
+                allowed=REWARDS,
+                hint="A function of your own is written package.module:function.",
+            )
+        return self
+
+
+def listed_terms(given: object) -> list[Any]:
+    """The terms of a reward as mappings; a name stands for `{name: …}`, and one term for a list of one."""
+    each = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not each:
+        raise Mistake("a reward needs at least one term", key="reward", value=given)
+    terms = []
+    for one in each:
+        term = {"name": one} if isinstance(one, str) else one
+        if isinstance(term, Mapping):
+            for key in term:
+                if key not in RewardTerm.model_fields:
+                    raise Mistake("unknown key", key="reward", value=str(key), allowed=RewardTerm.model_fields)
+        elif not isinstance(term, RewardTerm):
+            raise Mistake("a reward is a name, or a mapping with a name or a model", key="reward", value=one)
+        terms.append(term)
+    return terms
+
+
+def reward_terms(given: object) -> tuple[RewardTerm, ...]:
+    """The terms of a reward, as `RewardedTask.reward` takes them.
+
+    Raises:
+        Mistake: naming the key, the value, and the nearest valid one.
+    """
+    try:
+        return tuple(RewardTerm.model_validate(term) for term in listed_terms(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        mistake = first.get("ctx", {}).get("error")
+        if isinstance(mistake, Mistake):
+            raise mistake.located(prefix="task") from None
+        raise Mistake(first["msg"], key="task.reward", value=first["input"]) from None
+    except Mistake as mistake:
+        raise mistake.located(prefix="task") from None
+
+
+class RewardedTask(Section):
+    """What tasks with chosen rewards have in common; ``reward_seconds`` limits each call of a reward function."""
+
+    reward: tuple[RewardTerm, ...] = (RewardTerm(name="exact"),)
+    reward_seconds: Positive = 10.0
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _terms(cls, given: object) -> list[Any]:
+        return listed_terms(given)
+
+
+_MATH = (RewardTerm(name="math"), RewardTerm(name="format", weight=0.0))
+
+
+class Gsm8kTask(RewardedTask):
+    """Grade-school word problems whose answers end in ``#### n``; ``path`` is anything of the same columns."""
+
+    name: Literal["gsm8k"] = "gsm8k"
+    path: str = "openai/gsm8k"
+    prompt: str = "{question}\nThink step by step and end with #### and the answer.\n"
+    reward: tuple[RewardTerm, ...] = _MATH
+
+
+class MathTask(RewardedTask):
+    r"""Competition problems whose answers stand in ``\boxed{}``; without ``path``, MATH with MATH-500 held out."""
+
+    name: Literal["math"] = "math"
+    path: str | None = None
+    prompt: str = "{problem}\nThink step by step and put the answer in \\boxed{}.\n"
+    reward: tuple[RewardTerm, ...] = _MATH
+
+
+class FileTask(RewardedTask):
+    """A dataset of the user's own: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id.
+
+    ``prompt`` is a column, or a template with ``{column}``. ``train`` and ``held_out`` name splits; ``held_out_path``
+    is another dataset to hold out.
+    """
+
+    name: Literal["file"] = "file"
+    path: str
+    prompt: str
+    answer: str | None = None
+    solution: str | None = None
+    config: str | None = None
+    train: str | None = None
+    held_out: str | None = None
+    held_out_path: str | None = None
+    alphabet: str | None = None
+    max_new_tokens: Count = 256
+
+
+class CustomTask(Section):
+    """A task of the user's own, ``package.module:Class``; every other key goes to its constructor."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    name: str
+
+
+TaskSection = (
+    AdditionTask
+    | CountdownTask
+    | CalculatorTask
+    | BanditTask
+    | TabularTask
+    | Gsm8kTask
+    | MathTask
+    | FileTask
+    | CustomTask
+)
+TASKS: dict[str, type[Section]] = {
+    "addition": AdditionTask,
+    "countdown": CountdownTask,
+    "calculator": CalculatorTask,
+    "bandit": BanditTask,
+    "tabular": TabularTask,
+    "gsm8k": Gsm8kTask,
+    "math": MathTask,
+    "file": FileTask,
+}
+
+
+def check_table(section: RewardTable) -> None:
+    """Raises a Mistake where the listed rewards are not one per word, or the table is too large."""
+    size = section.size
+    if size > LARGEST_TABLE:
+        raise Mistake(
+            f"a table of {size} rewards is over the limit of {LARGEST_TABLE}",
+            key="task",
+            value=section.name,
+            hint="Take fewer symbols, or a shorter horizon.",
+        )
+    if section.rewards is not None and len(section.rewards) != size:
+        raise Mistake(f"{len(section.rewards)} rewards for a table of {size}", key="task.rewards")

@@ -1,0 +1,157 @@
+"""One configuration as it is written: four sections, and how they differ from the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from klab.grid.catalogue import AXES, PARAMETERS
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import TrainingSection
+
+SECTIONS = ("task", "policy", "training", "objective")
+_OBJECTIVE_KEYS = ("algorithm", *AXES, *PARAMETERS)
+
+Change = tuple[str, Any]
+"""A dotted key, and the value that an axis or a listed cell gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The written settings of one configuration: the four sections, and how it differs from the baseline."""
+
+    sections: Mapping[str, Mapping[str, Any]]
+    changes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_sections(cls, data: Mapping[str, Any]) -> Point:
+        """The baseline: the sections as they stand in the grid file."""
+        sections: dict[str, Mapping[str, Any]] = {}
+        for name in SECTIONS:
+            given = data.get(name, {"name": "tiny"} if name == "policy" else {})
+            if isinstance(given, str) and name in ("task", "policy"):
+                given = {"name": given}
+            if isinstance(given, str) and name == "objective":
+                given = {"algorithm": given}
+            if not isinstance(given, Mapping):
+                raise Mistake("not a mapping", key=name, value=given)
+            sections[name] = given
+        for key in sections["objective"]:
+            if key not in _OBJECTIVE_KEYS:
+                raise Mistake("unknown key", key="objective", value=key, allowed=_OBJECTIVE_KEYS)
+        return cls(sections)
+
+    @property
+    def spelling(self) -> str:
+        """The changes as one line, as a person would write them."""
+        return ", ".join(self.changes) or "baseline"
+
+
+class Spread:
+    """The points around a baseline. Sections with the same settings are one object, shared by all points that have it,
+    so that what follows from a section is worked out once.
+    """
+
+    def __init__(self, baseline: Point) -> None:
+        self._baseline = baseline
+        self._steps: dict[tuple[int, str, int], _Step] = {}
+        self._distinct: dict[tuple[str, str], Mapping[str, Any]] = {
+            (name, repr(section)): section for name, section in baseline.sections.items()
+        }
+
+    def point(self, changes: Iterable[Change]) -> Point:
+        """The baseline with some dotted fields set; a change to the written value is no change.
+
+        Raises:
+            Mistake: for a key that means nothing, or a section that is not a mapping.
+        """
+        sections = dict(self._baseline.sections)
+        words = []
+        for key, value in changes:
+            name, _ = place(key)
+            step = self._steps.get((id(sections[name]), key, id(value))) or self._step(sections[name], key, value)
+            sections[name] = step.after
+            if step.word is not None:
+                words.append(step.word)
+        return Point(sections, tuple(words))
+
+    def _step(self, before: Mapping[str, Any], key: str, value: Any) -> _Step:
+        name, field = place(key)
+        if field is not None:
+            after: Mapping[str, Any] = _with(before, field, value)
+        else:
+            after = {**before, **mapping(key, value)} if name == "training" else mapping(key, value)
+        word = f"{key}={shown(value)}" if after != before else None
+        after = self._distinct.setdefault((name, repr(after)), after)
+        self._steps[id(before), key, id(value)] = step = _Step(before, value, after, word)
+        return step
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One field of a section set to a value. `before` and `value` are kept so that their ids stay theirs."""
+
+    before: Mapping[str, Any]
+    value: Any
+    after: Mapping[str, Any]
+    word: str | None
+
+
+@lru_cache(maxsize=4096)
+def place(key: str) -> tuple[str, str | None]:
+    """Which section and field a dotted axis key means; None stands for the whole section.
+
+    Raises:
+        Mistake: for a key that means nothing.
+    """
+    if key in _OBJECTIVE_KEYS:
+        return "objective", key
+    if key in ("task", "policy", "training"):
+        return key, None
+    section, _, field = key.partition(".")
+    if section == "objective" and field in _OBJECTIVE_KEYS:
+        return "objective", field
+    if section == "training" and field.partition(".")[0] in TrainingSection.model_fields:
+        return section, field
+    if section in ("task", "policy") and field:
+        return section, field
+    allowed = [
+        *_OBJECTIVE_KEYS,
+        *(f"training.{name}" for name in TrainingSection.model_fields),
+        "task",
+        "policy",
+        "training",
+    ]
+    raise Mistake("unknown axis", key="axes", value=key, allowed=allowed)
+
+
+def shown(value: Any) -> str:
+    """An axis value in few characters, for labels and tables."""
+    if isinstance(value, Mapping):
+        rest = ", ".join(f"{key}={shown(item)}" for key, item in value.items() if key != "name")
+        return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mapping(key: str, value: object) -> Mapping[str, Any]:
+    """The value as a mapping; a task or policy may be written by its name alone.
+
+    Raises:
+        Mistake: when it is neither.
+    """
+    if isinstance(value, str) and key in ("task", "policy"):
+        return {"name": value}
+    if not isinstance(value, Mapping):
+        raise Mistake("not a mapping", key=key, value=value)
+    return value
+
+
+def _with(section: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
+    """A section with one field set; a dotted field reaches into the section inside it (`critic.lr`)."""
+    name, _, rest = field.partition(".")
+    if not rest:
+        return {**section, name: value}
+    inside = section.get(name)
+    return {**section, name: _with(inside if isinstance(inside, Mapping) else {}, rest, value)}

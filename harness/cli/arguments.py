@@ -1,0 +1,68 @@
+"""From what a user types to a grid file, a run folder, or a cell."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import klab.grid
+import typer
+from klab.grid import Mistake
+from klab.harness.store import Run
+
+if TYPE_CHECKING:
+    from klab.grid import Grid
+
+STUDIES = Path(klab.grid.__file__).parent / "studies"
+
+GridArgument = Annotated[str, typer.Argument(metavar="GRID", help="A grid file, or the name of a ready study.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under --runs.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds run folders.")]
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceOption = Annotated[
+    Device | None,
+    typer.Option("--device", help="cpu leaves GPUs alone; cuda insists on one; default: what there is."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+RUNS = Path("runs")
+
+
+def grid_of(name: str) -> Grid:
+    """The grid in a file, or the ready study of that name.
+
+    Raises:
+        Mistake: when there is neither, or the file has a mistake.
+    """
+    from klab.grid import load_grid
+
+    path = Path(name)
+    study = STUDIES / f"{name}.yaml"
+    if not path.exists() and study.exists():
+        return load_grid(study)
+    if not path.exists():
+        studies = sorted(entry.stem for entry in STUDIES.glob("*.yaml"))
+        raise Mistake("there is no such file, and no study of this name", key="GRID", value=name, allowed=studies)
+    return load_grid(path)
+
+
+def run_of(name: str, runs: Path = RUNS) -> Run:
+    """The run in a folder, or of that name under `runs`.
+
+    Raises:
+        Mistake: when there is no such run.
+    """
+    for path in (Path(name), runs / name):
+        if (path / "manifest.json").exists():
+            return Run.open(path)
+    if Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
+        raise Mistake("is a grid file; this command wants a run", file=name, hint=f"Runs lie in {runs}/.")
+    known = sorted(path.parent.name for path in runs.glob("*/manifest.json")) if runs.is_dir() else []
+    raise Mistake("there is no such run", key="RUN", value=name, allowed=known, hint="`klab launch GRID` makes one.")

@@ -1,0 +1,49 @@
+"""The GPUs of this machine that jobs may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from klab.grid import Mistake
+from klab.harness.store import machine
+
+HIDDEN = ""
+"""The CUDA_VISIBLE_DEVICES of a job that leaves GPUs alone."""
+
+_ASKED = "import torch; print(torch.version.cuda or '', torch.cuda.device_count())"
+_SECONDS = 180
+
+
+def visible() -> list[str]:
+    """The devices that this process may use, as CUDA names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(len(machine.gpus()))]
+    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+
+
+def require(key: str, value: object) -> None:
+    """See that torch can use a GPU here. It is asked in a process of its own, for loading it takes seconds.
+
+    Args:
+        key, value: the setting that asks for one.
+
+    Raises:
+        Mistake: there is none, or torch cannot use it.
+    """
+    hint = "--device cpu leaves GPUs alone." if key == "--device" else f"--device cpu, or {key}: 0, does without."
+    if not visible():
+        raise Mistake("there is no NVIDIA GPU here", key=key, value=value, hint=hint)
+    done = subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, timeout=_SECONDS)
+    words = done.stdout.split()
+    if words[-1:] == ["0"] or done.returncode:
+        last = [*done.stderr.strip().splitlines(), "it finds none"][-1]
+        found = last if len(words) > 1 or done.returncode else "it was built without CUDA"
+        raise Mistake(f"torch cannot use the GPU: {found}", key=key, value=value, hint=f"See klab doctor. {hint}")
+
+
+def leave_alone() -> None:
+    """Hide every GPU from this process, which must not have loaded torch yet, and from those that it starts."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = HIDDEN

@@ -1,0 +1,64 @@
+"""Cells in this process, one pack after the other, in the foreground."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from klab.grid.schema.sections import Resources
+from klab.harness.dispatch.backends import Pack, SchedulerState
+from klab.harness.dispatch.job import Interruption, work
+from klab.harness.dispatch.local import gpus
+from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.threads import limit_threads
+from klab.harness.store import Run, machine
+
+if TYPE_CHECKING:
+    from klab.harness.training.runner import Progress
+
+
+class Here:
+    """This process as a backend. The first Ctrl-C saves after the current update and ends; the second ends at once.
+
+    Args:
+        progress: told about every update of every cell.
+        device: `cpu` to leave GPUs alone.
+    """
+
+    name = "here"
+
+    def __init__(self, progress: Callable[[Progress], None] | None = None, device: str | None = None) -> None:
+        self.progress = progress
+        self.device = device
+        self.interrupted = False
+
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
+        """Train all packs; returns when they are done, failed, or interrupted (then `interrupted` is set)."""
+        threads = max(1, min(resources.cpus, machine.cores()))
+        limit_threads(threads)
+        local = Local(device=self.device)
+        processes, devices = local.processes(resources), local.gpus()
+        if self.device == "cpu":
+            gpus.leave_alone()
+        with Interruption(signal.SIGINT, signal.SIGTERM) as interruption:
+            for pack in packs:
+                work(
+                    run.path,
+                    pack.cells,
+                    executor=self.name,
+                    threads=threads,
+                    progress=self.progress,
+                    stop=interruption.asked,
+                    processes=processes,
+                    devices=devices[:processes],
+                )
+                if interruption.asked():
+                    self.interrupted = True
+                    return
+
+    def states(self, run: Run) -> dict[str, SchedulerState]:
+        return {}
+
+    def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Nothing to do: the process notices after its current update that the cell is no longer its own."""

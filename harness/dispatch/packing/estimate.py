@@ -1,0 +1,76 @@
+"""How long cells will take, from cells of the same shape that were measured before."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from klab.grid import Mistake
+from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.packing.balance import START_SECONDS, makespan
+from klab.harness.dispatch.packing.packs import shape, shapes
+from klab.harness.store import Run, scan
+
+_RUNS = 12
+_LARGEST = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Wall-clock seconds until the last worker is done; the median speed behind it, and the run it was measured in."""
+
+    seconds: float
+    updates_per_second: float
+    source: str
+
+
+def estimate(
+    cells: Mapping[str, Mapping[str, Any]], packs: Sequence[Pack], runs: Path, workers: int
+) -> Estimate | None:
+    """The time for these packs on so many workers; None where no cell of some shape was measured under `runs`."""
+    forms = shapes(cells)
+    distinct = set(forms.values())
+    measured, source = _measured(distinct, runs)
+    if not cells or not distinct <= measured.keys():
+        return None
+    lengths = []
+    for pack in packs:
+        work = (measured[forms[identity]] * int(cells[identity]["training"]["updates"]) for identity in pack.cells)
+        lengths.append(START_SECONDS + sum(work))
+    return Estimate(makespan(lengths, workers), 1 / max(1e-9, median(measured.values())), source)
+
+
+def _measured(wanted: set[str], runs: Path) -> tuple[dict[str, float], str]:
+    """Seconds per update and cell for the wanted shapes, and the newest run that had any of them."""
+    found: dict[str, float] = {}
+    source = ""
+    for path in _newest(runs):
+        try:
+            run = Run.open(path)
+            times: dict[str, list[float]] = {}
+            for identity, snapshot in scan(run).items():
+                seconds = (snapshot.result or {}).get("seconds")
+                updates = (snapshot.result or {}).get("updates")
+                if isinstance(seconds, int | float) and isinstance(updates, int) and updates > 0 and seconds > 0:
+                    times.setdefault(shape(run.resolved(identity)), []).append(seconds / updates)
+        except (Mistake, OSError, KeyError):
+            continue
+        fresh = {each: median(values) for each, values in times.items() if each in wanted and each not in found}
+        source = source or (run.name if fresh else "")
+        found |= fresh
+        if wanted <= found.keys():
+            break
+    return found, source
+
+
+def _newest(runs: Path) -> Iterable[Path]:
+    manifests = []
+    for path in runs.glob("*/manifest.json") if runs.is_dir() else ():
+        status = path.stat()
+        if status.st_size <= _LARGEST:
+            manifests.append((status.st_mtime, path.parent))
+    return [path for _, path in heapq.nlargest(_RUNS, manifests)]

@@ -1,0 +1,238 @@
+"""Slurm as a backend: packs become tasks of job arrays, and Slurm is asked about all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from klab.grid import Mistake
+from klab.grid.schema.sections import Resources
+from klab.harness.dispatch.backends import Pack, SchedulerState
+from klab.harness.dispatch.profiles import resolve
+from klab.harness.dispatch.slurm import array_job as sbatch
+from klab.harness.dispatch.slurm import client as scheduler
+from klab.harness.dispatch.slurm.array_plan import Chunk, split
+from klab.harness.dispatch.slurm.client import NoAccounting, NoAnswer
+from klab.harness.dispatch.slurm.submission import Submission, intend, next_number, submissions
+from klab.harness.store import Run, scan
+
+_LIVE = ("queued", "running", "preempted", "unknown")
+
+
+class Slurm:
+    """Slurm as an `Executor`.
+
+    Args:
+        flags: resources from the command line; they win over the profile's, which win over the grid file's.
+        profile: a named profile of the user's, instead of the one that the grid file names.
+    """
+
+    name = "slurm"
+
+    def __init__(self, flags: Mapping[str, Any] | None = None, profile: str | None = None) -> None:
+        self.flags = dict(flags or {})
+        self.profile = profile
+
+    def resources(self, given: Resources) -> Resources:
+        """What a job gets.
+
+        Raises:
+            Mistake: when a value is not valid, there is no such profile, or an option belongs to klab.
+        """
+        found = resolve(given, self.flags, profile=self.profile)
+        for option in found.sbatch:
+            if option.replace("_", "-").lstrip("-") in sbatch.OURS:
+                raise Mistake("is set by klab", key=f"resources.sbatch.{option}", value=found.sbatch[option])
+        return found
+
+    def scripts(self, run: Run, packs: Sequence[Pack], given: Resources) -> list[str]:
+        """The scripts that `submit` would hand to sbatch. Asks Slurm for its limits where it answers; writes nothing.
+
+        The job's name ends in a fresh random word, and an array that waits for another one names that one's place.
+        """
+        resources = self.resources(given)
+        try:
+            largest = scheduler.limits().array
+        except NoAnswer:
+            largest = scheduler.DEFAULT_ARRAY
+        first = next_number(run.jobs)
+        return [
+            sbatch.script(
+                sbatch.Order(
+                    run,
+                    first + number,
+                    tuple(pack.cells for pack in packs[chunk.first : chunk.first + chunk.count]),
+                    resources,
+                    chunk.parallel,
+                    None if chunk.after is None else f"<job of script {chunk.after + 1}>",
+                )
+            )
+            for number, chunk in enumerate(split(len(packs), largest, resources.max_parallel))
+        ]
+
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
+        """Submit the packs as job arrays. Called under the run's lock.
+
+        What an earlier launcher submitted but could not write down is adopted, and its cells are left out here.
+
+        Raises:
+            Mistake: when Slurm does not answer or refuses; what was submitted until then stays submitted.
+        """
+        resources = self.resources(resources)
+        try:
+            limits = scheduler.limits()
+            packs = self._without_living(run, packs)
+        except NoAnswer as error:
+            raise _silent(error) from error
+        counter = _Counter(len(packs))
+        jobs: list[str] = []
+        for chunk in split(len(packs), limits.array, resources.max_parallel):
+            after = None if chunk.after is None else jobs[chunk.after]
+            jobs.append(self._submit(run, packs, chunk, resources, after, limits.cluster, counter))
+
+    def states(self, run: Run) -> dict[str, SchedulerState]:
+        """What Slurm says about each cell's newest job: one squeue, and one sacct for what that has forgotten."""
+        newest: dict[str, tuple[Submission, int]] = {}
+        for each in submissions(run):
+            newest.update({cell: (each, index) for index, cells in enumerate(each.cells) for cell in cells})
+        orphans = {each.name: each for each, _ in newest.values() if each.job is None}
+        if not newest:
+            return {}
+        try:
+            queue = scheduler.queue({each.name for each, _ in newest.values()})
+        except NoAnswer as error:
+            return {cell: SchedulerState("unknown", each.job or "", str(error)) for cell, (each, _) in newest.items()}
+        for name in orphans.keys() & queue.jobs.keys():
+            with suppress(OSError):  # it will be found by its name again
+                replace(orphans[name], job=queue.jobs[name]).write()
+        found: dict[str, SchedulerState] = {}
+        forgotten: dict[str, tuple[Submission, int]] = {}
+        for cell, (each, index) in newest.items():
+            known = replace(each, job=each.job or queue.jobs.get(each.name))
+            state = queue.states.get(known.element(index)) if known.job else None
+            if state is not None:
+                found[cell] = state
+            else:
+                forgotten[cell] = (known, index)
+        return {**found, **_remembered(run, forgotten)}
+
+    def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Take jobs out of the queue, or end them, whose cells are all cancelled or done; other jobs go on.
+
+        Raises:
+            Mistake: when Slurm does not answer.
+        """
+        chosen = set(cell_ids)
+        states = self.states(run)
+        silent = [cell for cell in chosen if cell in states and states[cell].word == "unknown"]
+        if silent:
+            raise _silent(NoAnswer(states[silent[0]].reason))
+        jobs = {states[cell].job for cell in chosen if cell in states and states[cell].word in _LIVE}
+        mates: dict[str, list[str]] = {job: [] for job in jobs if job}
+        for cell, state in states.items():
+            if state.job in mates:
+                mates[state.job].append(cell)
+        ends = [job for job, cells in mates.items() if not _others(run, cells, chosen)]
+        if ends:
+            try:
+                scheduler.cancel(ends)
+            except NoAnswer as error:
+                raise _silent(error) from error
+
+    def _submit(
+        self,
+        run: Run,
+        packs: Sequence[Pack],
+        chunk: Chunk,
+        resources: Resources,
+        after: str | None,
+        cluster: str,
+        counter: _Counter,
+    ) -> str:
+        """Submit one array; in halves, one after the other, where it exceeds what the user may have in the queue."""
+        part = packs[chunk.first : chunk.first + chunk.count]
+        intent = intend(run, part, cluster=cluster, threads=resources.cpus, processes=sbatch.tasks(resources))
+        order = sbatch.Order(run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name)
+        try:
+            job = sbatch.submit(order)
+        except sbatch.Refused as refusal:
+            intent.forget()
+            if not refusal.full or chunk.count == 1:
+                raise counter.stopped(str(refusal)) from refusal
+            half = chunk.count // 2
+            front = replace(chunk, count=half)
+            back = replace(chunk, first=chunk.first + half, count=chunk.count - half)
+            after = self._submit(run, packs, front, resources, after, cluster, counter)
+            return self._submit(run, packs, back, resources, after, cluster, counter)
+        except NoAnswer as error:
+            raise _silent(error) from error
+        replace(intent, job=job).write()
+        counter.done += chunk.count
+        return job
+
+    def _without_living(self, run: Run, packs: Sequence[Pack]) -> list[Pack]:
+        """The packs without cells of living jobs; a job that nobody had written down is written down now."""
+        open_ = [each for each in submissions(run) if each.job is None]
+        known = scheduler.find([each.name for each in open_]) if open_ else {}
+        for each in open_:
+            if each.name in known:
+                replace(each, job=known[each.name]).write()
+            else:
+                each.forget()
+        busy = {cell for cell, state in self.states(run).items() if state.word in _LIVE}
+        left = (tuple(cell for cell in pack.cells if cell not in busy) for pack in packs)
+        return [Pack(cells) for cells in left if cells]
+
+
+class _Counter:
+    """How many packs of a launch are submitted."""
+
+    def __init__(self, all_: int) -> None:
+        self.all = all_
+        self.done = 0
+
+    def stopped(self, text: str) -> Mistake:
+        hint = f"{self.done} of {self.all} jobs were submitted; launch again for the rest." if self.done else None
+        return Mistake(f"Slurm refused the job: {text}", hint=hint)
+
+
+def _remembered(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> dict[str, SchedulerState]:
+    """States of cells without a result whose jobs squeue does not know."""
+    results = scan(run, forgotten) if forgotten else {}
+    wanted = {cell: place for cell, place in forgotten.items() if results[cell].result is None}
+    jobs = sorted({each.job for each, _ in wanted.values() if each.job is not None})
+    try:
+        accounts = scheduler.accounts(jobs)
+    except NoAccounting:
+        return {}
+    except NoAnswer as error:
+        return {cell: SchedulerState("unknown", each.job or "", str(error)) for cell, (each, _) in wanted.items()}
+    recorded = {element.split("_")[0] for element in accounts}
+    found = {}
+    for cell, (each, index) in wanted.items():
+        if each.job is None:
+            continue
+        state = accounts.get(each.element(index))
+        if state is not None:
+            found[cell] = state
+        elif each.job in recorded:  # Slurm forgets a task that is cancelled while its array waits
+            found[cell] = SchedulerState("cancelled", each.element(index), "taken out of the queue")
+    return found
+
+
+def _others(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
+    """Whether a job has cells that still want to run."""
+    snapshots = scan(run, [cell for cell in cells if cell not in chosen])
+    return any(
+        each.result is None and not each.failed and str((each.event or {}).get("event")) != "cancelled"
+        for each in snapshots.values()
+    )
+
+
+def _silent(error: NoAnswer) -> Mistake:
+    return Mistake(
+        f"Slurm does not answer: {error}",
+        hint="Nothing is lost: jobs in the queue go on, and launching again submits what is missing.",
+    )

@@ -1,0 +1,280 @@
+"""What Slurm says about jobs: one `squeue` for all of them, one `sacct` for those that squeue has forgotten.
+
+A command that fails, or does not answer in time, is `NoAnswer`: never evidence that a job failed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from klab.harness.dispatch.backends import SchedulerState, SchedulerWord
+
+ANSWER_SECONDS = 15.0
+DEFAULT_ARRAY = 1001
+"""Tasks per array of a Slurm whose administrator did not say."""
+
+_RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_ERRORS = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+# fixed widths: a name or a reason may contain any character
+_COLUMNS = {"ArrayJobID": 20, "ArrayTaskID": 20, "State": 24, "Reason": 64, "TimeLeft": 20, "exit_code": 12}
+_COLUMNS |= {"RestartCnt": 10, "Name": 256}
+
+
+class NoAnswer(RuntimeError):
+    """Slurm could not be asked."""
+
+
+class NoAccounting(NoAnswer):
+    """There is nothing to ask: the cluster keeps no accounts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`array`: how many tasks one array may have; `cluster`: the cluster's name."""
+
+    array: int
+    cluster: str
+
+
+def limits() -> Limits:
+    """What the cluster accepts.
+
+    Raises:
+        NoAnswer: when the controller does not answer.
+    """
+    settings = dict(line.split("=", 1) for line in tell("scontrol", "show", "config").splitlines() if "=" in line)
+    settings = {name.strip(): value.strip() for name, value in settings.items()}
+    array = int(settings.get("MaxArraySize", DEFAULT_ARRAY))
+    tasks = re.search(r"max_array_tasks=(\d+)", settings.get("SchedulerParameters", ""))
+    if tasks:
+        array = min(array, int(tasks[1]))
+    if array < 1:
+        raise NoAnswer("this cluster does not accept job arrays (MaxArraySize=0)")
+    return Limits(array, settings.get("ClusterName", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """squeue's answer: job or array element ("12", "12_3") -> state, and name -> job. Ended jobs stay a while."""
+
+    states: dict[str, SchedulerState]
+    jobs: dict[str, str]
+
+
+def queue(names: Iterable[str]) -> Queue:
+    """What squeue knows about the jobs of these names.
+
+    Raises:
+        NoAnswer: when the controller does not answer.
+    """
+    rows = _rows(names)
+    return Queue({row.element: row.state() for row in rows}, {row.name: row.job for row in rows})
+
+
+def find(names: Iterable[str]) -> dict[str, str]:
+    """Job name -> job id, of whatever squeue or sacct know under these names.
+
+    Raises:
+        NoAnswer: when one of them does not answer (a cluster without accounting has only squeue).
+    """
+    wanted = list(names)
+    found = queue(wanted).jobs
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        try:
+            text = tell(
+                "sacct", "-n", "-P", "-X", "-S", "now-30days", f"--name={','.join(missing)}", "-o", "JobName,JobID"
+            )
+        except NoAccounting:
+            return found
+        for line in text.splitlines():
+            name, _, job = line.partition("|")
+            found[name] = job.split("_")[0]
+    return found
+
+
+def accounts(jobs: Sequence[str]) -> dict[str, SchedulerState]:
+    """Job or array element -> its last record in the accounts.
+
+    Raises:
+        NoAccounting: when the cluster keeps none.
+        NoAnswer: when they cannot be asked now.
+    """
+    found: dict[str, SchedulerState] = {}
+    if not jobs:
+        return found
+    text = tell("sacct", "-n", "-P", "-X", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,Reason")
+    for line in text.splitlines():
+        if line.count("|") < 3:
+            continue
+        identity, word, code, reason = line.split("|", 3)
+        exit_code, _, number = code.partition(":")
+        state = state_of(word, job=identity, reason=reason, exit_code=_number(exit_code), signal=_number(number))
+        for element in elements(identity):
+            found[element] = state
+    return found
+
+
+def fate(job: str) -> str | None:
+    """What is about to happen to this running job: "preempted", "ended", "running"; None without an answer."""
+    try:
+        text = tell("scontrol", "show", "job", "-o", job)
+    except NoAnswer:
+        return None
+    state = re.search(r"\bJobState=(\w+)", text)
+    preempted = re.search(r"\bPreemptTime=(\S+)", text)
+    if state is None:
+        return None
+    if state[1] != "RUNNING":
+        return "ended"
+    return "preempted" if preempted and preempted[1] not in ("None", "Unknown", "N/A") else "running"
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Take jobs and array elements out of the queue, or end them.
+
+    Raises:
+        NoAnswer: when the controller does not answer.
+    """
+    for start in range(0, len(jobs), 500):
+        tell("scancel", "--quiet", *jobs[start : start + 500])
+
+
+def state_of(
+    word: str,
+    *,
+    job: str = "",
+    reason: str = "",
+    exit_code: int | None = None,
+    signal: int | None = None,
+    seconds_left: float | None = None,
+    restarts: int = 0,
+) -> SchedulerState:
+    """Slurm's word for a job's state ("RUNNING", "CANCELLED by 1000", "OUT_OF_ME+") in ours."""
+    plain = word.split()[0].rstrip("+") if word.split() else ""
+    reason = "" if reason == "None" else reason
+    translated: SchedulerWord = "unknown"
+    if _is(plain, _WAITING):
+        translated = "preempted" if restarts or plain.startswith("REQUEUE") else "queued"
+        return SchedulerState(translated, job, reason)
+    if _is(plain, _RUNNING):
+        return SchedulerState("running", job, "" if plain == "RUNNING" else plain, seconds_left=seconds_left)
+    if _is(plain, ("COMPLETED",)):
+        translated = "ended"
+    elif _is(plain, ("CANCELLED",)):
+        translated = "cancelled"
+    elif _is(plain, _ERRORS):
+        translated = "failed"
+        exit_code, signal = _ending(exit_code, signal)
+    return SchedulerState(translated, job, word.strip() if translated == "cancelled" else plain, exit_code, signal)
+
+
+def elements(identity: str) -> Iterator[str]:
+    """The elements that an id stands for: "12", "12_3", "12_[0-2,7%4]"."""
+    found = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", identity)
+    if found is None:
+        yield identity
+        return
+    for part in found[2].split(","):
+        low, _, high = part.partition("-")
+        for number in range(int(low), int(high or low) + 1):
+            yield f"{found[1]}_{number}"
+
+
+def seconds(text: str) -> float | None:
+    """A time in Slurm's notation ("2-03:04:05", "04:05", "UNLIMITED")."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)", text.strip())
+    if found is None:
+        return None
+    days, first, second, last = (int(part or 0) for part in found.groups())
+    if found[3] is None:  # minutes:seconds
+        return days * 86400 + first * 60 + last
+    return days * 86400 + first * 3600 + second * 60 + last
+
+
+def tell(*command: str) -> str:
+    """Output of one of Slurm's commands.
+
+    Raises:
+        NoAnswer: when it fails, does not end within `ANSWER_SECONDS`, or does not exist.
+    """
+    environment = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+    for name in ("SQUEUE_FORMAT", "SQUEUE_FORMAT2", "SQUEUE_STATES", "SQUEUE_PARTITION", "SACCT_FORMAT"):
+        environment.pop(name, None)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment)
+    except FileNotFoundError as error:
+        raise NoAnswer(f"there is no {command[0]} here: is this a login node of a Slurm cluster?") from error
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswer(f"{command[0]} did not answer within {ANSWER_SECONDS:.0f} s") from error
+    if done.returncode:
+        text = done.stderr.strip() or done.stdout.strip() or f"{command[0]} failed with exit code {done.returncode}"
+        raise (NoAccounting if "accounting storage is disabled" in text else NoAnswer)(text)
+    return done.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One line of squeue."""
+
+    job: str
+    index: str
+    word: str
+    reason: str
+    left: str
+    status: str
+    restarts: str
+    name: str
+
+    @property
+    def element(self) -> str:
+        return self.job if self.index in ("N/A", "") else f"{self.job}_{self.index}"
+
+    def state(self) -> SchedulerState:
+        status = _number(self.status) or 0
+        return state_of(
+            self.word,
+            job=self.element,
+            reason=self.reason,
+            exit_code=status >> 8,
+            signal=status & 0x7F,
+            seconds_left=seconds(self.left),
+            restarts=_number(self.restarts) or 0,
+        )
+
+
+def _rows(names: Iterable[str]) -> list[_Row]:
+    wanted = ",".join(names)
+    if not wanted:
+        return []
+    format_ = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
+    text = tell("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), f"--name={wanted}", "-O", format_)
+    return [_Row(*_cut(line)) for line in text.splitlines() if line.strip()]
+
+
+def _cut(line: str) -> Iterator[str]:
+    start = 0
+    for width in _COLUMNS.values():
+        yield line[start : start + width].strip()
+        start += width
+
+
+def _is(word: str, family: Sequence[str]) -> bool:
+    """Whether a word, which sacct may have cut short, is one of a family."""
+    return word in family or (len(word) >= 6 and any(member.startswith(word) for member in family))
+
+
+def _ending(exit_code: int | None, signal: int | None) -> tuple[int | None, int | None]:
+    """Exit code and signal, told apart also where a shell reported a signal as 128 + its number."""
+    if not signal and exit_code is not None and 128 < exit_code < 160:
+        return None, exit_code - 128
+    return (None, signal) if signal else (exit_code, None)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.strip().isdigit() else None

@@ -1,0 +1,152 @@
+"""What a Slurm job does with its cells, through preemption, time limits and requeues.
+
+submitit's answer to SIGUSR2 is to rewrite the job's pickle and to requeue, at whatever point of the program the signal
+arrives, a limited number of times; and it ignores SIGTERM, which is all that most clusters send to a preempted job.
+Here both set a flag; training stops and saves after the current update, and then the job asks Slurm what is going on:
+
+* SIGUSR2 (time limit near, or preemption): requeue.
+* SIGTERM: requeue if Slurm means to preempt, end if the job was cancelled, otherwise go on from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from klab.harness.dispatch.job import Interruption, work
+from klab.harness.dispatch.processes import choose_gpu, follow, leading
+from klab.harness.dispatch.slurm import client as scheduler
+from klab.harness.dispatch.threads import limit_threads
+from klab.harness.store import Run
+
+if TYPE_CHECKING:
+    from klab.harness.training.distributed.process_group import World
+
+ROUNDS = 1000
+"""Requeues after which a job gives up: it would come back for ever without getting anywhere."""
+
+_PATIENCE = 60.0
+"""Seconds to wait for a controller that does not answer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The callable that submitit pickles: a run folder and the cells to train there.
+
+    `grace`: seconds after a signal at which the job gives way even in the middle of an update. `processes`: tasks of
+    the job, over all of its nodes, that train together.
+    """
+
+    run: str
+    cells: tuple[str, ...]
+    threads: int = 1
+    grace: float = 40.0
+    processes: int = 1
+
+    def __call__(self) -> dict[str, str]:
+        rank = int(os.environ.get("SLURM_PROCID", "0"))
+        limit_threads(self.threads)
+        if self.processes > 1:
+            choose_gpu(int(os.environ.get("SLURM_LOCALID", "0")))
+        if rank:
+            if rank < self.processes:
+                follow(self.run, rank, self.processes, self.threads, _meeting())
+            return {}
+        signal.signal(signal.SIGUSR2, _requeue)  # what `Interruption` falls back to; submitit's own until here
+        if self.processes == 1:
+            return self._lead()
+        alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+        with leading(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
+            return self._lead(world)
+
+    def _lead(self, world: World | None = None) -> dict[str, str]:
+        while True:
+            with Interruption(grace=self.grace) as interruption:
+                states = work(
+                    self.run,
+                    self.cells,
+                    executor="slurm",
+                    threads=self.threads,
+                    stop=interruption.asked,
+                    world=world,
+                )
+            if "interrupted" not in states.values():
+                return states
+            interruption.give_way()
+            what = _fate()
+            if what == "preempted":
+                _requeue()
+            elif what == "ended":
+                sys.exit(128 + signal.SIGTERM)
+
+    def checkpoint(self) -> Any:
+        """submitit calls this when a signal comes before `__call__` does: the same again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _meeting() -> Path:
+    """Where the processes of this life of the job meet."""
+    from submitit.core.job_environment import JobEnvironment
+
+    life = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return Path(os.environ["SUBMITIT_FOLDER"]) / f"{JobEnvironment().job_id}_{life}.meeting"
+
+
+def _fate() -> str | None:
+    """What Slurm means to do with this job; None when it does not say so within `_PATIENCE`."""
+    deadline = time.monotonic() + _PATIENCE
+    while (found := scheduler.fate(os.environ["SLURM_JOB_ID"])) is None and time.monotonic() < deadline:
+        time.sleep(2.0)
+    return found
+
+
+def _requeue(number: int = 0, frame: FrameType | None = None) -> None:
+    """Put this job back into the queue and end. Returns where Slurm refuses: then it is better to go on."""
+    job = os.environ["SLURM_JOB_ID"]
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= ROUNDS:
+        sys.exit(f"klab: requeued {ROUNDS} times; giving up")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        if done.returncode == 0:
+            print(f"klab: requeued job {job}", file=sys.stderr, flush=True)
+            sys.exit(0)
+        print(f"klab: could not requeue job {job}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+        if "Unable to contact" not in done.stderr or time.monotonic() > deadline:
+            return
+        time.sleep(2.0)
+
+
+def heal(run: str, number: int) -> None:
+    """Write this job's pickle where its launcher died between `sbatch` and putting it in place."""
+    from klab.harness.dispatch.slurm.submission import folder, read
+    from submitit.core.job_environment import JobEnvironment
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    path = folder(Run.open(run).jobs, number)
+    submission = read(path)
+    if submission is None:
+        sys.exit(f"klab: {path} holds no submission")
+    os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
+    environment = JobEnvironment()
+    index = int(environment.array_task_id or 0)
+    delayed = DelayedSubmission(Task(run, submission.cells[index], submission.threads, processes=submission.processes))
+    delayed.set_timeout(ROUNDS, ROUNDS)
+    target = JobPaths(path, job_id=environment.job_id).submitted_pickle
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    delayed.dump(temporary)
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    heal(sys.argv[1], int(sys.argv[2]))

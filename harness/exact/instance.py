@@ -1,0 +1,112 @@
+"""The standard setting on which cells are compared: one prompt, V symbols, H steps, a random binary reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from klab.grid import Objective
+from klab.harness.exact.drift import inner_updates, random_drift
+from klab.harness.exact.estimators import couples_trajectories
+from klab.harness.exact.report import DEFAULT_SAMPLES, EstimatorReport, report
+from klab.harness.exact.tabular import TabularPolicy
+from klab.harness.exact.tabular_setting import Setting
+from klab.harness.exact.updates import (
+    LARGEST_GROUPS,
+    Updates,
+    count_groups,
+    every_group,
+    every_trajectory,
+    sampled_updates,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A random behaviour policy (logits of standard deviation 1), reference (0.5 further) and reward in {0, 1}, from a
+    seed.
+
+    The reward is 1 on a random half of the trajectories.
+    """
+
+    vocabulary: int = 3
+    horizon: int = 3
+    seed: int = 0
+    end: int | None = None
+    behaviour: TabularPolicy = field(init=False)
+    reference: TabularPolicy = field(init=False)
+    reward: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        behaviour = TabularPolicy.random(self.vocabulary, self.horizon, generator=generator, end=self.end)
+        object.__setattr__(self, "behaviour", behaviour)
+        object.__setattr__(self, "reference", behaviour.perturbed(0.5, generator))
+        every = len(behaviour.trajectories)
+        accepted = torch.randperm(every, generator=generator) < every / 2
+        object.__setattr__(self, "reward", accepted.to(torch.float64))
+
+    def at(self, policy: TabularPolicy) -> Setting:
+        """The setting whose current policy is `policy`."""
+        return Setting(policy, self.behaviour, self.reference, self.reward)
+
+    def perturbed(self, scale: float) -> Setting:
+        """The setting after random drift of standard deviation `scale` (0: on-policy)."""
+        return self.at(
+            self.behaviour
+            if scale == 0.0
+            else random_drift(self.behaviour, scale, torch.Generator().manual_seed(self.seed + 1))
+        )
+
+    def updated(self, objective: Objective, group_size: int, updates: int) -> list[Setting]:
+        """The settings after 1, ..., `updates` inner updates of the cell itself."""
+        policies = inner_updates(
+            objective, self.behaviour, self.reference, self.reward, group_size, updates,
+            generator=torch.Generator().manual_seed(self.seed + 2),
+        )  # fmt: skip
+        return [self.at(policy) for policy in policies]
+
+
+class Draws:
+    """The updates over which cells are measured, drawn from one behaviour policy once and shared by all cells.
+
+    Sharing them (common random numbers) makes differences between cells far less noisy than the cells themselves.
+
+    Args:
+        behaviour: the policy that trajectories come from.
+        samples: trajectories of each Monte Carlo estimate.
+        largest: most multisets of trajectories that are enumerated instead.
+        seed: random state of the draws.
+    """
+
+    def __init__(
+        self, behaviour: TabularPolicy, samples: int = DEFAULT_SAMPLES, largest: int = LARGEST_GROUPS, seed: int = 0
+    ) -> None:
+        self.behaviour = behaviour
+        self.samples = samples
+        self.largest = largest
+        self.seed = seed
+        self._known: dict[int, Updates] = {}
+
+    def updates_for(self, objective: Objective, fixed_length: bool, group_size: int) -> Updates:
+        """Enumerated trajectories, enumerated groups or a shared sample of groups, as in `estimator_report`."""
+        if not couples_trajectories(objective, fixed_length):
+            return self._remembered(0)
+        return self._remembered(group_size)
+
+    def _remembered(self, group_size: int) -> Updates:
+        if group_size not in self._known:
+            self._known[group_size] = self._drawn(group_size)
+        return self._known[group_size]
+
+    def _drawn(self, group_size: int) -> Updates:
+        if group_size == 0:
+            return every_trajectory(self.behaviour)
+        if count_groups(len(self.behaviour.trajectories), group_size) <= self.largest:
+            return every_group(self.behaviour, group_size)
+        generator = torch.Generator().manual_seed(self.seed)
+        return sampled_updates(self.behaviour, group_size, max(2, self.samples // group_size), generator)
+
+    def report(self, objective: Objective, setting: Setting, group_size: int) -> EstimatorReport:
+        """`estimator_report` over the shared updates."""
+        return report(objective, setting, self.updates_for(objective, setting.fixed_length, group_size))

@@ -1,0 +1,182 @@
+"""The setting of a measurement: current, behaviour and reference policy and a reward, tabulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from klab.grid import Objective
+from klab.harness.exact.gradients import Scale, exact_gradient
+from klab.harness.exact.tabular import Reward, TabularPolicy, Trajectories
+from klab.harness.objective import TokenBatch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where the tokens of U updates of N trajectories stand.
+
+    Attributes:
+        members: long `[U, N]`, indices of trajectories.
+        entries: long `[U, N * H]`, the entry (context * V + symbol) of the flattened logits that each token picks.
+        own: float64 `[U, N * H]`, 1 on own tokens.
+        tokens: `[U]`, own tokens of each update.
+    """
+
+    members: Tensor
+    entries: Tensor
+    own: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, members: Tensor, trajectories: Trajectories, vocabulary: int) -> Layout:
+        entries = (trajectories.contexts * vocabulary + trajectories.tokens)[members].flatten(1)
+        own = trajectories.mask[members].flatten(1).to(torch.float64)
+        return cls(members, entries, own, own.sum(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Three policies over the same trajectories and a reward (see `tabular.Reward`).
+
+    Raises:
+        ValueError: the policies differ in shape or in their end symbol.
+    """
+
+    policy: TabularPolicy
+    behaviour: TabularPolicy
+    reference: TabularPolicy
+    reward: Reward
+
+    def __post_init__(self) -> None:
+        for other in (self.behaviour, self.reference):
+            if other.logits.shape != self.policy.logits.shape or other.end != self.policy.end:
+                raise ValueError("policy, behaviour and reference must have the same shape and end symbol")
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        """Every trajectory, lexicographic."""
+        return self.policy.trajectories
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """Reward of each trajectory, `[M]`."""
+        return self.policy.reward_of(self.reward).detach()
+
+    @cached_property
+    def fixed_length(self) -> bool:
+        """Whether every trajectory has the same number of tokens."""
+        return self.policy.end is None or self.policy.horizon == 1
+
+    @cached_property
+    def mean_length(self) -> float:
+        """Expected own tokens of a trajectory of the behaviour policy."""
+        return float((self._probabilities * self.trajectories.lengths).sum())
+
+    def batch(self, members: Tensor, groups: Tensor, with_logits: bool) -> TokenBatch:
+        """The token batch of the trajectories `members`.
+
+        Args:
+            members: indices of trajectories, long `[N]`.
+            groups: the group of each, long `[N]`.
+            with_logits: whether to include both logit tensors, which the estimator `full` reads.
+        """
+        return TokenBatch(
+            logp=self.logp[members],
+            logp_behaviour=self.logp_behaviour[members],
+            logp_reference=self.logp_reference[members],
+            mask=self.trajectories.mask[members],
+            rewards=self.rewards[members],
+            groups=groups,
+            max_new_tokens=self.policy.horizon,
+            logits=self.logits[members] if with_logits else None,
+            logits_reference=self.logits_reference[members] if with_logits else None,
+            greedy_rewards=self._greedy_reward.expand(members.shape),
+        )
+
+    def parameter_gradients(self, layout: Layout, logp_gradient: Tensor, logits_gradient: Tensor | None) -> Tensor:
+        """Chain per-token gradients of each update to the policy's logits.
+
+        Args:
+            layout: U updates of N trajectories.
+            logp_gradient: gradient with respect to each token's log-probability, `[U, N, H]`.
+            logits_gradient: gradient with respect to the logits themselves, `[U, N, H, V]`.
+
+        Returns:
+            `[U, contexts * V]`, summed over the trajectories of each update.
+        """
+        rows, vocabulary = self.policy.logits.shape
+        picked = torch.zeros(len(layout.members), rows * vocabulary, dtype=torch.float64)
+        picked.scatter_add_(1, layout.entries, logp_gradient.flatten(1))
+        per_context = picked.view(-1, rows, vocabulary)
+        gradients = per_context - per_context.sum(-1, keepdim=True) * self._conditionals
+        if logits_gradient is not None:
+            contexts = (layout.entries // vocabulary)[..., None].expand(-1, -1, vocabulary)
+            gradients.scatter_add_(1, contexts, logits_gradient.flatten(1, 2))
+        return gradients.flatten(1)
+
+    def truth(self, objective: Objective) -> Tensor:
+        """The gradient that the cell is measured against, `[contexts, V]`.
+
+        It is the gradient of E[R] - beta * KL(pi || reference) at the current policy: KL summed over tokens, or
+        averaged over each trajectory's own tokens where the cell divides its returns by the length (`kl_scale: mean` in
+        use); without the KL where the cell has none that acts. It is multiplied by the factor that the aggregation puts
+        on every token: 1 for `sequence_sum`, 1/H_max for `constant`, 1/E[H] for `sequence_mean` and `token_mean`. Only
+        the canonical form counts, so that two spellings of one algorithm have one truth.
+        """
+        active = objective.canonical()
+        scale: Scale = "mean" if active.get("placement.kl_scale") == "mean" else "sum"
+        return self.true_gradient(float(active.get("placement.beta", 0.0)), scale) * self.aggregation_factor(objective)
+
+    def aggregation_factor(self, objective: Objective) -> float:
+        """What the aggregation multiplies a token's term by, on average: see `truth`."""
+        factors = {"sequence_sum": 1.0, "constant": 1.0 / self.policy.horizon}
+        return factors.get(objective.aggregation, 1.0 / self.mean_length)
+
+    def true_gradient(self, beta: float, scale: Scale) -> Tensor:
+        """`exact_gradient` at the current policy, remembered per (beta, scale)."""
+        if (beta, scale) not in self._truths:
+            self._truths[beta, scale] = exact_gradient(self.policy, self.reference, self.reward, beta, "reverse", scale)
+        return self._truths[beta, scale]
+
+    @cached_property
+    def _truths(self) -> dict[tuple[float, Scale], Tensor]:
+        return {}
+
+    @cached_property
+    def _probabilities(self) -> Tensor:
+        return self.behaviour.probabilities().detach()
+
+    @cached_property
+    def _conditionals(self) -> Tensor:
+        return self.policy.conditionals().detach()
+
+    @cached_property
+    def logp(self) -> Tensor:
+        """Log-probability of each token under the current policy, `[M, H]`."""
+        return self.policy.token_logp().detach()
+
+    @cached_property
+    def logp_behaviour(self) -> Tensor:
+        """The same under the behaviour policy."""
+        return self.behaviour.token_logp().detach()
+
+    @cached_property
+    def logp_reference(self) -> Tensor:
+        """The same under the reference policy."""
+        return self.reference.token_logp().detach()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits behind each token under the current policy, `[M, H, V]`."""
+        return self.policy.token_logits().detach()
+
+    @cached_property
+    def logits_reference(self) -> Tensor:
+        """The same under the reference policy."""
+        return self.reference.token_logits().detach()
+
+    @cached_property
+    def _greedy_reward(self) -> Tensor:
+        return self.rewards[self.behaviour.greedy()]

@@ -1,0 +1,151 @@
+"""The policy that cells start from, also their reference: a pretrained checkpoint, or a tiny one warmed up here."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from klab.grid.errors import Mistake
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.harness.policy.init.sft_warmup import Progress, warm_up
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.tasks.task import Task
+
+_TRAINED = ("lora", "gradient_checkpointing")
+"""Settings of a policy that say how it is trained, not where it starts."""
+
+_OTHER_FORMATS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*")
+"""Files of a model on the hub that PyTorch does not read."""
+
+VERSION = 1
+"""Of the warm-up procedure; part of every policy's address."""
+
+
+def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None) -> Path:
+    """Folder of the checkpoint that a cell starts from.
+
+    A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built
+    under a file lock and renamed into place when complete, so that any number of processes may ask for it at once.
+
+    Args:
+        section: the grid's policy section, `tiny` or `hf`.
+        task: the task to warm up on.
+        task_section: its section; identifies it.
+        cache: the folder of shared policies.
+        progress: called as `progress(update, updates_max, accuracy)` after each evaluation of a warm-up.
+
+    Raises:
+        Mistake: no such checkpoint; a task without alphabet or solutions; a warm-up that ends outside 0.2..0.5.
+    """
+    if section.name != "tiny":
+        return _pretrained(section.model, section.revision)
+    cache, digest = Path(cache), address(section, task_section)
+    folder = cache / digest
+    if _complete(folder):
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"{digest}.lock"):
+        if not _complete(folder):
+            _build(folder, section, task, task_section, progress)
+    return folder
+
+
+def address(section: Any, task_section: Any) -> str:
+    """Name of a tiny policy's folder: a hash of all that it is made from."""
+    return hashlib.sha256(json.dumps(_identity(section, task_section), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _identity(section: Any, task_section: Any) -> dict[str, Any]:
+    policy = {name: value for name, value in _fields(section).items() if name not in _TRAINED}
+    return {"version": VERSION, "policy": policy, "task": _fields(task_section)}
+
+
+def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> Any:
+    """The transformers configuration of a tiny policy."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    families = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    own = {"head_dim": section.hidden // section.heads} if section.family == "qwen3" else {}
+    return families[section.family](
+        vocab_size=vocabulary,
+        hidden_size=section.hidden,
+        intermediate_size=section.intermediate,
+        num_hidden_layers=section.layers,
+        num_attention_heads=section.heads,
+        num_key_value_heads=section.kv_heads or section.heads,
+        max_position_embeddings=context,
+        initializer_range=section.hidden**-0.5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+        **own,
+    )
+
+
+def _pretrained(model: str, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise Mistake("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
+        return path
+    if path.is_absolute() or model.startswith("."):
+        raise Mistake("no such folder", key="policy.model", value=model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(_OTHER_FORMATS)))
+    except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        problem = f"neither a folder nor a model that can be downloaded: {reason}"
+        raise Mistake(problem, key="policy.model", value=model) from error
+
+
+def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: Progress | None) -> None:
+    if task.alphabet is None:
+        raise Mistake(
+            f"a tiny policy needs an alphabet, which task {task.name!r} does not have", key="policy.name", value="tiny"
+        )
+    tokenizer = character_tokenizer(task.alphabet)
+    longest = max(len(example.prompt) for example in task.split("train")[:256])
+    config = tiny_config(
+        section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), max(256, 4 * longest)
+    )
+    policy = Decoder.random(config, tokenizer, [section.warmup_seed], dtype=getattr(torch, section.dtype))
+    record = warm_up(policy, task, section.warmup_accuracy, section.warmup_updates_max, section.warmup_seed, progress)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        policy.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        (scratch / "warmup.json").write_text(
+            json.dumps({"schema": 1, **_identity(section, task_section), **record}, indent=1)
+        )
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "warmup.json").exists()
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    return dict(section.model_dump(mode="json")) if hasattr(section, "model_dump") else dict(vars(section))
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the system releases it when the process ends, however it ends."""
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,143 @@
+"""Supervised warm-up: train on reference solutions until the held-out accuracy is where reinforcement can begin."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from klab.grid.errors import Mistake
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.stacked.decoder import Decoder
+from klab.tasks.task import TURN_END, Example, Task
+from torch import Tensor
+
+LOW, HIGH = 0.2, 0.5
+BATCH, LEARNING_RATE, RAMP = 128, 3e-3, 50
+EVALUATE_EVERY, EVALUATION_EXAMPLES, PATIENCE = 10, 256, 40
+
+Progress = Callable[[int, int, float], None]
+"""`progress(update, updates_max, accuracy)`."""
+
+
+def warm_up(
+    policy: Decoder, task: Task, target: float, updates_max: int, seed: int, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train a policy of one cell in place until its accuracy first reaches `target`.
+
+    Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn
+    for each of 256 held-out examples. A step over the upper limit is undone, and repeated at a quarter of the
+    learning rate. An accuracy inside 0.2..0.5 that has not improved for 40 evaluations is taken as it is.
+
+    Returns:
+        a record: updates, accuracy, examples seen.
+
+    Raises:
+        Mistake: no reference solutions, or an accuracy outside 0.2..0.5 after `updates_max` updates.
+    """
+    train, held_out = task.split("train"), task.split("held_out")
+    if not train[0].solution:
+        raise Mistake("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
+    chooser = random.Random(f"warm-up {seed}")
+    examples = [held_out[i] for i in range(min(EVALUATION_EXAMPLES, len(held_out)))]
+    optimizer = torch.optim.Adam(list(policy.parameters.values()), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    rate, update, accuracy = LEARNING_RATE, 0, 0.0
+    best, waited = 0.0, 0
+    kept = _snapshot(policy)
+    while accuracy < target and update < updates_max and not (waited >= PATIENCE and accuracy >= LOW):
+        for _ in range(min(EVALUATE_EVERY, updates_max - update)):
+            update += 1
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, update / RAMP)
+            batch = [train[chooser.randrange(len(train))] for _ in range(BATCH)]
+            optimizer.zero_grad()
+            rollout = solved(policy, task, batch)
+            torch.autograd.backward(-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum())
+            optimizer.step()
+        accuracy = sampled_accuracy(policy, task, examples, seed)
+        if progress is not None:
+            progress(update, updates_max, accuracy)
+        if accuracy > HIGH:
+            _restore(policy, kept)
+            accuracy, rate = 0.0, rate / 4
+        else:
+            kept = _snapshot(policy)
+        best, waited = max(best, accuracy), 0 if accuracy > best else waited + 1
+    if not LOW <= accuracy <= HIGH:
+        raise Mistake(
+            f"the warm-up ended at an accuracy of {accuracy:.2f} after {update} updates, outside {LOW}..{HIGH}",
+            key="policy.warmup_updates_max",
+            value=updates_max,
+            hint="Allow more updates, enlarge the policy, or choose an easier task.",
+        )
+    return {"updates": update, "accuracy": accuracy, "examples": update * BATCH}
+
+
+def solved(policy: Decoder, task: Task, examples: Sequence[Example]) -> Rollout:
+    """The reference solutions as trajectories, one per example: the policy's turns, each with its end token, and
+    between them what the environment answers, which is no own token."""
+    tokenizer = policy.tokenizer
+    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
+    turns = [_turns(task, example) for example in examples]
+    pieces = iter(tokenizer([text for row in turns for text in row], add_special_tokens=False)["input_ids"])
+    rows: list[list[int]] = []
+    own: list[list[bool]] = []
+    for row in turns:
+        rows.append([])
+        own.append([])
+        for number in range(len(row)):
+            piece = [*next(pieces), *([] if number % 2 else [tokenizer.eos_token_id])]
+            rows[-1] += piece
+            own[-1] += [number % 2 == 0] * len(piece)
+    T = max(len(row) for row in rows)
+    device = policy.device
+    return Rollout(
+        prompts=[list(prompt) for prompt in prompts],
+        group_size=1,
+        tokens=torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device),
+        mask=torch.tensor([[*row, *[False] * (T - len(row))] for row in own], device=device),
+        present=torch.tensor([[i < len(row) for i in range(T)] for row in rows], device=device),
+        logp=torch.zeros(len(rows), T, device=device),
+        truncated=torch.zeros(len(rows), dtype=torch.bool, device=device),
+        texts=[e.solution.replace(TURN_END, "") for e in examples],
+    )
+
+
+def _turns(task: Task, example: Example) -> list[str]:
+    """A reference solution: the policy's turns, and between them the environment's answers."""
+    first, *later = example.solution.split(TURN_END)
+    turns = [first]
+    for turn in later:
+        turns += [task.respond(example, "".join(turns)) or "", turn]
+    return turns
+
+
+def sampled_accuracy(policy: Decoder, task: Task, examples: Sequence[Example], seed: int) -> float:
+    """Share of correct completions, one drawn per example at temperature 1."""
+    prompts = policy.tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
+    generator = torch.Generator(policy.device).manual_seed(seed)
+
+    def environment(cell: int, trajectory: int, transcript: str) -> str | None:
+        return task.respond(examples[trajectory], transcript)
+
+    drawn = sample(
+        policy,
+        [prompts],
+        group_size=1,
+        max_new_tokens=task.max_new_tokens,
+        generators=[generator],
+        environment=environment if getattr(task, "interactive", True) else None,
+    )[0]
+    return sum(task.score(e, text).correct for e, text in zip(examples, drawn.texts, strict=True)) / len(examples)
+
+
+def _snapshot(policy: Decoder) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in policy.parameters.items()}
+
+
+@torch.no_grad()
+def _restore(policy: Decoder, snapshot: dict[str, Tensor]) -> None:
+    for name, value in snapshot.items():
+        policy.parameters[name].copy_(value)

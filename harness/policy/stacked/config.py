@@ -1,0 +1,152 @@
+"""What the stacked decoder needs to know of a Llama, Qwen2 or Qwen3 configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from klab.grid.errors import Mistake
+from torch import Tensor
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes and switches of a decoder.
+
+    Attributes:
+        qkv_bias, out_bias, mlp_bias: whether those projections have a bias.
+        qk_norm: RMS norm on each head's queries and keys (Qwen3).
+        tied: whether the output layer is the embedding.
+        context: the longest sequence that the rotary embedding was made for.
+    """
+
+    family: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    norm_eps: float
+    initializer_range: float
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    context: int
+
+    @classmethod
+    def of(cls, config: Any) -> Architecture:
+        """From a transformers configuration.
+
+        Raises:
+            Mistake: another family, an activation other than SiLU, or sliding-window attention.
+        """
+        family = str(config.model_type)
+        if family not in FAMILIES:
+            raise Mistake("not in the stacked decoder", key="model_type", value=family, allowed=FAMILIES)
+        if config.hidden_act != "silu":
+            raise Mistake("unsupported activation", key="hidden_act", value=config.hidden_act, allowed=("silu",))
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise Mistake("sliding-window attention is not supported", key="use_sliding_window", value=True)
+        bias = bool(getattr(config, "attention_bias", False))
+        return cls(
+            family=family,
+            vocabulary=config.vocab_size,
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            norm_eps=config.rms_norm_eps,
+            initializer_range=config.initializer_range,
+            qkv_bias=bias or family == "qwen2",
+            out_bias=bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            tied=bool(config.tie_word_embeddings),
+            context=config.max_position_embeddings,
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of one cell; matrices are [in, out]."""
+        wide = (self.heads + 2 * self.kv_heads) * self.head_size
+        found: dict[str, tuple[int, ...]] = {"embedding": (self.vocabulary, self.hidden)}
+        for layer in range(self.layers):
+            at = f"layers.{layer}."
+            found[at + "input_norm"] = (self.hidden,)
+            found[at + "qkv"] = (self.hidden, wide)
+            if self.qkv_bias:
+                found[at + "qkv_bias"] = (wide,)
+            if self.qk_norm:
+                found[at + "q_norm"] = (self.head_size,)
+                found[at + "k_norm"] = (self.head_size,)
+            found[at + "out"] = (self.heads * self.head_size, self.hidden)
+            if self.out_bias:
+                found[at + "out_bias"] = (self.hidden,)
+            found[at + "mlp_norm"] = (self.hidden,)
+            found[at + "gate_up"] = (self.hidden, 2 * self.intermediate)
+            if self.mlp_bias:
+                found[at + "gate_up_bias"] = (2 * self.intermediate,)
+            found[at + "down"] = (self.intermediate, self.hidden)
+            if self.mlp_bias:
+                found[at + "down_bias"] = (self.hidden,)
+        found["norm"] = (self.hidden,)
+        if not self.tied:
+            found["head"] = (self.hidden, self.vocabulary)
+        return found
+
+
+class Rotary:
+    """Cosines and sines of the rotary position embedding, in float32 like transformers', for every static scaling.
+
+    Attributes:
+        tables: by type of number and device, replaced by larger ones as positions grow.
+
+    Raises:
+        Mistake: a scaling whose frequencies depend on the length of the input (`dynamic`, `longrope`).
+    """
+
+    def __init__(self, config: Any, head_size: int) -> None:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        parameters = config.rope_parameters
+        kind = parameters.get("rope_type", "default")
+        self.scaling = 1.0
+        if kind == "default":
+            base = parameters["rope_theta"]
+            self.frequencies = 1.0 / (base ** (torch.arange(0, head_size, 2, dtype=torch.float) / head_size))
+        elif kind in ("linear", "llama3", "yarn"):
+            self.frequencies, self.scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        else:
+            raise Mistake(
+                "unsupported rotary scaling",
+                key="rope_parameters.rope_type",
+                value=kind,
+                allowed=("default", "linear", "llama3", "yarn"),
+            )
+        self.tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype, limit: int) -> tuple[Tensor, Tensor]:
+        """Factors [..., head_size] at `positions` (below `limit`): cosines twice, and sines with the first half
+        negated.
+
+        With swap(x) the vector with its halves exchanged, the embedding of x is x · cosines + swap(x) · sines.
+        """
+        key = (dtype, positions.device)
+        cosines, sines = self.tables.get(key, (None, None))
+        if cosines is None or sines is None or len(cosines) < limit:
+            angles = torch.arange(max(limit, 64)).float()[:, None] * self.frequencies[None, :]
+            cosine, sine = angles.cos() * self.scaling, angles.sin() * self.scaling
+            cosines = torch.cat((cosine, cosine), -1).to(positions.device, dtype)
+            sines = torch.cat((-sine, sine), -1).to(positions.device, dtype)
+            self.tables[key] = (cosines, sines)
+        flat = positions.reshape(-1)
+        shape = (*positions.shape, cosines.shape[-1])
+        return cosines.index_select(0, flat).view(shape), sines.index_select(0, flat).view(shape)

@@ -1,0 +1,189 @@
+"""Low-rank adapters (Hu et al. 2021) of stacked cells over one frozen base, saved as ordinary PEFT adapter folders.
+
+Cell c computes x·W + (alpha/rank)·x·A[c]·B[c], with W stored once for all cells, A [C, in, rank] and B [C, rank, out].
+The decoder's joined matrices carry an adapter per projection of the transformers model, as PEFT has them. Over a base
+of 16 bits, adapters are float32 and their products are computed in it (PEFT's `autocast_adapter_dtype`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from klab.grid.errors import Mistake
+from klab.harness.policy.stacked.config import Architecture
+from klab.harness.policy.stacked.layers import linear
+from torch import Tensor
+
+PROJECTIONS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The matrices of a layer, and the projections whose outputs stand in them side by side."""
+
+TARGETS = tuple(part for parts in PROJECTIONS.values() for part in parts)
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The adapters of an architecture.
+
+    Attributes:
+        rank, alpha: the products are multiplied by alpha/rank.
+        targets: the projections that have one, in every layer.
+        sizes: [in, out] of every projection.
+        layers: of the architecture.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    sizes: dict[str, tuple[int, int]]
+    layers: int
+
+    @classmethod
+    def of(cls, section: Any, architecture: Architecture) -> Adapters:
+        """From the grid's `policy.lora`.
+
+        Raises:
+            Mistake: no targets, or one that the decoder's layers do not have.
+        """
+        chosen = TARGETS if section.targets == "all-linear" else tuple(section.targets)
+        for name in chosen or ("",):
+            if name not in TARGETS:
+                allowed = ("all-linear", *TARGETS)
+                raise Mistake("no such linear layer", key="policy.lora.targets", value=name, allowed=allowed)
+        a = architecture
+        wide, narrow = a.heads * a.head_size, a.kv_heads * a.head_size
+        sizes = {
+            "q_proj": (a.hidden, wide),
+            "k_proj": (a.hidden, narrow),
+            "v_proj": (a.hidden, narrow),
+            "o_proj": (wide, a.hidden),
+            "gate_proj": (a.hidden, a.intermediate),
+            "up_proj": (a.hidden, a.intermediate),
+            "down_proj": (a.intermediate, a.hidden),
+        }
+        return cls(section.rank, section.alpha, tuple(n for n in TARGETS if n in chosen), sizes, a.layers)
+
+    def initial(self, seeds: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """One cell per seed, on the CPU: A uniform in ±1/√in (PEFT's kaiming_uniform with a = √5), B zero."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = {}
+        for layer in range(self.layers):
+            for part in self.targets:
+                inputs, outputs = self.sizes[part]
+                drawn = [(2 * torch.rand(inputs, self.rank, generator=each) - 1) * inputs**-0.5 for each in generators]
+                found[f"layers.{layer}.{part}.A"] = torch.stack(drawn).to(dtype)
+                found[f"layers.{layer}.{part}.B"] = torch.zeros(len(seeds), self.rank, outputs, dtype=dtype)
+        return found
+
+    def added(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+        """The output [A, M, out] of matrix `name` for x [A, M, in], with what its adapters add."""
+        at, kind = name.rsplit(".", 1)
+        parts = PROJECTIONS[kind]
+        if not any(part in self.targets for part in parts):
+            return out
+        pieces = torch.split(out, [self.sizes[part][1] for part in parts], -1)
+        changed = [self._changed(p, x, weights, f"{at}.{part}") for p, part in zip(pieces, parts, strict=True)]
+        return torch.cat(changed, -1) if len(changed) > 1 else changed[0]
+
+    def _changed(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+        down, up = weights.get(name + ".A"), weights.get(name + ".B")
+        if down is None or up is None:
+            return out
+        product = linear(linear(x.to(down.dtype), down, None), up, None)
+        return torch.add(out, product, alpha=self.scaling).to(out.dtype)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @torch.no_grad()
+    def merged(self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One cell's weights with its adapters multiplied out: W + (alpha/rank)·A·B."""
+        found = dict(base)
+        for layer in range(self.layers):
+            for kind, parts in PROJECTIONS.items():
+                changes = [self._change(adapters, f"layers.{layer}.{part}", base["embedding"]) for part in parts]
+                name = f"layers.{layer}.{kind}"
+                found[name] = (base[name] + torch.cat(changes, -1)).to(base[name].dtype)
+        return found
+
+    def _change(self, adapters: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+        down, up = adapters.get(name + ".A"), adapters.get(name + ".B")
+        if down is None or up is None:
+            return like.new_zeros(self.sizes[name.rsplit(".", 1)[1]])
+        return (down @ up) * self.scaling
+
+
+def write_adapters(
+    folder: Path, settings: Adapters, base: str, revision: str | None, adapters: Mapping[str, Tensor]
+) -> None:
+    """One cell's adapters as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
+
+    Args:
+        base, revision: folder or hub id of the model they belong to.
+        adapters: A [in, rank] and B [rank, out] of every target.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": list(settings.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(described, indent=1))
+    state = {_source(name): value.t().contiguous() for name, value in adapters.items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapters(folder: str | Path, settings: Adapters) -> dict[str, Tensor]:
+    """The inverse of `write_adapters`.
+
+    Raises:
+        Mistake: no adapters there, or others than the settings say.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
+        raise Mistake("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
+    described = json.loads((path / CONFIG).read_text())
+    mine = (settings.rank, settings.alpha, sorted(settings.targets))
+    theirs = (described.get("r"), described.get("lora_alpha"), sorted(described.get("target_modules") or ()))
+    if mine != theirs:
+        raise Mistake(f"adapters (rank, alpha, targets) {theirs}, the policy has {mine}", file=folder)
+    state, found = load_file(path / WEIGHTS), {}
+    for layer in range(settings.layers):
+        for part in settings.targets:
+            inputs, outputs = settings.sizes[part]
+            for end, shape in (("A", (inputs, settings.rank)), ("B", (settings.rank, outputs))):
+                name = f"layers.{layer}.{part}.{end}"
+                value = state.get(_source(name))
+                if value is None or tuple(value.t().shape) != shape:
+                    raise Mistake(f"no tensor {_source(name)!r} of the shape that the policy has", file=folder)
+                found[name] = value.t()
+    return found
+
+
+def _source(name: str) -> str:
+    """The name of an adapter's tensor in a PEFT checkpoint."""
+    _, layer, part, end = name.split(".")
+    block = "mlp" if part in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"base_model.model.model.layers.{layer}.{block}.{part}.lora_{end}.weight"

@@ -1,0 +1,115 @@
+"""Groups whose rewards are all equal, and dynamic sampling: which of the groups drawn for a rollout its updates use.
+
+Rewards are the task's, before any charge for length. A reward that is NaN equals nothing: its group is kept, and the
+update that it spoils is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from klab.harness.policy.rollout import Rollout
+from klab.tasks.task import Example
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """P groups of one cell that were drawn together; N = P × group_size.
+
+    Attributes:
+        examples: P, what each group answers.
+        rollout: their trajectories.
+        rewards, correct: float [N].
+    """
+
+    examples: list[Example]
+    rollout: Rollout
+    rewards: Tensor
+    correct: Tensor
+
+    def groups(self, chosen: Sequence[int]) -> Draw:
+        """Some of the groups, in this order."""
+        rows = group_rows(chosen, self.rollout.group_size).to(self.rewards.device)
+        examples = [self.examples[g] for g in chosen]
+        return Draw(examples, self.rollout.rows(chosen), self.rewards[rows], self.correct[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Draw]) -> Draw:
+        """The groups of several draws one after the other."""
+        return cls(
+            [example for part in parts for example in part.examples],
+            Rollout.joined([part.rollout for part in parts]),
+            torch.cat([part.rewards for part in parts]),
+            torch.cat([part.correct for part in parts]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What dynamic sampling drew for a rollout, used or not.
+
+    Attributes:
+        groups, tokens: how many; tokens are the policy's own.
+        unused: the tokens of the groups that the rollout does not have.
+        reward_mean, reward_std, correct: of the first draw, whose prompts nobody has chosen by their rewards: how good
+            the policy is, which the groups that are used do not tell.
+    """
+
+    groups: int
+    tokens: int
+    unused: int
+    reward_mean: float
+    reward_std: float
+    correct: float
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], used: Draw) -> Drawn:
+        rewards = draws[0].rewards.double()
+        tokens = sum(int(draw.rollout.mask.sum()) for draw in draws)
+        return cls(
+            groups=sum(len(draw.examples) for draw in draws),
+            tokens=tokens,
+            unused=tokens - int(used.rollout.mask.sum()),
+            reward_mean=float(rewards.mean()),
+            reward_std=float(rewards.std(correction=0)),
+            correct=float(draws[0].correct.mean()),
+        )
+
+
+def uneven(rewards: Tensor, group_size: int) -> list[int]:
+    """The groups of rewards [N] in which not all are equal."""
+    by_group = rewards.view(-1, group_size)
+    return (by_group != by_group[:, :1]).any(1).nonzero().flatten().tolist()
+
+
+def missing(draws: Sequence[Draw], count: int) -> int:
+    """How many of `count` groups with unequal rewards have not been found yet."""
+    found = sum(len(uneven(draw.rewards, draw.rollout.group_size)) for draw in draws)
+    return max(0, count - found)
+
+
+def filled(draws: Sequence[Draw], count: int) -> Draw:
+    """`count` groups: those with unequal rewards, first come first, then the equal ones of the first draw.
+
+    Args:
+        count: at most the groups of the first draw.
+    """
+    parts, left = [], count
+    for draw in draws:
+        chosen = uneven(draw.rewards, draw.rollout.group_size)[:left]
+        if chosen:
+            parts.append(draw.groups(chosen))
+            left -= len(chosen)
+    if left:
+        first = draws[0]
+        used = set(uneven(first.rewards, first.rollout.group_size))
+        parts.append(first.groups([g for g in range(len(first.examples)) if g not in used][:left]))
+    return Draw.joined(parts)
+
+
+def group_rows(groups: Sequence[int], size: int) -> Tensor:
+    """The rows [len(groups) · size] of whole groups."""
+    return (torch.tensor(groups, dtype=torch.long)[:, None] * size + torch.arange(size)).flatten()

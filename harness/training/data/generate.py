@@ -1,0 +1,97 @@
+"""Completions of some examples, sampled by every cell of a pack with random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.sampling.categorical import Stretch
+from klab.harness.policy.sampling.trajectory_builder import Environment
+from klab.harness.training.data.prompts import encode
+from klab.harness.training.data.sampler_mismatch import Sample
+from klab.harness.training.microbatch import WHOLE, Limit
+from klab.harness.training.packed_cell import CellFailure, Member
+from klab.harness.training.runtime.rng import generator
+from klab.tasks.task import Example
+
+
+def draw(
+    policy: Policy,
+    members: Sequence[Member],
+    examples: Sequence[Sequence[Example]],
+    group_size: int,
+    purpose: tuple[int | str, ...] | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seeded: bool = True,
+    sampler: Sample = sample,
+    positions: Sequence[int] | None = None,
+    limit: Limit = WHOLE,
+    share: range | None = None,
+) -> list[Rollout]:
+    """Completions of each cell's examples.
+
+    Args:
+        purpose: names the random draw, None is greedy decoding.
+        seeded: an unseeded draw is the same for all seeds.
+        sampler: who draws.
+        positions: where the members stand in their pack, if they are not all of it.
+        limit: what may be sampled at once; trajectories get the random numbers that they would have without it.
+        share: only of these examples of each cell, with the random numbers that they have among all of them.
+    """
+    share = range(len(examples[0])) if share is None else share
+    draws = [(*(purpose or ("greedy",)), member.cell.seed if seeded else "every seed") for member in members]
+    prompts = [
+        encode(policy, member, listed[share.start : share.stop])
+        for member, listed in zip(members, examples, strict=True)
+    ]
+    cuts = [limit.draws([len(p) for p in listed], group_size, members[0].max_new_tokens) for listed in prompts]
+    found: list[list[Rollout]] = [[] for _ in members]
+    for turn in range(max(map(len, cuts))):
+        cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
+        starts = [share.start + cuts[c][turn].start for c in cells]
+        sampled = sampler(
+            policy if len(cells) == len(members) else policy.only(cells),
+            [prompts[c][cuts[c][turn]] for c in cells],
+            group_size=group_size,
+            max_new_tokens=members[0].max_new_tokens,
+            generators=[
+                Stretch(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
+                for c, start in zip(cells, starts, strict=True)
+            ],
+            temperature=temperature,
+            top_p=top_p,
+            greedy=purpose is None,
+            environment=_environment(
+                [members[c] for c in cells],
+                [examples[c][start:] for c, start in zip(cells, starts, strict=True)],
+                group_size,
+                [(positions or range(len(members)))[c] for c in cells],
+            ),
+        )
+        for c, rollout in zip(cells, sampled, strict=True):
+            found[c].append(rollout)
+    return [Rollout.joined(parts) for parts in found]
+
+
+def _environment(
+    members: Sequence[Member], examples: Sequence[Sequence[Example]], group_size: int, positions: Sequence[int]
+) -> Environment | None:
+    """The tasks' answers to what the policies write; None where no task ever answers, which spares much asking."""
+    if not any(getattr(member.task, "interactive", True) for member in members):
+        return None
+
+    def answer(cell: int, trajectory: int, transcript: str) -> str | None:
+        example = examples[cell][trajectory // group_size]
+        try:
+            return members[cell].task.respond(example, transcript)
+        except Exception as error:
+            name = members[cell].task.name
+            raise CellFailure(
+                positions[cell],
+                f"the environment of task {name!r} raised {type(error).__name__}: {error} "
+                f"(prompt {example.prompt!r}, transcript {transcript!r})",
+            ) from error
+
+    return answer

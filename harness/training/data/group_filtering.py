@@ -1,0 +1,75 @@
+"""What an update makes of its minibatch: groups that leave it, tokens that stay out of the loss, and what is recorded.
+
+An update with nothing in its loss changes nothing: no step, no weight decay, and no coefficient moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from klab.harness.training.data.dynamic_sampling import uneven
+from klab.harness.training.data.minibatch import select
+from klab.harness.training.data.overlong import charges, left_out
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.sampler_mismatch import mismatch
+from klab.harness.training.metrics import Row, finite, sampled_figures
+from klab.harness.training.packed_cell import Member
+from torch import Tensor
+
+
+def remaining(member: Member, minibatch: Experience) -> Experience:
+    """The minibatch without its groups of equal rewards, where these are dropped.
+
+    Where none is left it is one group without own tokens, so that packs keep their forward pass.
+    """
+    if member.cell.training.equal_groups != "drop":
+        return minibatch
+    groups = uneven(minibatch.rewards, minibatch.rollout.group_size)
+    if groups:
+        return select(minibatch, groups)
+    one = select(minibatch, [0])
+    return replace(one, rollout=replace(one.rollout, mask=torch.zeros_like(one.rollout.mask)))
+
+
+def in_loss(member: Member, used: Experience) -> Tensor:
+    """bool [N, T], the tokens of the loss; see `klab.harness.objective.TokenBatch.in_loss`."""
+    out = left_out(member, used.rollout)
+    return used.rollout.mask if out is None else used.rollout.mask & ~out[:, None]
+
+
+def silent(member: Member, used: Experience) -> bool:
+    """Whether nothing is in the loss, because of what the cell drops or masks."""
+    training = member.cell.training
+    selects = training.equal_groups == "drop" or training.truncated == "mask"
+    return selects and not bool(in_loss(member, used).any())
+
+
+def figures(member: Member, minibatch: Experience, used: Experience) -> Row:
+    """The part of a row of metrics that tells of selection; empty for a cell that selects nothing.
+
+    Rewards, lengths and tokens are those of the minibatch before anything left it. With dynamic sampling rewards are
+    those of the first draw of the rollout, since its groups were chosen for theirs; `sampled_groups` and
+    `sampled_tokens` are what was drawn for the whole rollout, `unused_tokens` what of it the rollout does not have.
+    `kept_groups`: left after `equal_groups: drop`.
+    `loss_tokens`: in the loss. `overlong`: mean charge for length. See `sampling.mismatch` for the sampler's.
+    """
+    training, row = member.cell.training, Row()
+    if training.equal_groups == "drop":
+        row |= sampled_figures(minibatch)
+        row["kept_groups"] = len(uneven(minibatch.rewards, minibatch.rollout.group_size))
+    if minibatch.drawn is not None:
+        drawn = minibatch.drawn
+        row["reward_mean"], row["reward_std"] = finite(drawn.reward_mean), finite(drawn.reward_std)
+        row["correct"] = drawn.correct
+        row["sampled_groups"], row["sampled_tokens"] = drawn.groups, drawn.tokens
+        row["unused_tokens"] = drawn.unused
+    if training.equal_groups == "drop" or training.truncated == "mask":
+        row["loss_tokens"] = int(in_loss(member, used).sum())
+    if training.overlong_buffer is not None:
+        row["overlong"] = float(charges(minibatch.rollout, member).mean())
+    if training.sampler is not None and minibatch.recomputed is not None:
+        rollout = minibatch.rollout
+        found = mismatch(training.sampler, minibatch.recomputed, rollout.logp, rollout.mask)
+        row |= {name: finite(value) for name, value in found.items()}
+    return row

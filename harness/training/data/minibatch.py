@@ -1,0 +1,40 @@
+"""Cutting a rollout into minibatches of whole groups, one per update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from klab.harness.training.data.dynamic_sampling import group_rows
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.runtime.rng import permutation
+
+
+def minibatch(count: int, parts: int, part: int, *purpose: int | str) -> list[int]:
+    """The groups of one of `parts` equal minibatches; an epoch's parts cover each of the `count` groups once.
+
+    A rollout that is not split keeps its order; otherwise `purpose` (seed, rollout, epoch) names the random order.
+    """
+    if parts == 1:
+        return list(range(count))
+    order = permutation(count, "minibatches", *purpose)
+    size = count // parts
+    return sorted(order[part * size : (part + 1) * size])
+
+
+def select(experience: Experience, groups: Sequence[int]) -> Experience:
+    """The part of an experience that belongs to some groups."""
+    size = experience.rollout.group_size
+    if len(groups) == len(experience.rollout.prompts):
+        return experience
+    rows = group_rows(groups, size).to(experience.rewards.device)
+    return replace(
+        experience,
+        rollout=experience.rollout.rows(groups),
+        rewards=experience.rewards[rows],
+        correct=experience.correct[rows],
+        reference=experience.reference[rows],
+        greedy=None if experience.greedy is None else experience.greedy[rows],
+        values=None if experience.values is None else experience.values[rows],
+        recomputed=None if experience.recomputed is None else experience.recomputed[rows],
+    )

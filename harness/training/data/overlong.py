@@ -1,0 +1,46 @@
+"""Trajectories that are too long: what they cost, and whether the loss looks at them."""
+
+from __future__ import annotations
+
+from klab.grid.errors import Mistake
+from klab.harness.policy.rollout import Rollout
+from klab.harness.training.packed_cell import Member
+from torch import Tensor
+
+
+def training_rewards(member: Member, rollout: Rollout, rewards: Tensor) -> Tensor:
+    """What an update maximises, [N]: the task's rewards less what overlong completions cost.
+
+    The soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13), times `overlong_penalty`: nothing up to
+    budget − buffer own tokens, then linearly up to 1 at the budget.
+    """
+    training = member.cell.training
+    if training.overlong_buffer is None:
+        return rewards
+    return rewards - charges(rollout, member).to(rewards.dtype)
+
+
+def charges(rollout: Rollout, member: Member) -> Tensor:
+    """What each trajectory's length costs, float64 [N], at least 0."""
+    training = member.cell.training
+    buffer = training.overlong_buffer
+    assert buffer is not None
+    excess = rollout.mask.sum(1).double() - (member.max_new_tokens - buffer)
+    return training.overlong_penalty * (excess / buffer).clamp(0.0, 1.0)
+
+
+def left_out(member: Member, rollout: Rollout) -> Tensor | None:
+    """bool [N], the trajectories that the loss leaves out; None where it never does."""
+    return rollout.truncated if member.cell.training.truncated == "mask" else None
+
+
+def check_buffer(member: Member) -> None:
+    """Raises a Mistake where the buffer is longer than the budget, which the task may have set."""
+    buffer = member.cell.training.overlong_buffer
+    if buffer is not None and buffer > member.max_new_tokens:
+        raise Mistake(
+            f"exceeds the {member.max_new_tokens} tokens that task {member.task.name!r} allows",
+            key="training.overlong_buffer",
+            value=buffer,
+            hint="Shorten it, or set training.max_new_tokens.",
+        )

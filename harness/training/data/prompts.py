@@ -1,0 +1,119 @@
+"""The prompts that a cell is asked: those of its task that fit the model, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from klab.grid.cell import Cell
+from klab.grid.errors import Mistake
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.prompt import ChatTemplate, check_ids, prompt_ids
+from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
+from klab.tasks.task import Example, SplitName, Task
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from klab.harness.training.packed_cell import Member
+
+_SHOWN = 60
+_lengths: dict[tuple[str, ...], list[int]] = {}
+
+
+def encode(policy: Policy, member: Member, examples: Sequence[Example]) -> list[list[int]]:
+    """Token ids of the examples' prompts.
+
+    Raises:
+        Mistake: a chat template that fails, a token that the model does not have, or a prompt that with its completion
+            would exceed the context.
+    """
+    chat, room = chat_template(member.cell), policy.context - member.max_new_tokens + 1
+    found = []
+    for example in examples:
+        ids = list(prompt_ids(policy.tokenizer, example.prompt, chat))
+        check_ids(ids, policy.tokenizer, policy.vocabulary)
+        if len(ids) > room:
+            raise _too_long(example, len(ids), policy.context, member.max_new_tokens)
+        found.append(ids)
+    return found
+
+
+def chat_template(cell: Cell) -> ChatTemplate:
+    """Whether the cell's prompts are wrapped by the tokenizer's template; a tiny policy's has none."""
+    chosen: ChatTemplate = getattr(cell.policy, "chat_template", "never")
+    return chosen
+
+
+def fitting(task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens: int) -> Sequence[Example]:
+    """A split of a cell's task without the prompts that are longer than `training.max_prompt_tokens`.
+
+    Every prompt is measured, so that one that is too long is found before the first update; those of a task with an
+    alphabet, which makes prompts without end, only where there is a limit.
+
+    Args:
+        start: the folder of the starting policy, whose tokenizer counts.
+
+    Raises:
+        Mistake: no prompt is left; or one that is left would exceed the context with its completion.
+    """
+    split, limit = task.split(name), cell.training.max_prompt_tokens
+    if limit is None and task.alphabet is not None:
+        return split
+    lengths = _measured(split, name, cell, start)
+    kept = range(len(split)) if limit is None else [i for i, length in enumerate(lengths) if length <= limit]
+    if not kept:
+        raise Mistake(
+            f"every prompt of the split {name!r} is longer: the shortest has {min(lengths)} tokens",
+            key="training.max_prompt_tokens",
+            value=limit,
+        )
+    context = _context(str(start), _trusted(cell))
+    longest = max(kept, key=lambda i: lengths[i])
+    if context is not None and lengths[longest] > context - max_new_tokens + 1:
+        raise _too_long(split[longest], lengths[longest], context, max_new_tokens)
+    return split if len(kept) == len(split) else [split[i] for i in kept]
+
+
+def _measured(split: Sequence[Example], name: str, cell: Cell, start: Path) -> list[int]:
+    """Tokens of every prompt of a split; counted once for all cells of a process."""
+    chat = chat_template(cell)
+    key = (str(start), chat, name, cell.task.model_dump_json())
+    if len(_lengths.get(key, ())) != len(split):
+        tokenizer = _tokenizer(str(start), _trusted(cell))
+        _lengths[key] = [len(prompt_ids(tokenizer, example.prompt, chat)) for example in split]
+    return _lengths[key]
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(start: str, trusted: bool) -> PreTrainedTokenizerFast:
+    return read_tokenizer(start, trusted)
+
+
+@lru_cache(maxsize=8)
+def _context(start: str, trusted: bool) -> int | None:
+    context: int | None = getattr(read_config(start, trusted).get_text_config(), "max_position_embeddings", None)
+    return context
+
+
+def _trusted(cell: Cell) -> bool:
+    return bool(getattr(cell.policy, "trust_remote_code", False))
+
+
+def _too_long(example: Example, length: int, context: int, new: int) -> Mistake:
+    shown = example.prompt if len(example.prompt) <= _SHOWN else example.prompt[:_SHOWN] + "…"
+    if length > context:
+        return Mistake(
+            f"a prompt has {length} tokens, the model's context {context}",
+            key="task",
+            value=shown,
+            hint=f"training.max_prompt_tokens: {max(1, context - new + 1)} leaves such prompts out.",
+        )
+    return Mistake(
+        f"a prompt of {length} tokens and {new} new ones exceed the model's context of {context}",
+        key="task",
+        value=shown,
+        hint=f"Lower training.max_new_tokens, or leave such prompts out with training.max_prompt_tokens: "
+        f"{max(1, context - new + 1)}.",
+    )

@@ -1,0 +1,269 @@
+"""A rollout: choose prompts, sample a group of completions for each, score them, and look up the reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout
+from klab.harness.training.data.dynamic_sampling import Draw, Drawn, filled, missing
+from klab.harness.training.data.generate import draw
+from klab.harness.training.data.sampler_mismatch import sampler_of, sampling_policy
+from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.microbatch import WHOLE, Limit, by_turns
+from klab.harness.training.packed_cell import CellFailure, Member
+from klab.harness.training.runtime.rng import choose, permutation
+from klab.harness.training.runtime.timeout import deadline
+from klab.harness.training.runtime.timer import Stopwatch
+from klab.tasks.task import Example, Score, Task
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Experience:
+    """ONE cell's rollout with all that its updates need; N = prompts × group_size trajectories, T the longest.
+
+    Attributes:
+        number: which rollout of the cell, from 0.
+        rollout: tokens, masks and the behaviour policy's log-probabilities as the sampler kept them.
+        rewards, correct: float [N], the task's.
+        reference: float [N, T], log-probabilities of the sampled tokens under the reference policy.
+        greedy: float [N], reward of the greedy completion of the same prompt (advantage `greedy_baseline`), else
+        None.
+        values: float [N, T], the critic's value before each own token as the rollout was drawn; None without a critic.
+        recomputed: float [N, T], log π_old of the sampled tokens as the trainer computes it, where `training.sampler`
+            draws them from another μ (whose log-probabilities `rollout` holds), else None.
+        drawn: with dynamic sampling, what was drawn to find these groups, else None.
+    """
+
+    number: int
+    rollout: Rollout
+    rewards: Tensor
+    correct: Tensor
+    reference: Tensor
+    greedy: Tensor | None = None
+    values: Tensor | None = None
+    recomputed: Tensor | None = None
+    drawn: Drawn | None = None
+
+
+def collect(
+    members: Sequence[Member],
+    behaviour: Policy,
+    reference: Policy,
+    number: int,
+    watch: Stopwatch,
+    limit: Limit = WHOLE,
+    world: World = ALONE,
+) -> list[Experience]:
+    """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
+
+    Prompts are sampled, and trajectories looked at by the reference policy, within the limit at a time. The processes
+    of `world` share the prompts, and all get the whole rollout.
+
+    Raises:
+        CellFailure: where a reward function raises or does not return a `Score`.
+    """
+    training = members[0].cell.training
+    draws, drawn = _drawn(members, behaviour, number, watch, limit, world)
+    rollouts = [each.rollout for each in draws]
+    baselines = _greedy(members, behaviour, draws, watch, limit, world) if members[0].needs_greedy else None
+    with watch("reference"):
+        looked_up = log_probabilities(reference, rollouts, training.temperature, limit, world)
+        recomputed = None
+        if training.sampler is not None:
+            recomputed = log_probabilities(behaviour, rollouts, training.temperature, limit, world)
+    return [
+        Experience(
+            number,
+            each.rollout,
+            each.rewards,
+            each.correct,
+            looked_up[c],
+            greedy=None if baselines is None else baselines[c],
+            recomputed=None if recomputed is None else recomputed[c],
+            drawn=drawn[c],
+        )
+        for c, each in enumerate(draws)
+    ]
+
+
+def _drawn(
+    members: Sequence[Member], behaviour: Policy, number: int, watch: Stopwatch, limit: Limit, world: World
+) -> tuple[list[Draw], list[Drawn | None]]:
+    """The groups of rollout `number` of every cell, and, with dynamic sampling, what was drawn to find them.
+
+    A cell that needs another draw shares it with those that need one too: what a cell gets does not depend on them.
+    """
+    training = members[0].cell.training
+    with watch("rollout"):
+        policy = sampling_policy(behaviour, training)
+    everyone = list(range(len(members)))
+    examples = [training_examples(member, number) for member in members]
+    found = [
+        [first] for first in _scored(policy, members, everyone, examples, ("rollout", number), watch, limit, world)
+    ]
+    if training.equal_groups != "refill":
+        return [draws[0] for draws in found], [None] * len(members)
+    for again in range(1, training.refill_rounds + 1):
+        needing = [c for c in everyone if missing(found[c], training.prompts)]
+        if not needing:
+            break
+        examples = [training_examples(members[c], number, again) for c in needing]
+        more = _scored(policy, members, needing, examples, ("rollout", number, "again", again), watch, limit, world)
+        for c, another in zip(needing, more, strict=True):
+            found[c].append(another)
+    used = [filled(draws, training.prompts) for draws in found]
+    return used, [Drawn.of(*pair) for pair in zip(found, used, strict=True)]
+
+
+def _scored(
+    policy: Policy,
+    members: Sequence[Member],
+    positions: Sequence[int],
+    examples: Sequence[list[Example]],
+    purpose: tuple[int | str, ...],
+    watch: Stopwatch,
+    limit: Limit,
+    world: World,
+) -> list[Draw]:
+    """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
+    training, share = members[0].cell.training, world.share(len(examples[0]))
+    temperature = training.temperature
+    if training.sampler is not None and training.sampler.temperature is not None:
+        temperature = training.sampler.temperature
+
+    def drawn() -> list[tuple[Rollout, Tensor, Tensor]]:
+        """By cell, the trajectories of this process's share, their rewards and whether they are correct."""
+        if not share:
+            return []
+        with watch("rollout"):
+            rollouts = draw(
+                policy if len(positions) == len(members) else policy.only(positions),
+                [members[c] for c in positions],
+                examples,
+                training.group_size,
+                purpose,
+                temperature,
+                training.top_p,
+                sampler=sampler_of(training),
+                positions=positions,
+                limit=limit,
+                share=share,
+            )
+        with watch("reward"):
+            asked = zip(positions, examples, rollouts, strict=True)
+            scores = [score(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked]
+        return [
+            (rollout, _column(rollout, [s.reward for s in each]), _column(rollout, [float(s.correct) for s in each]))
+            for rollout, each in zip(rollouts, scores, strict=True)
+        ]
+
+    parts = [part for part in world.exchange("a draw", drawn, policy.device) if part]
+    return [
+        Draw(
+            listed,
+            Rollout.joined([part[c][0] for part in parts]),
+            torch.cat([part[c][1] for part in parts]),
+            torch.cat([part[c][2] for part in parts]),
+        )
+        for c, listed in enumerate(examples)
+    ]
+
+
+def _greedy(
+    members: Sequence[Member], behaviour: Policy, draws: Sequence[Draw], watch: Stopwatch, limit: Limit, world: World
+) -> list[Tensor]:
+    """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt."""
+    examples = [each.examples for each in draws]
+    share = world.share(len(examples[0]))
+
+    def rewards() -> list[Tensor]:
+        with watch("rollout"):
+            rollouts = draw(behaviour, members, examples, 1, None, limit=limit, share=share)
+        with watch("reward"):
+            own = [listed[share.start : share.stop] for listed in examples]
+            scores = [score(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
+        return [_column(rollout, [s.reward for s in each]) for rollout, each in zip(rollouts, scores, strict=True)]
+
+    parts = [part for part in world.exchange("greedy", lambda: rewards() if share else [], behaviour.device) if part]
+    size = members[0].cell.training.group_size
+    return [torch.cat([part[c] for part in parts]).repeat_interleave(size) for c in range(len(members))]
+
+
+@torch.no_grad()
+def log_probabilities(
+    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: Limit = WHOLE, world: World = ALONE
+) -> list[Tensor]:
+    """Per cell, log-probabilities [N, T] of its trajectories, within the limit at a time."""
+
+    def scored(pieces: list[Rollout]) -> list[Tensor]:
+        return [scores.logp for scores in token_scores(policy, pieces, temperature=temperature)]
+
+    return by_turns(rollouts, limit, scored, world)
+
+
+def training_examples(member: Member, number: int, again: int = 0) -> list[Example]:
+    """The prompts of a rollout, or of its further draw `again` (from 1): a function of the seed and the two numbers.
+
+    A further draw has none of the prompts drawn for this rollout before, as long as there are others.
+    """
+    split, training = member.split("train"), member.cell.training
+    purpose = ("prompts", member.cell.seed, number)
+    chosen, before = choose(len(split), training.prompts, *purpose), set[int]()
+    for further in range(1, again + 1):
+        before.update(chosen)
+        chosen = _others(len(split), training.prompts, before, *purpose, further)
+    return [split[index] for index in chosen]
+
+
+def _others(size: int, count: int, before: Collection[int], *purpose: int | str) -> list[int]:
+    """`count` indices below `size`, those that were not drawn before first."""
+    if size - len(before) >= count:
+        return [index for index in choose(size, count + len(before), *purpose) if index not in before][:count]
+    order = sorted(permutation(size, *purpose), key=before.__contains__)
+    return (order * -(-count // size))[:count]
+
+
+def score(members: Sequence[Member], position: int, examples: Sequence[Example], rollout: Rollout) -> list[Score]:
+    """The task's score of every trajectory. Rewards may be NaN or infinite: the update they spoil is recorded so.
+
+    Raises:
+        CellFailure: where the task raises, takes longer than `training.reward_seconds` for the next score, or returns
+            something else than a `Score`; the message shows the example.
+    """
+    task, limit = members[position].task, members[position].cell.training.reward_seconds
+    answered = [examples[row // rollout.group_size] for row in range(len(rollout.texts))]
+    found: list[Score] = []
+    with deadline(limit) as restart:
+        values = _scores(task, answered, rollout.texts)
+        for example, completion in zip(answered, rollout.texts, strict=True):
+            try:
+                restart()
+                value = next(values)
+                if not isinstance(value, Score):
+                    raise TypeError(f"a task's score is a tasks.Score, not {type(value).__name__}")
+                float(value.reward)
+            except Exception as error:
+                raise CellFailure(
+                    position,
+                    f"the reward of task {task.name!r} raised {type(error).__name__}: {error} "
+                    f"(prompt {example.prompt!r}, answer {example.answer!r}, completion {completion!r})",
+                ) from error
+            found.append(value)
+    return found
+
+
+def _scores(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
+    score_all = getattr(task, "score_all", None)
+    if score_all is not None:
+        yield from score_all(examples, completions)
+    else:
+        yield from map(task.score, examples, completions)
+
+
+def _column(rollout: Rollout, values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=rollout.logp.dtype, device=rollout.logp.device)

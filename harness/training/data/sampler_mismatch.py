@@ -1,0 +1,105 @@
+"""The sampler of a cell: which policy draws its rollouts, and what is done about its difference to the trainer's.
+
+μ is the sampler, π_old the behaviour policy as the trainer computes it. Ratios π_old/μ are per token and constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from klab.grid.errors import Mistake
+from klab.grid.schema.sections import Sampler, TrainingSection
+from klab.harness.objective.kl import k3
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.sampling.categorical import Stretch
+from klab.harness.policy.sampling.trajectory_builder import Environment
+from klab.harness.training.packed_cell import Member
+from torch import Tensor
+
+
+class Sample(Protocol):
+    """Whoever draws trajectories; see `klab.harness.policy.rollout.sample`."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        *,
+        group_size: int,
+        max_new_tokens: int,
+        generators: Sequence[torch.Generator | Stretch],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        environment: Environment | None = None,
+    ) -> list[Rollout]: ...
+
+
+def sampler_of(training: TrainingSection) -> Sample:
+    """Who draws the rollouts of a cell.
+
+    Raises:
+        Mistake: vllm is not installed, or there is no GPU for it.
+    """
+    if training.sampler is None or training.sampler.engine == "klab":
+        return sample
+    from klab.harness.policy.sampling.vllm import vllm_sampler
+
+    return vllm_sampler(training.sampler.dtype)
+
+
+def check_sampler(member: Member) -> None:
+    """Raises a Mistake where the cell's sampler cannot run here, or cannot run its policy."""
+    training, policy = member.cell.training, member.cell.policy
+    sampler_of(training)
+    if training.sampler is not None and training.sampler.engine == "vllm" and policy.lora is not None:
+        raise Mistake(
+            "vllm is given whole checkpoints, not adapters",
+            key="training.sampler.engine",
+            value="vllm",
+            hint="Choose the engine klab, or leave policy.lora out.",
+        )
+
+
+def sampling_policy(behaviour: Policy, training: TrainingSection) -> Policy:
+    """The policy that the sampler draws from: the behaviour policy itself, or a copy of it in another precision."""
+    sampler = training.sampler
+    if sampler is None or sampler.engine != "klab" or sampler.dtype is None:
+        return behaviour
+    dtype: torch.dtype = getattr(torch, sampler.dtype)
+    return behaviour if dtype == behaviour.dtype else behaviour.frozen(dtype)
+
+
+def correction(sampler: Sampler, old: Tensor, sampled: Tensor) -> Tensor | None:
+    """The factor of each token's surrogate [N, T]; None where there is none. Off the own tokens it means nothing.
+
+    Args:
+        old: log π_old [N, T].
+        sampled: log μ [N, T].
+    """
+    if sampler.correction not in ("tis", "icepop"):
+        return None
+    ratio = (old - sampled).exp()
+    if sampler.correction == "tis":
+        return ratio.clamp(max=sampler.cap)
+    return torch.where((sampler.low <= ratio) & (ratio <= sampler.high), ratio, 0.0)
+
+
+def mismatch(sampler: Sampler, old: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the sampler is from the trainer, over own tokens; all 0 where there are none.
+
+    `sampler_kl`: KL(μ‖π_old) per token, by k3. `sampler_ess`: (Σr)²/(n·Σr²) of r = π_old/μ, before any correction.
+    `correction_mean`: of the factors of the surrogate; 1 without any.
+    """
+    if not bool(mask.any()):
+        return {"sampler_kl": 0.0, "sampler_ess": 0.0, "correction_mean": 0.0}
+    log_ratio = (old - sampled)[mask].double()
+    ratio, factors = log_ratio.exp(), correction(sampler, old, sampled)
+    return {
+        "sampler_kl": float(k3(-log_ratio).mean()),
+        "sampler_ess": float(ratio.sum().square() / (ratio.square().sum() * len(ratio))),
+        "correction_mean": 1.0 if factors is None else float(factors[mask].double().mean()),
+    }

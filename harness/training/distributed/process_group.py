@@ -1,0 +1,271 @@
+"""The processes that train cells together: who is who, and how they exchange values, errors and sums of gradients.
+
+Every process holds the whole policy, optimizer and reference, and takes the same steps at the same time. They meet in
+exchanges. What one of them raises travels in the next exchange and is raised by all of them, so that they stay in
+step, and all can do the same thing again with less, or without the guilty cell. A process that is gone, or in another
+place than the others, ends the job: it goes on from its checkpoints when it is launched again.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from klab.harness.training.packed_cell import CellFailure
+from klab.harness.training.runtime.oom import out_of_memory
+from torch import Tensor
+
+T = TypeVar("T")
+
+_BUCKET = 2**24
+"""Numbers that are summed at a time."""
+
+_END = "end of a step"
+
+
+class WorldLost(BaseException):
+    """The processes of this job can no longer work together, so that it ends; checkpoints stay as they are."""
+
+
+class SharedFailure(Exception):
+    """What one process raised, raised by all of them."""
+
+
+class SharedCellFailure(SharedFailure, CellFailure):
+    """One process could not go on with a cell of the pack, and all of them know."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An error on its way to the other processes. `position`: of the cell to blame, in the pack."""
+
+    rank: int
+    message: str
+    text: str
+    position: int | None
+    memory: bool
+
+
+class World:
+    """`size` processes, of which this one has the rank `rank`; rank 0 leads.
+
+    One process is a world of its own, and whatever it exchanges stays what it is.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+        self._broken = False
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This process's contiguous part of `count` things; parts differ by one at most, the first are the larger."""
+        small, larger = divmod(count, self.size)
+        first = self.rank * small + min(self.rank, larger)
+        return range(first, first + small + (self.rank < larger))
+
+    def turns(self, count: int) -> range:
+        """Which of `count` pieces of work this process takes: every `size`-th, from its rank on."""
+        return range(self.rank, count, self.size)
+
+    def exchange(self, name: str, work: Callable[[], T], device: torch.device | str = "cpu") -> list[T]:
+        """What `work` returns in each process, by rank; tensors arrive on `device`, detached.
+
+        `name` says what is exchanged: processes that name different things are out of step.
+
+        Raises:
+            SharedFailure: in all processes, where `work` raised, or one of them was on its way with an error.
+            WorldLost: where a process is gone or out of step.
+        """
+        if self.size == 1:
+            return [work()]
+        error = None
+        try:
+            message = pickle.dumps((name, _moved(work(), torch.device("cpu"))))
+        except Exception as problem:
+            error, message = problem, pickle.dumps((name, self._failure(problem)))
+        return [_moved(value, torch.device(device)) for value in self._meet(message, error)]
+
+    def together(self, work: Callable[[], T], state: Callable[[], object] = lambda: None) -> T:
+        """`work`, which all processes do at the same time, exchanging as they go.
+
+        Args:
+            state: what must be equal in all processes when they are done.
+
+        Raises:
+            SharedFailure: in all processes, where it raised in one.
+            WorldLost: where one process raised after others were done, or the states differ.
+        """
+        if self.size == 1:
+            return work()
+        try:
+            value = work()
+        except SharedFailure:
+            raise
+        except Exception as error:
+            self._fail(error)
+        except BaseException:
+            self._broken = True  # the others are somewhere inside
+            raise
+        states = self.exchange(_END, state)
+        for rank, other in enumerate(states):
+            if other != states[0]:
+                self._lost(f"process {rank} of {self.size} does not have the numbers of process 0 any more")
+        return value
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Replace contiguous tensors by their sums over all processes.
+
+        Numbers are added in the order of the ranks, at least in float32, by one process each: the bits are the same
+        in all processes, and depend on nothing but their number.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat(bucket)
+            short = -len(flat) % self.size
+            pieces = torch.nn.functional.pad(flat, (0, short)).view(self.size, -1)
+            received = torch.empty_like(pieces)
+            self._wait(dist.all_to_all_single(received, pieces, async_op=True))
+            total = received[0].to(torch.promote_types(flat.dtype, torch.float32))
+            for piece in received[1:]:
+                total += piece
+            self._wait(dist.all_gather(list(pieces.unbind(0)), total.to(flat.dtype), async_op=True))
+            summed = torch.split(pieces.view(-1), [*map(len, bucket), short])
+            for part, value in zip(bucket, summed, strict=False):
+                part.copy_(value)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each parameter's gradient by the sum over all processes; none at all counts as zeros."""
+        if self.size == 1:
+            return
+        listed = list(parameters)
+
+        def ready() -> None:
+            for parameter in listed:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = parameter.grad.contiguous()
+
+        self.exchange("gradients", ready)
+        self.sum(each.grad for each in listed if each.grad is not None)
+
+    def leave(self) -> None:
+        """Take no part any more. Where the others are lost on GPUs, only the end of the process does not wait."""
+        if self.size > 1 and dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
+            dist.destroy_process_group()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the processes lost one another, or an exchange was left before its end."""
+        return self._broken
+
+    def _meet(self, message: bytes, error: Exception | None) -> list[Any]:
+        """One exchange of messages; raises in all processes where one of them is a failure."""
+        received = [pickle.loads(each) for each in self._gather(message)]
+        names, values = [name for name, _ in received], [value for _, value in received]
+        failures = [value for value in values if isinstance(value, _Failure)]
+        sound = {name for name, value in received if not isinstance(value, _Failure)}
+        if len(sound) > 1 or (failures and _END in sound):
+            why = "".join(f"\n{failure.text}" for failure in failures)
+            self._lost(f"the processes are out of step: {', '.join(map(str, names))}{why}")
+        if failures:
+            self._raise(failures[0], error if failures[0].rank == self.rank else None)
+        return values
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Tell the others, in the exchange in which they wait, that this process raised."""
+        self._meet(pickle.dumps(("an error", self._failure(error))), error)
+        raise AssertionError("an exchange with a failure raises")
+
+    def _failure(self, error: Exception) -> _Failure:
+        where = f"process {self.rank} of {self.size}"
+        position = error.position if isinstance(error, CellFailure) else None
+        message = str(error) if isinstance(error, CellFailure) else f"{type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        return _Failure(self.rank, f"{message} ({where})", text, position, out_of_memory(error))
+
+    def _raise(self, failure: _Failure, mine: Exception | None) -> NoReturn:
+        cause = mine or (MemoryError if failure.memory else RuntimeError)(failure.text)
+        if failure.position is None:
+            raise SharedFailure(failure.message) from cause
+        raise SharedCellFailure(failure.position, failure.message) from cause
+
+    def _gather(self, message: bytes) -> list[bytes]:
+        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._wait(dist.all_gather(sizes, torch.tensor([len(mine)]), async_op=True))
+        longest = int(max(sizes))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
+        self._wait(dist.all_gather(parts, padded, async_op=True))
+        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+    def _wait(self, work: Any) -> None:
+        """Wait in Python, where signals are heard. NCCL's work goes on by itself, in the order of its stream."""
+        pause = 5e-5
+        try:
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.01)
+            work.wait()
+        except RuntimeError as error:
+            self._lost(f"a process of this job is gone: {error}")
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _lost(self, why: str) -> NoReturn:
+        self._broken = True
+        raise WorldLost(f"klab: process {self.rank} of {self.size}: {why}")
+
+
+ALONE = World()
+"""The world of one process."""
+
+
+def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """A number per tensor, which changes when one of its bits does."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [each.detach().view(kinds[each.element_size()]).sum(dtype=torch.int64) for each in tensors]
+    return tuple(torch.stack(sums).tolist()) if sums else ()
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Flat views of one kind of number each, together at most `_BUCKET` numbers."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).extend(torch.split(tensor.view(-1), _BUCKET))
+    for parts in kinds.values():
+        bucket: list[Tensor] = []
+        for part in parts:
+            if bucket and sum(map(len, bucket)) + len(part) > _BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(part)
+        yield bucket
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The value with all tensors in it on `device`, detached, and none of them a part of a larger one."""
+    if isinstance(value, Tensor):
+        moved = value.detach().to(device)
+        whole = moved.numel() * moved.element_size() == moved.untyped_storage().nbytes()
+        return moved if whole and moved.is_contiguous() else moved.clone(memory_format=torch.contiguous_format)
+    if is_dataclass(value) and not isinstance(value, type):
+        plain = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+        return replace(value, **{name: _moved(part, device) for name, part in plain.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(part, device) for part in value)
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    return value

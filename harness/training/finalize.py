@@ -1,0 +1,46 @@
+"""The end of a cell: its policy and its result, on the disk before anything that could make them again is removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from klab.harness.store import CellFolder, files, machine
+from klab.harness.training.pack import Pack
+from klab.harness.training.summary import outcome
+
+
+def conclude(folder: CellFolder, pack: Pack, position: int, stopped: bool, processes: int) -> str:
+    """Save the policy, write the result, remove the checkpoint that is no longer needed; in this order.
+
+    Returns:
+        the state in which the cell ends.
+    """
+    folder.guard()
+    partial = folder.path / "policy.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    pack.policy.save(partial, position)
+    _make_durable(partial)
+    shutil.rmtree(folder.policy, ignore_errors=True)
+    partial.rename(folder.policy)
+    planned = pack.members[position].cell.training.updates
+    found = outcome(planned, folder.metrics(), folder.evaluations(), stopped)
+    folder.finish({**found, **_provenance(processes)})
+    shutil.rmtree(folder.checkpoint, ignore_errors=True)
+    return str(found["state"])
+
+
+def _make_durable(folder: Path) -> None:
+    """Make a folder's files survive a power cut."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    files.sync_folder(folder)
+
+
+@cache
+def _provenance(processes: int) -> dict[str, Any]:
+    return {"versions": machine.versions(), "hardware": {**machine.hardware(), "processes": processes}}

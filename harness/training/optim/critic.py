@@ -1,0 +1,145 @@
+"""Critics: the values that `gae` measures rewards against, and how they are learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from klab.harness.objective import Context, TokenBatch, value_loss, value_metrics
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.policy import Policy
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.value_head import ValueHead
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.metrics import Row, finite
+from klab.harness.training.microbatch import WHOLE, Limit, by_turns
+from klab.harness.training.optim.optimizer import StackedAdamW, norm
+from klab.harness.training.optim.schedule import learning_rate
+from klab.harness.training.packed_cell import Member
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Of one cell's critic, parameter by parameter, and its norm before clipping."""
+
+    slices: list[Tensor]
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What one update measured about one cell's critic."""
+
+    loss: float
+    explained_variance: float
+    clip_fraction: float
+
+    def row(self, gradient: Gradient) -> Row:
+        """As columns of the update's row of metrics."""
+        return {
+            "value_loss": finite(self.loss),
+            "explained_variance": finite(self.explained_variance),
+            "value_clip_fraction": finite(self.clip_fraction),
+            "critic_gradient_norm": finite(gradient.norm),
+        }
+
+    def sound(self, gradient: Gradient) -> bool:
+        """Whether the critic may take the step."""
+        return math.isfinite(self.loss) and math.isfinite(gradient.norm)
+
+
+class Critics:
+    """The critics of a pack, one per cell and all of one kind.
+
+    Attributes:
+        trunk: the models below the heads; None where these stand on the policies themselves.
+        head: V of a final hidden state; 0 before the first update.
+        optimizer: of the heads, and of the trunk where it is the critics' own.
+    """
+
+    def __init__(self, members: Sequence[Member], policy: Policy, trunk: Policy | None) -> None:
+        critic = members[0].cell.training.critic
+        assert critic is not None
+        self.settings = critic
+        self.trunk = trunk
+        below = {} if trunk is None else trunk.parameters
+        wide = torch.promote_types(policy.dtype, torch.float32)
+        self.head = ValueHead(len(members), policy.width, wide, policy.device)
+        self.optimizer = StackedAdamW({**below, **self.head.parameters}, [member.cell.training for member in members])
+
+    @classmethod
+    def of(cls, members: Sequence[Member], policy: Policy, start: Callable[[], Policy]) -> Critics | None:
+        """The critics that the members ask for; `start` makes a trainable copy of their starting policies."""
+        critic = members[0].cell.training.critic
+        if critic is None:
+            return None
+        return cls(members, policy, start() if critic.kind == "model" else None)
+
+    @property
+    def shares_trunk(self) -> bool:
+        return self.trunk is None
+
+    def alone(self, number: int) -> bool:
+        """Whether only the critics learn at update `number` (1-based)."""
+        return number <= self.settings.warmup_updates
+
+    def values(self, rollouts: Sequence[Rollout], states: Sequence[Tensor | None]) -> list[Tensor]:
+        """V [N, T] before each own token of each cell's rollout, with gradient; 0 elsewhere.
+
+        Args:
+            states: the policies' final hidden states [N, T, width], read where the trunk is theirs.
+        """
+        if self.trunk is not None:
+            states = [scores.states for scores in token_scores(self.trunk, list(rollouts), states=True)]
+        found = self.head([each for each in states if each is not None])
+        return [torch.where(rollout.mask, each, 0.0) for rollout, each in zip(rollouts, found, strict=True)]
+
+    @torch.no_grad()
+    def appraise(
+        self, experiences: Sequence[Experience], policy: Policy, limit: Limit = WHOLE, world: World = ALONE
+    ) -> None:
+        """Write V_old into rollouts that were just drawn, within the limit at a time."""
+
+        def values(pieces: list[Rollout]) -> list[Tensor]:
+            states: list[Tensor | None] = [None] * len(pieces)
+            if self.shares_trunk:
+                states = [scores.states for scores in token_scores(policy, pieces, states=True)]
+            return self.values(pieces, states)
+
+        found = by_turns([each.rollout for each in experiences], limit, values, world)
+        for experience, each in zip(experiences, found, strict=True):
+            experience.values = each
+
+    def loss(self, values: Tensor, batch: TokenBatch, context: Context) -> Tensor:
+        """The value loss of some rows of a cell's update, times `coefficient` where the trunk is the policy's."""
+        assert batch.values is not None
+        assert context.value_targets is not None
+        loss = value_loss(
+            values, batch.values, context.value_targets, batch.in_loss, context.totals, self.settings.clip
+        )
+        return self.settings.coefficient * loss if self.shares_trunk else loss
+
+    @torch.no_grad()
+    def lesson(self, values: Tensor, batch: TokenBatch, context: Context) -> Lesson:
+        """What a whole update says about a critic."""
+        assert batch.values is not None
+        assert context.value_targets is not None
+        common = (values, batch.values, context.value_targets, batch.in_loss)
+        figures = value_metrics(*common, self.settings.clip)
+        loss = float(value_loss(*common, context.totals, self.settings.clip))
+        return Lesson(loss, figures["explained_variance"], figures["value_clip_fraction"])
+
+    def gradients(self) -> list[Gradient]:
+        """What backward left, cell by cell."""
+        slices = self.optimizer.gradients()
+        norms: list[float] = torch.stack([norm(each) for each in slices]).tolist()
+        return [Gradient(*pair) for pair in zip(slices, norms, strict=True)]
+
+    def step(self, cell: int, gradient: Gradient, number: int) -> None:
+        """Update number `number` (1-based) of one cell's critic."""
+        lr = learning_rate(self.optimizer.settings[cell], number, self.settings.lr)
+        self.optimizer.step(cell, gradient.slices, lr, gradient.norm)

@@ -1,0 +1,84 @@
+"""A member of a pack: a cell with its task, and the shape that decides which cells may be stacked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from klab.grid.cell import Cell
+from klab.grid.schema.training import STACKABLE
+from klab.harness.policy.prompt import GENERATION
+from klab.harness.training.data.prompts import chat_template, fitting
+from klab.harness.training.optim.schedule import Timetable
+from klab.tasks.task import Example, SplitName, Task
+
+
+class CellFailure(Exception):
+    """One cell of a pack cannot go on; `__cause__` says why. The others are not affected.
+
+    `position` is the cell's place in the pack that raised.
+    """
+
+    def __init__(self, position: int, message: str) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A cell, its task, and the folder of its starting policy (which is also its reference policy)."""
+
+    cell: Cell
+    task: Task
+    start: Path
+
+    @property
+    def id(self) -> str:
+        return self.cell.id
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.cell.training.max_new_tokens or self.task.max_new_tokens
+
+    @property
+    def timetable(self) -> Timetable:
+        return Timetable.of(self.cell.training)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the objective compares whole distributions (estimator `full`), not just the sampled tokens."""
+        return self.cell.objective.estimator == "full" and self.cell.objective.placement not in ("none", "log_ratio")
+
+    @property
+    def needs_greedy(self) -> bool:
+        return self.cell.objective.advantage == "greedy_baseline"
+
+    def split(self, name: SplitName) -> Sequence[Example]:
+        """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.fitting`."""
+        return fitting(self.task, name, self.cell, self.start, self.max_new_tokens)
+
+    def shape(self) -> str:
+        """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.
+
+        Objectives, learning rates, clipping and seeds may differ. Adapters are stacked over one starting policy only.
+        """
+        training = self.cell.training.model_dump(mode="json", exclude=set(STACKABLE))
+        training["max_new_tokens"] = self.max_new_tokens
+        examined = min(len(self.split("held_out")), self.cell.training.evaluation_prompts)
+        policy = self.cell.policy
+        phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
+        engine = [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
+        adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]
+        text = json.dumps([training, phases, engine, adapters, _architecture(self.start)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _architecture(start: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION):
+        file = start / name
+        digest.update(file.read_bytes() if file.exists() else b"")
+    return digest.hexdigest()

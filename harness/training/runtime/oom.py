@@ -1,0 +1,54 @@
+"""Running out of memory: how to tell, and how to let go of what can be let go of."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from klab.grid.cell import Cell
+from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
+
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or the one it came from, says that memory did not suffice."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+class OutOfMemory(Exception):
+    """Memory did not suffice for a cell alone, with as small a part at a time as was tried; says what to change."""
+
+    def __init__(self, cell: Cell, rows: int | None) -> None:
+        training, policy = cell.training, cell.policy
+        tried = training.micro_batch if rows is None else rows
+        ways = [f"lower training.micro_batch ({tried or 'all trajectories of an update'} at a time)"]
+        ways.append(f"lower training.token_budget ({training.token_budget or 'none'})")
+        if not policy.gradient_checkpointing:
+            ways.append("set policy.gradient_checkpointing: true")
+        if policy.lora is None:
+            ways.append("train adapters with policy.lora: {rank: 16}")
+        super().__init__(f"memory does not suffice for {cell.id} alone; {', or '.join(ways)}")
+
+
+def explained(error: Exception, cell: Cell, rows: int | None = None) -> Exception:
+    """The error, or, where memory did not suffice, one that says which settings need less of it."""
+    if not out_of_memory(error):
+        return error
+    explained = OutOfMemory(cell, rows)
+    explained.__cause__ = error
+    return explained
+
+
+def release() -> None:
+    """Give back what nothing refers to any more, and what can be made again."""
+    static_decoding.forget()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
