@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from klab.grid.errors import Mistake
 
 LARGEST = 4 * 1024 * 1024

@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup, escape
+
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.reports.axes import VariedAxis
 from klab.reports.comparison import Comparison
 from klab.reports.effects import AxisEffect, Level
 from klab.reports.findings import p_words, signed
 from klab.reports.study import Study
-from markupsafe import Markup, escape
 
 
 @dataclass(frozen=True)

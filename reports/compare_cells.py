@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from klab.grid import Mistake
 from klab.reports.comparison import Comparison, compare
 from klab.reports.figures.series import cube, over_seeds

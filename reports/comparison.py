@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
 from klab.grid import Mistake
 from klab.reports.effects import AxisEffect, Design, Interaction, interactions, main_effects
 from klab.reports.schema import LOWER_IS_BETTER, RESULTS, SUMMARY

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from klab.grid import Cell
 from klab.reports.comparison import Comparison
 from klab.reports.figures.series import Cube, cube, over_seeds, smoothed

@@ -18,9 +18,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from klab.reports.statistics import Array, block_error, finite, holm, seed_shifts
 from numpy.typing import NDArray
 from scipy import stats
+
+from klab.reports.statistics import Array, block_error, finite, holm, seed_shifts
 
 _TOLERANCE = 1e-8
 

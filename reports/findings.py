@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
 from klab.reports.comparison import Comparison
 from klab.reports.effects import AxisEffect
 from klab.reports.frame import records

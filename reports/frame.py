@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from klab.grid import Mistake
 from klab.harness.store import CellFolder, Run
 from klab.harness.store.metrics_reader import Numbers, read_numbers

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
 from klab.reports.study import Study

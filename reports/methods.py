@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from klab.reports.comparison import Comparison
 from klab.reports.schema import CELLS, TITLES
 from klab.reports.study import Study

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
 from klab.harness.store.metrics_reader import Numbers
 
 _ROWS = 1 << 12

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare
@@ -27,7 +29,6 @@ from klab.reports.provenance import provenance
 from klab.reports.schema import SUMMARY, TITLES
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import write_tables
-from markupsafe import Markup
 
 Progress = Callable[[str], None]
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
+
 from klab.reports.study import Study
 
 

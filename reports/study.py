@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
 from klab.grid import Cell, Mistake
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_label

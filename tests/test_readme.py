@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from klab.grid import Mistake, parse_grid
 from klab.grid.algorithms import algorithm_names
 from klab.grid.schema.sections import TrainingSection

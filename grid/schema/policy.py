@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from klab.grid.schema.base import Count, Positive, Section
 from pydantic import Field
+
+from klab.grid.schema.base import Count, Positive, Section
 
 
 class Lora(Section):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
+from pydantic import Field, ValidationError
+
 from klab.grid.catalogue import is_import_path
 from klab.grid.errors import Mistake
 from klab.grid.schema.base import Count, Positive, Section
@@ -26,7 +28,6 @@ from klab.grid.schema.task import (
     check_table,
 )
 from klab.grid.schema.training import NUMERICALLY_IDLE, BetaControl, Critic, Sampler, TrainingSection, TrustRegion
-from pydantic import Field, ValidationError
 
 __all__ = [
     "NUMERICALLY_IDLE",

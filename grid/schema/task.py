@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from klab.grid.catalogue import is_import_path
 from klab.grid.errors import Mistake
 from klab.grid.schema.base import Count, Positive, Section
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 REWARDS = ("exact", "math", "format")
 """Rewards that come with the package: the same text, the same mathematical value, a marked final answer."""

@@ -6,12 +6,13 @@ import math
 from itertools import product
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.harness_loss import loss_gradient
 from klab.harness.claims.instances import Setting, bandit, binary_reward, cosine, relative, trace_variance
 from klab.harness.exact.gradients import exact_gradient
-from torch import Tensor
 
 INFINITE = math.inf
 

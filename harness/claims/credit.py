@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.harness_loss import batch_of, loss_gradient
@@ -20,7 +22,6 @@ from klab.harness.claims.instances import (
 )
 from klab.harness.exact.gradients import exact_kl, gradient_of
 from klab.harness.objective import update_context
-from torch import Tensor
 
 EXACT = 1e-12
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.harness_loss import loss_gradient
@@ -12,7 +14,6 @@ from klab.harness.claims.instances import Setting, bandit, binary_reward, genera
 from klab.harness.claims.kl_gradients import autograd_samples, bernoulli_derivatives
 from klab.harness.exact.gradients import exact_kl
 from klab.harness.exact.tabular import TabularPolicy
-from torch import Tensor
 
 EXACT = 1e-12
 

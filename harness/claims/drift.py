@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
 from klab.harness.claims.instances import Setting, binary_reward, generator, relative, to_go
 from klab.harness.exact.gradients import exact_gradient, exact_kl
 from klab.harness.exact.tabular import TabularPolicy
-from torch import Tensor
 
 DRIFTS = (0.1, 0.3, 1.0)
 """Standard deviations of the logit noise between behaviour and current policy."""

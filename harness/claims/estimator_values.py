@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.instances import (
     CATEGORICAL,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from klab.harness.claims.drift import DRIFTS, WEIGHTS, random_drift, update_drift
 from klab.harness.claims.estimator_values import crossing, gaussian_estimators
 from klab.harness.claims.fixed_points import PLACEMENTS, PRIOR, rest, threshold

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+
 from klab.harness.claims.claim import Evidence, claim
 
 PRIOR = 0.2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.claims.instances import Setting
 from klab.harness.exact.tabular import TabularPolicy
 from klab.harness.objective import TokenBatch, objective_loss
-from torch import Tensor
 
 
 def batch_of(

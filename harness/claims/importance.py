@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.drift import DRIFTS, WEIGHTS, Drift, log_ratios, quality, random_drift, update_drift
 from klab.harness.claims.instances import Setting, generator, normal_expectation, normal_grid, relative
 from klab.harness.exact.gradients import exact_gradient, exact_kl
 from klab.harness.exact.tabular import TabularPolicy
-from torch import Tensor
 
 EXACT = 1e-12
 

@@ -10,8 +10,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from klab.harness.exact.tabular import TabularPolicy
 from torch import Tensor
+
+from klab.harness.exact.tabular import TabularPolicy
 
 CATEGORICAL = (0.4, 0.3, 0.2, 0.1)
 """The worked categorical policy; its reference is the same numbers in reverse order."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.instances import BERNOULLI, CATEGORICAL, Setting, bandit, cosine, k3, relative, variance
 from klab.harness.exact.gradients import exact_kl, gradient_of
 from klab.harness.exact.tabular import TabularPolicy
-from torch import Tensor
 
 EXACT = 1e-12
 

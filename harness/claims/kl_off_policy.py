@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.instances import Setting, k3, relative, trace_variance
 from klab.harness.claims.kl_gradients import EXACT, forward_kl_gradient, reverse_kl_gradient
 from klab.harness.exact.gradients import Direction, exact_kl, expected_reward, gradient_of
 from klab.harness.exact.tabular import TabularPolicy
-from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A loss per trajectory from (log pi, log-ratio to old) of each trajectory."""

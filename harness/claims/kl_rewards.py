@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.instances import BERNOULLI, Setting, cosine, k3, relative, to_go
 from klab.harness.claims.kl_gradients import (

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.claims.drift import INSTANCES
 from klab.harness.claims.instances import Setting, binary_reward
 from klab.harness.exact.gradients import exact_gradient
 from klab.harness.objective.loss import parts
-from torch import Tensor
 
 RATIOS = ("none", "token", "sequence_mean", "future_mean", "prefix_product", "future_product", "sequence_product")
 WEIGHTS = ("one", "ratio", "ppo_clip", "dual_clip", "truncate", "clamp", "truncate_clip", "power", "mask", "sigmoid")

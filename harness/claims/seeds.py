@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from klab.harness.claims.claim import Evidence, claim
 from numpy.typing import NDArray
 from scipy import stats
+
+from klab.harness.claims.claim import Evidence, claim
 
 Array = NDArray[np.float64]
 LEVEL = 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.drift import log_ratios, random_drift
 from klab.harness.claims.instances import Setting, binary_reward, relative

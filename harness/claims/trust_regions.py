@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from klab.grid import Objective
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.harness_loss import loss_gradient

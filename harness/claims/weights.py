@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from klab.harness.claims.claim import Evidence, claim
 from klab.harness.claims.drift import DRIFTS, WEIGHTS, random_drift
 from klab.harness.claims.instances import Setting, variance
-from torch import Tensor
 
 HALF = torch.tensor([0.5, 0.5], dtype=torch.float64)
 

@@ -6,8 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import klab.grid
 import typer
+
+import klab.grid
 from klab.grid import Mistake
 from klab.harness.store import Run
 

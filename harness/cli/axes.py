@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+
 from klab.grid import Mistake, catalogue
 from klab.harness.cli.arguments import JsonOption
 from klab.harness.cli.table import console, show, show_json

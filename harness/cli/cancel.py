@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+
 from klab.grid import Mistake
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import show_json

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from klab.grid import Mistake
 from klab.harness.cli.arguments import JsonOption
 from klab.harness.cli.table import console, show, show_json, table
@@ -34,6 +35,7 @@ def claims(
 ) -> None:
     """Examine what the literature claims: source, statement, measured number, and the verdict that follows."""
     import torch
+
     from klab.harness.claims.book import examine, markdown, records
 
     if as_json and as_markdown:
@@ -63,9 +65,10 @@ def _draw(folder: Path) -> None:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    from klab.harness.claims.book import measured, tally
     from rich.markup import escape
     from rich.table import Table
+
+    from klab.harness.claims.book import measured, tally
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     made.add_column("claim", no_wrap=True)
@@ -86,8 +89,9 @@ def _print_table(findings: list[Finding]) -> None:
 
 
 def _print_in_full(finding: Finding) -> None:
-    from klab.harness.claims.book import digits, subject
     from rich.markup import escape
+
+    from klab.harness.claims.book import digits, subject
 
     claim, screen = finding.claim, console()
     colour = COLOURS[str(finding.verdict)]

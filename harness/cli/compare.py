@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from klab.grid import Mistake
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
 from klab.harness.cli.report import span

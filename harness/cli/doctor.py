@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import typer
+
 from klab.grid import Mistake
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show, show_json

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 import yaml
+
 from klab.grid import Cell, Mistake, Objective
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from klab.grid import Cell, Mistake, Objective
 from klab.harness.cli.arguments import STUDIES, JsonOption, grid_of, run_of
 from klab.harness.cli.table import show, show_json

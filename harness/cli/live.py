@@ -7,6 +7,9 @@ import time
 from typing import Annotated
 
 import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+
 from klab.grid import Mistake
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console, show_json, table
@@ -15,8 +18,6 @@ from klab.harness.cli.watch import Pace, board, resting
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
 from klab.reports.sparkline import sparkline
-from rich.console import Group, RenderableType
-from rich.live import Live
 
 _ORDER = ("running", "failed", "diverged", "lost", "preempted", "finished", "queued", "unknown", "waiting", "cancelled")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
+
 from klab.grid import Mistake
 
 COMMANDS = {

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
 from klab.grid import Grid
 from klab.harness.cli.table import console
 from klab.harness.dispatch.merging import Merged, merge_equal
 from klab.harness.store import Run
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 AT_ONCE = 200
 """How many objectives `klab plan` compares without being asked: some seconds, once per machine."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from klab.grid import Cell, Grid
 from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid

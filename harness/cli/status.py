@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console, duration, show, show_json, state_text
 from klab.harness.dispatch.status import CellStatus, count, statuses

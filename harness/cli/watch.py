@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from klab.harness.cli.table import console, duration, state_text, table
-from klab.harness.dispatch.status import OVER, CellStatus, count, statuses
-from klab.harness.store import Run
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
+
+from klab.harness.cli.table import console, duration, state_text, table
+from klab.harness.dispatch.status import OVER, CellStatus, count, statuses
+from klab.harness.store import Run
 
 if TYPE_CHECKING:
     from klab.harness.training.runner import Progress

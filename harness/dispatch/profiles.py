@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from klab.grid import Mistake
 from klab.grid.schema.sections import Resources, load_section
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from klab.grid import Objective
 from klab.harness.exact.estimators import update_gradients
 from klab.harness.exact.gradients import exact_kl

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
 from klab.grid import Objective
 from klab.harness.exact.tabular import Trajectories
 from klab.harness.exact.tabular_setting import Layout, Setting
 from klab.harness.exact.updates import Updates
 from klab.harness.objective import TokenBatch, objective_loss
-from torch import Tensor
-from torch.func import grad, vmap
 
 PER_TRAJECTORY = ("raw", "positive", "greedy_baseline", "gae")
 """Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` unless whitened)."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from klab.harness.exact.tabular import Reward, TabularPolicy
 from torch import Tensor
+
+from klab.harness.exact.tabular import Reward, TabularPolicy
 
 Direction = Literal["reverse", "forward"]
 Scale = Literal["sum", "mean"]

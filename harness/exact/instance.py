@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+
 from klab.grid import Objective
 from klab.harness.exact.drift import inner_updates, random_drift
 from klab.harness.exact.estimators import couples_trajectories

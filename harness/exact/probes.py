@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.exact.estimators import loss_gradients
 from klab.harness.objective import TokenBatch
-from torch import Tensor
 
 VOCABULARY, POSITIONS, GROUP_SIZE = 4, 6, 4
 PROJECTIONS = 3

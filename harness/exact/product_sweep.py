@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from klab.grid import Mistake, Objective
 from klab.grid.catalogue import AXES
 from klab.harness.exact.fingerprints import canonical_text

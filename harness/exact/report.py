@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.exact.estimators import Gradients, couples_trajectories, update_gradients
 from klab.harness.exact.tabular import Reward, TabularPolicy
@@ -19,7 +21,6 @@ from klab.harness.exact.updates import (
     every_trajectory,
     sampled_updates,
 )
-from torch import Tensor
 
 DEFAULT_SAMPLES = 8_000
 """Trajectories of a Monte Carlo estimate where the caller names no number."""

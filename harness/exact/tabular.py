@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from klab.grid import Mistake
 from torch import Tensor
+
+from klab.grid import Mistake
 
 Reward = Tensor | Callable[[Tensor], Tensor]
 """Rewards of the lab: a tensor over all V^H token rows in lexicographic order (or over the distinct trajectories, when

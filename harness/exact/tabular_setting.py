@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.exact.gradients import Scale, exact_gradient
 from klab.harness.exact.tabular import Reward, TabularPolicy, Trajectories
 from klab.harness.objective import TokenBatch
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,8 +14,9 @@ from itertools import combinations_with_replacement
 from typing import Literal
 
 import torch
-from klab.harness.exact.tabular import TabularPolicy
 from torch import Tensor
+
+from klab.harness.exact.tabular import TabularPolicy
 
 Method = Literal["trajectories", "groups", "monte carlo"]
 

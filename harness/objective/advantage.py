@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.harness.objective.groups import Groups, moments
 from klab.harness.objective.masking import compact, expand, lengths, own, suffix_sum
 from klab.harness.objective.registry import Registry
-from torch import Tensor
 
 ADVANTAGES = Registry("advantage", "returns")
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from klab.harness.objective.masking import lengths
 from klab.harness.objective.registry import Registry
-from torch import Tensor
 
 AGGREGATIONS = Registry("aggregation", "terms", "mask", "totals")
 

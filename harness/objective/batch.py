@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from klab.harness.objective.groups import Groups
 from torch import Tensor
+
+from klab.harness.objective.groups import Groups
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ Schulman, "Approximating KL divergence" (2020), where his ratio is δ = e^{−κ
 from __future__ import annotations
 
 import torch
-from klab.harness.objective.registry import Registry
 from torch import Tensor
+
+from klab.harness.objective.registry import Registry
 
 ESTIMATORS = Registry("estimator", "log_ratio")
 """φ(κ); `full` alone reads `(logits, logits_reference)` instead."""

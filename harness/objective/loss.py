@@ -20,6 +20,8 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.objective.advantage import ADVANTAGES, Returns, value_targets
 from klab.harness.objective.aggregate import AGGREGATIONS, Totals
@@ -32,7 +34,6 @@ from klab.harness.objective.placement import PLACEMENTS, Placement
 from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
 from klab.harness.objective.weight import SOLVERS, WEIGHTS
-from torch import Tensor
 
 PATHS = Registry("path", "logp", "log_rho")
 

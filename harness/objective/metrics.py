@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import compress
 
 import torch
-from klab.harness.objective.kl import behaviour_kl, k1, k2, k3
 from torch import Tensor
+
+from klab.harness.objective.kl import behaviour_kl, k1, k2, k3
 
 
 @dataclass(frozen=True)

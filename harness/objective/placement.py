@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from klab.harness.objective.masking import last_own, lengths, suffix_sum
 from klab.harness.objective.registry import Registry
-from torch import Tensor
 
 PLACEMENTS = Registry("placement")
 

@@ -7,9 +7,10 @@ off the own tokens are ignored. Sums run over own tokens: i ≥ j means the own 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from klab.harness.objective.masking import lengths, suffix_sum
 from klab.harness.objective.registry import Registry
-from torch import Tensor
 
 RATIOS = Registry("ratio", "log_ratio", "mask")
 

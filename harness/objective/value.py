@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from klab.harness.objective.aggregate import Totals, token_mean
 from klab.harness.objective.masking import own
-from torch import Tensor
 
 
 def value_loss(

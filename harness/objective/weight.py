@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from klab.harness.objective.registry import Registry
 from torch import Tensor
+
+from klab.harness.objective.registry import Registry
 
 WEIGHTS = Registry("weight", "ratio", "advantage")
 

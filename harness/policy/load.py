@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.policy import Policy

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
@@ -14,7 +16,6 @@ from klab.harness.policy.stacked.lm_head import chunk_size, picked
 from klab.harness.policy.stacked.packed_layers import final_states
 from klab.harness.policy.stacked.packed_layout import Layout
 from klab.harness.policy.stacked.prefix_tree import Grove
-from torch import Tensor
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.batched_layers import Weights

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from klab.grid.errors import Mistake
 from transformers import PreTrainedTokenizerFast
+
+from klab.grid.errors import Mistake
 
 ChatTemplate = Literal["auto", "always", "never"]
 GENERATION = "generation_config.json"

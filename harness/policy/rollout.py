@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
 from klab.grid.errors import Mistake
 from klab.harness.objective import Groups
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.sampling.categorical import Stretch, draw, uniform
 from klab.harness.policy.sampling.trajectory_builder import Draft, Environment
 from klab.harness.policy.stacked.prefix_tree import Forest, forest, plain_forest
-from torch import Tensor
-from torch.nn.functional import pad
 
 TOGETHER = 2**22
 """Logits of several cells are drawn from in one call as long as there are no more of them than this."""

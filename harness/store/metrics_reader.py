@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import csv
+
 from klab.grid import Mistake
 from klab.harness.store import files
-from pyarrow import csv
 
 _LARGEST = 1 << 30
 _COMMAS = bytes.maketrans(b":", b",")

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
 from klab.harness.objective import Coefficients
 from klab.harness.policy.rollout import Rollout
 from klab.harness.store import CellFolder, files
 from klab.harness.training.data.dynamic_sampling import Drawn
 from klab.harness.training.data.rollouts import Experience
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 FILE = "state.safetensors"
 SCHEMA = 2

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
@@ -24,7 +26,6 @@ from klab.harness.training.microbatch import WHOLE, Limit, empty, turns
 from klab.harness.training.packed_cell import Member
 from klab.harness.training.runtime.rng import choose
 from klab.tasks.task import Example, Score
-from torch import Tensor
 
 SAMPLES = 4
 """Completions shown in a row."""

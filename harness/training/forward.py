@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.optim.critic import Critics
 from klab.harness.training.packed_cell import Member
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

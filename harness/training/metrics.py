@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from klab.harness.objective.masking import own
 from klab.harness.training.data.rollouts import Experience
-from torch import Tensor
 
 FROM_OBJECTIVE = (
     "k1",

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.distributed.process_group import ALONE, World
-from torch import Tensor
 
 Piece = tuple[Rollout, slice]
 """A micro-batch, and which rows of the whole it has."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from copy import copy
 
 import torch
+
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.policy import Policy
 from klab.harness.training.checkpoint import State

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.grid.schema.sections import Sampler
 from klab.harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
 from klab.harness.training.data.group_filtering import silent
@@ -34,7 +36,6 @@ from klab.harness.training.optim.optimizer import StackedAdamW, norm
 from klab.harness.training.optim.schedule import learning_rate
 from klab.harness.training.packed_cell import CellFailure, Member
 from klab.harness.training.runtime.timer import Stopwatch
-from torch import Tensor
 
 _ALL = slice(None)
 

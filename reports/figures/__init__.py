@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+
 from klab.reports.comparison import Comparison
 from klab.reports.figures.curves import axis_curves, cell_curves, curve_cubes
 from klab.reports.figures.effects import interaction_maps, main_effect_plot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from klab.reports.axes import VariedAxis
 from klab.reports.comparison import Comparison
 from klab.reports.figures.series import Cube, average, cube, over_seeds, representatives, smoothed

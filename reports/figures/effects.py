@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import INK, MUTED, RULE, WIDE, Drawing, canvas, look, shortened, styled
 from klab.reports.schema import TITLES

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
 from klab.reports.axes import VariedAxis
 from klab.reports.comparison import Comparison
 from klab.reports.statistics import Array
 from klab.reports.study import Study
-from numpy.typing import NDArray
-from scipy import stats
 
 
 class Cube(NamedTuple):

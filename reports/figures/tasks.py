@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import WIDE, Drawing, canvas, look, shortened, styled
 from klab.reports.schema import TITLES

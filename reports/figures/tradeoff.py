@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import INK, MUTED, NARROW, RULE, SERIES, WIDE, Drawing, canvas, shortened, styled
 from klab.reports.schema import TITLES

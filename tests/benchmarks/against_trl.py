@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from klab.harness.store import Run
 from klab.tasks.addition import Addition
-
 from tests.benchmarks import one_device
 from tests.benchmarks.clock import per_update
 from tests.benchmarks.limit import peak_gflops, plain_flops, stream_gigabytes, weight_bytes

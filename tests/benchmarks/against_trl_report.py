@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from klab.harness.training.runtime.timer import PHASES
 from matplotlib.figure import Figure
 from scipy import stats
 
+from klab.harness.training.runtime.timer import PHASES
 from tests.benchmarks.setting import LORA_ALPHA, UPDATES_PER_ROLLOUT
 
 PHASE_NAMES = (*PHASES[:3], "behaviour", *PHASES[3:])

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
 from klab.grid import parse_grid
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.stacked.decoder import Decoder
@@ -27,9 +30,6 @@ from klab.harness.training import pack as packs
 from klab.harness.training.packed_cell import Member
 from klab.harness.training.runtime.oom import release
 from klab.tasks import load_task
-from rich.console import Console
-from rich.table import Table
-
 from tests.benchmarks.shapes import SHAPES, Shape, Strings, write_start
 
 PEAKS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.04e12, 312e12)}

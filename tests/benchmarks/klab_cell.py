@@ -19,6 +19,9 @@ from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 from clock import CLOCKS, Clock, device_name, meet, usage, wall  # noqa: E402
+from setting import ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, add_arguments, told  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 from klab.grid import parse_grid  # noqa: E402
 from klab.harness.store import CellFolder, Run  # noqa: E402
 from klab.harness.training import pack, run_cells  # noqa: E402
@@ -26,8 +29,6 @@ from klab.harness.training.packed_cell import Member  # noqa: E402
 from klab.harness.training.runner import Progress  # noqa: E402
 from klab.harness.training.runtime.timer import PHASES, Stopwatch  # noqa: E402
 from klab.tasks import load_task  # noqa: E402
-from setting import ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, add_arguments, told  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 
 class ClockedWatch(Stopwatch):

@@ -16,7 +16,6 @@ from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.init.sft_warmup import warm_up
 from klab.harness.policy.stacked.decoder import Decoder
 from klab.tasks.addition import Addition
-
 from tests.benchmarks.setting import CONTEXT, DIGITS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY
 
 SIZES = SimpleNamespace(

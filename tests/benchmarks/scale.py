@@ -22,7 +22,6 @@ from pathlib import Path
 
 from klab.grid import parse_grid
 from klab.harness.store import Run
-
 from tests.reports.synthetic import large_grid, write_large_run
 
 _MEASURED = """

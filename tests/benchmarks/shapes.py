@@ -93,9 +93,10 @@ class Strings:
 def write_start(folder: Path, shape: Shape) -> Path:
     """A checkpoint with random weights, whose tokens are letters and names without meaning."""
     import torch
+    from transformers import Qwen2Config
+
     from klab.harness.policy.init.char_tokenizer import character_tokenizer
     from klab.harness.policy.stacked.decoder import Decoder
-    from transformers import Qwen2Config
 
     tokenizer = character_tokenizer(LETTERS, shape.config["vocab_size"])
     config = Qwen2Config(

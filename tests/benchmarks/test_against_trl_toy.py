@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from klab.grid import parse_grid
 
+from klab.grid import parse_grid
 from tests.benchmarks import against_trl, one_device
 from tests.benchmarks.against_trl_report import device_table
 from tests.benchmarks.clock import meet

@@ -22,7 +22,6 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 from clock import CLOCKS, device_name, meet, usage, wall  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from klab.tasks import load_task  # noqa: E402
 from setting import (  # noqa: E402
     BETA,
     EPSILON,
@@ -36,6 +35,8 @@ from setting import (  # noqa: E402
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+from klab.tasks import load_task  # noqa: E402
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

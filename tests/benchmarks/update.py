@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
 from klab.grid import parse_grid
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import sample
@@ -22,8 +25,6 @@ from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.runtime.torch_settings import settled
 from klab.tasks import load_task
-from rich.console import Console
-from rich.table import Table
 
 PHASES = ("rollout", "reward", "reference", "forward", "backward", "step")
 UPDATES, ROUNDS, GROUP_SIZE = 12, 3, 8

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Cell
 from klab.reports import render
-
 from tests.reports.synthetic import write_run
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import load_grid
 from klab.harness.store import Run
-
 from tests.support.forked_runs import live, wait
 from tests.support.small_cells import small_policy, write_grid
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from klab.grid import load_grid
 from klab.harness.store import Run
-
 from tests.support.forked_runs import live, wait
 
 SMALLEST, STEP, LARGEST = 24, 8, 400

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Mistake
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
-
 from tests.faults.conftest import MakeRun
 from tests.support.forked_runs import live, wait
 from tests.support.small_cells import assert_same

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+
 from klab.harness.dispatch.local.controller import lock_path
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Holder, Run, scan
 from klab.harness.store.lock import read_lock
-
 from tests.faults.conftest import MakeRun
 from tests.support.forked_runs import live, wait
 from tests.support.small_cells import assert_same

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
-
 from tests.faults.conftest import MakeRun
 from tests.faults.test_damage import stop_after
 from tests.support.forked_runs import live, wait

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from klab.harness.dispatch.status import statuses
 
+from klab.harness.dispatch.status import statuses
 from tests.faults.conftest import MakeRun
 
 pytestmark = pytest.mark.faults

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from klab.grid import Grid, Mistake, load_grid
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
-
 from tests.faults.conftest import MakeRun
 from tests.support.forked_runs import live, wait
 

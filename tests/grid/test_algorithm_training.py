@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from klab.grid import Grid, Mistake, load_grid, parse_grid
 from klab.grid.algorithms import algorithm_names
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from klab.grid import Cell, Mistake, load_grid, parse_grid
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.objective import Objective

@@ -4,6 +4,7 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.grid import Mistake, Objective
 from klab.grid.catalogue import AXES, PARAMETERS
 

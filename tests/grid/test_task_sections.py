@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from klab.grid import Cell, Mistake, parse_grid
 from klab.grid.schema.sections import TASKS, load_section
 from klab.tasks.task import TASKS as LOADED

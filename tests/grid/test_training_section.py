@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from klab.grid import Grid, Mistake, parse_grid
 from klab.grid.schema.sections import TrainingSection
 

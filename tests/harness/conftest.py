@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from klab.grid import Grid, load_grid
 
+from klab.grid import Grid, load_grid
 from tests.support.run_processes import end_all
 from tests.support.small_cells import small_policy
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.objective import TokenBatch, objective_loss
-from torch import Tensor
 
 GROUPS, SIZE, WIDTH, BUDGET = 13, 5, 8, 11
 """Prompts, trajectories of each, padded length, completion budget. 5/4 and 65/64, the Bessel corrections that TRL

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import Objective
 from klab.grid.algorithms import load_algorithm
 

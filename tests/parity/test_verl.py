@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from klab.grid import Cell, Objective
 from klab.grid.schema.sections import AdditionTask, BetaControl, TinyPolicy, TrainingSection
-from torch import Tensor
 
 try:
     installed = version("verl")
@@ -31,7 +32,6 @@ if installed != "0.9.1":
     pytest.skip(f"verl {installed} is installed; parity is with 0.9.1 (`make parity-test`)", allow_module_level=True)
 
 from klab.harness.objective import update_context, value_loss, value_metrics
-
 from tests.parity.probe import BUDGET, WIDTH, Probe, assert_same, klab_gradient, probe, relative_error
 from tests.parity.verl_peer import token_rewards, verl_advantages, verl_gradient
 
@@ -251,8 +251,9 @@ def test_the_clipped_value_loss_is_verls() -> None:
 
 
 def test_an_adaptive_beta_is_verls() -> None:
-    from klab.harness.training.optim.kl_controller import adapted, figures, first
     from verl.trainer.ppo.core_algos import AdaptiveKLController
+
+    from klab.harness.training.optim.kl_controller import adapted, figures, first
 
     theirs = AdaptiveKLController(0.05, target_kl=0.1, horizon=25.0)
     training = TrainingSection(beta_control=BetaControl(target=0.1, horizon=25.0))

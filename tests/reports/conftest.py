@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Cell
 from klab.harness.store import Run
 from klab.reports import Study, load_run, render
-
 from tests.reports.synthetic import write_run
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)> "quotes" & {{ 7*7 }} $x^2$ \\textbf{}'

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from klab.grid import Cell, parse_grid
 from klab.harness.store import Run
 

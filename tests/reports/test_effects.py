@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from klab.reports.effects import Design, interactions, main_effects
 
 A = {"k1": 0.0, "k2": 0.3, "k3": 0.5}

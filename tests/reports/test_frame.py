@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+
 from klab.harness.store import CellFolder, Run
 from klab.reports.frame import read_frames
 from klab.reports.schema import EVALUATIONS, METRICS

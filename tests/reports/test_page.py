@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from klab.grid import Cell
 from klab.harness.store import Run
 from klab.reports import Study, render
-
 from tests.reports.conftest import HOSTILE
 from tests.reports.synthetic import write_run
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from klab.reports import statistics as s
 from scipy import stats
+
+from klab.reports import statistics as s
 
 X = np.array([[0.1, 0.4], [0.2, 0.5], [0.35, 0.9], [0.6, 1.2]])
 Y = np.array([[0.05, 0.5], [0.25, 0.45], [0.3, 0.8]])

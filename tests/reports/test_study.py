@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from klab.grid import Mistake
 from klab.harness.store import Run
 from klab.reports import Study, load_run
@@ -15,8 +17,6 @@ from klab.reports.comparison import compare
 from klab.reports.figures.tasks import across_tasks
 from klab.reports.schema import CELLS, SUMMARY
 from klab.reports.study import load_runs
-from scipy import stats
-
 from tests.reports.synthetic import EFFECTS, write_run
 
 Small = Callable[..., Run]

@@ -8,6 +8,7 @@ import json
 import re
 
 import pytest
+
 from klab.grid import Mistake
 from klab.reports import Study
 from klab.reports.comparison import Comparison, compare

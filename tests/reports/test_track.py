@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Mistake
 from klab.harness.store import Run
 from klab.reports.track import follow, tracked_id

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import load_grid
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
-
 from tests.slurm.cluster import Cluster
 from tests.slurm.processes import wait_for
 from tests.support.small_cells import small_policy, write_grid

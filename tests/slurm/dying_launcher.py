@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from submitit.core.utils import JobPaths
+
 from klab.harness.cli.main import main
 from klab.harness.dispatch.slurm import array_job as sbatch
 from klab.harness.dispatch.slurm.submission import Submission
-from submitit.core.utils import JobPaths
 
 
 def die(*_: Any, **__: Any) -> Any:

@@ -6,8 +6,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from klab.harness.dispatch.status import statuses
 
+from klab.harness.dispatch.status import statuses
 from tests.slurm.conftest import Lab, starts
 from tests.slurm.processes import wait_for
 from tests.support.small_cells import assert_same

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+
 from klab.harness.dispatch.slurm.backend import Slurm
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.dispatch.status import statuses
-
 from tests.slurm.conftest import ROOT, Lab, starts
 from tests.slurm.processes import wait_for
 from tests.support.small_cells import assert_same

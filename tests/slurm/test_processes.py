@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+
 from klab.grid import load_grid
 from klab.harness.dispatch.job import work
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.store import Run
-
 from tests.slurm.conftest import Lab, starts
 from tests.slurm.processes import facts, kill, processes, wait_for
 from tests.support.small_cells import assert_same

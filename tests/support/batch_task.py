@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from klab.tasks import Example, Score
 from letters_task import Letters
+
+from klab.tasks import Example, Score
 
 ASKED: list[int] = []
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from klab.harness.objective import Placement, Returns, Totals
 from torch import Tensor
+
+from klab.harness.objective import Placement, Returns, Totals
 
 NOT_A_FUNCTION = 3
 

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from klab.harness.objective import Returns
 from klab.tasks import Example, Score
-from torch import Tensor
 
 LETTERS = "abcd"
 

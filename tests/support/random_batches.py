@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
 from klab.harness.objective import TokenBatch, objective_loss
-from torch import Tensor
-
 from tests.harness.objective.oracle import Trajectory
 
 PARAMETERS = {

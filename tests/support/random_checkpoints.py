@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
 
 SHARED: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 LATER: dict[str, Any] = {

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.decoder import Decoder
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 ALPHABET = "0123456789+="
 SIZES = {

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.metrics import same_numbers
-from safetensors.torch import load_file
 
 MakeRun = Callable[..., Run]
 UNLIKE = ("versions", "hardware")

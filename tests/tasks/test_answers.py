@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 import pytest
+
 from klab.tasks.answers import final_answer, number
 from klab.tasks.verification import same_value
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+
 from klab.grid.errors import Mistake
 from klab.grid.schema.sections import TinyPolicy, load_section
 from klab.harness.policy.init.char_tokenizer import character_tokenizer

@@ -9,7 +9,6 @@ from pathlib import Path
 from klab.grid import load_grid
 from klab.harness.store import Run
 from klab.harness.training import run_cells
-
 from tests.support.small_cells import small_policy
 
 TRAINING = {"updates": 2, "prompts": 2, "group_size": 2, "max_new_tokens": 4, "evaluate_every": 2}

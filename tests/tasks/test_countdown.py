@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from klab.grid.errors import Mistake
 from klab.tasks.countdown import Countdown
 from klab.tasks.task import Example

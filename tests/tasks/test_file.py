@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Mistake
 from klab.grid.schema.sections import load_section
 from klab.tasks import Example, load_task

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from klab.grid.errors import Mistake
 from klab.grid.schema.sections import AdditionTask, CountdownTask, CustomTask
 from klab.tasks import Example, Score, Task, load_task

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.tasks import Example

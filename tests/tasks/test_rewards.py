@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid.errors import Mistake
 from klab.tasks import Example
 from klab.tasks.rewards import Rewards

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from klab.grid import load_grid
 from klab.grid.errors import Mistake
 from klab.grid.schema.sections import load_section
@@ -17,8 +19,6 @@ from klab.harness.training import run_cells
 from klab.tasks import Example, load_task
 from klab.tasks.bandit import Bandit
 from klab.tasks.tabular import PROMPT, SHARE_OF_BEST, Tabular
-from torch import Tensor
-
 from tests.support.small_cells import small_policy
 
 

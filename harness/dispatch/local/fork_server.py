@@ -18,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from klab.harness.store import Holder
 from submitit.core.utils import JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
+
+from klab.harness.store import Holder
 
 _PICKLE_SECONDS = 60.0
 
@@ -93,8 +94,9 @@ class WarmExecutor(LocalExecutor):
 
 def main() -> None:
     """Fork for every line of standard input until it ends; in a fork, run its job."""
-    import klab.harness.training.runner  # noqa: F401
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config  # noqa: F401
+
+    import klab.harness.training.runner  # noqa: F401
 
     gc.collect()
     gc.freeze()

@@ -129,9 +129,10 @@ def _requeue(number: int = 0, frame: FrameType | None = None) -> None:
 
 def heal(run: str, number: int) -> None:
     """Write this job's pickle where its launcher died between `sbatch` and putting it in place."""
-    from klab.harness.dispatch.slurm.submission import folder, read
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.utils import DelayedSubmission, JobPaths
+
+    from klab.harness.dispatch.slurm.submission import folder, read
 
     path = folder(Run.open(run).jobs, number)
     submission = read(path)

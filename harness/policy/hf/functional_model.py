@@ -12,9 +12,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from klab.grid.errors import Mistake
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from klab.grid.errors import Mistake
 
 Weights = Mapping[str, Tensor]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.stacked.lora import CONFIG, WEIGHTS
-from torch import Tensor
 
 _FIRST, _SECOND = "lora_A.default.", "lora_B.default."
 

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.hf import peft as peft_adapters
 from klab.harness.policy.hf.decoding import CachedDecoding, WholeDecoding, padded
@@ -17,9 +21,6 @@ from klab.harness.policy.policy import Steps
 from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 _ALIGNMENT = 64
 

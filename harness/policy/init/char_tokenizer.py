@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from klab.grid.errors import Mistake
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
+
+from klab.grid.errors import Mistake
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.stacked.decoder import Decoder
 from klab.tasks.task import TURN_END, Example, Task
-from torch import Tensor
 
 LOW, HIGH = 0.2, 0.5
 BATCH, LEARNING_RATE, RAMP = 128, 3e-3, 50

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from klab.harness.policy.policy import Policy
 from torch import Tensor
+
+from klab.harness.policy.policy import Policy
 
 Environment = Callable[[int, int, str], str | None]
 """`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout

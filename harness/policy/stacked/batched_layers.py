@@ -6,12 +6,13 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.stacked.attention import Arrangement
 from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.layers import embedded, gated, linear, normed, rotated
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.decoder import Decoder

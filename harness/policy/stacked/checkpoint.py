@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from klab.grid.errors import Mistake
-from klab.harness.policy.stacked.config import Architecture
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from klab.grid.errors import Mistake
+from klab.harness.policy.stacked.config import Architecture
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes without rules of their own."""

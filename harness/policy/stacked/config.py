@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from klab.grid.errors import Mistake
 from torch import Tensor
+
+from klab.grid.errors import Mistake
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 

@@ -19,11 +19,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.stacked.attention import attention
 from klab.harness.policy.stacked.packed_layout import Indices
-from torch import Tensor
-from torch.nn import functional
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.batched_layers import Weights

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.logprobs import Scores, stacked_scores
 from klab.harness.policy.policy import Steps
@@ -26,8 +29,6 @@ from klab.harness.policy.stacked.layer_weights import suits
 from klab.harness.policy.stacked.lm_head import wide_product
 from klab.harness.policy.stacked.lora import Adapters, read_adapters, write_adapters
 from klab.harness.policy.stacked.packed_decoding import RaggedDecoding
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 JOINED_SIZE = 300_000
 """Up to this many parameters per cell, joining the weights of some cells of a pack costs less than it saves."""

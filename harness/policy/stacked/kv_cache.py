@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
 from klab.harness.policy.stacked.packed_layout import Indices, Lanes
 from klab.harness.policy.stacked.prefix_tree import Grove, bucket, plain_forest
-from numpy.typing import NDArray
-from torch import Tensor
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.batched_layers import Weights

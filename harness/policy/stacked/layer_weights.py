@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from klab.harness.policy.stacked.config import Architecture
 from torch import Tensor
+
+from klab.harness.policy.stacked.config import Architecture
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.decoder import Decoder

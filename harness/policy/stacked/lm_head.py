@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from klab.harness.policy.stacked.layers import linear
 from torch import Tensor
+
+from klab.harness.policy.stacked.layers import linear
 
 CHUNKS = {"cpu": 2**24, "cuda": 2**28}
 """Logits held at once, by kind of device, each in two or three tensors of 4 or 8 bytes."""

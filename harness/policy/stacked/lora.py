@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.layers import linear
-from torch import Tensor
 
 PROJECTIONS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),

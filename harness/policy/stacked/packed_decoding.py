@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from klab.harness.policy.stacked.kv_cache import Branches
 from klab.harness.policy.stacked.packed_layers import final_states
 from klab.harness.policy.stacked.packed_layout import Indices, Lanes, Layout
-from torch import Tensor
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.decoder import Decoder

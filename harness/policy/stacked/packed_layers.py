@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
 from klab.harness.policy.stacked.grouped_ops import back_normed, back_products, products, root_mean_square, scaled, turn
 from klab.harness.policy.stacked.layer_weights import LayerWeights
 from klab.harness.policy.stacked.packed_layout import Layout, Run
-from torch import Tensor
-from torch.nn import functional
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.decoder import Decoder

@@ -9,11 +9,12 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
-from klab.harness.policy.stacked.grouped_ops import Stretches
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+
+from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
+from klab.harness.policy.stacked.grouped_ops import Stretches
 
 Indices = NDArray[np.int64]
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
-from klab.harness.policy.stacked.packed_layout import Indices, Lanes
 from numpy.typing import NDArray
 from torch import Tensor
+
+from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
+from klab.harness.policy.stacked.packed_layout import Indices, Lanes
 
 
 @dataclass(frozen=True, slots=True)

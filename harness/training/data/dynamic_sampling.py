@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.harness.policy.rollout import Rollout
 from klab.tasks.task import Example
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

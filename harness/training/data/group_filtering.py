@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from klab.harness.training.data.dynamic_sampling import uneven
 from klab.harness.training.data.minibatch import select
 from klab.harness.training.data.overlong import charges, left_out
@@ -15,7 +17,6 @@ from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.data.sampler_mismatch import mismatch
 from klab.harness.training.metrics import Row, finite, sampled_figures
 from klab.harness.training.packed_cell import Member
-from torch import Tensor
 
 
 def remaining(member: Member, minibatch: Experience) -> Experience:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.packed_cell import Member
-from torch import Tensor
 
 
 def training_rewards(member: Member, rollout: Rollout, rewards: Tensor) -> Tensor:

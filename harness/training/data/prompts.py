@@ -7,13 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedTokenizerFast
+
 from klab.grid.cell import Cell
 from klab.grid.errors import Mistake
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.prompt import ChatTemplate, check_ids, prompt_ids
 from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
 from klab.tasks.task import Example, SplitName, Task
-from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from klab.harness.training.packed_cell import Member

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
@@ -19,7 +21,6 @@ from klab.harness.training.runtime.rng import choose, permutation
 from klab.harness.training.runtime.timeout import deadline
 from klab.harness.training.runtime.timer import Stopwatch
 from klab.tasks.task import Example, Score, Task
-from torch import Tensor
 
 
 @dataclass(slots=True)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from klab.grid.errors import Mistake
 from klab.grid.schema.sections import Sampler, TrainingSection
 from klab.harness.objective.kl import k3
@@ -17,7 +19,6 @@ from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.sampling.categorical import Stretch
 from klab.harness.policy.sampling.trajectory_builder import Environment
 from klab.harness.training.packed_cell import Member
-from torch import Tensor
 
 
 class Sample(Protocol):

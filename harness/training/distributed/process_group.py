@@ -17,9 +17,10 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from klab.harness.training.packed_cell import CellFailure
 from klab.harness.training.runtime.oom import out_of_memory
-from torch import Tensor
 
 T = TypeVar("T")
 

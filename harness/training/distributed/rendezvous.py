@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from klab.harness.training.distributed.process_group import World, WorldLost
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from klab.harness.training.distributed.process_group import World, WorldLost
 
 JOIN_SECONDS = 300.0
 """How long the processes of a job wait for one another at its start."""

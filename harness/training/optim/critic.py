@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from klab.harness.objective import Context, TokenBatch, value_loss, value_metrics
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
@@ -19,7 +21,6 @@ from klab.harness.training.microbatch import WHOLE, Limit, by_turns
 from klab.harness.training.optim.optimizer import StackedAdamW, norm
 from klab.harness.training.optim.schedule import learning_rate
 from klab.harness.training.packed_cell import Member
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

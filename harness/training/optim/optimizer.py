@@ -13,8 +13,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from klab.grid.schema.sections import TrainingSection
 from torch import Tensor
+
+from klab.grid.schema.sections import TrainingSection
 
 NARROW = (torch.float16, torch.bfloat16)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import torch
+
 from klab.grid.cell import Cell
 from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
 from klab.harness.training.runtime.allocator import keep_freed_memory
 
 _SMALLEST = torch.finfo(torch.float32).tiny

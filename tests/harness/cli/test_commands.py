@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Grid, catalogue
 from klab.harness.cli.main import COMMANDS, main
 from klab.harness.store import Run

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Mistake, Objective, parse_grid
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.schema.sections import TrainingSection

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import load_grid
 from klab.harness.cli.gradients import measure_run
 from klab.harness.cli.main import main

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Grid
 from klab.harness.cli.main import main
 from klab.harness.store import Run

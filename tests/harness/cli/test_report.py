@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from klab.harness.cli.main import main
 
+from klab.harness.cli.main import main
 from tests.reports.synthetic import QUICKSTART, write_run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Mistake
 from klab.harness.cli.main import main
 from klab.harness.cli.tracking import require_trackers

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.grid import Grid
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Pack
@@ -23,7 +24,6 @@ from klab.harness.dispatch.packing.packs import PACK_SIZE, kind, make_packs
 from klab.harness.dispatch.packing.step_times import FILE, Place, append, differ, measured, note
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
-
 from tests.support.run_processes import wait_for
 
 MakeGrid = Callable[..., Grid]

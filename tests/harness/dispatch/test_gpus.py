@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Grid, Mistake
 from klab.harness.cli.main import main
 from klab.harness.dispatch.backends import Pack
@@ -14,7 +15,6 @@ from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.local.backend import Local
 from klab.harness.dispatch.local.inline import Here
 from klab.harness.store import Run
-
 from tests.support.run_processes import wait_for
 
 

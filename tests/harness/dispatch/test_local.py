@@ -20,7 +20,6 @@ from klab.harness.dispatch.local.inline import Here
 from klab.harness.dispatch.local.pool import Pool
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run, files, scan
-
 from tests.support.run_processes import controllers, kill, wait_for, workers
 
 MakeGrid = Callable[..., Grid]

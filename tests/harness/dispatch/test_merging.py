@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from klab.grid import parse_grid
 from klab.harness.dispatch.merging import merge_equal
 from klab.harness.store import Run

@@ -7,6 +7,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.harness.dispatch.packing.packs import PACK_SIZE, STACKED_BYTES, make_packs, shape
 
 

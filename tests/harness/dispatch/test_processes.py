@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Grid, Mistake
 from klab.grid.schema.sections import Resources, load_section
 from klab.harness.dispatch.launch import launch
@@ -20,7 +21,6 @@ from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
 from klab.harness.training.metrics import same_numbers
 from klab.harness.training.runner import Progress
-
 from tests.support.run_processes import controllers, followers, kill, wait_for
 
 MakeGrid = Callable[..., Grid]

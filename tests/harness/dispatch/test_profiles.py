@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Mistake
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.profiles import configuration_file, profiles, resolve

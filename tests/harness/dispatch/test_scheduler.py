@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from klab.harness.dispatch.backends import SchedulerState
 from klab.harness.dispatch.slurm.client import elements, seconds, state_of
 

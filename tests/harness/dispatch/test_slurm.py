@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from klab.grid import Mistake, load_grid
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.slurm import client as scheduler

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Grid
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Pack, SchedulerState

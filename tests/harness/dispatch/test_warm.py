@@ -10,7 +10,6 @@ from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local.pool import Pool
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
-
 from tests.support.run_processes import kill, wait_for, workers
 
 

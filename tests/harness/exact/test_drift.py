@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from klab.grid import Objective
 from klab.harness.exact.drift import STEP, drift_size, inner_updates, random_drift
 from klab.harness.exact.estimators import update_gradients

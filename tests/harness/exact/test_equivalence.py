@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import Cell, Objective
 from klab.grid.catalogue import AXES
 from klab.grid.schema.sections import AdditionTask, TinyPolicy, TrainingSection
 from klab.harness.exact.equivalence import contested_fingerprints, count_classes, equivalence_classes
 from klab.harness.exact.fingerprints import canonical_text, fingerprints
 from klab.harness.exact.probes import probe, probe_gradient
-
 from tests.harness.exact.enumeration import weight_of
 
 ON_POLICY = TrainingSection()

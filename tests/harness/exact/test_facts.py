@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
 from klab.harness.exact import TabularPolicy, estimator_report, exact_gradient
@@ -17,7 +19,6 @@ from klab.harness.exact.kl_errors import ESTIMATORS, PLACEMENTS, kl_errors
 from klab.harness.exact.report import EstimatorReport
 from klab.harness.exact.tabular_setting import Setting
 from klab.harness.exact.updates import every_trajectory
-from torch import Tensor
 
 RATIOS = tuple(AXES["ratio"].values)
 TINY = 1e-12

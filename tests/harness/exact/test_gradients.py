@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from klab.harness.exact import TabularPolicy, exact_entropy, exact_gradient, exact_kl, gradient_of
 from torch import Tensor
 
+from klab.harness.exact import TabularPolicy, exact_entropy, exact_gradient, exact_kl, gradient_of
 from tests.harness.exact.enumeration import Policy, log_probs, policy_of, probability, true_gradient
 
 CATEGORICAL = (0.4, 0.3, 0.2, 0.1)

@@ -8,13 +8,13 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
 from klab.harness.exact import TabularPolicy, estimator_report, exact_gradient
 from klab.harness.exact.instance import Instance
 from klab.harness.exact.tabular_setting import Setting
-from torch import Tensor
-
 from tests.harness.exact.enumeration import (
     Gradient,
     Policy,

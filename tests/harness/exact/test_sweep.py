@@ -8,6 +8,7 @@ from itertools import islice, product
 from pathlib import Path
 
 import pytest
+
 from klab.grid import Mistake, Objective
 from klab.grid.catalogue import AXES
 from klab.harness.exact import estimator_report

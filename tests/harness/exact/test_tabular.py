@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+
 from klab.harness.exact import TabularPolicy
 from klab.harness.exact.tabular import contexts_of
-
 from tests.harness.exact.enumeration import policy_of, probability, sequences
 
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from klab.grid import Objective
-from klab.harness.objective import TokenBatch
 from torch import Tensor
 
+from klab.grid import Objective
+from klab.harness.objective import TokenBatch
 from tests.support.random_batches import gradient
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
 from klab.harness.objective import TokenBatch, update_context
-
 from tests.support.random_batches import tokens
 
 CENTRED = (

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.harness.objective import TokenBatch
 from klab.harness.objective.groups import Groups, moments
-
 from tests.support.random_batches import tokens
 
 

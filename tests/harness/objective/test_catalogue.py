@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+
 from klab.grid import Mistake, Objective
 from klab.grid.catalogue import AXES
 from klab.harness.objective import parts

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
 from klab.harness.objective import Coefficients, TokenBatch, objective_loss, update_context
-from torch import Tensor
-
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import random_batch, random_objective, tokens
 

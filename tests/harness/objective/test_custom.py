@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from klab.grid import Mistake, Objective
 from klab.harness.objective import objective_loss, update_context
-
 from tests.support.random_batches import gradient, random_batch
 
 HERE = "tests.support.custom_values"

@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
-from klab.grid import Objective
-from klab.grid.catalogue import AXES
 from torch import Tensor
 
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import gradient, random_batch, random_objective
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from klab.grid import Objective
-from klab.grid.catalogue import AXES
-from klab.harness.objective import TokenBatch, objective_loss, surrogate, update_context
 from torch import Tensor
 from torch.func import grad, vmap
 
+from klab.grid import Objective
+from klab.grid.catalogue import AXES
+from klab.harness.objective import TokenBatch, objective_loss, surrogate, update_context
 from tests.support.random_batches import gradient, random_batch, random_objective, tokens
 
 PER_TOKEN = ("logp", "logp_behaviour", "logp_reference", "logits", "logits_reference", "values")

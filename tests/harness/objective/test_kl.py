@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+
 from klab.grid import Objective
 from klab.harness.objective import objective_loss
 from klab.harness.objective.kl import ESTIMATORS
-
 from tests.support.random_batches import gradient, tokens
 
 KAPPA = torch.tensor([-1.5, -1e-9, 0.0, 1e-9, 0.3, 2.0], dtype=torch.float64)

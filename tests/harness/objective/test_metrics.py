@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+
 from klab.grid import Objective
 from klab.harness.objective import objective_loss
-
 from tests.support.random_batches import tokens
 
 LOG2 = math.log(2.0)

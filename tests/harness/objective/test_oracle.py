@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
+
 from klab.grid.catalogue import AXES
 from klab.harness.objective import objective_loss, update_context
-
 from tests.harness.objective.oracle import solve
 from tests.support.random_batches import random_batch, random_objective, trajectories, with_sampler
 

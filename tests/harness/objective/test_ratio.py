@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from klab.grid.catalogue import AXES
 from klab.harness.objective.masking import compact, expand, last_own
 from klab.harness.objective.ratio import RATIOS

@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.harness.objective import TokenBatch, update_context, value_loss, value_metrics
 from klab.harness.objective.aggregate import Totals
-from torch import Tensor
-
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import gradient, random_batch, tokens, with_sampler
 

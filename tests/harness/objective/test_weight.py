@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from klab.grid import Objective
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.harness.objective import parts
 from klab.harness.objective.weight import WEIGHTS, largest_exponent
-from torch import Tensor
-
 from tests.harness.objective.oracle import largest_exponent as by_halving
 
 WEIGHT_VALUES = AXES["weight"].values

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from klab.grid.errors import Mistake
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.stacked.decoder import Decoder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from klab.grid.errors import Mistake
+from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.stacked.decoder import Decoder
 from tests.support.tiny_policy import ALPHABET, configuration, decoder, written
 
 LLAMA3 = {

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from klab.harness.policy.logprobs import Scores, token_scores
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.decoder import Decoder
 from klab.harness.policy.stacked.prefix_tree import forest
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 from tests.support.tiny_policy import decoder, written
 
 

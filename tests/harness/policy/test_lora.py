@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from klab.grid.errors import Mistake
 from klab.grid.schema.policy import HfPolicy, Lora
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.stacked.decoder import Decoder
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tests.support.tiny_policy import configuration, decoder, generators, written
 
 PROMPTS = [[3, 4, 5], [6, 7], [8]]

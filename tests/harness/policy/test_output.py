@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from klab.grid.schema.policy import Lora
 from klab.harness.policy.logprobs import Scores, token_scores
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked import lm_head as output
 from klab.harness.policy.stacked.decoder import Decoder
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from tests.support.tiny_policy import decoder, written
 
 VOCABULARY = 300

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.stacked.decoder import Decoder
-
 from tests.support.tiny_policy import decoder, generators
 
 SETTINGS: dict[str, dict[str, Any]] = {

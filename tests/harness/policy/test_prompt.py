@@ -8,15 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
 from klab.grid import Mistake
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.prompt import check_ids, end_tokens, prompt_ids
 from klab.harness.policy.rollout import sample
 from klab.harness.policy.stacked.checkpoint import read_tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
-
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import generators
 

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.stacked import grouped_ops as stretches
@@ -18,7 +19,6 @@ from klab.harness.policy.stacked.layer_weights import LayerWeights
 from klab.harness.policy.stacked.packed_decoding import RaggedDecoding
 from klab.harness.policy.stacked.packed_layers import final_norm, layer
 from klab.harness.policy.stacked.packed_layout import Lanes, Layout
-
 from tests.support.tiny_policy import decoder, generators
 
 BIASES = {"attention_bias": True, "mlp_bias": True}

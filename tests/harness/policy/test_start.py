@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from klab.grid.errors import Mistake
 from klab.grid.schema.sections import AdditionTask, CustomTask, HfPolicy, TinyPolicy
 from klab.harness.policy.init.initial_policy import address, starting_policy
 from klab.harness.policy.init.sft_warmup import sampled_accuracy
 from klab.harness.policy.stacked.decoder import Decoder
 from klab.tasks import Example, Score, load_task
-from transformers import AutoModelForCausalLM
-
 from tests.support.tiny_policy import decoder
 
 POLICY = TinyPolicy(hidden=16, layers=1, intermediate=16, heads=2, warmup_accuracy=0.25)

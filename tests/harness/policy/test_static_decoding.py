@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid.errors import Mistake
 from klab.grid.schema.policy import Lora
 from klab.harness.policy.rollout import sample
@@ -15,7 +16,6 @@ from klab.harness.policy.stacked.cuda_graph_decoding import StaticDecoding
 from klab.harness.policy.stacked.decoder import Decoder
 from klab.harness.policy.stacked.kv_cache import Decoding
 from klab.harness.training.runtime.oom import release
-
 from tests.support.tiny_policy import decoder, generators
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 def test_one_token_per_character_and_back() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from klab.grid import Mistake
-from klab.harness.policy.hf.policy import BOUNDLESS, TransformersPolicy
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
 from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from klab.grid import Mistake
+from klab.harness.policy.hf.policy import BOUNDLESS, TransformersPolicy
+from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.rollout import Rollout, sample
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import ALPHABET, generators
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from klab.grid.errors import Mistake
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.sampling.trajectory_builder import Draft
 from klab.harness.policy.sampling.vllm import VllmSampler, replace_checkpoint, require_vllm, vllm_sampler, write
 from klab.harness.policy.stacked.decoder import Decoder
-from safetensors import safe_open
-
 from tests.harness.policy.test_rollout import PROMPTS, assert_same
 from tests.support.tiny_policy import decoder, generators
 

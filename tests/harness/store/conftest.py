@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from klab.grid import parse_grid
 from klab.harness.store import Run
 

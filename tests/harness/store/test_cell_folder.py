@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from klab.grid import Mistake
 from klab.harness.store import CellFolder, Evicted, Held, Run
 

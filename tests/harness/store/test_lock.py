@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from klab.harness.store import Held, Holder, Lock, files
 from klab.harness.store.lock import STALE_SECONDS, read_lock
 

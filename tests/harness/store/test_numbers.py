@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from klab.harness.store import Run, files
 from klab.harness.store.metrics_reader import read_numbers
 

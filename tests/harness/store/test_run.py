@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from klab.grid import Mistake, parse_grid
 from klab.harness.store import Run, files
 

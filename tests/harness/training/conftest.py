@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import load_grid
 from klab.harness.store import Run
-
 from tests.support.small_cells import small_policy
 
 SUPPORT = Path(__file__).parents[2] / "support"

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+
 from klab.harness.training.distributed.process_group import WorldLost
 from klab.harness.training.distributed.rendezvous import join
 from klab.harness.training.distributed.worker import follow

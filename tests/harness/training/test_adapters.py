@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from klab.harness.policy.load import load_policy
 from klab.harness.training import checkpoint, run_cells
 from klab.harness.training.runner import _prepared
-from safetensors.torch import load_file
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
 POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from klab.harness.training import run_cells
 
+from klab.harness.training import run_cells
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import State, UnusableCheckpoint
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
-
 from tests.support.training_records import MakeRun
 
 CPU = torch.device("cpu")

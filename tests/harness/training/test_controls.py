@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.grid import Cell, Objective
 from klab.grid.schema.sections import AdditionTask, BetaControl, Critic, TinyPolicy, TrainingSection, TrustRegion
 from klab.harness.objective import Coefficients
 from klab.harness.training import run_cells
 from klab.harness.training.optim.kl_controller import adapted, figures, first
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 CONTROLS: dict[str, dict[str, Any]] = {

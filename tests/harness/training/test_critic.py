@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from klab.harness.training import checkpoint, run_cells
 from klab.harness.training.metrics import same_numbers
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
-from safetensors.torch import load_file
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 GAE: dict[str, Any] = {"advantage": "gae", "placement": "none"}

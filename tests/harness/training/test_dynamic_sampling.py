@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.harness.policy.rollout import Rollout
 from klab.harness.store import Run
 from klab.harness.training import run_cells
@@ -17,7 +18,6 @@ from klab.harness.training.data.rollouts import score, training_examples
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
 from klab.tasks import Example
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 SIZE = 2

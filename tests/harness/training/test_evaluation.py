@@ -5,16 +5,16 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-import klab.harness.training.evaluation as module
 import pytest
 import torch
+
+import klab.harness.training.evaluation as module
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.training.data.generate import draw
 from klab.harness.training.data.rollouts import training_examples
 from klab.harness.training.evaluation import divergence, held_out, pass_at
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
-
 from tests.support.training_records import MakeRun, finished, numbers
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.pack import Pack
-from safetensors.torch import load_file
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 

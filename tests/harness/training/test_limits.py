@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.harness.training import pack as pack_module
 from klab.harness.training import run_cells
 from klab.harness.training.runtime.oom import out_of_memory
 from klab.harness.training.runtime.timeout import Overdue, deadline
 from klab.harness.training.update import update
-
 from tests.support.training_records import MakeRun, finished, numbers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.data.minibatch import minibatch, select
 from klab.harness.training.data.rollouts import Experience

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.training.optim.optimizer import StackedAdamW, norm
 

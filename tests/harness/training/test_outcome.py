@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from klab.harness.training.summary import SPIKE, collapse, gradient_spikes, outcome, trailing_mean
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.distributed.process_group import WorldLost
 from klab.harness.training.distributed.rendezvous import join
 from klab.harness.training.distributed.worker import finish
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
 HERE = Path(__file__).parent

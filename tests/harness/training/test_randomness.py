@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from klab.harness.training.runtime.rng import choose, derived_seed, generator, permutation
 
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from word_problems import CHARACTERS, problems
+
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.logprobs import token_scores
@@ -17,11 +22,6 @@ from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
-from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-from word_problems import CHARACTERS, problems
-
 from tests.support.random_checkpoints import checkpoint
 from tests.support.training_records import MakeRun, StopAfter, finished, numbers
 

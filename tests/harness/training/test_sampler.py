@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import Mistake, Objective
 from klab.grid.schema.sections import Sampler, load_section
 from klab.harness.objective import TokenBatch
@@ -22,7 +23,6 @@ from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
 from klab.harness.training.runtime.rng import generator
 from klab.harness.training.update import _batch
-
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import gradient
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers

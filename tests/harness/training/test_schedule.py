@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.training.optim.schedule import Timetable, learning_rate
 

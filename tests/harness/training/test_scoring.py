@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from batch_task import ASKED, Together
-from klab.harness.training import run_cells
 
+from klab.harness.training import run_cells
 from tests.support.training_records import MakeRun, finished, numbers
 
 

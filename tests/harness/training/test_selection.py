@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import Mistake
 from klab.grid.schema.sections import load_section
 from klab.harness.objective import TokenBatch, objective_loss
@@ -18,7 +19,6 @@ from klab.harness.training.data.minibatch import select
 from klab.harness.training.data.overlong import charges
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 DROP: dict[str, Any] = {"equal_groups": "drop", "group_size": 2, "prompts": 6, "weight_decay": 0.1}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.decoder import Decoder
 from klab.harness.store import Run
@@ -19,7 +20,6 @@ from klab.harness.training.data.rollouts import training_examples
 from klab.harness.training.microbatch import SAMPLED, Limit, micro_batches
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
-
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from klab.grid import Objective
 from klab.harness.policy.rollout import sample
 from klab.harness.policy.stacked.decoder import Decoder
@@ -18,7 +19,6 @@ from klab.harness.training.pack import Pack
 from klab.harness.training.runner import _prepared
 from klab.harness.training.runtime.rng import generator
 from klab.reports.schema import METRICS, METRICS_OF_SOME
-
 from tests.support.training_records import MakeRun, finished, numbers, weights
 
 # fmt: off

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from klab.grid import parse_grid
 from klab.harness.store import Run
 from klab.harness.training import run_cells

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+
 from klab.harness.claims.advantages import binomial, enumerated_factor, group_factor
 from klab.harness.claims.book import book
 from klab.harness.claims.claim import Finding, Verdict

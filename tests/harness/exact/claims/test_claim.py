@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from klab.grid import Mistake
 from klab.harness.claims.book import book, examine, markdown, records, selected, subject
 from klab.harness.claims.claim import Check, Evidence, Number, Verdict, claim, verdict_of

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from klab.harness.policy.rollout import sample
 from klab.harness.policy.stacked.decoder import Decoder
 
