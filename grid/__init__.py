@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from klab.grid import catalogue
     from klab.grid.cell import Cell
-    from klab.grid.errors import Mistake
+    from klab.grid.errors import UserError
     from klab.grid.grid_file import Grid, load_grid, parse_grid
     from klab.grid.objective import Objective
 else:
@@ -17,7 +17,7 @@ else:
     _HOMES = {
         "Cell": "cell",
         "Grid": "grid_file",
-        "Mistake": "errors",
+        "UserError": "errors",
         "Objective": "objective",
         "load_grid": "grid_file",
         "parse_grid": "grid_file",
@@ -32,4 +32,4 @@ else:
         return found
 
 
-__all__ = ["Cell", "Grid", "Mistake", "Objective", "catalogue", "load_grid", "parse_grid"]
+__all__ = ["Cell", "Grid", "Objective", "UserError", "catalogue", "load_grid", "parse_grid"]

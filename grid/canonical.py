@@ -18,21 +18,21 @@ _WITH_RATIO = ("loss_reweighted", "loss_corrected")
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class CanonicalForm:
     """``canonical``: the active settings; ``idle``: why each other axis or parameter in use does not act."""
 
     canonical: dict[str, Any]
     idle: dict[str, str]
 
 
-def one_at_one(weight: str, arguments: Mapping[str, Any]) -> bool:
+def keeps_unit_ratio(weight: str, arguments: Mapping[str, Any]) -> bool:
     """Whether w(ρ = 1) = 1: true of every built-in weight but a mask that excludes 1."""
     if is_import_path(weight):
         return False
     return weight != "mask" or arguments["low"] <= 1.0 <= arguments["high"]
 
 
-def resolve(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]], on_policy: bool) -> Form:
+def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]], on_policy: bool) -> CanonicalForm:
     """The canonical form of a point on the axes.
 
     Args:
@@ -44,15 +44,15 @@ def resolve(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]],
     kept = {axis: dict(parameters) for axis, parameters in arguments.items()}
     idle: dict[str, str] = {}
 
-    _rest_placement(value, kept, idle)
-    _rest_weight(value, kept, idle, on_policy)
-    _rest_path(value, idle)
+    _drop_idle_placement(value, kept, idle)
+    _drop_idle_weight(value, kept, idle, on_policy)
+    _drop_idle_path(value, idle)
     if "placement" in idle:
         kept["placement"] = {}
     if value["placement"] in ("none", "log_ratio"):
         idle.setdefault("estimator", f"placement {value['placement']} has no KL term")
     elif not is_import_path(value["placement"]):
-        _rest_kl_parameters(value, kept, idle, on_policy)
+        _drop_idle_kl_parameters(value, kept, idle, on_policy)
 
     unweighted = value["weight"] == "one" and "ratio" in idle
     canonical: dict[str, Any] = {}
@@ -64,10 +64,10 @@ def resolve(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]],
         canonical[axis] = name
         for key, item in kept[axis].items():
             canonical[f"{axis}.{key}"] = item
-    return Form(canonical, idle)
+    return CanonicalForm(canonical, idle)
 
 
-def _rest_placement(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str]) -> None:
+def _drop_idle_placement(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str]) -> None:
     placement = value["placement"]
     if "beta" in kept["placement"] and kept["placement"]["beta"] == 0.0:
         idle["placement"] = "beta is 0"
@@ -83,13 +83,15 @@ def _rest_placement(value: dict[str, str], kept: dict[str, dict[str, Any]], idle
             idle["placement"] = idle["beta"] = reason
 
 
-def _rest_weight(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str], on_policy: bool) -> None:
+def _drop_idle_weight(
+    value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str], on_policy: bool
+) -> None:
     ratio_is_one = value["ratio"] == "none" or on_policy
     if ratio_is_one and value["placement"] == "loss_reweighted":
         value["placement"] = "loss"
     if value["ratio"] == "none" and value["placement"] == "loss_corrected":
         value["placement"] = "loss"
-    if ratio_is_one and one_at_one(value["weight"], kept["weight"]):
+    if ratio_is_one and keeps_unit_ratio(value["weight"], kept["weight"]):
         if value["weight"] != "one":
             reason = "every ratio is 1: one update per rollout" if on_policy else "the ratio is none"
             idle["weight"] = reason
@@ -104,13 +106,13 @@ def _rest_weight(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: d
         value["ratio"] = "none"
 
 
-def _rest_path(value: dict[str, str], idle: dict[str, str]) -> None:
+def _drop_idle_path(value: dict[str, str], idle: dict[str, str]) -> None:
     if value["ratio"] in ("token", "none"):
         idle["path"] = "log ρ and ℓ have the same gradient here"
         value["path"] = "score"
 
 
-def _rest_kl_parameters(
+def _drop_idle_kl_parameters(
     value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str], on_policy: bool
 ) -> None:
     if "kl_at" in kept["placement"] and (on_policy or value["estimator"] == "full"):

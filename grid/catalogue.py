@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +32,22 @@ class Parameter:
     open_low: bool = False
     choices: tuple[str, ...] = ()
 
-    def validated(self, value: object) -> float | str:
+    def validate(self, value: object) -> float | str:
         """``value`` as this parameter's type.
 
         Raises:
-            Mistake: when the type or the range is wrong.
+            UserError: when the type or the range is wrong.
         """
         if self.choices:
             if value not in self.choices:
-                raise Mistake("unknown value", key=self.name, value=value, allowed=self.choices)
+                raise UserError("unknown value", key=self.name, value=value, allowed=self.choices)
             return str(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Mistake("not a number", key=self.name, value=value)
+            raise UserError("not a number", key=self.name, value=value)
         number = float(value)
         below = number <= self.low if self.open_low else number < self.low
         if math.isnan(number) or below or number > self.high or number == -math.inf:
-            raise Mistake(f"out of range, {self.range}", key=self.name, value=value)
+            raise UserError(f"out of range, {self.range}", key=self.name, value=value)
         return number
 
     @property
@@ -306,11 +306,11 @@ def value_of(axis: str, name: object) -> Value:
     """The catalogue's entry of an axis value; an import path gives an entry without parameters.
 
     Raises:
-        Mistake: for an unknown value, naming the nearest.
+        UserError: for an unknown value, naming the nearest.
     """
     values = AXES[axis].values
     if isinstance(name, str) and name in values:
         return values[name]
     if is_import_path(name):
         return Value(str(name), f"{name}(…)", "custom", str(name))
-    raise Mistake(f"unknown {AXES[axis].title}", key=axis, value=name, allowed=values)
+    raise UserError(f"unknown {AXES[axis].title}", key=axis, value=name, allowed=values)

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.objective import Objective
 from klab.grid.schema.sections import (
     NUMERICALLY_IDLE,
@@ -106,18 +106,18 @@ class Cell:
         """The cell that `resolved` described.
 
         Raises:
-            Mistake: for missing or invalid settings, or an id that these settings do not have.
+            UserError: for missing or invalid settings, or an id that these settings do not have.
         """
         for key in ("objective", "task", "policy", "training", "seed"):
             if key not in data:
-                raise Mistake("missing", key=key)
+                raise UserError("missing", key=key)
         if not isinstance(data["objective"], Mapping):
-            raise Mistake("not a mapping", key="objective", value=data["objective"])
+            raise UserError("not a mapping", key="objective", value=data["objective"])
         if isinstance(data["seed"], bool) or not isinstance(data["seed"], int):
-            raise Mistake("not an integer", key="seed", value=data["seed"])
+            raise UserError("not an integer", key="seed", value=data["seed"])
         unknown = [key for key in data["objective"] if key not in AXES and key not in PARAMETERS]
         if unknown:
-            raise Mistake("unknown key", key="objective", value=unknown[0], allowed=[*AXES, *PARAMETERS])
+            raise UserError("unknown key", key="objective", value=unknown[0], allowed=[*AXES, *PARAMETERS])
         cell = cls(
             Objective(**data["objective"]),
             load_section("task", data["task"]),  # type: ignore[arg-type]
@@ -128,7 +128,9 @@ class Cell:
             tuple(data.get("spellings", ())),
         )
         if data.get("id_version") == ID_VERSION and data.get("id", cell.id) != cell.id:
-            raise Mistake("does not belong to these settings", key="id", value=data["id"], hint=f"They have {cell.id}.")
+            raise UserError(
+                "does not belong to these settings", key="id", value=data["id"], hint=f"They have {cell.id}."
+            )
         return cell
 
 
@@ -154,12 +156,12 @@ def _objective_data(objective: Objective) -> dict[str, Any]:
 
 @lru_cache(maxsize=65536)
 def _objective_json(objective: Objective, on_policy: bool) -> str:
-    return json.dumps(objective.form(on_policy).canonical, sort_keys=True)
+    return json.dumps(objective.canonical_form(on_policy).canonical, sort_keys=True)
 
 
 @lru_cache(maxsize=65536)
 def _readable(objective: Objective, on_policy: bool) -> str:
-    canonical = objective.form(on_policy).canonical
+    canonical = objective.canonical_form(on_policy).canonical
     words = []
     for axis in AXES.values():
         name = canonical.get(axis.name)

@@ -1,4 +1,4 @@
-"""From written points to cells: algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
+"""From written variants to cells: algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from klab.grid.algorithms import load_algorithm
 from klab.grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
 from klab.grid.cell import Cell
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.objective import Objective, split_value
 from klab.grid.schema.sections import Section, TrainingSection, load_section
-from klab.grid.variant import Point
+from klab.grid.variant import Variant
 
 _UNUSED = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
 """What a training setting is set to where it does nothing."""
@@ -30,7 +30,7 @@ class _Chosen:
     objective: Objective
 
 
-class Workshop:
+class CellBuilder:
     """Builds the cells of one grid file, each distinct section once, and keeps account of what acts anywhere."""
 
     def __init__(self) -> None:
@@ -44,34 +44,34 @@ class Workshop:
         self._acting: set[str] = set()
         self._accounted: set[tuple[int, bool]] = set()
 
-    def cell(self, point: Point, seed: int, count: bool = True) -> Cell:
-        """The cell of a point; with ``count``, its settings enter the account of `refuse_idle`."""
-        task = self._section("task", point.sections["task"])
-        policy = self._section("policy", point.sections["policy"])
-        chosen = self._objective(point.sections["objective"])
-        training = self._training(point, chosen.algorithm)
+    def cell(self, variant: Variant, seed: int, count: bool = True) -> Cell:
+        """The cell of a variant; with ``count``, its settings enter the account of `refuse_idle`."""
+        task = self._section("task", variant.sections["task"])
+        policy = self._section("policy", variant.sections["policy"])
+        chosen = self._objective(variant.sections["objective"])
+        training = self._training(variant, chosen.algorithm)
         idle = idle_training(training, chosen.objective)
         if count:
             self._account(chosen, training.on_policy)
-            self._account_training(point.sections["training"], idle)
+            self._account_training(variant.sections["training"], idle)
         written = {name: _UNUSED[name] for name in idle if getattr(training, name) != _UNUSED[name]}
         if written:
             training = training.model_copy(update=written)
-        spellings = (point.spelling,)
+        spellings = (variant.spelling,)
         return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
-    def settings(self, point: Point) -> Mapping[str, Any]:
-        """All objective settings of a point, as exclude rules see them."""
-        objective = self._objective(point.sections["objective"]).objective
+    def settings(self, variant: Variant) -> Mapping[str, Any]:
+        """All objective settings of a variant, as exclude rules see them."""
+        objective = self._objective(variant.sections["objective"]).objective
         if objective not in self._settings:
             self._settings[objective] = objective.settings()
         return self._settings[objective]
 
     def refuse_idle(self) -> None:
-        """Raises a Mistake when a written setting acts in no cell at all: a silent no-op."""
+        """Raises UserError when a written setting acts in no cell at all: a silent no-op."""
         for key, reason in self._reasons.items():
             if key not in self._acting:
-                raise Mistake(
+                raise UserError(
                     f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
                 )
 
@@ -85,9 +85,9 @@ class Workshop:
         self._seen[id(given)] = given, self._sections[key]
         return self._sections[key]
 
-    def _training(self, point: Point, algorithm: str | None) -> TrainingSection:
+    def _training(self, variant: Variant, algorithm: str | None) -> TrainingSection:
         """The written training settings, on top of those that belong to the named algorithm."""
-        written = point.sections["training"]
+        written = variant.sections["training"]
         own = load_algorithm(algorithm).training if algorithm else {}
         if algorithm and own:
             known = self._merged.get((algorithm, id(written)))
@@ -120,7 +120,7 @@ class Workshop:
         self._accounted.add((id(chosen.written), on_policy))
         objective = chosen.objective
         used = {name for axis in AXES for name in objective.arguments(axis)}
-        idle = objective.form(on_policy).idle
+        idle = objective.canonical_form(on_policy).idle
         for key, value in chosen.written.items():
             if key == "algorithm":
                 continue
@@ -149,7 +149,7 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
         return idle
     if training.critic is not None and objective.advantage != "gae" and not is_import_path(objective.advantage):
         idle["critic"] = "only the advantage 'gae' reads a critic's values"
-    canonical = objective.form(training.on_policy).canonical
+    canonical = objective.canonical_form(training.on_policy).canonical
     has_beta = "placement.beta" in canonical or is_import_path(objective.placement)
     if training.beta_control is not None and not has_beta:
         idle["beta_control"] = "no KL term has a coefficient"
@@ -169,10 +169,10 @@ def _layers(section: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         overrides = {key: value for key, value in named.items() if key != "name"}
         named = named.get("name")
     if not isinstance(named, str):
-        raise Mistake("not a name", key="algorithm", value=named)
+        raise UserError("not a name", key="algorithm", value=named)
     for key in overrides:
         if key not in AXES and key not in PARAMETERS:
-            raise Mistake("unknown key", key="algorithm", value=key, allowed=[*AXES, *PARAMETERS])
+            raise UserError("unknown key", key="algorithm", value=key, allowed=[*AXES, *PARAMETERS])
     return named, {**load_algorithm(named).objective, **overrides, **written}
 
 
@@ -187,8 +187,8 @@ def _applicable(written: Mapping[str, Any]) -> dict[str, Any]:
             result[key] = dict(value) if isinstance(value, Mapping) else value
             continue
         if key not in PARAMETERS:
-            raise Mistake("unknown key", key=key, value=value, allowed=[*AXES, *PARAMETERS])
-        PARAMETERS[key].validated(value)
+            raise UserError("unknown key", key=key, value=value, allowed=[*AXES, *PARAMETERS])
+        PARAMETERS[key].validate(value)
         if key in used and key not in own:
             result[key] = value
     return result

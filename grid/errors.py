@@ -19,7 +19,7 @@ def nearest(word: Any, allowed: Iterable[str]) -> str | None:
     return folded[matches[0]] if matches else None
 
 
-class Mistake(ValueError):
+class UserError(ValueError):
     """Something that the user can put right: one message with the file, the key, the value, and what would be valid.
 
     Args:
@@ -50,7 +50,7 @@ class Mistake(ValueError):
         self.hint = hint
         super().__init__(str(self))
 
-    def located(self, *, file: Any = None, prefix: str | None = None) -> Mistake:
+    def with_location(self, *, file: Any = None, prefix: str | None = None) -> UserError:
         """The same mistake, placed in ``file`` and under the key ``prefix`` where it did not say so itself."""
         key = self.key
         if prefix:

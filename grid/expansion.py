@@ -1,4 +1,4 @@
-"""From axes to points: the designs product, one_at_a_time, zip and list, and exclude rules."""
+"""From axes to variants: the designs product, one_at_a_time, zip and list, and exclude rules."""
 
 from __future__ import annotations
 
@@ -6,68 +6,70 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import TrainingSection
-from klab.grid.variant import SECTIONS, Change, Point, Spread, mapping, place
+from klab.grid.variant import SECTIONS, Change, Variant, VariantFactory, as_mapping, split_key
 
 DESIGNS = ("product", "one_at_a_time", "zip", "list")
 LARGEST = 1_000_000
 
 
 def expand(
-    baseline: Point, data: Mapping[str, Any], settings: Callable[[Point], Mapping[str, Any]]
-) -> tuple[list[Point], dict[str, tuple[Any, ...]]]:
-    """All points of the design that no exclude rule removes, and the written values of every varied field.
+    baseline: Variant, data: Mapping[str, Any], settings: Callable[[Variant], Mapping[str, Any]]
+) -> tuple[list[Variant], dict[str, tuple[Any, ...]]]:
+    """All variants of the design that no exclude rule removes, and the written values of every varied field.
 
     Args:
         baseline: the unchanged configuration.
         data: the grid file.
-        settings: the objective settings of a point with its named algorithm filled in; exclude rules look at these.
+        settings: the objective settings of a variant with its named algorithm filled in; exclude rules look at these.
     """
     design = data.get("design", "list" if "cells" in data else "product")
     if design not in DESIGNS:
-        raise Mistake("unknown design", key="design", value=design, allowed=DESIGNS)
+        raise UserError("unknown design", key="design", value=design, allowed=DESIGNS)
     if design == "list":
         if "axes" in data:
-            raise Mistake("design list takes cells, not axes", key="axes")
+            raise UserError("design list takes cells, not axes", key="axes")
         listed, axes = _listed(data.get("cells"))
         changes: Iterable[list[Change]] = listed
     else:
         if "cells" in data:
-            raise Mistake("cells belong to design: list", key="cells")
+            raise UserError("cells belong to design: list", key="cells")
         axes = _axes(data.get("axes", {}))
         changes = _designed(design, axes)
-    points: list[Point] = []
-    spread = Spread(baseline)
+    variants: list[Variant] = []
+    factory = VariantFactory(baseline)
     seen: set[tuple[int, ...]] = set()
     for change in changes:
-        point = spread.point(change)
-        if design == "one_at_a_time" and not point.changes:
-            point = baseline
-        identity = tuple(id(point.sections[name]) for name in SECTIONS)
+        variant = factory.variant(change)
+        if design == "one_at_a_time" and not variant.changes:
+            variant = baseline
+        identity = tuple(id(variant.sections[name]) for name in SECTIONS)
         if identity in seen:
-            if design == "one_at_a_time" and not point.changes:
+            if design == "one_at_a_time" and not variant.changes:
                 continue
-            raise Mistake("this cell stands twice", key="cells" if design == "list" else "axes", value=point.spelling)
+            raise UserError(
+                "this cell stands twice", key="cells" if design == "list" else "axes", value=variant.spelling
+            )
         seen.add(identity)
-        points.append(point)
-    kept = _excluded(points, data.get("exclude", []), settings)
+        variants.append(variant)
+    kept = _excluded(variants, data.get("exclude", []), settings)
     if not kept:
-        raise Mistake("the grid is empty: nothing is left to run", key="exclude" if points else "axes")
+        raise UserError("the grid is empty: nothing is left to run", key="exclude" if variants else "axes")
     return kept, axes
 
 
 def _axes(axes: object) -> dict[str, tuple[Any, ...]]:
     result: dict[str, tuple[Any, ...]] = {}
-    for key, values in mapping("axes", axes).items():
-        place(key)
+    for key, values in as_mapping("axes", axes).items():
+        split_key(key)
         if not isinstance(values, list):
-            raise Mistake("not a list of values", key=f"axes.{key}", value=values)
+            raise UserError("not a list of values", key=f"axes.{key}", value=values)
         if not values:
-            raise Mistake("has no values", key=f"axes.{key}", value=values)
+            raise UserError("has no values", key=f"axes.{key}", value=values)
         for index, value in enumerate(values):
             if any(value == other and type(value) is type(other) for other in values[:index]):
-                raise Mistake("this value stands twice", key=f"axes.{key}", value=value)
+                raise UserError("this value stands twice", key=f"axes.{key}", value=value)
         result[key] = tuple(values)
     return result
 
@@ -81,51 +83,53 @@ def _designed(design: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[list
     if design == "zip":
         lengths = {key: len(values) for key, values in axes.items()}
         if len(set(lengths.values())) > 1:
-            raise Mistake("design zip needs lists of one length", key="axes", value=lengths)
+            raise UserError("design zip needs lists of one length", key="axes", value=lengths)
         yield from ([*zip(axes, values, strict=True)] for values in zip(*axes.values(), strict=True))
         return
     size = 1
     for values in axes.values():
         size *= len(values)
     if size > LARGEST:
-        raise Mistake(f"the product has {size} points; at most {LARGEST} are allowed", key="axes")
+        raise UserError(f"the product has {size} variants; at most {LARGEST} are allowed", key="axes")
     yield from ([*zip(axes, values, strict=True)] for values in itertools.product(*axes.values()))
 
 
 def _listed(cells: object) -> tuple[list[list[Change]], dict[str, tuple[Any, ...]]]:
     if not isinstance(cells, list) or not cells:
-        raise Mistake("design list needs a list of cells", key="cells", value=cells)
-    changes = [list(mapping(f"cells.{index}", entry).items()) for index, entry in enumerate(cells)]
+        raise UserError("design list needs a list of cells", key="cells", value=cells)
+    changes = [list(as_mapping(f"cells.{index}", entry).items()) for index, entry in enumerate(cells)]
     axes: dict[str, list[Any]] = {}
     for change in changes:
         for key, value in change:
-            place(key)
+            split_key(key)
             values = axes.setdefault(key, [])
             if value not in values:
                 values.append(value)
     return changes, {key: tuple(values) for key, values in axes.items()}
 
 
-def _excluded(points: list[Point], rules: object, settings: Callable[[Point], Mapping[str, Any]]) -> list[Point]:
+def _excluded(
+    variants: list[Variant], rules: object, settings: Callable[[Variant], Mapping[str, Any]]
+) -> list[Variant]:
     if not isinstance(rules, list):
-        raise Mistake("not a list of rules", key="exclude", value=rules)
+        raise UserError("not a list of rules", key="exclude", value=rules)
     for index, rule in enumerate(rules):
         key = f"exclude.{index}"
-        wanted = [(place(name), value) for name, value in mapping(key, rule).items()]
+        wanted = [(split_key(name), value) for name, value in as_mapping(key, rule).items()]
         if not wanted:
-            raise Mistake("an empty rule would exclude everything", key=key, value=rule)
-        kept = [point for point in points if not all(_matches(point, settings, *item) for item in wanted)]
-        if len(kept) == len(points):
-            raise Mistake("this rule matches no cell", key=key, value=rule)
-        points = kept
-    return points
+            raise UserError("an empty rule would exclude everything", key=key, value=rule)
+        kept = [variant for variant in variants if not all(_matches(variant, settings, *item) for item in wanted)]
+        if len(kept) == len(variants):
+            raise UserError("this rule matches no cell", key=key, value=rule)
+        variants = kept
+    return variants
 
 
 def _matches(
-    point: Point, settings: Callable[[Point], Mapping[str, Any]], where: tuple[str, str | None], wanted: Any
+    variant: Variant, settings: Callable[[Variant], Mapping[str, Any]], where: tuple[str, str | None], wanted: Any
 ) -> bool:
     section, field = where
-    fields = settings(point) if section == "objective" and field != "algorithm" else point.sections[section]
+    fields = settings(variant) if section == "objective" and field != "algorithm" else variant.sections[section]
     present: Any = fields
     for part in field.split(".") if field else ():
         present = present.get(part) if isinstance(present, Mapping) else None

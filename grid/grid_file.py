@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from klab.grid.cell import Cell
-from klab.grid.cell_builder import Workshop
-from klab.grid.errors import Mistake
+from klab.grid.cell_builder import CellBuilder
+from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.schema.sections import Resources, load_section
-from klab.grid.variant import Point
+from klab.grid.variant import Variant
 from klab.grid.yaml_loader import parse_yaml, read_text
 
 _KEYS = (
@@ -74,14 +74,14 @@ class Grid:
         """The cell with this id, or the only one whose id begins so.
 
         Raises:
-            Mistake: when there is none, or more than one.
+            UserError: when there is none, or more than one.
         """
         found = [cell for cell in self.cells if cell.id == identity] or [
             cell for cell in self.cells if cell.id.startswith(identity)
         ]
         if len(found) != 1:
             problem = "no such cell" if not found else f"{len(found)} cells begin so"
-            raise Mistake(problem, file=self.file, value=identity, allowed=[cell.id for cell in self.cells])
+            raise UserError(problem, file=self.file, value=identity, allowed=[cell.id for cell in self.cells])
         return found[0]
 
 
@@ -89,7 +89,7 @@ def load_grid(path: str | Path) -> Grid:
     """Reads a grid file.
 
     Raises:
-        Mistake: naming the file, the key, the value, and the nearest valid one.
+        UserError: naming the file, the key, the value, and the nearest valid one.
     """
     file = Path(path)
     return parse_grid(read_text(file), file)
@@ -100,36 +100,36 @@ def parse_grid(text: str, file: str | Path) -> Grid:
     data = parse_yaml(text, file)
     try:
         return _grid(data, str(file), text)
-    except Mistake as mistake:
-        raise mistake.located(file=file) from None
+    except UserError as error:
+        raise error.with_location(file=file) from None
 
 
 def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     for key in data:
         if key not in _KEYS:
-            raise Mistake("unknown key", value=key, allowed=_KEYS)
+            raise UserError("unknown key", value=key, allowed=_KEYS)
     name = _name(data.get("name"))
     description = data.get("description", "")
     if not isinstance(description, str):
-        raise Mistake("not a text", key="description", value=description)
+        raise UserError("not a text", key="description", value=description)
     seeds = _seeds(data.get("seeds", 1))
     resources = load_section("resources", data.get("resources", {}))
     if "task" not in data:
-        raise Mistake("missing: which task is trained?", key="task")
-    baseline = Point.from_sections(data)
-    workshop = Workshop()
-    points, axes = expand(baseline, data, workshop.settings)
+        raise UserError("missing: which task is trained?", key="task")
+    baseline = Variant.from_sections(data)
+    builder = CellBuilder()
+    variants, axes = expand(baseline, data, builder.settings)
     cells: dict[str, Cell] = {}
     spellings: dict[str, dict[str, None]] = {}
-    for point in points:
-        cell = workshop.cell(point, seeds[0])
+    for variant in variants:
+        cell = builder.cell(variant, seeds[0])
         known = cells.setdefault(cell.id, cell)
         if known is not cell and known.identity != cell.identity:
-            raise Mistake("two different cells have the same id; change a value slightly", value=cell.id)
+            raise UserError("two different cells have the same id; change a value slightly", value=cell.id)
         spellings.setdefault(cell.id, {}).update(dict.fromkeys(cell.spellings))
     cells = _with_seeds(cells, spellings, seeds)
-    workshop.refuse_idle()
-    base = next((point for point in points if not point.changes), None)
+    builder.refuse_idle()
+    base = next((variant for variant in variants if not variant.changes), None)
     return Grid(
         name=name,
         description=description.strip(),
@@ -137,7 +137,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         axes=axes,
         design=data.get("design", "product"),
         seeds=seeds,
-        baseline=workshop.cell(base, seeds[0]).group if base else _baseline(workshop, baseline, cells.values()),
+        baseline=builder.cell(base, seeds[0]).group if base else _baseline(builder, baseline, cells.values()),
         resources=resources,  # type: ignore[arg-type]
         track=_track(data.get("track", [])),
         file=file,
@@ -156,33 +156,33 @@ def _with_seeds(
             cell = replace(cell, spellings=tuple(words))
         for seeded in cell.with_seeds(seeds):
             if seeded.id in cells:
-                raise Mistake("two different cells have the same id; change a value slightly", value=seeded.id)
+                raise UserError("two different cells have the same id; change a value slightly", value=seeded.id)
             cells[seeded.id] = seeded
     return cells
 
 
-def _baseline(workshop: Workshop, point: Point, cells: Iterable[Cell]) -> str | None:
+def _baseline(builder: CellBuilder, variant: Variant, cells: Iterable[Cell]) -> str | None:
     """The group of the unchanged configuration, when some spelling of it is part of the study."""
     try:
-        group = workshop.cell(point, 0, count=False).group
-    except Mistake:
+        group = builder.cell(variant, 0, count=False).group
+    except UserError:
         return None
     return group if any(cell.group == group for cell in cells) else None
 
 
 def _name(name: object) -> str:
     if not isinstance(name, str) or not name.strip():
-        raise Mistake("missing: the study needs a name", key="name", value=name)
+        raise UserError("missing: the study needs a name", key="name", value=name)
     allowed = all(letter.isalnum() or letter in "-_." for letter in name)
     if not allowed or name.startswith(".") or len(name) > _NAME_LIMIT:
-        raise Mistake("becomes a folder: letters, digits, '-', '_' and '.' only", key="name", value=name)
+        raise UserError("becomes a folder: letters, digits, '-', '_' and '.' only", key="name", value=name)
     return name
 
 
 def _seeds(seeds: object) -> tuple[int, ...]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         if not 1 <= seeds <= 100_000:
-            raise Mistake("a count of at least 1, or a list of seeds", key="seeds", value=seeds)
+            raise UserError("a count of at least 1, or a list of seeds", key="seeds", value=seeds)
         return tuple(range(seeds))
     if (
         isinstance(seeds, list)
@@ -190,19 +190,19 @@ def _seeds(seeds: object) -> tuple[int, ...]:
         and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
     ):
         if len(set(seeds)) < len(seeds):
-            raise Mistake("a seed stands twice", key="seeds", value=seeds)
+            raise UserError("a seed stands twice", key="seeds", value=seeds)
         if min(seeds) < 0 or max(seeds) >= 2**63:
-            raise Mistake("seeds are whole numbers from 0 to 2^63 − 1", key="seeds", value=seeds)
+            raise UserError("seeds are whole numbers from 0 to 2^63 − 1", key="seeds", value=seeds)
         return tuple(seeds)
-    raise Mistake("a count of at least 1, or a list of seeds", key="seeds", value=seeds)
+    raise UserError("a count of at least 1, or a list of seeds", key="seeds", value=seeds)
 
 
 def _track(track: object) -> tuple[str, ...]:
     known = ("tensorboard", "wandb")
     names = [track] if isinstance(track, str) else track
     if not isinstance(names, list):
-        raise Mistake("not a list", key="track", value=track, allowed=known)
+        raise UserError("not a list", key="track", value=track, allowed=known)
     for name in names:
         if name not in known:
-            raise Mistake("unknown tracker", key="track", value=name, allowed=known)
+            raise UserError("unknown tracker", key="track", value=name, allowed=known)
     return tuple(dict.fromkeys(names))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from klab.grid.canonical import Form, resolve
+from klab.grid.canonical import CanonicalForm, canonicalize
 from klab.grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 
 class Objective:
@@ -20,7 +20,7 @@ class Objective:
     {'q': 0.25}
 
     Raises:
-        Mistake: for an unknown axis, value or parameter, a value out of range, or a parameter that no value uses.
+        UserError: for an unknown axis, value or parameter, a value out of range, or a parameter that no value uses.
     """
 
     estimator: str
@@ -52,7 +52,7 @@ class Objective:
 
     _arguments: dict[str, dict[str, Any]]
     _key: str
-    _forms: dict[bool, Form]
+    _forms: dict[bool, CanonicalForm]
 
     def __init__(
         self,
@@ -81,12 +81,14 @@ class Objective:
         users = {parameter: arguments[axis] for axis in AXES for parameter in value_of(axis, written[axis]).parameters}
         for name, value in given.items():
             if name not in PARAMETERS:
-                raise Mistake("unknown parameter of the objective", key=name, value=name, allowed=[*AXES, *PARAMETERS])
+                raise UserError(
+                    "unknown parameter of the objective", key=name, value=name, allowed=[*AXES, *PARAMETERS]
+                )
             if name not in users:
-                raise Mistake("no chosen value uses this parameter", key=name, value=value, hint=_users(name))
-            users[name][name] = PARAMETERS[name].validated(value)
+                raise UserError("no chosen value uses this parameter", key=name, value=value, hint=_users(name))
+            users[name][name] = PARAMETERS[name].validate(value)
         if written["weight"] == "mask" and not arguments["weight"]["low"] <= arguments["weight"]["high"]:
-            raise Mistake("low must not exceed high", key="low", value=arguments["weight"]["low"])
+            raise UserError("low must not exceed high", key="low", value=arguments["weight"]["low"])
         attributes = self.__dict__
         attributes.update(written)
         for axis, values in arguments.items():
@@ -117,10 +119,12 @@ class Objective:
         """Whether some axis value is the user's own function, about which nothing is assumed."""
         return any(is_import_path(getattr(self, axis)) for axis in AXES)
 
-    def form(self, on_policy: bool = False) -> Form:
+    def canonical_form(self, on_policy: bool = False) -> CanonicalForm:
         """What of this objective is active, and why the rest is not (see `klab.grid.canonical`)."""
         if on_policy not in self._forms:
-            self._forms[on_policy] = resolve({axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy)
+            self._forms[on_policy] = canonicalize(
+                {axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy
+            )
         return self._forms[on_policy]
 
     def canonical(self, on_policy: bool = False) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class Objective:
         Args:
             on_policy: the training schedule makes every ratio 1 (one update per rollout, no lag).
         """
-        return dict(self.form(on_policy).canonical)
+        return dict(self.canonical_form(on_policy).canonical)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Objective is frozen; cannot set {name!r}")
@@ -159,14 +163,14 @@ def split_value(axis: str, written: object) -> tuple[str, dict[str, Any]]:
     """An axis value as written, ``name`` or ``{name: …, parameter: …}``, as its name and its parameters.
 
     Raises:
-        Mistake: for an unknown value, or a parameter that the value does not have.
+        UserError: for an unknown value, or a parameter that the value does not have.
     """
     if isinstance(written, str):
         return value_of(axis, written).name, {}
     if isinstance(written, Mapping):
         extra = {str(key): value for key, value in written.items()}
         if "name" not in extra:
-            raise Mistake("a value with parameters needs a name", key=axis, value=dict(written))
+            raise UserError("a value with parameters needs a name", key=axis, value=dict(written))
         name = extra.pop("name")
     else:
         name, extra = written, {}
@@ -174,14 +178,14 @@ def split_value(axis: str, written: object) -> tuple[str, dict[str, Any]]:
     if not is_import_path(name):
         for key in extra:
             if key not in entry.parameters:
-                raise Mistake(f"{name!r} has no such parameter", key=axis, value=key, allowed=entry.parameters)
+                raise UserError(f"{name!r} has no such parameter", key=axis, value=key, allowed=entry.parameters)
     return entry.name, extra
 
 
 def _take(given: dict[str, Any], extra: dict[str, Any], axis: str) -> None:
     for name, value in extra.items():
         if name in given and given[name] != value:
-            raise Mistake(f"given twice: as {value!r} with the {axis}, and by itself", key=name, value=given[name])
+            raise UserError(f"given twice: as {value!r} with the {axis}, and by itself", key=name, value=given[name])
         given[name] = value
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import TrainingSection
 
 SECTIONS = ("task", "policy", "training", "objective")
@@ -19,14 +19,14 @@ Change = tuple[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class Variant:
     """The written settings of one configuration: the four sections, and how it differs from the baseline."""
 
     sections: Mapping[str, Mapping[str, Any]]
     changes: tuple[str, ...] = ()
 
     @classmethod
-    def from_sections(cls, data: Mapping[str, Any]) -> Point:
+    def from_sections(cls, data: Mapping[str, Any]) -> Variant:
         """The baseline: the sections as they stand in the grid file."""
         sections: dict[str, Mapping[str, Any]] = {}
         for name in SECTIONS:
@@ -36,11 +36,11 @@ class Point:
             if isinstance(given, str) and name == "objective":
                 given = {"algorithm": given}
             if not isinstance(given, Mapping):
-                raise Mistake("not a mapping", key=name, value=given)
+                raise UserError("not a mapping", key=name, value=given)
             sections[name] = given
         for key in sections["objective"]:
             if key not in _OBJECTIVE_KEYS:
-                raise Mistake("unknown key", key="objective", value=key, allowed=_OBJECTIVE_KEYS)
+                raise UserError("unknown key", key="objective", value=key, allowed=_OBJECTIVE_KEYS)
         return cls(sections)
 
     @property
@@ -49,41 +49,39 @@ class Point:
         return ", ".join(self.changes) or "baseline"
 
 
-class Spread:
-    """The points around a baseline. Sections with the same settings are one object, shared by all points that have it,
-    so that what follows from a section is worked out once.
-    """
+class VariantFactory:
+    """Makes the variants of a baseline. Equal sections are one shared object, so that each is validated only once."""
 
-    def __init__(self, baseline: Point) -> None:
+    def __init__(self, baseline: Variant) -> None:
         self._baseline = baseline
         self._steps: dict[tuple[int, str, int], _Step] = {}
         self._distinct: dict[tuple[str, str], Mapping[str, Any]] = {
             (name, repr(section)): section for name, section in baseline.sections.items()
         }
 
-    def point(self, changes: Iterable[Change]) -> Point:
+    def variant(self, changes: Iterable[Change]) -> Variant:
         """The baseline with some dotted fields set; a change to the written value is no change.
 
         Raises:
-            Mistake: for a key that means nothing, or a section that is not a mapping.
+            UserError: for a key that means nothing, or a section that is not a mapping.
         """
         sections = dict(self._baseline.sections)
         words = []
         for key, value in changes:
-            name, _ = place(key)
+            name, _ = split_key(key)
             step = self._steps.get((id(sections[name]), key, id(value))) or self._step(sections[name], key, value)
             sections[name] = step.after
             if step.word is not None:
                 words.append(step.word)
-        return Point(sections, tuple(words))
+        return Variant(sections, tuple(words))
 
     def _step(self, before: Mapping[str, Any], key: str, value: Any) -> _Step:
-        name, field = place(key)
+        name, field = split_key(key)
         if field is not None:
             after: Mapping[str, Any] = _with(before, field, value)
         else:
-            after = {**before, **mapping(key, value)} if name == "training" else mapping(key, value)
-        word = f"{key}={shown(value)}" if after != before else None
+            after = {**before, **as_mapping(key, value)} if name == "training" else as_mapping(key, value)
+        word = f"{key}={format_value(value)}" if after != before else None
         after = self._distinct.setdefault((name, repr(after)), after)
         self._steps[id(before), key, id(value)] = step = _Step(before, value, after, word)
         return step
@@ -100,11 +98,11 @@ class _Step:
 
 
 @lru_cache(maxsize=4096)
-def place(key: str) -> tuple[str, str | None]:
+def split_key(key: str) -> tuple[str, str | None]:
     """Which section and field a dotted axis key means; None stands for the whole section.
 
     Raises:
-        Mistake: for a key that means nothing.
+        UserError: for a key that means nothing.
     """
     if key in _OBJECTIVE_KEYS:
         return "objective", key
@@ -124,27 +122,27 @@ def place(key: str) -> tuple[str, str | None]:
         "policy",
         "training",
     ]
-    raise Mistake("unknown axis", key="axes", value=key, allowed=allowed)
+    raise UserError("unknown axis", key="axes", value=key, allowed=allowed)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """An axis value in few characters, for labels and tables."""
     if isinstance(value, Mapping):
-        rest = ", ".join(f"{key}={shown(item)}" for key, item in value.items() if key != "name")
+        rest = ", ".join(f"{key}={format_value(item)}" for key, item in value.items() if key != "name")
         return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def mapping(key: str, value: object) -> Mapping[str, Any]:
+def as_mapping(key: str, value: object) -> Mapping[str, Any]:
     """The value as a mapping; a task or policy may be written by its name alone.
 
     Raises:
-        Mistake: when it is neither.
+        UserError: when it is neither.
     """
     if isinstance(value, str) and key in ("task", "policy"):
         return {"name": value}
     if not isinstance(value, Mapping):
-        raise Mistake("not a mapping", key=key, value=value)
+        raise UserError("not a mapping", key=key, value=value)
     return value
 
 

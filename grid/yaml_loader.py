@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 LARGEST = 4 * 1024 * 1024
 _DEEPEST = 24
@@ -75,18 +75,18 @@ def parse_yaml(text: str, file: object) -> dict[str, Any]:
     """A YAML document that is a mapping.
 
     Raises:
-        Mistake: for invalid YAML, naming the line, and for anything but a mapping.
+        UserError: for invalid YAML, naming the line, and for anything but a mapping.
     """
     try:
         data = yaml.load(text, Loader=_PlainLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Mistake(f"{where}{error.problem or error.context}", file=file) from None
+        raise UserError(f"{where}{error.problem or error.context}", file=file) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Mistake(f"not valid YAML: {str(error).splitlines()[0]}", file=file) from None
+        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", file=file) from None
     if not isinstance(data, dict):
-        raise Mistake("not a mapping of keys to values", file=file, value=data)
+        raise UserError("not a mapping of keys to values", file=file, value=data)
     return data
 
 
@@ -94,16 +94,16 @@ def read_text(path: Path) -> str:
     """The text of a user's file.
 
     Raises:
-        Mistake: when it is missing, unreadable, not text, or larger than 4 MB.
+        UserError: when it is missing, unreadable, not text, or larger than 4 MB.
     """
     try:
         with path.open("rb") as stream:
             raw = stream.read(LARGEST + 1)
     except OSError as error:
-        raise Mistake(f"cannot be read: {error.strerror or error}", file=path) from None
+        raise UserError(f"cannot be read: {error.strerror or error}", file=path) from None
     if len(raw) > LARGEST:
-        raise Mistake("larger than 4 MB", file=path)
+        raise UserError("larger than 4 MB", file=path)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise Mistake("not a text file in UTF-8", file=path) from None
+        raise UserError("not a text file in UTF-8", file=path) from None

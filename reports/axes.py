@@ -140,7 +140,7 @@ def _clear_values(axes: Sequence[VariedAxis]) -> set[str]:
 
 def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
     """Flat settings: axes and sections by dotted key, parameters that are part of a value by (axis, parameter)."""
-    form = cell.objective.form(cell.training.on_policy)
+    form = cell.objective.canonical_form(cell.training.on_policy)
     result: dict[Any, Any] = {}
     if "algorithm" in own:
         result["algorithm"] = cell.algorithm

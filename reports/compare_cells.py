@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.reports.comparison import Comparison, compare
 from klab.reports.figures.series import cube, over_seeds
 from klab.reports.schema import RESULTS, TITLES
@@ -63,14 +63,14 @@ def configuration(study: Study, text: str) -> str:
     """The group that `text` means: a cell's or a configuration's id, its beginning, or its name in the report.
 
     Raises:
-        Mistake: when nothing, or more than one configuration, is called so.
+        UserError: when nothing, or more than one configuration, is called so.
     """
     pairs = list(zip(study.cells["cell"], study.cells["group"], study.cells["label"], strict=True))
     exact = {group for cell, group, label in pairs if text in (cell, group, label)}
     found = exact or {group for cell, group, _ in pairs if text and (cell.startswith(text) or cell.endswith(text))}
     if len(found) != 1:
         problem = "no such cell" if not found else f"{len(found)} configurations fit"
-        raise Mistake(problem, key="cell", value=text, allowed=list(dict.fromkeys(label for _, _, label in pairs)))
+        raise UserError(problem, key="cell", value=text, allowed=list(dict.fromkeys(label for _, _, label in pairs)))
     return str(found.pop())
 
 
@@ -78,11 +78,11 @@ def compare_pair(study: Study, first: str, second: str, metric: str = "reward_fi
     """Two configurations of one task, same seeds against each other.
 
     Raises:
-        Mistake: when they belong to different tasks, or the metric does not exist.
+        UserError: when they belong to different tasks, or the metric does not exist.
     """
     tasks = {str(study.cells.loc[study.cells["group"] == group, "task"].iloc[0]) for group in (first, second)}
     if len(tasks) > 1:
-        raise Mistake(
+        raise UserError(
             f"the two cells belong to different tasks, {' and '.join(sorted(tasks))}, and cannot be compared",
             key="cell",
         )

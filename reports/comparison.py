@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.reports.effects import AxisEffect, Design, Interaction, interactions, main_effects
 from klab.reports.schema import LOWER_IS_BETTER, RESULTS, SUMMARY
 from klab.reports.statistics import (
@@ -80,10 +80,10 @@ def compare(study: Study, task: str, metric: str = "reward_final") -> Comparison
     """The comparison of all cells of `task` on the result column `metric`.
 
     Raises:
-        Mistake: for a metric that results do not have.
+        UserError: for a metric that results do not have.
     """
     if metric not in RESULTS:
-        raise Mistake("unknown metric", key="metric", value=metric, allowed=RESULTS)
+        raise UserError("unknown metric", key="metric", value=metric, allowed=RESULTS)
     cells = study.cells[study.cells["task"] == task]
     groups = tuple(dict.fromkeys(cells["group"]))
     seeds = tuple(sorted(set(cells["seed"])))

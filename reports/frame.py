@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import CellFolder, Run
 from klab.harness.store.metrics_reader import Numbers, read_numbers
 from klab.reports.numeric_frame import Block, last_update, number
@@ -97,7 +97,7 @@ def _alive(folder: CellFolder, updates: float) -> str:
     try:
         if folder.claimed() is not None:
             return "running"
-    except Mistake:
+    except UserError:
         return "damaged"
     return "stopped" if updates > 0 else "missing"
 
@@ -120,8 +120,8 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         try:
             result, measured, evaluated = folder.measured(numbers.get(identity))
             error = folder.error() if result is None else None
-        except Mistake as mistake:
-            row.update(state="damaged", error=str(mistake))
+        except UserError as error:
+            row.update(state="damaged", error=str(error))
             continue
         row["updates"] = last_update(measured)
         if result is not None:

@@ -76,7 +76,7 @@ def render(
         The page, ``index.html`` in `out`; beside it ``figures/`` and ``tables/``.
 
     Raises:
-        Mistake: when a folder is not a run, or the metric or the baseline does not exist.
+        UserError: when a folder is not a run, or the metric or the baseline does not exist.
         OSError: when the folder cannot be written.
     """
     tell = progress or (lambda text: None)

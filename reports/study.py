@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from klab.grid import Cell, Mistake
+from klab.grid import Cell, UserError
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_label
 from klab.reports.frame import Frames, read_frames
@@ -92,10 +92,10 @@ def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache
         baseline: id (or its beginning) of a cell or configuration to compare with, instead of the grid file's.
 
     Raises:
-        Mistake: when a folder is not a run, is of another schema, or the baseline is not in it.
+        UserError: when a folder is not a run, is of another schema, or the baseline is not in it.
     """
     if not paths:
-        raise Mistake("nothing to report: name at least one run folder")
+        raise UserError("nothing to report: name at least one run folder")
     runs = tuple(Run.open(path) for path in dict.fromkeys(Path(path).resolve() for path in paths))
     names = _distinct([run.name for run in runs])
     parts = [read_frames(run, cache) for run in runs]
@@ -182,7 +182,7 @@ def _baselines(
         found = {group for identity, group in pairs if identity.startswith(wanted) or group.startswith(wanted)}
         if len(found) != 1:
             problem = "no such cell" if not found else f"{len(found)} configurations fit"
-            raise Mistake(problem, key="baseline", value=wanted, allowed=list(configurations))
+            raise UserError(problem, key="baseline", value=wanted, allowed=list(configurations))
         given = [found.pop()]
     else:
         given = [str(run.baseline) for run in runs if run.baseline in configurations]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
 from klab.reports.schema import SUMMARY, TITLES
@@ -44,10 +44,10 @@ def formatted(comparisons: Sequence[Comparison], form: str) -> str:
     """The summary of all tasks in one of `FORMATS`.
 
     Raises:
-        Mistake: for another format.
+        UserError: for another format.
     """
     if form not in FORMATS:
-        raise Mistake("unknown format", key="format", value=form, allowed=FORMATS)
+        raise UserError("unknown format", key="format", value=form, allowed=FORMATS)
     if form == "csv":
         return summary(comparisons).to_csv(index=False)
     if form == "json":

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import CellFolder, Run
 
 TRACKERS = ("tensorboard", "wandb")
@@ -38,10 +38,10 @@ def follow(run: Run, tracker: str) -> int:
     The newest update of a cell that still trains waits for the next one, because its evaluation may not be written yet.
 
     Raises:
-        Mistake: for an unknown tracker, or when its package is not installed.
+        UserError: for an unknown tracker, or when its package is not installed.
     """
     if tracker not in TRACKERS:
-        raise Mistake("unknown tracker", key="track", value=tracker, allowed=TRACKERS)
+        raise UserError("unknown tracker", key="track", value=tracker, allowed=TRACKERS)
     folder = run.report / tracker
     memory = folder / "sent.json"
     try:
@@ -113,7 +113,7 @@ def _tensorboard(cell: CellFolder, folder: Path) -> Iterator[Sink]:
     try:
         module = import_module("tensorboard.summary.writer.event_file_writer")
     except ImportError as error:
-        raise Mistake("TensorBoard is not installed", key="track", hint="pip install 'klab[track]'") from error
+        raise UserError("TensorBoard is not installed", key="track", hint="pip install 'klab[track]'") from error
     resolved = cell.resolved()
     writer = module.EventFileWriter(str(folder / str(resolved["group"]) / f"seed-{resolved['seed']}"))
     try:
@@ -136,7 +136,7 @@ def _wandb(run: Run, cell: CellFolder, folder: Path) -> Iterator[Sink]:
     try:
         wandb = import_module("wandb")
     except ImportError as error:
-        raise Mistake("Weights & Biases is not installed", key="track", hint="pip install 'klab[track]'") from error
+        raise UserError("Weights & Biases is not installed", key="track", hint="pip install 'klab[track]'") from error
     resolved = dict(cell.resolved())
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     tracked = wandb.init(

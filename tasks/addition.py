@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.splits import Drawn, split_of
 from klab.tasks.task import Example, Score, SplitName
 
@@ -34,7 +34,7 @@ class Addition:
 
     def __init__(self, digits: int = 2) -> None:
         if not 1 <= digits <= 9:
-            raise Mistake("must be between 1 and 9", key="task.digits", value=digits)
+            raise UserError("must be between 1 and 9", key="task.digits", value=digits)
         self.name = "addition"
         self.digits = digits
         self.max_new_tokens = digits + 2

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.expression import Malformed, evaluate
 from klab.tasks.splits import Drawn
 from klab.tasks.task import TURN_END, Example, Score, SplitName
@@ -39,9 +39,9 @@ class Calculator:
 
     def __init__(self, digits: int = 2, calls: int = 1) -> None:
         if not 2 <= digits <= 4:
-            raise Mistake("must be between 2 and 4", key="task.digits", value=digits)
+            raise UserError("must be between 2 and 4", key="task.digits", value=digits)
         if not 1 <= calls <= 8:
-            raise Mistake("must be between 1 and 8", key="task.calls", value=calls)
+            raise UserError("must be between 1 and 8", key="task.calls", value=calls)
         self.digits, self.calls = digits, calls
         self._low, self._high = 10 ** (digits - 1), 10**digits
         self.max_new_tokens = calls * (2 * digits + 4) + 2 * digits + 1

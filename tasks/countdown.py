@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.expression import Malformed, evaluate
 from klab.tasks.splits import Drawn
 from klab.tasks.task import Example, Score, SplitName
@@ -32,11 +32,11 @@ class Countdown:
 
     def __init__(self, numbers: int = 3, largest: int = 9, target_max: int = 30) -> None:
         if not 2 <= numbers <= 6:
-            raise Mistake("must be between 2 and 6", key="task.numbers", value=numbers)
+            raise UserError("must be between 2 and 6", key="task.numbers", value=numbers)
         if largest < 2:
-            raise Mistake("must be at least 2", key="task.largest", value=largest)
+            raise UserError("must be at least 2", key="task.largest", value=largest)
         if target_max < 1:
-            raise Mistake("must be at least 1", key="task.target_max", value=target_max)
+            raise UserError("must be at least 1", key="task.target_max", value=target_max)
         self.name = "countdown"
         self.numbers, self.largest, self.target_max = numbers, largest, target_max
         digits = len(str(largest))
@@ -70,7 +70,7 @@ class Countdown:
             generator.shuffle(numbers)
             key = f"countdown {sorted(numbers)} {value}"
             return key, Example(f"{','.join(map(str, numbers))}:{value}=", str(value), solution)
-        raise Mistake(
+        raise UserError(
             "no problem found: targets up to this are out of reach", key="task.target_max", value=self.target_max
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -38,7 +38,7 @@ def load_tables(path: str, config: str | None = None, key: str = "task.path") ->
         key: names the setting in messages.
 
     Raises:
-        Mistake: there is nothing of that name, or it cannot be read.
+        UserError: there is nothing of that name, or it cannot be read.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -49,21 +49,21 @@ def load_tables(path: str, config: str | None = None, key: str = "task.path") ->
         return _read(path, key, str(local), name=config)
     if local.is_absolute() or path.startswith((".", "~")) or _suffix(local) in READERS or not _HUB_ID.fullmatch(path):
         near = [str(Path(path).parent / each.name) for each in _siblings(local)]
-        raise Mistake(
+        raise UserError(
             "no such file or folder", key=key, value=path, allowed=near, hint=f"Looked at {local.absolute()}."
         )
     return _read(path, key, path, name=config)
 
 
 def require_columns(table: Table, columns: Iterable[tuple[str, str]], path: str) -> None:
-    """Raises a Mistake where a table lacks a column.
+    """Raises UserError where a table lacks a column.
 
     Args:
         columns: pairs of a setting and the column it names.
     """
     for setting, column in columns:
         if column not in table.column_names:
-            raise Mistake(
+            raise UserError(
                 "no such column", file=path, key=f"task.{setting}", value=column, allowed=sorted(table.column_names)
             )
 
@@ -72,11 +72,11 @@ def chosen_split(tables: Mapping[str, Table], name: str | None, setting: str, pa
     """The split that a setting names; unnamed, `train` or the only one, and for `held_out` a test split or None.
 
     Raises:
-        Mistake: the named split does not exist, or none is named and there are several without the usual names.
+        UserError: the named split does not exist, or none is named and there are several without the usual names.
     """
     if name is not None:
         if name not in tables:
-            raise Mistake("no such split", file=path, key=f"task.{setting}", value=name, allowed=sorted(tables))
+            raise UserError("no such split", file=path, key=f"task.{setting}", value=name, allowed=sorted(tables))
         return name
     if setting == "held_out":
         return next((each for each in HELD_OUT_NAMES if each in tables), None)
@@ -84,7 +84,7 @@ def chosen_split(tables: Mapping[str, Table], name: str | None, setting: str, pa
         return "train"
     if len(tables) == 1:
         return next(iter(tables))
-    raise Mistake("say which split", file=path, key=f"task.{setting}", allowed=sorted(tables))
+    raise UserError("say which split", file=path, key=f"task.{setting}", allowed=sorted(tables))
 
 
 def _read(path: str, key: str, source: str, **options: Any) -> Mapping[str, Table]:
@@ -97,11 +97,11 @@ def _read(path: str, key: str, source: str, **options: Any) -> Mapping[str, Tabl
         cause = error.__cause__ or error
         empty = _EMPTY.search(str(cause))
         if empty:
-            raise Mistake("the split is empty", file=path, key=key, value=empty.group(1)) from error
+            raise UserError("the split is empty", file=path, key=key, value=empty.group(1)) from error
         lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
         local = "data_files" in options or Path(source).is_dir()
         hint = None if local else "Without a network, only datasets that were downloaded before can be read."
-        raise Mistake(f"cannot be read: {lines[0]}", key=key, value=path, hint=hint) from error
+        raise UserError(f"cannot be read: {lines[0]}", key=key, value=path, hint=hint) from error
     return loaded
 
 
@@ -111,16 +111,16 @@ def _saved(folder: Path, key: str) -> Mapping[str, Table]:
     try:
         loaded: Any = load_from_disk(str(folder))
     except (OSError, ValueError, IndexError) as error:  # an empty dataset is an IndexError
-        raise Mistake(f"cannot be read: {error}", key=key, value=str(folder)) from error
+        raise UserError(f"cannot be read: {error}", key=key, value=str(folder)) from error
     return loaded if isinstance(loaded, Mapping) else {"train": loaded}
 
 
 def _reader(file: Path, key: str) -> str:
     suffix = _suffix(file)
     if suffix not in READERS:
-        raise Mistake("a file of unknown kind", key=key, value=str(file), allowed=READERS)
+        raise UserError("a file of unknown kind", key=key, value=str(file), allowed=READERS)
     if file.stat().st_size == 0:
-        raise Mistake("the file is empty", key=key, value=str(file))
+        raise UserError("the file is empty", key=key, value=str(file))
     return READERS[suffix]
 
 

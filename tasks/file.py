@@ -9,7 +9,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any, overload
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.dataset import Table, chosen_split, load_tables, require_columns
 from klab.tasks.rewards import Rewards
 from klab.tasks.splits import split_of
@@ -49,7 +49,7 @@ class File:
         max_new_tokens: default budget of own tokens.
 
     Raises:
-        Mistake: for a reward that does not exist; for everything about the data when a split is first used.
+        UserError: for a reward that does not exist; for everything about the data when a split is first used.
     """
 
     name = "file"
@@ -117,14 +117,14 @@ class File:
         known = set(held)
         kept = [i for i, digest in enumerate(asked) if digest not in known]
         if not kept:
-            raise Mistake("all of its prompts are held out as well", file=self.path, key="task.train", value=train)
+            raise UserError("all of its prompts are held out as well", file=self.path, key="task.train", value=train)
         return {"train": learnt.rows(kept), "held_out": examined}
 
     def _read(self, tables: Mapping[str, Table], split: str | None, path: str) -> tuple[Examples, list[bytes]]:
         """All examples of a split, and a digest of each one's prompt."""
         table = tables[str(split)]
         if not len(table):
-            raise Mistake("the split is empty", file=path, key="task.path", value=split)
+            raise UserError("the split is empty", file=path, key="task.path", value=split)
         columns = [("prompt", column) for column in self._template.columns]
         columns += [("answer", self._answer), ("solution", self._solution)]
         require_columns(table, [(setting, column) for setting, column in columns if column is not None], path)
@@ -137,7 +137,7 @@ class File:
     def _prompt(self, row: Mapping[str, Any], number: int, path: str) -> str:
         for column in self._template.columns:
             if not isinstance(row[column], (str, int, float)):
-                raise Mistake(
+                raise UserError(
                     f"row {number}, column {column!r}: a prompt is made of text",
                     file=path,
                     key="task.prompt",
@@ -145,7 +145,7 @@ class File:
                 )
         prompt = self._template.render(row)
         if not prompt:
-            raise Mistake(f"row {number}: the prompt is empty", file=path, key="task.prompt", value=prompt)
+            raise UserError(f"row {number}: the prompt is empty", file=path, key="task.prompt", value=prompt)
         self._check_alphabet("prompt", prompt, number, path)
         return prompt
 
@@ -154,7 +154,7 @@ class File:
         solution = "" if self._solution is None else row[self._solution]
         for setting, value in (("answer", answer), ("solution", solution)):
             if value is None:
-                raise Mistake(f"row {number} has none", file=path, key=f"task.{setting}", value=value)
+                raise UserError(f"row {number} has none", file=path, key=f"task.{setting}", value=value)
         if not isinstance(answer, str):
             answer = json.dumps(answer, ensure_ascii=False, default=str)
         solution = self.solution_of(str(solution))
@@ -164,7 +164,7 @@ class File:
     def _check_alphabet(self, setting: str, text: str, number: int, path: str) -> None:
         if self.alphabet is not None and not set(text) <= set(self.alphabet):
             outside = "".join(sorted(set(text) - set(self.alphabet)))
-            raise Mistake(
+            raise UserError(
                 f"row {number}: its {setting} has characters that are not in it: {outside!r}",
                 file=path,
                 key="task.alphabet",
@@ -202,7 +202,7 @@ def _held_out_rows(digests: Sequence[bytes], path: str) -> set[int]:
     """Rows whose prompts are held out by their hash: about one prompt in ten, at least one, never all."""
     prompts = sorted(set(digests))
     if len(prompts) < 2:
-        raise Mistake("needs at least two different prompts, one to hold out", file=path, key="task.path")
+        raise UserError("needs at least two different prompts, one to hold out", file=path, key="task.path")
     apart = {prompt for prompt in prompts if split_of(prompt.hex()) == "held_out"} or {prompts[0]}
     if len(apart) == len(prompts):
         apart.remove(prompts[0])

@@ -22,7 +22,7 @@ class Gsm8k(File):
         reward, reward_seconds: see `klab.tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
 
     Raises:
-        Mistake: see `klab.tasks.file.File`.
+        UserError: see `klab.tasks.file.File`.
     """
 
     name = "gsm8k"

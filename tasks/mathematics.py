@@ -17,7 +17,7 @@ class Mathematics(File):
         reward, reward_seconds: see `klab.tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
 
     Raises:
-        Mistake: see `klab.tasks.file.File`.
+        UserError: see `klab.tasks.file.File`.
     """
 
     name = "math"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.task import Example
 from klab.tasks.verdict import Verdict
 
@@ -34,7 +34,7 @@ class RewardModel:
         checkpoint: folder or hub id of a sequence classifier in safetensors format.
 
     Raises:
-        Mistake: there is no such checkpoint, it is not in safetensors format, or it has several outputs.
+        UserError: there is no such checkpoint, it is not in safetensors format, or it has several outputs.
     """
 
     def __init__(self, checkpoint: str) -> None:
@@ -47,17 +47,17 @@ class RewardModel:
             )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, truncation_side="left")
         except (OSError, ValueError) as error:
-            raise Mistake(
+            raise UserError(
                 f"no reward model could be loaded: {_first_line(error)}", key="task.reward.model", value=checkpoint
             ) from error
         if report["missing_keys"]:
-            raise Mistake(
+            raise UserError(
                 f"not a sequence classifier: the checkpoint has no {sorted(report['missing_keys'])[0]}",
                 key="task.reward.model",
                 value=checkpoint,
             )
         if model.config.num_labels != 1:
-            raise Mistake(
+            raise UserError(
                 f"a reward model has one output, this one has {model.config.num_labels}",
                 key="task.reward.model",
                 value=checkpoint,

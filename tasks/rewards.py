@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.task import RewardTerm, reward_terms
 from klab.tasks.answers import final_answer
 from klab.tasks.task import Example, Score
@@ -45,7 +45,7 @@ class Rewards:
         seconds: limit of one call of a user's function.
 
     Raises:
-        Mistake: a term that is unknown, cannot be imported or loaded, or needs a package that is missing.
+        UserError: a term that is unknown, cannot be imported or loaded, or needs a package that is missing.
     """
 
     def __init__(self, given: object, seconds: float = 10.0) -> None:
@@ -60,7 +60,7 @@ class Rewards:
         Correct means that every term that judges correctness agrees; where none does, that the reward is positive.
 
         Raises:
-            Mistake: a function that returns something else than a finite number, or takes too long.
+            UserError: a function that returns something else than a finite number, or takes too long.
             CallFailed: a function that raises or ends its process.
         """
         return next(self.score_all([example], [completion]))
@@ -69,7 +69,7 @@ class Rewards:
         """The score of every completion, in order: `score`, with models that read several at a time.
 
         Raises:
-            Mistake, CallFailed: as `score`, when the guilty completion's turn comes.
+            UserError, CallFailed: as `score`, when the guilty completion's turn comes.
         """
         columns = [
             term.verdicts(examples, completions) if isinstance(term, Batched) else map(term, examples, completions)
@@ -82,7 +82,7 @@ class Rewards:
         total, parts, judged = 0.0, {}, []
         for name, weight, verdict in zip(self.names, self.weights, verdicts, strict=True):
             if not math.isfinite(verdict.value):
-                raise Mistake("a reward must be finite", key=f"task.reward.{name}", value=verdict.value)
+                raise UserError("a reward must be finite", key=f"task.reward.{name}", value=verdict.value)
             total += weight * verdict.value
             parts[name] = verdict.value
             parts.update({f"{name}.{part}": value for part, value in verdict.parts.items()})
@@ -123,14 +123,14 @@ class UserFunction:
         try:
             reply = self.worker(example.prompt, completion, example.answer)
         except CallOverdue as error:
-            raise Mistake(
+            raise UserError(
                 f"{error}; its process was stopped",
                 key="task.reward",
                 value=self.path,
                 hint="Make it faster, or raise task.reward_seconds.",
             ) from None
         if "type" in reply:
-            raise Mistake(
+            raise UserError(
                 f"a reward function returns a number or a tasks.Score, this one returned {reply['type']}",
                 key="task.reward",
                 value=self.path,

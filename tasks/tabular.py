@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import product
 from string import ascii_lowercase
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.task import LARGEST_TABLE
 from klab.tasks.task import Example, Score, SplitName
 
@@ -35,7 +35,7 @@ class Tabular:
         rewards: the table itself, words in lexicographic order; replaces the drawn one.
 
     Raises:
-        Mistake: a table that is too large, or not of `symbols ** horizon` rewards.
+        UserError: a table that is too large, or not of `symbols ** horizon` rewards.
     """
 
     name = "tabular"
@@ -46,11 +46,11 @@ class Tabular:
     ) -> None:
         size = symbols**horizon
         if not 2 <= symbols <= len(ascii_lowercase):
-            raise Mistake("must be between 2 and 26", key="task.symbols", value=symbols)
+            raise UserError("must be between 2 and 26", key="task.symbols", value=symbols)
         if horizon < 1 or size > LARGEST_TABLE:
-            raise Mistake(f"a table has 1 to {LARGEST_TABLE} rewards", key="task.horizon", value=horizon)
+            raise UserError(f"a table has 1 to {LARGEST_TABLE} rewards", key="task.horizon", value=horizon)
         if rewards is not None and len(rewards) != size:
-            raise Mistake(f"{len(rewards)} rewards for a table of {size}", key="task.rewards")
+            raise UserError(f"{len(rewards)} rewards for a table of {size}", key="task.rewards")
         self.alphabet = PROMPT + ascii_lowercase[:symbols]
         self.max_new_tokens = horizon
         generator = random.Random(f"{symbols} symbols, {horizon} times, seed {seed}")

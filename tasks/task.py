@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 SplitName = Literal["train", "held_out"]
 TURN_END = "\x04"
@@ -95,14 +95,14 @@ def load_task(section: Any) -> Task:
             name `package.module:Class` is imported and called with the parameters.
 
     Raises:
-        Mistake: unknown task, or one that cannot be imported or constructed with these parameters.
+        UserError: unknown task, or one that cannot be imported or constructed with these parameters.
     """
     parameters = _parameters(section)
     name = str(parameters.pop("name"))
     if ":" in name:
         return _imported(name, parameters)
     if name not in TASKS:
-        raise Mistake("unknown task", key="task.name", value=name, allowed=TASKS)
+        raise UserError("unknown task", key="task.name", value=name, allowed=TASKS)
     module, attribute = TASKS[name].split(":")
     return _constructed(getattr(importlib.import_module(module), attribute), name, parameters)
 
@@ -122,15 +122,15 @@ def _imported(path: str, parameters: dict[str, Any]) -> Task:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module exists, something that it imports does not
-        raise Mistake(f"no module named {error.name!r}", key="task.name", value=path) from None
+        raise UserError(f"no module named {error.name!r}", key="task.name", value=path) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise Mistake(f"not in {module_name}", key="task.name", value=part, allowed=_public(found))
+            raise UserError(f"not in {module_name}", key="task.name", value=part, allowed=_public(found))
         found = getattr(found, part)
     task = _constructed(found, path, parameters)
     missing = [n for n in ("name", "alphabet", "max_new_tokens", "split", "score", "respond") if not hasattr(task, n)]
     if missing:
-        raise Mistake(f"is not a task: it lacks {', '.join(missing)}", key="task.name", value=path)
+        raise UserError(f"is not a task: it lacks {', '.join(missing)}", key="task.name", value=path)
     return task
 
 
@@ -142,5 +142,5 @@ def _constructed(factory: Any, name: str, parameters: dict[str, Any]) -> Task:
     try:
         task: Task = factory(**parameters)
     except TypeError as error:
-        raise Mistake(f"cannot be made from {parameters}: {error}", key="task.name", value=name) from error
+        raise UserError(f"cannot be made from {parameters}: {error}", key="task.name", value=name) from error
     return task

@@ -11,7 +11,7 @@ import logging
 from functools import cache, lru_cache
 from importlib.util import find_spec
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.answers import final_answer, number
 from klab.tasks.worker import CallFailed, CallOverdue, Worker
 
@@ -22,9 +22,9 @@ CALL_SECONDS, MEMORY_GB = 30.0, 4.0
 
 
 def require_math_verify() -> None:
-    """Raises a Mistake where math-verify is not installed."""
+    """Raises UserError where math-verify is not installed."""
     if find_spec("math_verify") is None:
-        raise Mistake(
+        raise UserError(
             "the reward `math` needs math-verify, which is not installed",
             key="task.reward",
             value="math",

@@ -24,7 +24,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 START_SECONDS = 120.0
 """For starting Python and importing the function's module, which may import torch."""
@@ -61,7 +61,7 @@ class Worker:
         """Start the process and import the function; does nothing where that is done.
 
         Raises:
-            Mistake: there is no such module or function.
+            UserError: there is no such module or function.
             CallFailed: the module raised while it was imported.
             CallOverdue: it took longer than `START_SECONDS`.
         """
@@ -78,7 +78,7 @@ class Worker:
             self.stop()
         if "missing" in reply:
             value = reply.get("value", self.function)
-            raise Mistake(reply["missing"], key="task.reward", value=value, allowed=reply.get("allowed", ()))
+            raise UserError(reply["missing"], key="task.reward", value=value, allowed=reply.get("allowed", ()))
         if "raised" in reply:
             raise CallFailed(f"{self.function} cannot be imported:\n{reply['raised']}")
 

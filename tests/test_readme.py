@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from klab.grid import Mistake, parse_grid
+from klab.grid import UserError, parse_grid
 from klab.grid.algorithms import algorithm_names
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.cli.main import COMMANDS
@@ -32,7 +32,7 @@ def test_the_study_writes_60_configurations_and_means_48() -> None:
 
 def test_the_typing_error_costs_the_line_that_is_shown() -> None:
     text = block("yaml", "my_study").replace("[ppo_clip", "[ppo_clp")
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         parse_grid(text, "my_study.yaml")
     shown = block("", "did you mean").strip().removeprefix("klab: ").removesuffix("…")
     assert str(caught.value).startswith(shown)

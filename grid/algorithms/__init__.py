@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.yaml_loader import parse_yaml, read_text
 
 _FOLDER = Path(__file__).parent
@@ -42,13 +42,13 @@ def load_algorithm(name: str) -> Algorithm:
     """A named algorithm.
 
     Raises:
-        Mistake: when there is none of this name.
+        UserError: when there is none of this name.
     """
     if name not in algorithm_names():
-        raise Mistake("unknown algorithm", key="algorithm", value=name, allowed=algorithm_names())
+        raise UserError("unknown algorithm", key="algorithm", value=name, allowed=algorithm_names())
     file = _FOLDER / f"{name}.yaml"
     data = parse_yaml(read_text(file), file)
     for key in data:
         if key not in _KEYS:
-            raise Mistake("unknown key", file=file, value=key, allowed=_KEYS)
+            raise UserError("unknown key", file=file, value=key, allowed=_KEYS)
     return Algorithm(name, **data)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, ValidationError
 
 from klab.grid.catalogue import is_import_path
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Positive, Section
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from klab.grid.schema.task import (
@@ -97,21 +97,21 @@ def load_section(kind: str, given: object) -> Section:
         given: what stands in the grid file.
 
     Raises:
-        Mistake: naming the key, the value, and the nearest valid one.
+        UserError: naming the key, the value, and the nearest valid one.
     """
     if not isinstance(given, Mapping):
-        raise Mistake("not a mapping", key=kind, value=given)
+        raise UserError("not a mapping", key=kind, value=given)
     model = _model(kind, given)
     try:
         section = model.model_validate(dict(given))
     except ValidationError as error:
-        raise _mistake(kind, model, error) from None
+        raise _user_error(kind, model, error) from None
     if isinstance(section, TrainingSection):
         _check_training(section)
     if isinstance(section, TinyPolicy):
         _check_tiny(section)
     if isinstance(section, Resources) and section.gpus and section.processes_per_node > section.gpus:
-        raise Mistake(
+        raise UserError(
             f"each process needs a GPU of its own, and a node has {section.gpus} of them for the job",
             key="resources.processes",
             value=section.processes,
@@ -130,29 +130,29 @@ def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
     models = TASKS if kind == "task" else POLICIES
     name = given.get("name")
     if name is None:
-        raise Mistake("the name is missing", key=f"{kind}.name", allowed=models)
+        raise UserError("the name is missing", key=f"{kind}.name", allowed=models)
     if kind == "task" and is_import_path(name):
         return CustomTask
     if not isinstance(name, str) or name not in models:
-        raise Mistake(f"unknown {kind}", key=f"{kind}.name", value=name, allowed=models)
+        raise UserError(f"unknown {kind}", key=f"{kind}.name", value=name, allowed=models)
     return models[name]
 
 
-def _mistake(kind: str, model: type[Section], error: ValidationError) -> Mistake:
+def _user_error(kind: str, model: type[Section], error: ValidationError) -> UserError:
     first = error.errors()[0]
-    mistake = first.get("ctx", {}).get("error")
-    if isinstance(mistake, Mistake):
-        return mistake.located(prefix=kind)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause.with_location(prefix=kind)
     path = [str(part) for part in first["loc"] if "[" not in str(part)]  # a union's branch is no part of the file
     key = ".".join((kind, *path))
     if first["type"] == "extra_forbidden":
         inner = _inner(model, path[:-1])
-        return Mistake("unknown key", key=".".join((kind, *path[:-1])), value=path[-1], allowed=inner.model_fields)
+        return UserError("unknown key", key=".".join((kind, *path[:-1])), value=path[-1], allowed=inner.model_fields)
     if first["type"] == "missing":
-        return Mistake("missing", key=key)
+        return UserError("missing", key=key)
     allowed = _choices(str(first.get("ctx", {}).get("expected", ""))) if first["type"] == "literal_error" else ()
     problem = "unknown value" if allowed else first["msg"][:1].lower() + first["msg"][1:]
-    return Mistake(problem, key=key, value=first.get("input"), allowed=allowed)
+    return UserError(problem, key=key, value=first.get("input"), allowed=allowed)
 
 
 def _inner(model: type[Section], path: Sequence[str]) -> type[Section]:
@@ -170,19 +170,19 @@ def _choices(expected: str) -> tuple[str, ...]:
 
 def _check_training(section: TrainingSection) -> None:
     if section.prompts % section.minibatches:
-        raise Mistake(
+        raise UserError(
             f"does not divide the {section.prompts} prompts of a rollout: minibatches are whole groups",
             key="training.minibatches",
             value=section.minibatches,
         )
     if section.max_new_tokens is not None and (section.overlong_buffer or 0) > section.max_new_tokens:
-        raise Mistake(
+        raise UserError(
             f"exceeds the {section.max_new_tokens} tokens of training.max_new_tokens",
             key="training.overlong_buffer",
             value=section.overlong_buffer,
         )
     if section.equal_groups != "keep" and section.group_size == 1:
-        raise Mistake("the rewards of a group of one are always equal", key="training.group_size", value=1)
+        raise UserError("the rewards of a group of one are always equal", key="training.group_size", value=1)
     if section.sampler is not None:
         _check_sampler(section, section.sampler)
     if section.critic is not None:
@@ -191,10 +191,10 @@ def _check_training(section: TrainingSection) -> None:
 
 def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
     if sampler.low > sampler.high:
-        raise Mistake("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
+        raise UserError("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
     temperature = sampler.temperature or section.temperature
     if sampler.engine == "vllm" and section.top_p < 1.0 and temperature != 1.0:
-        raise Mistake(
+        raise UserError(
             "vllm records log-probabilities either before the temperature or after top-p",
             key="training.top_p",
             value=section.top_p,
@@ -204,7 +204,7 @@ def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
 
 def _check_critic(critic: Critic) -> None:
     if critic.kind == "model" and critic.coefficient != Critic().coefficient:
-        raise Mistake(
+        raise UserError(
             "does nothing to a critic that is trained apart",
             key="training.critic.coefficient",
             value=critic.coefficient,
@@ -214,11 +214,11 @@ def _check_critic(critic: Critic) -> None:
 
 def _check_tiny(section: TinyPolicy) -> None:
     if section.hidden % section.heads or (section.hidden // section.heads) % 2:
-        raise Mistake(
+        raise UserError(
             "must be an even multiple of policy.heads",
             key="policy.hidden",
             value=section.hidden,
             hint=f"heads: {section.heads}.",
         )
     if section.kv_heads is not None and section.heads % section.kv_heads:
-        raise Mistake("must divide policy.heads", key="policy.kv_heads", value=section.kv_heads)
+        raise UserError("must divide policy.heads", key="policy.kv_heads", value=section.kv_heads)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from klab.grid.catalogue import is_import_path
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Positive, Section
 
 REWARDS = ("exact", "math", "format")
@@ -91,9 +91,9 @@ class RewardTerm(Section):
     @model_validator(mode="after")
     def _one_source(self) -> RewardTerm:
         if (self.name is None) == (self.model is None):
-            raise Mistake("a reward has either a name or a model", key="reward", value=self.model_dump())
+            raise UserError("a reward has either a name or a model", key="reward", value=self.model_dump())
         if self.name is not None and self.name not in REWARDS and not is_import_path(self.name):
-            raise Mistake(
+            raise UserError(
                 "unknown reward",
                 key="reward",
                 value=self.name,
@@ -107,16 +107,16 @@ def listed_terms(given: object) -> list[Any]:
     """The terms of a reward as mappings; a name stands for `{name: …}`, and one term for a list of one."""
     each = list(given) if isinstance(given, (list, tuple)) else [given]
     if not each:
-        raise Mistake("a reward needs at least one term", key="reward", value=given)
+        raise UserError("a reward needs at least one term", key="reward", value=given)
     terms = []
     for one in each:
         term = {"name": one} if isinstance(one, str) else one
         if isinstance(term, Mapping):
             for key in term:
                 if key not in RewardTerm.model_fields:
-                    raise Mistake("unknown key", key="reward", value=str(key), allowed=RewardTerm.model_fields)
+                    raise UserError("unknown key", key="reward", value=str(key), allowed=RewardTerm.model_fields)
         elif not isinstance(term, RewardTerm):
-            raise Mistake("a reward is a name, or a mapping with a name or a model", key="reward", value=one)
+            raise UserError("a reward is a name, or a mapping with a name or a model", key="reward", value=one)
         terms.append(term)
     return terms
 
@@ -125,18 +125,18 @@ def reward_terms(given: object) -> tuple[RewardTerm, ...]:
     """The terms of a reward, as `RewardedTask.reward` takes them.
 
     Raises:
-        Mistake: naming the key, the value, and the nearest valid one.
+        UserError: naming the key, the value, and the nearest valid one.
     """
     try:
         return tuple(RewardTerm.model_validate(term) for term in listed_terms(given))
     except ValidationError as error:
         first = error.errors()[0]
-        mistake = first.get("ctx", {}).get("error")
-        if isinstance(mistake, Mistake):
-            raise mistake.located(prefix="task") from None
-        raise Mistake(first["msg"], key="task.reward", value=first["input"]) from None
-    except Mistake as mistake:
-        raise mistake.located(prefix="task") from None
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            raise cause.with_location(prefix="task") from None
+        raise UserError(first["msg"], key="task.reward", value=first["input"]) from None
+    except UserError as error:
+        raise error.with_location(prefix="task") from None
 
 
 class RewardedTask(Section):
@@ -223,14 +223,14 @@ TASKS: dict[str, type[Section]] = {
 
 
 def check_table(section: RewardTable) -> None:
-    """Raises a Mistake where the listed rewards are not one per word, or the table is too large."""
+    """Raises UserError where the listed rewards are not one per word, or the table is too large."""
     size = section.size
     if size > LARGEST_TABLE:
-        raise Mistake(
+        raise UserError(
             f"a table of {size} rewards is over the limit of {LARGEST_TABLE}",
             key="task",
             value=section.name,
             hint="Take fewer symbols, or a shorter horizon.",
         )
     if section.rewards is not None and len(section.rewards) != size:
-        raise Mistake(f"{len(section.rewards)} rewards for a table of {size}", key="task.rewards")
+        raise UserError(f"{len(section.rewards)} rewards for a table of {size}", key="task.rewards")

@@ -137,11 +137,11 @@ class TrainingSection(Section):
     @property
     def on_policy(self) -> bool:
         """Whether every importance ratio is 1 by construction."""
-        fresh = self.updates_of_a_rollout == 1 and self.lag == 0 and self.behaviour == "policy"
+        fresh = self.optimizer_steps_per_rollout == 1 and self.lag == 0 and self.behaviour == "policy"
         return fresh and (self.sampler is None or self.sampler.correction != "ratio")
 
     @property
-    def updates_of_a_rollout(self) -> int:
+    def optimizer_steps_per_rollout(self) -> int:
         """Optimizer updates that one rollout serves."""
         return self.updates_per_rollout * self.minibatches
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.claims.claim import CLAIMS, EXPECTED, Claim, Finding, Number
 
 SUBJECTS = {
@@ -44,7 +44,7 @@ def selected(identifiers: Iterable[str] = ()) -> list[Claim]:
     """The claims of these ids, in the order of the book; `C13` also selects its parts `C13b`, ...; all by default.
 
     Raises:
-        Mistake: for an id that is not in the book.
+        UserError: for an id that is not in the book.
     """
     every = book()
     wanted = [identifier.strip() for identifier in identifiers]
@@ -57,7 +57,7 @@ def selected(identifiers: Iterable[str] = ()) -> list[Claim]:
         ]
         family = [name for name in every if name[:3].lower() == identifier.lower()]
         if not exact and not family:
-            raise Mistake("there is no such claim", key="CLAIM", value=identifier, allowed=every)
+            raise UserError("there is no such claim", key="CLAIM", value=identifier, allowed=every)
         chosen.update(exact, family)
     return [claim for name, claim in every.items() if name in chosen]
 

@@ -11,7 +11,7 @@ from klab.grid import Objective
 from klab.harness.claims.drift import INSTANCES
 from klab.harness.claims.instances import Setting, binary_reward
 from klab.harness.exact.gradients import exact_gradient
-from klab.harness.objective.loss import parts
+from klab.harness.objective.loss import axis_functions
 
 RATIOS = ("none", "token", "sequence_mean", "future_mean", "prefix_product", "future_product", "sequence_product")
 WEIGHTS = ("one", "ratio", "ppo_clip", "dual_clip", "truncate", "clamp", "truncate_clip", "power", "mask", "sigmoid")
@@ -30,7 +30,7 @@ class PlaneCell:
 
 def coefficient(objective: Objective, setting: Setting, advantage: Tensor) -> Tensor:
     """w(rho_j, A) A `[M, H]` of every trajectory, as the harness computes it."""
-    chosen = parts(objective)
+    chosen = axis_functions(objective)
     mask = setting.policy.trajectories.mask
     rho = chosen.ratio(setting.log_ratio, mask).exp()
     return chosen.weight(rho, advantage) * advantage

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import klab.grid
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def grid_of(name: str) -> Grid:
     """The grid in a file, or the ready study of that name.
 
     Raises:
-        Mistake: when there is neither, or the file has a mistake.
+        UserError: when there is neither, or the file has a mistake.
     """
     from klab.grid import load_grid
 
@@ -50,7 +50,7 @@ def grid_of(name: str) -> Grid:
         return load_grid(study)
     if not path.exists():
         studies = sorted(entry.stem for entry in STUDIES.glob("*.yaml"))
-        raise Mistake("there is no such file, and no study of this name", key="GRID", value=name, allowed=studies)
+        raise UserError("there is no such file, and no study of this name", key="GRID", value=name, allowed=studies)
     return load_grid(path)
 
 
@@ -58,12 +58,12 @@ def run_of(name: str, runs: Path = RUNS) -> Run:
     """The run in a folder, or of that name under `runs`.
 
     Raises:
-        Mistake: when there is no such run.
+        UserError: when there is no such run.
     """
     for path in (Path(name), runs / name):
         if (path / "manifest.json").exists():
             return Run.open(path)
     if Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
-        raise Mistake("is a grid file; this command wants a run", file=name, hint=f"Runs lie in {runs}/.")
+        raise UserError("is a grid file; this command wants a run", file=name, hint=f"Runs lie in {runs}/.")
     known = sorted(path.parent.name for path in runs.glob("*/manifest.json")) if runs.is_dir() else []
-    raise Mistake("there is no such run", key="RUN", value=name, allowed=known, hint="`klab launch GRID` makes one.")
+    raise UserError("there is no such run", key="RUN", value=name, allowed=known, hint="`klab launch GRID` makes one.")

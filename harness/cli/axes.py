@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from klab.grid import Mistake, catalogue
+from klab.grid import UserError, catalogue
 from klab.harness.cli.arguments import JsonOption
 from klab.harness.cli.table import console, show, show_json
 
@@ -18,7 +18,7 @@ def axes(
 ) -> None:
     """List the axes and values of the objective, with formulas, parameters and sources."""
     if name is not None and name not in catalogue.AXES:
-        raise Mistake("there is no such axis", key="NAME", value=name, allowed=catalogue.AXES)
+        raise UserError("there is no such axis", key="NAME", value=name, allowed=catalogue.AXES)
     chosen = [catalogue.AXES[name]] if name else list(catalogue.AXES.values())
     if as_json:
         show_json({axis.name: _record(axis) for axis in chosen})

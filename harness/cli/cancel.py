@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import show_json
 from klab.harness.dispatch.cancel import cancel as stop
@@ -30,7 +30,7 @@ def cancel(
     running = [row for row in chosen if row.state == "running"]
     if len(running) > 1 and not yes:
         if not sys.stdin.isatty():
-            raise Mistake(f"this stops {len(running)} running cells", hint="Say --yes to do so.")
+            raise UserError(f"this stops {len(running)} running cells", hint="Say --yes to do so.")
         if not typer.confirm(f"Stop {len(running)} running cells?"):
             typer.echo("nothing was stopped")
             return

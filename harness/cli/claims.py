@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.arguments import JsonOption
 from klab.harness.cli.table import console, show, show_json, table
 
@@ -39,7 +39,7 @@ def claims(
     from klab.harness.claims.book import examine, markdown, records
 
     if as_json and as_markdown:
-        raise Mistake("choose --json or --markdown, not both")
+        raise UserError("choose --json or --markdown, not both")
     torch.set_num_threads(1)
     if figures is not None:
         _draw(figures)

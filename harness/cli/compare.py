@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
 from klab.harness.cli.report import span
 from klab.harness.cli.table import show, show_json
@@ -40,7 +40,7 @@ def compare(
         for path, name in ((run, left), (other, right))
     ]
     if groups[0] == groups[1]:
-        raise Mistake("both are seeds of the same configuration; name two configurations", key="cell", value=second)
+        raise UserError("both are seeds of the same configuration; name two configurations", key="cell", value=second)
     pair = compare_pair(together, groups[0], groups[1], metric)
     if as_json:
         show_json(pair.as_dict())
@@ -81,5 +81,7 @@ def compare(
 def _split(text: str, runs: Path) -> tuple[Path, str]:
     name, colon, cell = text.rpartition(":")
     if not colon or not name or not cell:
-        raise Mistake("is not RUN:CELL", value=text, hint="For example runs/quickstart:k1-loss or quickstart:baseline.")
+        raise UserError(
+            "is not RUN:CELL", value=text, hint="For example runs/quickstart:k1-loss or quickstart:baseline."
+        )
     return run_of(name, runs).path, cell

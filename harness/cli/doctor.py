@@ -12,7 +12,7 @@ from typing import Literal
 
 import typer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show, show_json
 from klab.harness.store import Lock, files, machine
@@ -104,7 +104,7 @@ def _folder(runs: Path) -> Iterator[Finding]:
         lock.acquire()
         lock.release()
         yield Finding("run folders", "ok", f"{existing} can be written, locks work")
-    except (OSError, Mistake) as error:
+    except (OSError, UserError) as error:
         yield Finding("run folders", "problem", str(error))
     free = shutil.disk_usage(existing).free / 2**30
     yield Finding("disk space", "ok" if free >= _FREE_GB else "problem", f"{free:.1f} GB free")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from klab.grid import Cell, Mistake, Objective
+from klab.grid import Cell, Objective, UserError
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show_json
@@ -54,6 +54,6 @@ def _cell(name: str, runs: Path) -> Cell:
         run = Run.open(manifest.parent)
         if name in run.cells:
             return run.cell(name).cell()
-    raise Mistake(
+    raise UserError(
         f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=algorithm_names()
     )

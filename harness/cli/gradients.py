@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from klab.grid import Cell, Mistake, Objective
+from klab.grid import Cell, Objective, UserError
 from klab.harness.cli.arguments import STUDIES, JsonOption, grid_of, run_of
 from klab.harness.cli.table import show, show_json
 from klab.harness.store import Run, files
@@ -83,7 +83,7 @@ def gradients(
     elif target is not None:
         cells, owner = _cells(target)
         if len(cells) > MOST:
-            raise Mistake(
+            raise UserError(
                 f"has {len(cells)} configurations, each measured in several settings; at most {MOST} at a time",
                 value=target,
                 hint="--product FILE measures all combinations once, and continues where it stopped.",
@@ -94,7 +94,7 @@ def gradients(
         if owner is not None:
             _keep(owner, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
     else:
-        raise Mistake("name a grid file, an algorithm or a run, or ask for --kl-table or --product FILE")
+        raise UserError("name a grid file, an algorithm or a run, or ask for --kl-table or --product FILE")
     if csv_file is not None:
         _write_csv(csv_file, rows)
     if as_json:
@@ -135,7 +135,7 @@ def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | N
     if target in algorithm_names():
         return {target: (Objective(**load_algorithm(target).objective), 8, False)}, None
     studies = [path.stem for path in STUDIES.glob("*.yaml")]
-    raise Mistake(
+    raise UserError(
         "neither a file, a study, an algorithm nor a run", key="GRID|ALGORITHM|RUN", value=target,
         allowed=sorted({*algorithm_names(), *studies}),
     )  # fmt: skip
@@ -149,10 +149,10 @@ def _survey_rows(
     configurations: dict[str, tuple[Objective, int]], seed: int, vocabulary: int, horizon: int,
     drifts: Sequence[float] | None, updates: Sequence[int] | None, samples: int,
 ) -> Rows:  # fmt: skip
-    from klab.harness.exact.gradient_table import INNER_UPDATES, RANDOM_DRIFTS, survey
+    from klab.harness.exact.gradient_table import INNER_UPDATES, RANDOM_DRIFTS, gradient_table
     from klab.harness.exact.instance import Instance
 
-    entries = survey(
+    entries = gradient_table(
         dict(reversed(configurations.items())),
         instance=Instance(vocabulary, horizon, seed),
         random_drifts=RANDOM_DRIFTS if drifts is None else drifts,
@@ -174,10 +174,10 @@ def _product_rows(
     file: Path, seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None, group_size: int | None,
     samples: int, workers: int,
 ) -> Rows:  # fmt: skip
-    from klab.harness.exact.product_sweep import Plan, sweep
+    from klab.harness.exact.product_sweep import SweepPlan, sweep
 
     size = group_size or 4
-    plan = Plan(vocabulary, horizon, seed, drifts[0] if drifts else 0.3, size, max(2, samples // size))
+    plan = SweepPlan(vocabulary, horizon, seed, drifts[0] if drifts else 0.3, size, max(2, samples // size))
     return sweep(file, plan=plan, workers=workers, progress=_progress)
 
 

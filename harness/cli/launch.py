@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from klab.grid import Grid, Mistake
+from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.merged import MergeOption, merged_grid
@@ -128,7 +128,7 @@ def _backend(
     choice = device.value if device else None
     if on is Where.slurm:
         if choice is not None:
-            raise Mistake("is for this machine", key="--device", value=choice, hint="On Slurm, --gpus asks for GPUs.")
+            raise UserError("is for this machine", key="--device", value=choice, hint="On Slurm, --gpus asks for GPUs.")
         from klab.harness.dispatch.slurm.backend import Slurm
 
         slurm = Slurm(flags, profile)
@@ -136,7 +136,7 @@ def _backend(
         return slurm, resources.max_parallel or len(study.cells), study.resources  # it adds profile and flags itself
     for option in ("partition", "account", "qos", "constraint", "exclude", "nodes", "setup", "sbatch"):
         if option in flags:
-            raise Mistake("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
+            raise UserError("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
     resources = study.resources.model_copy(update=flags)
     if choice == "cuda":
         require("--device", choice)
@@ -151,7 +151,7 @@ def _backend(
 
 
 def _require_samplers(study: Grid) -> None:
-    """Raises a Mistake where a cell's sampler is not installed: before anything is submitted."""
+    """Raises UserError where a cell's sampler is not installed: before anything is submitted."""
     if any(cell.training.sampler is not None and cell.training.sampler.engine == "vllm" for cell in study.cells):
         from klab.harness.policy.sampling.vllm import require_vllm
 
@@ -231,6 +231,6 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise Mistake("is not name=value", key="--sbatch", value=word)
+            raise UserError("is not name=value", key="--sbatch", value=word)
         pairs[name.lstrip("-")] = value
     return pairs

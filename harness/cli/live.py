@@ -10,7 +10,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console, show_json, table
 from klab.harness.cli.tracking import Tracking
@@ -64,7 +64,7 @@ def curves(run: Run, row: CellStatus) -> dict[str, object]:
     """What is known of a cell's way so far; a damaged file counts as no curve."""
     try:
         metrics = run.cell(row.id).metrics()
-    except Mistake:
+    except UserError:
         metrics = []
     keys = ("reward_mean", "k3", "entropy")
     series = {

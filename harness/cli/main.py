@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 
 COMMANDS = {
     "plan": "Show what a grid file would run: cells, merged spellings, packs, estimated time.",
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _app(words)(words, prog_name="klab")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Mistake as mistake:
-        _complain(str(mistake))
+    except UserError as error:
+        _complain(str(error))
         return 2
     except KeyboardInterrupt:
         _complain("interrupted")

@@ -98,7 +98,7 @@ def _line(cell: Cell, study: Grid) -> tuple[str, str, str]:
     mark = "  (baseline)" if cell.group == study.baseline else ""
     if len(cell.spellings) < 2:
         return cell.group + mark, (cell.spellings or (cell.algorithm or "",))[0], ""
-    idle = cell.objective.form(cell.training.on_policy).idle
+    idle = cell.objective.canonical_form(cell.training.on_policy).idle
     causes = [f"{axis} is idle: {cause}" for axis, cause in idle.items() if axis in study.axes]
     if any(equality.runs == cell.id for equality in study.equalities):
         causes.append("measured: equal gradients")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
 from klab.harness.cli.gradients import measure_run
 from klab.harness.cli.table import console, show, show_json
@@ -52,7 +52,7 @@ def report(
 ) -> None:
     """Write tables, figures and one page about one run or several; failed and missing cells are listed."""
     if form is not None and form not in FORMATS:
-        raise Mistake("unknown format", key="--format", value=form, allowed=FORMATS)
+        raise UserError("unknown format", key="--format", value=form, allowed=FORMATS)
     opened = [run_of(name, runs) for name in runs_given]
     from klab.reports.comparison import compare
     from klab.reports.study import load_runs

@@ -14,7 +14,7 @@ import typer
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from klab.grid import Cell, Grid, Mistake, catalogue
+from klab.grid import Cell, Grid, UserError, catalogue
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console, show_json
 from klab.harness.store import CellFolder, Run, machine
@@ -66,7 +66,7 @@ def changed(folder: CellFolder, settings: Sequence[str]) -> Cell:
     """The cell with dotted settings replaced.
 
     Raises:
-        Mistake: for a setting that does not exist or is not valid.
+        UserError: for a setting that does not exist or is not valid.
     """
     if not settings:
         return folder.cell()
@@ -79,10 +79,10 @@ def changed(folder: CellFolder, settings: Sequence[str]) -> Cell:
             resolved["seed"] = value
         elif not equals or not dot or section not in _SECTIONS:
             allowed = ["seed", *(f"{each}.{field}" for each in _SECTIONS for field in resolved[each])]
-            raise Mistake("is not section.name=value", key="--set", value=key, allowed=allowed)
+            raise UserError("is not section.name=value", key="--set", value=key, allowed=allowed)
         elif name not in resolved[section] and section != "objective":
             allowed = [f"{section}.{field}" for field in resolved[section]]
-            raise Mistake("there is no such setting", key="--set", value=key, allowed=allowed)
+            raise UserError("there is no such setting", key="--set", value=key, allowed=allowed)
         else:
             resolved[section][name] = value
     _drop_unused(resolved["objective"], {setting.partition("=")[0] for setting in settings})
@@ -90,15 +90,15 @@ def changed(folder: CellFolder, settings: Sequence[str]) -> Cell:
         resolved.pop(stale, None)
     try:
         return Cell.from_resolved(resolved)
-    except Mistake as mistake:
-        raise mistake.located(prefix="--set") from None
+    except UserError as error:
+        raise error.with_location(prefix="--set") from None
 
 
 def _value(setting: str, text: str) -> object:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise Mistake("is not a value in YAML", key="--set", value=setting) from error
+        raise UserError("is not a value in YAML", key="--set", value=setting) from error
     if isinstance(value, str):  # YAML reads 1e-3 as a text
         try:
             return float(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from importlib.util import find_spec
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import Run
 
 EVERY_SECONDS = 20.0
@@ -37,4 +37,4 @@ def require_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers that are not installed, before anything is launched."""
     for name in names:
         if find_spec(name) is None:
-            raise Mistake("is not installed", key="track", value=name, hint="pip install 'klab[track]'")
+            raise UserError("is not installed", key="track", value=name, hint="pip install 'klab[track]'")

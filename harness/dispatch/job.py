@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.dispatch.packing.step_times import Place, note
 from klab.harness.dispatch.processes import several
 from klab.harness.dispatch.threads import limit_threads
@@ -177,8 +177,8 @@ def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
         attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
     except Held:
         return False
-    except Mistake as mistake:
-        _fail(folder, str(mistake))
+    except UserError as error:
+        _fail(folder, str(error))
         folder.unclaim()
         return False
     holder = Holder.here()
@@ -196,7 +196,7 @@ def _leave(folder: CellFolder, state: str) -> None:
 
 
 def _fail(folder: CellFolder, text: str) -> None:
-    with suppress(OSError, Mistake):  # where even this cannot be written, the job's log has it
+    with suppress(OSError, UserError):  # where even this cannot be written, the job's log has it
         if folder.result() is None and folder.error() is None:
             folder.fail(text)
 

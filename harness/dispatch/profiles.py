@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources, load_section
 
 
@@ -26,7 +26,7 @@ def profiles(file: Path | None = None) -> dict[str, dict[str, Any]]:
     """The user's named profiles: mappings with the keys of a grid file's `resources`. {} without a file.
 
     Raises:
-        Mistake: naming the file and the key.
+        UserError: naming the file and the key.
     """
     file = file or configuration_file()
     try:
@@ -34,17 +34,17 @@ def profiles(file: Path | None = None) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Mistake(f"cannot be read: {error}", file=file) from error
+        raise UserError(f"cannot be read: {error}", file=file) from error
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise Mistake("not a mapping", file=file)
+        raise UserError("not a mapping", file=file)
     for key in data:
         if key not in ("profiles",):
-            raise Mistake("unknown key", file=file, value=key, allowed=["profiles"])
+            raise UserError("unknown key", file=file, value=key, allowed=["profiles"])
     named = data.get("profiles") or {}
     if not isinstance(named, dict) or not all(isinstance(value, dict) for value in named.values()):
-        raise Mistake("not a mapping from names to resources", file=file, key="profiles")
+        raise UserError("not a mapping from names to resources", file=file, key="profiles")
     for name, values in named.items():
         _check(values, file, f"profiles.{name}")
     return {str(name): values for name, values in named.items()}
@@ -64,14 +64,14 @@ def resolve(
     A key of a higher source replaces the lower one's; only `sbatch` is merged name by name.
 
     Raises:
-        Mistake: when there is no such profile, or a value is not valid.
+        UserError: when there is no such profile, or a value is not valid.
     """
     chosen = profile or given.profile
     values: dict[str, Any] = given.model_dump(exclude_unset=True)
     if chosen is not None:
         known = profiles(file)
         if chosen not in known:
-            raise Mistake(
+            raise UserError(
                 "no such profile",
                 file=file or configuration_file(),
                 key="profiles",
@@ -97,7 +97,7 @@ def _over(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]
 def _check(values: Mapping[str, Any], file: Path, key: str) -> None:
     try:
         load_section("resources", values)
-    except Mistake as mistake:
-        raise mistake.located(file=file, prefix=key) from None
+    except UserError as error:
+        raise error.with_location(file=file, prefix=key) from None
     if "profile" in values:
-        raise Mistake("a profile cannot name another one", file=file, key=f"{key}.profile")
+        raise UserError("a profile cannot name another one", file=file, key=f"{key}.profile")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from klab.grid import Cell, Objective
 from klab.grid.schema.sections import NUMERICALLY_IDLE, PolicySection, TaskSection, TrainingSection
-from klab.harness.exact.fingerprints import Marks, Progress, canonical_text, fingerprints, known_fingerprints
+from klab.harness.exact.fingerprints import Fingerprints, Progress, canonical_text, fingerprints, known_fingerprints
 
 TOLERANCE = 1e-12
 """Largest relative difference of two gradients that count as equal."""
@@ -40,7 +40,7 @@ ByKey = dict[tuple[str, bool, str], list[Cell]]
 
 
 @dataclass(frozen=True)
-class Class:
+class EquivalenceClass:
     """Cells that are the same algorithm.
 
     Attributes:
@@ -55,8 +55,12 @@ class Class:
 
 
 def equivalence_classes(
-    cells: Iterable[Cell], *, cache: Path | None = None, known: Marks | None = None, progress: Progress | None = None
-) -> list[Class]:
+    cells: Iterable[Cell],
+    *,
+    cache: Path | None = None,
+    known: Fingerprints | None = None,
+    progress: Progress | None = None,
+) -> list[EquivalenceClass]:
     """Group cells into classes of equal algorithms, in the order of their first members.
 
     Imports torch only when some fingerprint is in neither `cache` nor the canonical form of another cell.
@@ -76,21 +80,21 @@ def equivalence_classes(
     for surroundings, on_policy, canonical in by_key:
         rooms[surroundings, on_policy].append(canonical)
     partitions: dict[tuple[tuple[str, ...], bool], list[list[str]]] = {}
-    classes: list[Class] = []
+    classes: list[EquivalenceClass] = []
     for (surroundings, on_policy), forms in rooms.items():
         alike = (tuple(forms), on_policy)
         if alike not in partitions:
             partitions[alike] = _partition(forms, on_policy, marks)
         for equal in partitions[alike]:
             members = tuple(cell for form in equal for cell in by_key[surroundings, on_policy, form])
-            classes.append(Class(members, members[0], _reason(members, len(equal) > 1)))
+            classes.append(EquivalenceClass(members, members[0], _reason(members, len(equal) > 1)))
     position = {id(cell): index for index, cell in enumerate(cell for found in by_key.values() for cell in found)}
     return sorted(classes, key=lambda found: position[id(found.representative)])
 
 
 def contested_fingerprints(
     cells: Iterable[Cell], *, cache: Path | None = None
-) -> tuple[Marks, dict[tuple[str, bool], Objective]]:
+) -> tuple[Fingerprints, dict[tuple[str, bool], Objective]]:
     """What `equivalence_classes` needs: the fingerprints that the cache has, and the objectives of those it lacks.
 
     Needs no torch.
@@ -220,7 +224,7 @@ def _reason(members: Sequence[Cell], measured: bool) -> str:
     causes: dict[str, None] = {}
     if len(members) > 1 or any(len(cell.spellings) > 1 for cell in members):
         for cell in members:
-            for name, cause in cell.objective.form(cell.training.on_policy).idle.items():
+            for name, cause in cell.objective.canonical_form(cell.training.on_policy).idle.items():
                 causes[f"inactive {name}: {cause}"] = None
     if measured:
         causes["measured: equal gradients on the probe updates"] = None

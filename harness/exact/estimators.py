@@ -111,7 +111,7 @@ def _mapped(objective: Objective, setting: Setting, members: Tensor, group_size:
     def loss(logp: Tensor, logits: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor]:
         batch = setting.batch(chosen, groups, with_logits)
         outcome = objective_loss(objective, batch.replace(logp=logp, logits=logits))
-        return outcome.loss, outcome.observation.weight
+        return outcome.loss, outcome.token_stats.weight
 
     logp, logits = setting.logp[members], setting.logits[members] if with_logits else None
     wanted = (0, 1) if with_logits else 0
@@ -144,4 +144,4 @@ def loss_gradients(objective: Objective, batch: TokenBatch) -> Evaluated:
         gradients = torch.autograd.grad(outcome.loss, leaves, allow_unused=True, materialize_grads=True)
     else:
         gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
-    return gradients[0], gradients[1] if leaves[1:] else None, outcome.observation.weight
+    return gradients[0], gradients[1] if leaves[1:] else None, outcome.token_stats.weight

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from klab.grid import Objective
 
-Marks = dict[tuple[str, bool], list[float]]
+Fingerprints = dict[tuple[str, bool], list[float]]
 """Fingerprints by canonical form and schedule."""
 
 _LINES_AT_ONCE = 500
@@ -40,10 +40,10 @@ def fingerprints(
     objectives: Mapping[tuple[str, bool], Objective],
     *,
     cache: Path | None = None,
-    known: Marks | None = None,
+    known: Fingerprints | None = None,
     workers: int = 1,
     progress: Progress | None = None,
-) -> Marks:
+) -> Fingerprints:
     """The fingerprint of each objective under its schedule, from the cache or computed and added to it.
 
     The user's own functions are computed every time: their code is not part of the cache's version.
@@ -93,7 +93,7 @@ def _computed(
         yield from zip(missing, pool.map(fingerprint, missing.values(), schedules, chunksize=_CHUNK), strict=True)
 
 
-def known_fingerprints(keys: Collection[tuple[str, bool]], *, cache: Path | None = None) -> Marks:
+def known_fingerprints(keys: Collection[tuple[str, bool]], *, cache: Path | None = None) -> Fingerprints:
     """The fingerprints that the cache has of these keys (needs no torch)."""
     return _read(_cache_file(cache), keys)
 
@@ -119,12 +119,12 @@ def _cache_file(cache: Path | None) -> Path:
     return (cache or cache_folder()) / "fingerprints" / f"{code_version()}.jsonl"
 
 
-def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> Marks:
+def _read(file: Path, wanted: Collection[tuple[str, bool]]) -> Fingerprints:
     """Those of the wanted fingerprints that are known; lines of others are passed over unparsed."""
     if not file.exists():
         return {}
     heads = {_head(canonical, on_policy) for canonical, on_policy in wanted}
-    known: Marks = {}
+    known: Fingerprints = {}
     for line in file.read_text().split("\n"):
         if line.partition(_BEFORE_MARK)[0] not in heads:
             continue

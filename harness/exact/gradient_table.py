@@ -9,7 +9,7 @@ from typing import Any
 
 from klab.grid import Objective
 from klab.harness.exact.drift import drift_size
-from klab.harness.exact.instance import Draws, Instance
+from klab.harness.exact.instance import Instance, SharedUpdates
 from klab.harness.exact.report import DEFAULT_SAMPLES, EstimatorReport
 from klab.harness.exact.tabular_setting import Setting
 
@@ -24,7 +24,7 @@ ENUMERATED_GROUPS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class GradientRow:
     """One configuration in one setting.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry:
         }
 
 
-def survey(
+def gradient_table(
     configurations: Mapping[str, tuple[Objective, int]],
     *,
     instance: Instance | None = None,
@@ -56,7 +56,7 @@ def survey(
     inner_updates: Sequence[int] = INNER_UPDATES,
     samples: int = DEFAULT_SAMPLES,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Entry]:
+) -> list[GradientRow]:
     """Measure configurations on-policy, after random drifts and after inner updates of their own.
 
     All share the instance, the random drifts and the Monte Carlo draws. Configurations with equal objectives and group
@@ -71,16 +71,16 @@ def survey(
         progress: called with (done, all).
     """
     instance = instance or Instance()
-    draws = Draws(instance.behaviour, samples, ENUMERATED_GROUPS, instance.seed)
+    draws = SharedUpdates(instance.behaviour, samples, ENUMERATED_GROUPS, instance.seed)
     fixed = [("on-policy", instance.perturbed(0.0))]
     fixed += [(f"random {scale:g}", instance.perturbed(scale)) for scale in random_drifts]
-    known: dict[tuple[Objective, int], list[Entry]] = {}
-    entries: list[Entry] = []
+    known: dict[tuple[Objective, int], list[GradientRow]] = {}
+    entries: list[GradientRow] = []
     for done, (group, (objective, size)) in enumerate(configurations.items(), start=1):
         if (objective, size) not in known:
             settings = [*fixed, *_walk(instance, objective, size, inner_updates)]
             known[objective, size] = [
-                Entry(
+                GradientRow(
                     group,
                     drift,
                     drift_size(instance.behaviour, setting.policy),
@@ -88,7 +88,7 @@ def survey(
                 )
                 for drift, setting in settings
             ]
-        entries += [Entry(group, entry.drift, entry.kl, entry.report) for entry in known[objective, size]]
+        entries += [GradientRow(group, entry.drift, entry.kl, entry.report) for entry in known[objective, size]]
         if progress is not None:
             progress(done, len(configurations))
     return entries

@@ -68,7 +68,7 @@ class Instance:
         return [self.at(policy) for policy in policies]
 
 
-class Draws:
+class SharedUpdates:
     """The updates over which cells are measured, drawn from one behaviour policy once and shared by all cells.
 
     Sharing them (common random numbers) makes differences between cells far less noisy than the cells themselves.

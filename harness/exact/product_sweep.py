@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.grid.catalogue import AXES
 from klab.harness.exact.fingerprints import canonical_text
-from klab.harness.exact.instance import Draws, Instance
+from klab.harness.exact.instance import Instance, SharedUpdates
 from klab.harness.exact.tabular_setting import Setting
 
 MAIN_AXES = ("estimator", "placement", "ratio", "weight", "advantage")
@@ -27,7 +27,7 @@ _CHUNK = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SweepPlan:
     """Where a sweep measures: instance, drift of the current policy, group size, groups of each Monte Carlo estimate.
 
     Multisets of trajectories are enumerated instead of sampled where there are at most as many as `groups`.
@@ -51,7 +51,7 @@ def main_axes_product(aggregation: str = "sequence_mean") -> Iterator[Objective]
 def sweep(
     file: Path,
     objectives: Sequence[Objective] | None = None,
-    plan: Plan | None = None,
+    plan: SweepPlan | None = None,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -69,9 +69,9 @@ def sweep(
         progress: called with (measured, all) canonical forms.
 
     Raises:
-        Mistake: the file was written with another plan.
+        UserError: the file was written with another plan.
     """
-    plan = plan or Plan()
+    plan = plan or SweepPlan()
     chosen = list(main_axes_product(plan.aggregation)) if objectives is None else list(objectives)
     keys = [canonical_text(objective, on_policy=False) for objective in chosen]
     known = _resume(file, plan)
@@ -90,7 +90,9 @@ def sweep(
     ]
 
 
-def _measured(missing: Sequence[tuple[str, Objective]], plan: Plan, workers: int) -> Iterator[list[dict[str, Any]]]:
+def _measured(
+    missing: Sequence[tuple[str, Objective]], plan: SweepPlan, workers: int
+) -> Iterator[list[dict[str, Any]]]:
     chunks = [(plan, missing[start : start + _CHUNK]) for start in range(0, len(missing), _CHUNK)]
     if workers <= 1 or len(chunks) <= 1:
         yield from map(_measure, chunks)
@@ -101,7 +103,7 @@ def _measured(missing: Sequence[tuple[str, Objective]], plan: Plan, workers: int
         yield from pool.map(_measure, chunks)
 
 
-def _measure(work: tuple[Plan, Sequence[tuple[str, Objective]]]) -> list[dict[str, Any]]:
+def _measure(work: tuple[SweepPlan, Sequence[tuple[str, Objective]]]) -> list[dict[str, Any]]:
     plan, chunk = work
     setting, draws = _lab(plan)
     return [
@@ -110,13 +112,13 @@ def _measure(work: tuple[Plan, Sequence[tuple[str, Objective]]]) -> list[dict[st
 
 
 @lru_cache(maxsize=2)
-def _lab(plan: Plan) -> tuple[Setting, Draws]:
+def _lab(plan: SweepPlan) -> tuple[Setting, SharedUpdates]:
     instance = Instance(plan.vocabulary, plan.horizon, plan.seed)
-    draws = Draws(instance.behaviour, plan.groups * plan.group_size, plan.groups, plan.seed)
+    draws = SharedUpdates(instance.behaviour, plan.groups * plan.group_size, plan.groups, plan.seed)
     return instance.perturbed(plan.drift), draws
 
 
-def _resume(file: Path, plan: Plan) -> dict[str, dict[str, Any]]:
+def _resume(file: Path, plan: SweepPlan) -> dict[str, dict[str, Any]]:
     """Measured forms of an earlier life of the same sweep; starts the file when there is none."""
     head = {"schema": 1, "plan": asdict(plan)}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +130,6 @@ def _resume(file: Path, plan: Plan) -> dict[str, dict[str, Any]]:
         file.write_text(json.dumps(head) + "\n")
         return {}
     if json.loads(lines[0]) != head:
-        raise Mistake("this file holds a sweep of another plan", file=str(file), hint="Choose another file.")
+        raise UserError("this file holds a sweep of another plan", file=str(file), hint="Choose another file.")
     rows = [json.loads(line) for line in lines[1:]]
     return {row["key"]: row["numbers"] for row in rows}

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from klab.grid import Mistake
+from klab.grid import UserError
 
 Reward = Tensor | Callable[[Tensor], Tensor]
 """Rewards of the lab: a tensor over all V^H token rows in lexicographic order (or over the distinct trajectories, when
@@ -75,10 +75,10 @@ def check_size(vocabulary: int, horizon: int) -> None:
     """Refuse what cannot be enumerated.
 
     Raises:
-        Mistake: more than `LARGEST_ENUMERATION` token positions.
+        UserError: more than `LARGEST_ENUMERATION` token positions.
     """
     if vocabulary**horizon * horizon > LARGEST_ENUMERATION:
-        raise Mistake(
+        raise UserError(
             f"{vocabulary}^{horizon} trajectories are too many to enumerate: at most {LARGEST_ENUMERATION:,} tokens"
         )
 
@@ -88,7 +88,7 @@ def enumerate_trajectories(vocabulary: int, horizon: int, end: int | None = None
     """Every trajectory over `vocabulary` symbols up to `horizon`; with `end`, those that stop at that symbol.
 
     Raises:
-        Mistake: more than `LARGEST_ENUMERATION` token positions.
+        UserError: more than `LARGEST_ENUMERATION` token positions.
     """
     check_size(vocabulary, horizon)
     ranks = torch.arange(vocabulary**horizon)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import TrainingSection
 
 
 def require_own_fresh_rollouts(training: TrainingSection, peer: str) -> None:
-    """Raises a Mistake where rollouts are not the policy's own, drawn for the update: peers have no others."""
+    """Raises UserError where rollouts are not the policy's own, drawn for the update: peers have no others."""
     for name, plain, why in (
         ("lag", 0, "it always trains on fresh rollouts"),
         ("behaviour", "policy", "rollouts are the policy's own"),
         ("sampler", None, "its sampler and what corrects for it are chosen with its inference engine"),
     ):
         if getattr(training, name) != plain:
-            raise Mistake(f"{peer} cannot express this cell: {why}", key=f"training.{name}")
+            raise UserError(f"{peer} cannot express this cell: {why}", key=f"training.{name}")
 
 
 def trl_selection(training: TrainingSection) -> tuple[dict[str, Any], list[str]]:
     """Arguments of `trl.GRPOConfig`, and what they leave different.
 
     Raises:
-        Mistake: groups that leave the update or are replaced.
+        UserError: groups that leave the update or are replaced.
     """
     if training.equal_groups != "keep":
-        raise Mistake("TRL cannot express this cell: it trains on every group", key="training.equal_groups")
+        raise UserError("TRL cannot express this cell: it trains on every group", key="training.equal_groups")
     found = {"mask_truncated_completions": True} if training.truncated == "mask" else {}
     return found, _overlong(training, "trl.rewards.get_soft_overlong_punishment")
 
@@ -35,12 +35,12 @@ def verl_selection(training: TrainingSection) -> tuple[dict[str, Any], list[str]
     """Overrides of verl's configuration, and what they leave different.
 
     Raises:
-        Mistake: groups that leave the update without being replaced, or truncated trajectories that do.
+        UserError: groups that leave the update without being replaced, or truncated trajectories that do.
     """
     if training.equal_groups == "drop":
-        raise Mistake("verl cannot express this cell: what it filters, it draws again", key="training.equal_groups")
+        raise UserError("verl cannot express this cell: what it filters, it draws again", key="training.equal_groups")
     if training.truncated == "mask":
-        raise Mistake("verl cannot express this cell: it trains on truncated samples", key="training.truncated")
+        raise UserError("verl cannot express this cell: it trains on truncated samples", key="training.truncated")
     found: dict[str, Any] = {}
     differences = _overlong(training, "the reward manager 'dapo' and its overlong_buffer")
     if training.equal_groups == "refill":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.export.peer_training import require_own_fresh_rollouts, trl_selection, verl_selection
 
@@ -51,8 +51,8 @@ class _Active:
     def axis(self, name: str, otherwise: str) -> str:
         return str(self.canonical.get(name, otherwise))
 
-    def refuse(self, axis: str, why: str) -> Mistake:
-        return Mistake(
+    def refuse(self, axis: str, why: str) -> UserError:
+        return UserError(
             f"{self.peer} cannot express this cell: {why}", key=axis, value=getattr(self.objective, axis, None)
         )
 
@@ -68,7 +68,7 @@ def trl(setting: Setting) -> Export:
     """Arguments of `trl.GRPOConfig`.
 
     Raises:
-        Mistake: naming the axis that TRL cannot express, and why.
+        UserError: naming the axis that TRL cannot express, and why.
     """
     active = _Active(setting, "TRL")
     found: dict[str, Any] = {**_trl_kl(active), **_trl_weight(active), **_trl_advantage(active)}
@@ -104,7 +104,7 @@ def verl(setting: Setting) -> Export:
     """Overrides of verl's `ppo_trainer` configuration, dotted.
 
     Raises:
-        Mistake: naming the axis that verl cannot express, and why.
+        UserError: naming the axis that verl cannot express, and why.
     """
     active = _Active(setting, "verl")
     actor = "actor_rollout_ref.actor"
@@ -137,7 +137,7 @@ def verl(setting: Setting) -> Export:
             "actor_rollout_ref.rollout.n": training.group_size,
             "actor_rollout_ref.rollout.temperature": training.temperature,
             "actor_rollout_ref.rollout.top_p": training.top_p,
-            "trainer.total_training_steps": -(-training.updates // training.updates_of_a_rollout),
+            "trainer.total_training_steps": -(-training.updates // training.optimizer_steps_per_rollout),
         }
         if training.clip_norm is not None:
             found[f"{actor}.grad_clip"] = training.clip_norm
@@ -218,9 +218,9 @@ def _verl_kl(active: _Active) -> dict[str, Any]:
             "algorithm.use_kl_in_reward": False,
         }
     if active.objective.kl_scale != "sum":
-        raise Mistake("verl cannot express this cell: it sums a KL in the reward", key="kl_scale", value="mean")
+        raise UserError("verl cannot express this cell: it sums a KL in the reward", key="kl_scale", value="mean")
     if active.canonical.get("placement.kl_at", "rollout") != "rollout":
-        raise Mistake("verl cannot express this cell: it takes the KL at the rollout", key="kl_at", value="current")
+        raise UserError("verl cannot express this cell: it takes the KL at the rollout", key="kl_at", value="current")
     return {
         f"{actor}.use_kl_loss": False,
         "algorithm.use_kl_in_reward": True,

@@ -20,22 +20,30 @@ from klab.harness.objective.advantage import Returns
 from klab.harness.objective.aggregate import Totals
 from klab.harness.objective.batch import TokenBatch
 from klab.harness.objective.groups import Groups
-from klab.harness.objective.loss import Coefficients, Context, Outcome, objective_loss, parts, surrogate, update_context
+from klab.harness.objective.loss import (
+    LossCoefficients,
+    LossOutput,
+    UpdateContext,
+    axis_functions,
+    loss_terms,
+    objective_loss,
+    update_context,
+)
 from klab.harness.objective.placement import Placement
 from klab.harness.objective.value import value_loss, value_metrics
 
 __all__ = [
-    "Coefficients",
-    "Context",
     "Groups",
-    "Outcome",
+    "LossCoefficients",
+    "LossOutput",
     "Placement",
     "Returns",
     "TokenBatch",
     "Totals",
+    "UpdateContext",
+    "axis_functions",
+    "loss_terms",
     "objective_loss",
-    "parts",
-    "surrogate",
     "update_context",
     "value_loss",
     "value_metrics",

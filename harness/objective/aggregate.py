@@ -31,25 +31,25 @@ class Totals:
     max_new_tokens: int
 
 
-@AGGREGATIONS
+@AGGREGATIONS.register("sequence_mean")
 def sequence_mean(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
     """Mean over trajectories of the mean over own tokens (GRPO, S1)."""
     return (terms / lengths(mask).clamp(min=1)).sum() / totals.trajectories
 
 
-@AGGREGATIONS
+@AGGREGATIONS.register("token_mean")
 def token_mean(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
     """Mean over the update's own tokens (DAPO)."""
     return terms.sum() / totals.tokens.clamp(min=1)
 
 
-@AGGREGATIONS
-def constant(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
+@AGGREGATIONS.register("constant")
+def constant_length(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
     """Sum over own tokens divided by N·max_new_tokens (Dr. GRPO)."""
     return terms.sum() / (totals.trajectories * totals.max_new_tokens)
 
 
-@AGGREGATIONS
+@AGGREGATIONS.register("sequence_sum")
 def sequence_sum(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
     """Mean over trajectories of the sum over own tokens."""
     return terms.sum() / totals.trajectories

@@ -35,8 +35,8 @@ class TokenBatch:
             mapped by `torch.func.vmap`.
         correction: float `[N, T]`, a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
             sampler μ other than π_old drew the tokens. As in TRL and verl the KL term of the loss is not multiplied.
-        left_out: bool `[N]`, trajectories whose rewards count in the statistics of the advantage while the loss has
-            none of their tokens (DAPO's overlong filtering). They still count in N, as in TRL and verl.
+        excluded_from_loss: bool `[N]`, trajectories whose rewards count in the statistics of the advantage, but none of
+            whose tokens enter the loss (DAPO's overlong filtering). They still count in N, as in TRL and verl.
 
     Raises:
         ValueError: when shapes or types do not fit together.
@@ -55,7 +55,7 @@ class TokenBatch:
     values: Tensor | None = None
     n_groups: int | None = None
     correction: Tensor | None = None
-    left_out: Tensor | None = None
+    excluded_from_loss: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logp.dim() != 2 or not self.logp.is_floating_point():
@@ -65,7 +65,7 @@ class TokenBatch:
             raise ValueError(f"a batch needs a trajectory and a position, not [{n}, {t}]")
         for name in ("logp_behaviour", "logp_reference", "values", "correction"):
             _expect(name, getattr(self, name), (n, t))
-        for name in ("rewards", "greedy_rewards", "left_out"):
+        for name in ("rewards", "greedy_rewards", "excluded_from_loss"):
             _expect(name, getattr(self, name), (n,))
         _expect("mask", self.mask, (n, t))
         if self.mask.dtype != torch.bool:
@@ -89,13 +89,13 @@ class TokenBatch:
         return self.replace(**{name: value[index] for name, value in tensors.items()})
 
     @property
-    def in_loss(self) -> Tensor:
+    def loss_mask(self) -> Tensor:
         """bool `[N, T]`: the own tokens that the loss is made of."""
-        return self.mask if self.left_out is None else self.mask & ~self.left_out[:, None]
+        return self.mask if self.excluded_from_loss is None else self.mask & ~self.excluded_from_loss[:, None]
 
     def grouping(self) -> Groups:
         """The trajectories by prompt."""
-        return Groups.of(self.groups, self.n_groups)
+        return Groups.from_labels(self.groups, self.n_groups)
 
 
 def _expect(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:

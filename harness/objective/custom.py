@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 
 
-def load(path: str, axis: str) -> Callable[..., Any]:
+def load_function(path: str, axis: str) -> Callable[..., Any]:
     """The function that `path` names.
 
     Args:
@@ -18,7 +18,7 @@ def load(path: str, axis: str) -> Callable[..., Any]:
         axis: the axis it is a value of, for the message.
 
     Raises:
-        Mistake: when there is no such module or function. An error raised by the module's own code propagates.
+        UserError: when there is no such module or function. An error raised by the module's own code propagates.
     """
     module_name, _, name = path.partition(":")
     try:
@@ -27,13 +27,13 @@ def load(path: str, axis: str) -> Callable[..., Any]:
         if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise
         hint = "The folder that holds it must be on the import path: install the package, or set PYTHONPATH."
-        raise Mistake(f"there is no module {error.name!r}", key=axis, value=path, hint=hint) from error
+        raise UserError(f"there is no module {error.name!r}", key=axis, value=path, hint=hint) from error
     function = getattr(module, name, None)
     if function is None:
         offered = [f"{module_name}:{key}" for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise Mistake(f"{module_name!r} has no function {name!r}", key=axis, value=path, allowed=offered)
+        raise UserError(f"{module_name!r} has no function {name!r}", key=axis, value=path, allowed=offered)
     if not callable(function):
-        raise Mistake("not a function", key=axis, value=path)
+        raise UserError("not a function", key=axis, value=path)
     return function  # type: ignore[no-any-return]
 
 
@@ -43,7 +43,7 @@ def check_parameters(
     """Make sure that `function` can be called with this axis's positional arguments and the given parameters.
 
     Raises:
-        Mistake: for a parameter that it does not take, or one without a default that is missing.
+        UserError: for a parameter that it does not take, or one without a default that is missing.
     """
     try:
         signature = inspect.signature(function)
@@ -54,9 +54,9 @@ def check_parameters(
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
         for name in arguments:
             if name not in names:
-                raise Mistake(f"{path!r} has no such parameter", key=axis, value=name, allowed=names)
+                raise UserError(f"{path!r} has no such parameter", key=axis, value=name, allowed=names)
     try:
         signature.bind(*positional, **arguments)
     except TypeError as error:
         expected = f"It is called as {path.partition(':')[2]}({', '.join([*positional, *arguments])})."
-        raise Mistake(f"cannot be called: {error}", key=axis, value=path, hint=expected) from error
+        raise UserError(f"cannot be called: {error}", key=axis, value=path, hint=expected) from error

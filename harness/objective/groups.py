@@ -29,7 +29,7 @@ class Groups:
     size: int
 
     @classmethod
-    def of(cls, labels: Tensor, count: int | None = None) -> Groups:
+    def from_labels(cls, labels: Tensor, count: int | None = None) -> Groups:
         """Groups from one integer label per trajectory.
 
         With `count` the labels must be 0 … count − 1 and nothing is read back from the device: this form works where
@@ -48,7 +48,7 @@ class Groups:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def even(count: int, size: int, device: torch.device) -> Groups:
+    def equal_sized(count: int, size: int, device: torch.device) -> Groups:
         """Groups of equal size one after the other, as in a rollout; made once."""
         index = torch.arange(count, device=device).repeat_interleave(size)
         return Groups(index, torch.arange(size, device=device).repeat(count), count, size)
@@ -58,18 +58,18 @@ class Groups:
         """int `[N, 1]`, each trajectory's row in the layout."""
         return (self.index * self.size + self.slot)[:, None]
 
-    def together(self, values: Tensor) -> Tensor:
+    def to_groups(self, values: Tensor) -> Tensor:
         """`[N, K]` as `[count, size, K]`, with 0 (False) where a group has fewer trajectories."""
         width = values.shape[1]
         room = torch.zeros(self.count * self.size, width, dtype=values.dtype, device=values.device)
         return room.scatter(0, self._place.expand(-1, width), values).view(self.count, self.size, width)
 
-    def each(self, statistics: Tensor) -> Tensor:
+    def to_rows(self, statistics: Tensor) -> Tensor:
         """A statistic of the groups, `[count, K]`, as one row per trajectory `[N, K]`."""
         return statistics.index_select(0, self.index)
 
 
-def moments(values: Tensor, valid: Tensor, std: str) -> tuple[Tensor, Tensor]:
+def mean_and_std(values: Tensor, valid: Tensor, std: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation along axis 1 of `[n, m, K]`, over the entries that are `valid`.
 
     Values are measured from the largest one, so that equal values have their own value as mean and exactly 0 as

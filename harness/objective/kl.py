@@ -27,38 +27,38 @@ def behaviour_kl(log_ratio: Tensor) -> Tensor:
     return k3(-log_ratio)
 
 
-@ESTIMATORS
+@ESTIMATORS.register("k1")
 def k1(log_ratio: Tensor) -> Tensor:
     """κ: unbiased as a value; its gradient has mean 0 and no reference in it."""
     return log_ratio
 
 
-@ESTIMATORS
+@ESTIMATORS.register("k2")
 def k2(log_ratio: Tensor) -> Tensor:
     """κ²/2, with the gradient κ·∇ℓ."""
     return 0.5 * log_ratio.square()
 
 
-@ESTIMATORS
+@ESTIMATORS.register("k3")
 def k3(log_ratio: Tensor) -> Tensor:
     """e^{−κ} − 1 + κ, with the gradient (1 − e^{−κ})·∇ℓ; GRPO's choice."""
     return torch.expm1(-log_ratio) + log_ratio
 
 
-@ESTIMATORS
-def abs_(log_ratio: Tensor) -> Tensor:
+@ESTIMATORS.register("abs")
+def absolute(log_ratio: Tensor) -> Tensor:
     """|κ|."""
     return log_ratio.abs()
 
 
-@ESTIMATORS
+@ESTIMATORS.register("k3_plus")
 def k3_plus(log_ratio: Tensor) -> Tensor:
     """The value of k3 with the gradient of k2, as verl's `k3+`."""
     straight = k2(log_ratio)
     return k3(log_ratio).detach() + (straight - straight.detach())
 
 
-@ESTIMATORS
+@ESTIMATORS.register("full")
 def full(logits: Tensor, logits_reference: Tensor) -> Tensor:
     """Σ_v π(v)·(log π(v) − log π_ref(v)): the exact conditional KL at each position (Rao-Blackwell; Amini et al. 2025).
 

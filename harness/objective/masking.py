@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def own(values: Tensor, mask: Tensor) -> Tensor:
+def masked(values: Tensor, mask: Tensor) -> Tensor:
     """`values` at own tokens and 0 elsewhere; whatever stands elsewhere, NaN included, gets no gradient."""
     return torch.where(mask, values, 0.0)
 
@@ -25,12 +25,12 @@ def lengths(mask: Tensor) -> Tensor:
     return mask.sum(1, keepdim=True)
 
 
-def last_own(mask: Tensor) -> Tensor:
+def last_token_mask(mask: Tensor) -> Tensor:
     """bool `[N, T]`: true on the last own token of each trajectory that has one."""
     return mask & (mask.cumsum(1) == lengths(mask))
 
 
-def compact(values: Tensor, mask: Tensor) -> Tensor:
+def left_align(values: Tensor, mask: Tensor) -> Tensor:
     """Own tokens moved to the front in their order, 0 behind them: column j holds the (j+1)-th own token."""
     width = mask.shape[1]
     target = torch.where(mask, mask.cumsum(1) - 1, width)
@@ -38,6 +38,6 @@ def compact(values: Tensor, mask: Tensor) -> Tensor:
     return room.scatter(1, target, values)[:, :width]
 
 
-def expand(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `compact`: each own token reads its column; other positions read some column, to be masked."""
+def undo_left_align(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `left_align`: each own token reads its column; other positions read some column, to be masked."""
     return values.gather(1, (mask.cumsum(1) - 1).clamp(min=0))

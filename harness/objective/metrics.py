@@ -12,7 +12,7 @@ from klab.harness.objective.kl import behaviour_kl, k1, k2, k3
 
 
 @dataclass(frozen=True)
-class Observation:
+class TokenStats:
     """Per-token quantities of an update, without gradient; `[N, T]` and 0 off the own tokens where not said otherwise.
 
     Attributes:
@@ -35,7 +35,7 @@ class Observation:
 
 
 @torch.no_grad()
-def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
+def update_metrics(seen: TokenStats, **losses: Tensor) -> dict[str, float]:
     """The metrics of an update as plain numbers; all 0 without own tokens.
 
     `k1`, `k2`, `k3`: mean estimate per own token of KL(π‖π_ref). `kl_behaviour`: of KL(π_old‖π), by k3 on tokens of
@@ -75,7 +75,7 @@ def measured(seen: Observation, **losses: Tensor) -> dict[str, float]:
     return dict(zip([*means, *others], figures.double().tolist(), strict=True))
 
 
-def _informative(seen: Observation) -> float:
+def _informative(seen: TokenStats) -> float:
     """The share of the groups with an advantage other than 0."""
     groups, told = seen.groups.tolist(), ((seen.advantage != 0) & seen.mask).any(1).tolist()
     return len(set(compress(groups, told))) / len(set(groups))

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from klab.harness.objective.masking import last_own, lengths, suffix_sum
+from klab.harness.objective.masking import last_token_mask, lengths, suffix_sum
 from klab.harness.objective.registry import Registry
 
 PLACEMENTS = Registry("placement")
@@ -43,7 +43,7 @@ class Placement:
     advantage: Charge | None = None
     loss: LossTerm | None = None
     kl_at: Literal["rollout", "current"] = "rollout"
-    relative: bool = False
+    log_ratio_surrogate: bool = False
 
 
 def _scaled(phi: Tensor, mask: Tensor, kl_scale: str) -> Tensor:
@@ -51,67 +51,67 @@ def _scaled(phi: Tensor, mask: Tensor, kl_scale: str) -> Tensor:
     return phi / lengths(mask).clamp(min=1) if kl_scale == "mean" else phi
 
 
-@PLACEMENTS
-def none() -> Placement:
+@PLACEMENTS.register("none")
+def no_kl() -> Placement:
     """No KL term."""
     return Placement()
 
 
-@PLACEMENTS
-def reward(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
+@PLACEMENTS.register("reward")
+def kl_in_reward(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
     """r_j = R − β·c·Σ_i φ_i for every j (S2 "in reward"; RLOO)."""
 
     def charge(phi: Tensor, mask: Tensor) -> Tensor:
         total = _scaled(phi.sum(1, keepdim=True), mask, kl_scale)
-        return torch.where(last_own(mask), beta * total, 0.0)
+        return torch.where(last_token_mask(mask), beta * total, 0.0)
 
     return Placement(reward=charge, kl_at=kl_at)
 
 
-@PLACEMENTS
-def reward_to_go(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
+@PLACEMENTS.register("reward_to_go")
+def kl_in_reward_to_go(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
     """r_j = R − β·c·Σ_{i≥j} φ_i (S1's token-level reward)."""
     return Placement(reward=lambda phi, mask: beta * _scaled(phi, mask, kl_scale), kl_at=kl_at)
 
 
-@PLACEMENTS
-def advantage(*, beta: float, kl_at: Literal["rollout", "current"]) -> Placement:
+@PLACEMENTS.register("advantage")
+def kl_in_advantage(*, beta: float, kl_at: Literal["rollout", "current"]) -> Placement:
     """A_j ← A_j − β·φ_j, after normalisation (S2's combined form)."""
     return Placement(advantage=lambda phi, mask: beta * phi, kl_at=kl_at)
 
 
-@PLACEMENTS
-def advantage_to_go(*, beta: float, kl_at: Literal["rollout", "current"]) -> Placement:
+@PLACEMENTS.register("advantage_to_go")
+def kl_in_advantage_to_go(*, beta: float, kl_at: Literal["rollout", "current"]) -> Placement:
     """A_j ← A_j − β·Σ_{i≥j} φ_i, after normalisation (OpenRLHF)."""
     return Placement(advantage=lambda phi, mask: beta * suffix_sum(phi), kl_at=kl_at)
 
 
-@PLACEMENTS
-def loss(*, beta: float) -> Placement:
+@PLACEMENTS.register("loss")
+def kl_in_loss(*, beta: float) -> Placement:
     """L += β·agg(φ), differentiated (GRPO)."""
     return Placement(loss=lambda phi, log_rho: beta * phi)
 
 
-@PLACEMENTS
-def loss_reweighted(*, beta: float) -> Placement:
+@PLACEMENTS.register("loss_reweighted")
+def kl_in_loss_reweighted(*, beta: float) -> Placement:
     """L += β·agg(sg(ρ)·φ)."""
     return Placement(loss=lambda phi, log_rho: beta * (log_rho.detach().exp() * phi))
 
 
-@PLACEMENTS
-def loss_corrected(*, beta: float) -> Placement:
+@PLACEMENTS.register("loss_corrected")
+def kl_in_loss_corrected(*, beta: float) -> Placement:
     """L += β·agg(ρ·φ) with ρ differentiated (S3; DeepSeek-V3.2; TRL since 1.16)."""
     return Placement(loss=lambda phi, log_rho: beta * (log_rho.exp() * phi))
 
 
-@PLACEMENTS
-def reward_and_loss(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
+@PLACEMENTS.register("reward_and_loss")
+def kl_in_reward_and_loss(*, beta: float, kl_scale: str, kl_at: Literal["rollout", "current"]) -> Placement:
     """`reward_to_go` with sg(φ), plus `loss`: with `kl_scale: sum` the exact gradient of E[φ]."""
-    inside = reward_to_go(beta=beta, kl_scale=kl_scale, kl_at=kl_at)
-    return Placement(reward=inside.reward, loss=loss(beta=beta).loss, kl_at=kl_at)
+    inside = kl_in_reward_to_go(beta=beta, kl_scale=kl_scale, kl_at=kl_at)
+    return Placement(reward=inside.reward, loss=kl_in_loss(beta=beta).loss, kl_at=kl_at)
 
 
-@PLACEMENTS
-def log_ratio() -> Placement:
+@PLACEMENTS.register("log_ratio")
+def log_ratio_surrogate() -> Placement:
     """No KL term; ℓ in the surrogate is replaced by κ (S4's "rewarded log-ratio"): the gradient of `none`."""
-    return Placement(relative=True)
+    return Placement(log_ratio_surrogate=True)

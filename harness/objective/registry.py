@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.catalogue import is_import_path
-from klab.harness.objective.custom import check_parameters, load
+from klab.harness.objective.custom import check_parameters, load_function
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Registry(Mapping[str, Callable[..., Any]]):
-    """The values of one axis. Used as a decorator it enters a function under its own name, less a trailing underscore.
+    """The built-in values of one axis, as functions, and the way to a value of the user's own.
 
     Args:
         axis: the axis's name in the catalogue.
@@ -26,9 +26,14 @@ class Registry(Mapping[str, Callable[..., Any]]):
         self.positional = positional
         self._values: dict[str, Callable[..., Any]] = {}
 
-    def __call__(self, function: F) -> F:
-        self._values[function.__name__.removesuffix("_")] = function
-        return function
+    def register(self, name: str) -> Callable[[F], F]:
+        """Decorator that enters a function as the built-in value `name`."""
+
+        def enter(function: F) -> F:
+            self._values[name] = function
+            return function
+
+        return enter
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self._values[name]
@@ -43,13 +48,13 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """The value `name`, built in or an import path, with its parameters filled in.
 
         Raises:
-            Mistake: for an unknown name, a missing module or function, or parameters that do not fit.
+            UserError: for an unknown name, a missing module or function, or parameters that do not fit.
         """
         if name in self._values:
             function = self._values[name]
         elif is_import_path(name):
-            function = load(name, self.axis)
+            function = load_function(name, self.axis)
             check_parameters(function, name, self.axis, self.positional, arguments)
         else:
-            raise Mistake(f"unknown {self.axis}", key=self.axis, value=name, allowed=self._values)
+            raise UserError(f"unknown {self.axis}", key=self.axis, value=name, allowed=self._values)
         return partial(function, **arguments) if arguments else function

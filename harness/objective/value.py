@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from klab.harness.objective.aggregate import Totals, token_mean
-from klab.harness.objective.masking import own
+from klab.harness.objective.masking import masked
 
 
 def value_loss(
@@ -24,8 +24,8 @@ def value_loss(
         totals: of the whole update; the losses of its micro-batches add up.
         clip: None does not clip.
     """
-    errors, _ = _errors(own(values, mask), own(old, mask), own(targets, mask), clip)
-    return token_mean(own(0.5 * errors, mask), mask, totals)
+    errors, _ = _errors(masked(values, mask), masked(old, mask), masked(targets, mask), clip)
+    return token_mean(masked(0.5 * errors, mask), mask, totals)
 
 
 def value_metrics(values: Tensor, old: Tensor, targets: Tensor, mask: Tensor, clip: float | None) -> dict[str, float]:

@@ -19,14 +19,14 @@ WEIGHTS = Registry("weight", "ratio", "advantage")
 _ROUNDS, _CUTS = 11, 8  # 8^-11 ≈ 1e-10
 
 
-@WEIGHTS
-def one(ratio: Tensor, advantage: Tensor) -> Tensor:
+@WEIGHTS.register("one")
+def constant_one(ratio: Tensor, advantage: Tensor) -> Tensor:
     """1 (S1, q = 0)."""
     return torch.ones_like(ratio)
 
 
-@WEIGHTS
-def ratio_(ratio: Tensor, advantage: Tensor) -> Tensor:
+@WEIGHTS.register("ratio")
+def plain_ratio(ratio: Tensor, advantage: Tensor) -> Tensor:
     """ρ (S1, q = 1)."""
     return ratio
 
@@ -35,57 +35,57 @@ def _unclipped(ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float
     return (ratio - ratio.clamp(1 - eps_low, 1 + eps_high)) * advantage <= 0
 
 
-@WEIGHTS
+@WEIGHTS.register("ppo_clip")
 def ppo_clip(ratio: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float) -> Tensor:
     """ρ·1[(ρ − clip(ρ))·A ≤ 0]: the gradient of min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A)."""
     return torch.where(_unclipped(ratio, advantage, eps_low, eps_high), ratio, 0.0)
 
 
-@WEIGHTS
+@WEIGHTS.register("dual_clip")
 def dual_clip(ratio: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float, c: float) -> Tensor:
     """`ppo_clip`, and 0 where A < 0 and ρ > c (Ye et al. 2020)."""
     kept = _unclipped(ratio, advantage, eps_low, eps_high) & ~((advantage < 0) & (ratio > c))
     return torch.where(kept, ratio, 0.0)
 
 
-@WEIGHTS
+@WEIGHTS.register("truncate")
 def truncate(ratio: Tensor, advantage: Tensor, *, cap: float) -> Tensor:
     """min(ρ, cap) (S1's upper clipping; CISPO and TIS with other caps)."""
     return ratio.clamp(max=cap)
 
 
-@WEIGHTS
+@WEIGHTS.register("clamp")
 def clamp(ratio: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float) -> Tensor:
     """clip(ρ, 1−ε_low, 1+ε_high)."""
     return ratio.clamp(1 - eps_low, 1 + eps_high)
 
 
-@WEIGHTS
+@WEIGHTS.register("truncate_clip")
 def truncate_clip(ratio: Tensor, advantage: Tensor, *, eps_low: float, eps_high: float) -> Tensor:
     """min(ρ, 1+ε_high) where PPO does not clip, else 0 (S1's other reading of upper clipping)."""
     return torch.where(_unclipped(ratio, advantage, eps_low, eps_high), ratio.clamp(max=1 + eps_high), 0.0)
 
 
-@WEIGHTS
+@WEIGHTS.register("power")
 def power(ratio: Tensor, advantage: Tensor, *, q: float) -> Tensor:
     """ρ^q (S1)."""
     return ratio**q
 
 
-@WEIGHTS
-def mask(ratio: Tensor, advantage: Tensor, *, low: float, high: float) -> Tensor:
+@WEIGHTS.register("mask")
+def ratio_mask(ratio: Tensor, advantage: Tensor, *, low: float, high: float) -> Tensor:
     """ρ where low ≤ ρ ≤ high, else 0 (IcePop)."""
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
-@WEIGHTS
+@WEIGHTS.register("sigmoid")
 def sigmoid(ratio: Tensor, advantage: Tensor, *, tau_pos: float, tau_neg: float) -> Tensor:
     """4ρ·p(1−p) with p = σ(τ(ρ−1)), τ = τ_pos where A > 0, else τ_neg (SAPO)."""
     gate = torch.sigmoid(torch.where(advantage > 0, tau_pos * (ratio - 1), tau_neg * (ratio - 1)))
     return 4 * ratio * gate * (1 - gate)
 
 
-@WEIGHTS
+@WEIGHTS.register("adaptive")
 def adaptive(ratio: Tensor, advantage: Tensor, *, q: Tensor) -> Tensor:
     """ρ^q with the exponent that `largest_exponent` found for the whole update."""
     return ratio**q

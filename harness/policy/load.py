@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.stacked.checkpoint import read_config
@@ -29,7 +29,7 @@ def load_policy(
         seeds: of each cell's adapters; 0, 1, … unless given.
 
     Raises:
-        Mistake: the checkpoint cannot be read, or the engine that the section asks for cannot run it.
+        UserError: the checkpoint cannot be read, or the engine that the section asks for cannot run it.
     """
     dtype, lora, seeds = getattr(torch, section.dtype), section.lora, list(seeds or range(cells))
     policy: Decoder | TransformersPolicy
@@ -51,7 +51,7 @@ def engine_of(section: Any, start: str | Path) -> Engine:
     """What runs a checkpoint: the stacked decoder where it can, unless the section says otherwise.
 
     Raises:
-        Mistake: the section insists on the stacked decoder, and that does not know the architecture.
+        UserError: the section insists on the stacked decoder, and that does not know the architecture.
     """
     asked = getattr(section, "engine", "stacked")
     if asked == "transformers":
@@ -59,7 +59,7 @@ def engine_of(section: Any, start: str | Path) -> Engine:
     try:
         config = read_config(start, getattr(section, "trust_remote_code", False))
         Rotary(config, Architecture.of(config).head_size)
-    except Mistake:
+    except UserError:
         if asked == "stacked":
             raise
         return "transformers"

@@ -100,5 +100,5 @@ class Policy(Protocol):
         ...
 
     def load(self, path: str | Path, cell: int) -> None:
-        """Put the weights of such a folder into one cell. Raises Mistake where it has another architecture."""
+        """Put the weights of such a folder into one cell. Raises UserError where it has another architecture."""
         ...

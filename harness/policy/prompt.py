@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 ChatTemplate = Literal["auto", "always", "never"]
 GENERATION = "generation_config.json"
@@ -24,10 +24,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTempla
     special tokens itself. Without one, the tokenizer adds those that open a text (Gemma's `<bos>`), none that ends it.
 
     Raises:
-        Mistake: the template fails, or there is none and `chat` is `always`.
+        UserError: the template fails, or there is none and `chat` is `always`.
     """
     if chat == "always" and not tokenizer.chat_template:
-        raise Mistake(
+        raise UserError(
             "the tokenizer has no chat template",
             file=tokenizer.name_or_path,
             key="policy.chat_template",
@@ -40,7 +40,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTempla
     try:
         return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # a template is a program: it may raise anything
-        raise Mistake(
+        raise UserError(
             f"the chat template of the tokenizer failed: {type(error).__name__}: {error}",
             file=tokenizer.name_or_path,
             key="policy.chat_template",
@@ -61,7 +61,7 @@ def read_generation(folder: str | Path) -> dict[str, Any] | None:
     """What stands in a checkpoint's `generation_config.json`; None where there is no such file.
 
     Raises:
-        Mistake: it is not a JSON mapping.
+        UserError: it is not a JSON mapping.
     """
     file = Path(folder) / GENERATION
     try:
@@ -69,9 +69,9 @@ def read_generation(folder: str | Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise Mistake(f"cannot be read: {error}", file=file) from error
+        raise UserError(f"cannot be read: {error}", file=file) from error
     if not isinstance(found, dict):
-        raise Mistake("not a mapping", file=file)
+        raise UserError("not a mapping", file=file)
     return found
 
 
@@ -81,13 +81,13 @@ def end_tokens(
     """The tokens that end a turn: the tokenizer's end token, and those of the generation configuration.
 
     Raises:
-        Mistake: there is none that the model can write.
+        UserError: there is none that the model can write.
     """
     listed = (generation or {}).get("eos_token_id")
     ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     found = frozenset(int(token) for token in ids if token is not None and 0 <= int(token) < vocabulary)
     if not found:
-        raise Mistake(
+        raise UserError(
             "the tokenizer has no end token",
             file=tokenizer.name_or_path,
             hint=f"Set eos_token in tokenizer_config.json, or eos_token_id in {GENERATION}.",
@@ -102,21 +102,21 @@ def write_generation(folder: Path, generation: Mapping[str, Any] | None) -> None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> None:
-    """Raises a Mistake where the tokenizer writes tokens (special ones apart) that the model's embedding lacks."""
+    """Raises UserError where the tokenizer writes tokens (special ones apart) that the model's embedding lacks."""
     if tokenizer.vocab_size > vocabulary:
         raise _strangers(tokenizer, vocabulary, f"it has {tokenizer.vocab_size} tokens")
 
 
 def check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> None:
-    """Raises a Mistake where one of some tokens has no row in the model's embedding."""
+    """Raises UserError where one of some tokens has no row in the model's embedding."""
     largest = max(ids, default=0)
     if largest >= vocabulary:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise _strangers(tokenizer, vocabulary, f"it gives token {largest} ({token!r})")
 
 
-def _strangers(tokenizer: PreTrainedTokenizerFast, vocabulary: int, found: str) -> Mistake:
-    return Mistake(
+def _strangers(tokenizer: PreTrainedTokenizerFast, vocabulary: int, found: str) -> UserError:
+    return UserError(
         f"the tokenizer does not belong to the model: {found}, the model's embedding has {vocabulary}",
         file=tokenizer.name_or_path,
         key="policy.model",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.objective import Groups
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.sampling.categorical import Stretch, draw, uniform
@@ -55,7 +55,7 @@ class Rollout:
     @property
     def grouping(self) -> Groups:
         """The trajectories by prompt."""
-        return Groups.even(len(self.prompts), self.group_size, self.tokens.device)
+        return Groups.equal_sized(len(self.prompts), self.group_size, self.tokens.device)
 
     @classmethod
     def of(cls, draft: Draft) -> Rollout:
@@ -187,14 +187,14 @@ def sample(
         plain: the reference path: every trajectory on its own, its whole sequence forwarded anew for every token.
 
     Raises:
-        Mistake: an empty prompt.
+        UserError: an empty prompt.
         ValueError: lists of other lengths than the policy has cells.
     """
     if not policy.cells == len(prompts) == len(generators):
         raise ValueError(f"{len(prompts)} prompt lists and {len(generators)} generators for {policy.cells} cells")
     for listed in prompts:
         if not listed or not all(listed):
-            raise Mistake("a prompt is empty", key="task")
+            raise UserError("a prompt is empty", key="task")
     drafts = [
         Draft(policy, cell, [list(p) for p in prompts[cell]], group_size, max_new_tokens, environment)
         for cell in range(policy.cells)

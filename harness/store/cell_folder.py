@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import files
 from klab.harness.store.lock import Lock, read_lock, stale
 from klab.harness.store.process import Holder
@@ -31,8 +31,8 @@ class Evicted(RuntimeError):
 class CellFolder:
     """`cells/<id>/` of a run. Nothing is created before something is written.
 
-    Rows of metrics and evaluations have an integer `update`, strictly increasing; a damaged row is a `Mistake`, a torn
-    last one is dropped. One process at a time writes: the one that holds the `claim`.
+    Rows of metrics and evaluations have an integer `update`, strictly increasing; a damaged row is a `UserError`, a
+    torn last one is dropped. One process at a time writes: the one that holds the `claim`.
     """
 
     def __init__(self, path: Path, identity: str, resolved: Callable[[], Mapping[str, Any]]) -> None:
@@ -163,7 +163,7 @@ class CellFolder:
         """The newest sign of life: the holder and what `beat` was given. A damaged one counts as none."""
         try:
             return files.read_record(self.path / "heartbeat")
-        except Mistake:
+        except UserError:
             return None
 
     def beat(self, progress: Mapping[str, Any]) -> None:
@@ -201,7 +201,7 @@ class CellFolder:
             numbers: the metrics, where `read_numbers` could read them.
 
         Raises:
-            Mistake: where one of them is damaged, or rows are gone that were there when the result was written.
+            UserError: where one of them is damaged, or rows are gone that were there when the result was written.
         """
         record = self._ended()
         counts: dict[str, int] = dict((record or {}).pop(_ROWS, None) or {})

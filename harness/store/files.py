@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from klab.grid import Mistake
+from klab.grid import UserError
 
 SCHEMA = 1
 _CRC = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*}\s*$')
@@ -77,7 +77,7 @@ def unseal(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[
     """The record that `seal` wrote.
 
     Raises:
-        Mistake: when the text is not such a record, was damaged, or has another schema.
+        UserError: when the text is not such a record, was damaged, or has another schema.
     """
     try:
         record = json.loads(data)
@@ -102,12 +102,12 @@ def intact(data: bytes) -> bool:
 
 
 def check_schema(schema: object, file: Path | str) -> None:
-    """Raises a `Mistake` unless `schema` is the one that this version of klab reads."""
+    """Raises a `UserError` unless `schema` is the one that this version of klab reads."""
     if type(schema) is int and schema == SCHEMA:
         return
     if type(schema) is int:
         age = "a newer" if schema > SCHEMA else "an older"
-        raise Mistake(
+        raise UserError(
             f"was written by {age} klab (schema {schema}; this one reads schema {SCHEMA})",
             file=file,
             hint="Use that version of klab, or start a new run folder with --runs.",
@@ -115,9 +115,9 @@ def check_schema(schema: object, file: Path | str) -> None:
     raise damaged(file, "does not say its schema")
 
 
-def damaged(file: Path | str, problem: str) -> Mistake:
+def damaged(file: Path | str, problem: str) -> UserError:
     """The mistake to raise for a stored file that cannot be what klab wrote."""
-    return Mistake(
+    return UserError(
         problem, file=file, hint="Restore this file from a copy, or delete its folder to run the cell again."
     )
 
@@ -163,7 +163,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole records of a line file, [] when there is none; a torn write after the last line break is dropped.
 
     Raises:
-        Mistake: when a whole line is damaged (the message names it).
+        UserError: when a whole line is damaged (the message names it).
     """
     lines = (read_whole(path) or b"").split(b"\n")[:-1]
     try:

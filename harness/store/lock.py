@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store.files import seal, unseal
 from klab.harness.store.process import Holder
 
@@ -27,7 +27,7 @@ _BREAKING_SECONDS = 30.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class Held(Mistake):
+class Held(UserError):
     """Somebody else holds the lock."""
 
     def __init__(self, path: Path, holder: Holder | None, age: float, purpose: str) -> None:
@@ -141,7 +141,7 @@ def read_lock(path: Path) -> dict[str, Any] | None:
         return unseal(path.read_bytes(), path)
     except FileNotFoundError:
         return None
-    except (Mistake, IsADirectoryError):
+    except (UserError, IsADirectoryError):
         return {}
 
 

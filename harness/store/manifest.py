@@ -22,7 +22,7 @@ class Rows(Mapping[str, Any]):
         spans: where each row begins and ends in it.
         cuts: consecutive entries of a row. The values of all but the last are those that many rows have in common:
             equal ones are parsed once and are then one object, which must not be changed.
-        file: named in the `Mistake` that asking for a row raises where it is not JSON.
+        file: named in the `UserError` that asking for a row raises where it is not JSON.
     """
 
     def __init__(self, data: bytes, spans: Mapping[str, tuple[int, int]], cuts: tuple[str, ...], file: Path) -> None:
@@ -112,7 +112,7 @@ def read_table(path: Path, key: str, cuts: tuple[str, ...]) -> dict[str, Any] | 
     """The record in `path` with `Rows` for its entry `key`, or None when there is no such file.
 
     Raises:
-        Mistake: as `files.unseal` does.
+        UserError: as `files.unseal` does.
     """
     data = files.read_whole(path)
     if data is None:

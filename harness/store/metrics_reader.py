@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import files
 
 _LARGEST = 1 << 30
@@ -54,7 +54,7 @@ def read_numbers(paths: Mapping[str, Path]) -> dict[str, Numbers]:
 def _intact_lines(path: Path) -> bytes:
     try:
         data = files.read_whole(path) or b""
-    except Mistake:
+    except UserError:
         return b""
     data = data[: data.rfind(b"\n") + 1]
     return data if len(data) < _LARGEST and files.lines_intact(data.split(b"\n")[:-1]) else b""

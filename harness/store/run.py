@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import files, machine
 from klab.harness.store.cell_folder import CellFolder
 from klab.harness.store.lock import Lock
@@ -48,14 +48,14 @@ class Run:
         """The run of `grid` in the folder `path`; an existing one is continued, and gets the grid's new cells.
 
         Raises:
-            Mistake: when the folder belongs to another grid (the message says how they differ), or is not klab's.
+            UserError: when the folder belongs to another grid (the message says how they differ), or is not klab's.
             OSError: when the folder cannot be written.
         """
         path = Path(path).resolve()
         if path.exists() and not path.is_dir():
-            raise Mistake("is not a folder, hence not a place for a run", file=path)
+            raise UserError("is not a folder, hence not a place for a run", file=path)
         if path.is_dir() and not (path / "manifest.json").exists() and _foreign(path):
-            raise Mistake(
+            raise UserError(
                 "is a folder with other files, not a run folder", file=path, hint="Choose another with --runs."
             )
         path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class Run:
         """The run in the folder `path`, for reading or for working on its cells.
 
         Raises:
-            Mistake: when it is not a run folder, or its manifest is damaged or of another schema.
+            UserError: when it is not a run folder, or its manifest is damaged or of another schema.
         """
         path = Path(path).resolve()
         file = path / "manifest.json"
@@ -81,7 +81,7 @@ class Run:
             problem = (
                 "is not a run folder (it has no manifest.json)" if path.is_dir() else "there is no such run folder"
             )
-            raise Mistake(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
+            raise UserError(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
         _check_manifest(manifest, file)
         return cls(path, manifest)
 
@@ -111,14 +111,14 @@ class Run:
 
         try:
             return load_section("resources", self.manifest["resources"])  # type: ignore[return-value]
-        except Mistake as mistake:
-            raise mistake.located(file=self.path / "manifest.json") from None
+        except UserError as error:
+            raise error.with_location(file=self.path / "manifest.json") from None
 
     def cell(self, identity: str) -> CellFolder:
         """The folder of the cell with this id, or of the only one whose id begins or ends so.
 
         Raises:
-            Mistake: when there is none, or more than one.
+            UserError: when there is none, or more than one.
         """
         if identity not in self.manifest["cells"]:
             identity = self._only(identity)
@@ -155,7 +155,7 @@ class Run:
         if len(found) == 1:
             return found[0]
         problem = "no such cell" if not found else f"{len(found)} cells fit"
-        raise Mistake(problem, file=self.path, key="cell", value=part, allowed=found or cells)
+        raise UserError(problem, file=self.path, key="cell", value=part, allowed=found or cells)
 
 
 def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[str, Any]:
@@ -187,14 +187,14 @@ def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[s
 
 def _refuse_other(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) -> None:
     if existing["name"] != grid.name:
-        raise Mistake(
+        raise UserError(
             f"belongs to the grid {existing['name']!r}, not {grid.name!r}",
             file=path,
             hint="Choose another place with --runs.",
         )
     missing = [identity for identity in existing["cells"] if identity not in cells]
     if missing:
-        raise Mistake(
+        raise UserError(
             f"belongs to another grid of the same name: {len(missing)} of its {len(existing['cells'])} cells are "
             f"not in {grid.file}, for example {_difference(existing['cells'][missing[0]], cells)}",
             file=path,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import files
 from klab.harness.store.cell_folder import STATES, CellFolder
 from klab.harness.store.lock import read_lock, stale
@@ -91,8 +91,8 @@ def _look(folder: CellFolder) -> Snapshot:
             snapshot.alive = snapshot.claim is not None and not stale(folder.path / "claim", snapshot.claim)
         if "heartbeat" in names:
             snapshot.heartbeat = folder.heartbeat()
-    except Mistake as mistake:
-        snapshot.problem = str(mistake)
+    except UserError as error:
+        snapshot.problem = str(error)
     snapshot.failed = "error.txt" in names
     return snapshot
 
@@ -100,7 +100,7 @@ def _look(folder: CellFolder) -> Snapshot:
 def _read_index(run: Run) -> dict[str, list[Any]]:
     try:
         record = files.read_record(run.path / _INDEX)
-    except (Mistake, OSError):
+    except (UserError, OSError):
         return {}
     results = record.get("results") if record else None
     if not isinstance(results, dict):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from klab.harness.objective import Coefficients
+from klab.harness.objective import LossCoefficients
 from klab.harness.policy.rollout import Rollout
 from klab.harness.store import CellFolder, files
 from klab.harness.training.data.dynamic_sampling import Drawn
@@ -58,7 +58,7 @@ class State:
     optimizer: dict[str, Tensor]
     pending: list[Experience] = field(default_factory=list)
     critic: dict[str, Tensor] = field(default_factory=dict)
-    coefficients: Coefficients = field(default_factory=Coefficients)
+    coefficients: LossCoefficients = field(default_factory=LossCoefficients)
 
 
 def to_bytes(state: State) -> bytes:
@@ -120,7 +120,7 @@ def read(file: Path, cell: str, device: torch.device) -> State:
         optimizer=_below(tensors, "optimizer/"),
         pending=pending,
         critic=_below(tensors, "critic/"),
-        coefficients=Coefficients(**counters["coefficients"]),
+        coefficients=LossCoefficients(**counters["coefficients"]),
     )
 
 

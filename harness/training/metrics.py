@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from klab.harness.objective.masking import own
+from klab.harness.objective.masking import masked
 from klab.harness.training.data.rollouts import Experience
 
 FROM_OBJECTIVE = (
@@ -59,7 +59,7 @@ def update_row(
         "rollout": experience.number,
         **sampled,
         **{name: finite(metrics[name]) for name in FROM_OBJECTIVE},
-        "entropy": finite(float(own(entropy, experience.rollout.mask).sum()) / max(1, sampled["tokens"])),
+        "entropy": finite(float(masked(entropy, experience.rollout.mask).sum()) / max(1, sampled["tokens"])),
         "gradient_norm": finite(gradient_norm),
         "loss": finite(loss),
         "lr": lr,

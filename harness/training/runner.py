@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.init.initial_policy import starting_policy
 from klab.harness.store import CellFolder, Evicted, Run
 from klab.harness.training import checkpoint
@@ -283,7 +283,7 @@ class _Life:
             self.states[identity] = "cancelled"
             return
         self.states[identity] = "failed"
-        text = f"{error}\n" if isinstance(error, Mistake) else "".join(traceback.format_exception(error))
+        text = f"{error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         print(text, end="", file=sys.stderr)
         with suppress(OSError):  # a full disk: the job's log has the text
             self._run.cell(identity).fail(text)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from klab.grid.schema.sections import Sampler
-from klab.harness.objective import Coefficients, Context, TokenBatch, objective_loss, update_context
+from klab.harness.objective import LossCoefficients, TokenBatch, UpdateContext, objective_loss, update_context
 from klab.harness.training.data.group_filtering import silent
 from klab.harness.training.data.overlong import left_out, training_rewards
 from klab.harness.training.data.rollouts import Experience
@@ -56,7 +56,7 @@ def update(
     optimizer: StackedAdamW,
     members: Sequence[Member],
     minibatches: Sequence[Experience],
-    coefficients: Sequence[Coefficients],
+    coefficients: Sequence[LossCoefficients],
     number: int,
     watch: Stopwatch,
     limit: Limit = WHOLE,
@@ -128,7 +128,7 @@ def _whole(
     models: Models,
     members: Sequence[Member],
     minibatches: Sequence[Experience],
-    coefficients: Sequence[Coefficients],
+    coefficients: Sequence[LossCoefficients],
     alone: bool,
     watch: Stopwatch,
 ) -> list[Result]:
@@ -151,7 +151,7 @@ def _in_pieces(
     models: Models,
     members: Sequence[Member],
     minibatches: Sequence[Experience],
-    coefficients: Sequence[Coefficients],
+    coefficients: Sequence[LossCoefficients],
     alone: bool,
     every: Sequence[Turn],
     watch: Stopwatch,
@@ -211,7 +211,7 @@ def _batch(member: Member, experience: Experience, forward: Forward, rows: slice
         greedy_rewards=None if experience.greedy is None else experience.greedy[rows],
         values=None if experience.values is None else experience.values[rows],
         correction=None if factors is None else factors[rows],
-        left_out=None if out is None else out[rows],
+        excluded_from_loss=None if out is None else out[rows],
     )
 
 
@@ -226,7 +226,7 @@ def _behaviour(experience: Experience, sampler: Sampler | None) -> Tensor:
 
 
 def _loss(
-    position: int, member: Member, batch: TokenBatch, context: Context, measure: bool = True
+    position: int, member: Member, batch: TokenBatch, context: UpdateContext, measure: bool = True
 ) -> tuple[Tensor, dict[str, float]]:
     try:
         out = objective_loss(member.cell.objective, batch, context)
@@ -235,17 +235,17 @@ def _loss(
         raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
 
 
-def _value_losses(critics: Critics | None, forward: Forward, batch: TokenBatch, context: Context) -> list[Tensor]:
+def _value_losses(critics: Critics | None, forward: Forward, batch: TokenBatch, context: UpdateContext) -> list[Tensor]:
     return [] if critics is None or forward.values is None else [critics.loss(forward.values, batch, context)]
 
 
-def _lesson(critics: Critics | None, forward: Forward, batch: TokenBatch, context: Context) -> Lesson | None:
+def _lesson(critics: Critics | None, forward: Forward, batch: TokenBatch, context: UpdateContext) -> Lesson | None:
     return None if critics is None or forward.values is None else critics.lesson(forward.values, batch, context)
 
 
 def _context(
-    position: int, member: Member, experience: Experience, batch: TokenBatch, coefficients: Coefficients
-) -> Context:
+    position: int, member: Member, experience: Experience, batch: TokenBatch, coefficients: LossCoefficients
+) -> UpdateContext:
     try:
         return update_context(member.cell.objective, batch, coefficients, experience.rollout.grouping)
     except Exception as error:

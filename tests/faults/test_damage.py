@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
 from tests.faults.conftest import MakeRun
@@ -91,8 +91,8 @@ def complaint(path: Path) -> str | None:
         run = Run.open(path)
         details = [row.detail for row in statuses(run) if row.state == "failed"]
         return details[0] + str([run.cell(cell).error() for cell in run.cells]) if details else None
-    except Mistake as mistake:
-        return str(mistake)
+    except UserError as error:
+        return str(error)
 
 
 def test_damaged_files_of_a_finished_run_never_give_a_wrong_number(finished: MakeRun) -> None:
@@ -111,8 +111,8 @@ def test_damaged_files_of_a_finished_run_never_give_a_wrong_number(finished: Mak
             try:
                 study = load_run(copy)
                 after, said = study.summary(), "".join(study.cells["error"].dropna())
-            except Mistake as mistake:
-                after, said = None, str(mistake)
+            except UserError as error:
+                after, said = None, str(error)
             complaint(copy)
             if name.name not in said and (after is None or not before.equals(after)):
                 wrong.append((name, damage.__name__, said))

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from klab.grid import Grid, Mistake, load_grid
+from klab.grid import Grid, UserError, load_grid
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
@@ -75,7 +75,7 @@ def read(path: Path) -> Grid | None:
     """The grid, or None where the file is said to be mistaken; everything else is a failure of the test."""
     try:
         return load_grid(path)
-    except Mistake:
+    except UserError:
         return None
 
 
@@ -144,7 +144,7 @@ def test_any_bytes_as_any_stored_file(finished: MakeRun, capsys: pytest.CaptureF
             statuses(opened)
             folder = opened.cell(opened.cells[0])
             folder.metrics(), folder.evaluations(), folder.attempts(), folder.result(), submissions(opened)
-        except Mistake:
+        except UserError:
             counts["refused"] += 1
         finally:
             if before is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from klab.grid import Grid, Mistake, load_grid, parse_grid
+from klab.grid import Grid, UserError, load_grid, parse_grid
 from klab.grid.algorithms import algorithm_names
 
 STUDIES = Path(__file__).parents[2] / "grid" / "studies"
@@ -39,7 +39,7 @@ def test_what_the_file_writes_goes_first() -> None:
     ],
 )
 def test_settings_of_what_is_not_asked_for_are_mistakes(training: dict[str, object], said: str) -> None:
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         grid_of(training=training)
     asked = {"equal_groups": "refill", "overlong_buffer": 2, **training}
     assert len(grid_of(training=asked).cells) == 1

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klab.grid import Cell, Mistake, load_grid, parse_grid
+from klab.grid import Cell, UserError, load_grid, parse_grid
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.objective import Objective
 
@@ -119,7 +119,7 @@ def test_resolved_cells_round_trip_and_notice_tampering():
     for cell in grid_of(axes={"weight": ["ppo_clip", "adaptive"], "task.digits": [1, 2]}).cells:
         assert Cell.from_resolved(cell.resolved()) == cell
         tampered = {**cell.resolved(), "seed": 99}
-        with pytest.raises(Mistake, match="does not belong to these settings"):
+        with pytest.raises(UserError, match="does not belong to these settings"):
             Cell.from_resolved(tampered)
 
 
@@ -163,19 +163,19 @@ def test_resolved_cells_round_trip_and_notice_tampering():
     ],
 )
 def test_mistakes_in_a_grid_file_name_the_file_and_the_nearest(text, message):
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         parse_grid(text, "bad.yaml")
     assert str(caught.value).startswith("bad.yaml: ")
     assert message in str(caught.value)
 
 
 def test_unreadable_files_are_mistakes(tmp_path):
-    with pytest.raises(Mistake, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         load_grid(tmp_path / "absent.yaml")
-    with pytest.raises(Mistake, match="directory"):
+    with pytest.raises(UserError, match="directory"):
         load_grid(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Mistake, match="UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         load_grid(tmp_path / "binary.yaml")
 
 
@@ -192,14 +192,14 @@ KEYS = st.sampled_from(
 @given(st.dictionaries(KEYS, TREES, max_size=5))
 def test_no_grid_file_makes_a_traceback(data):
     base = {"name": "a", "task": "addition", **data}
-    with contextlib.suppress(Mistake):
+    with contextlib.suppress(UserError):
         assert parse_grid(yaml.safe_dump(base, allow_unicode=True), "fuzzed.yaml").cells
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=200))
 def test_no_text_makes_a_traceback(text):
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         parse_grid("a: {b: c\n" + text, "fuzzed.yaml")
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.grid.catalogue import AXES, PARAMETERS
 
 AXIS_VALUES = st.fixed_dictionaries({axis.name: st.sampled_from(list(axis.values)) for axis in AXES.values()})
@@ -54,7 +54,7 @@ def test_a_parameter_of_the_chosen_value_is_taken():
     ],
 )
 def test_mistakes_name_key_value_and_the_nearest(settings, message):
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         Objective(**settings)
     assert message in str(caught.value)
 
@@ -141,6 +141,6 @@ def test_on_policy_the_ratio_the_weight_and_the_path_are_idle():
 
 
 def test_the_reason_of_idleness_is_told():
-    idle = Objective(weight="one", placement="none").form().idle
+    idle = Objective(weight="one", placement="none").canonical_form().idle
     assert idle["ratio"] == "the weight is one"
     assert idle["estimator"] == "placement none has no KL term"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from klab.grid import Cell, Mistake, parse_grid
+from klab.grid import Cell, UserError, parse_grid
 from klab.grid.schema.sections import TASKS, load_section
 from klab.tasks.task import TASKS as LOADED
 
@@ -62,5 +62,5 @@ def test_the_time_limit_is_no_part_of_a_cells_identity() -> None:
     ],
 )
 def test_mistakes_are_named(task: dict[str, Any], message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         load_section("task", task)

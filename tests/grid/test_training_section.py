@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Grid, Mistake, parse_grid
+from klab.grid import Grid, UserError, parse_grid
 from klab.grid.schema.sections import TrainingSection
 
 
@@ -39,7 +39,7 @@ def test_a_setting_is_left_off_where_it_does_nothing_and_refused_where_it_never_
 ) -> None:
     cells = grid_of(training=CONTROLS[section], design="list", cells=[idle, acting]).cells
     assert [getattr(cell.training, section) is None for cell in cells] == [True, False]
-    with pytest.raises(Mistake, match=rf"training\.{section}: acts in no cell"):
+    with pytest.raises(UserError, match=rf"training\.{section}: acts in no cell"):
         grid_of(training=CONTROLS[section], design="list", cells=[idle])
 
 
@@ -67,7 +67,7 @@ def test_an_algorithm_brings_its_critic_which_the_grid_file_may_change_or_take_a
     ],
 )
 def test_mistakes(training: dict[str, Any], message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         grid_of(objective={"advantage": "gae"}, training={"lag": 1, **training})
 
 

@@ -174,8 +174,8 @@ def test_reinforce_pp_with_small_rewards_differs_by_verls_epsilon() -> None:
 
 def whitened_group_center(returns: Any) -> torch.Tensor:
     """REINFORCE++-baseline as verl has it: r - mean_G, then whitened over all own tokens; a user's own axis value."""
-    mean, _ = returns.group_moments(returns.outcome, returns.present)
-    centred = (returns.outcome - mean).expand_as(returns.mask)
+    mean, _ = returns.group_mean_and_std(returns.trajectory_returns, returns.has_tokens)
+    centred = (returns.trajectory_returns - mean).expand_as(returns.mask)
     values = centred[returns.mask]
     return (centred - values.mean()) / values.std()
 

@@ -124,7 +124,7 @@ def _metrics(cell: Cell, update: int, reward: float, kl: float, generator: np.ra
     jitter = generator.random(6).round(5).tolist()
     return {
         "update": update,
-        "rollout": (update - 1) // cell.training.updates_of_a_rollout,
+        "rollout": (update - 1) // cell.training.optimizer_steps_per_rollout,
         "reward_mean": reward,
         "reward_std": 0.5 * (1 - reward),
         "correct": reward,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import Run
 from klab.reports import Study, load_run
 from klab.reports.comparison import compare
@@ -88,7 +88,7 @@ def test_labels_say_how_a_cell_differs_from_the_baseline(study: Study) -> None:
 def test_another_metric_and_a_metric_that_does_not_exist(study: Study) -> None:
     table = study.summary("reverse_kl_final")
     assert table["mean"].is_monotonic_increasing
-    with pytest.raises(Mistake, match="accuracy_final"):
+    with pytest.raises(UserError, match="accuracy_final"):
         study.summary("accuracy_finel")
 
 
@@ -160,7 +160,7 @@ def test_runs_without_a_common_baseline_say_so_and_can_be_given_one(tmp_path: Pa
     assert [axis.key for axis in study.axes] == ["estimator"]
     given = load_runs(paths, baseline=runs[0].cells[0])
     assert given.summary()["difference"].notna().sum() == 1
-    with pytest.raises(Mistake, match="no such cell"):
+    with pytest.raises(UserError, match="no such cell"):
         load_runs(paths, baseline="nothing")
 
 
@@ -197,16 +197,16 @@ seeds: 3
 
 
 def test_not_a_run_an_older_schema_and_nothing_at_all(small: Small, tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="not a run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         load_run(tmp_path)
-    with pytest.raises(Mistake, match="at least one"):
+    with pytest.raises(UserError, match="at least one"):
         load_runs([])
     run = small()
     manifest = run.path / "manifest.json"
     manifest.write_bytes(
         manifest.read_bytes().replace(b'"schema": 1', b'"schema": 0', 1).replace(b'"schema":1', b'"schema":0', 1)
     )
-    with pytest.raises(Mistake, match="schema 0"):
+    with pytest.raises(UserError, match="schema 0"):
         load_run(run.path)
 
 

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.reports import Study
 from klab.reports.comparison import Comparison, compare
 from klab.reports.schema import SUMMARY
@@ -86,5 +86,5 @@ def test_latex_escapes_what_a_name_may_hold(comparison: Comparison) -> None:
 
 
 def test_an_unknown_format(comparison: Comparison) -> None:
-    with pytest.raises(Mistake, match="latex"):
+    with pytest.raises(UserError, match="latex"):
         formatted([comparison], "latec")

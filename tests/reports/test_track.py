@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import Run
 from klab.reports.track import follow, tracked_id
 
@@ -58,10 +58,10 @@ def test_wandb_works_offline_with_one_stable_run_per_cell(small: Small, monkeypa
 
 def test_a_missing_package_and_an_unknown_tracker_are_said(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small(seeds=1)
-    with pytest.raises(Mistake, match="tensorboard"):
+    with pytest.raises(UserError, match="tensorboard"):
         follow(run, "tensorbord")
     for name in ("tensorboard.summary.writer.event_file_writer", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     for tracker in ("tensorboard", "wandb"):
-        with pytest.raises(Mistake, match=r"pip install 'klab\[track\]'"):
+        with pytest.raises(UserError, match=r"pip install 'klab\[track\]'"):
             follow(run, tracker)

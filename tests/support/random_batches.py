@@ -94,7 +94,9 @@ def with_sampler(source: random.Random, batch: TokenBatch) -> TokenBatch:
     factors = torch.where(torch.rand(n, t, generator=noise) < 0.2, 0.0, factors)
     return batch.replace(
         correction=torch.where(batch.mask, factors, float("nan")) if source.random() < 0.5 else None,
-        left_out=torch.rand(n, generator=noise) < source.choice((0.2, 0.5, 1.0)) if source.random() < 0.5 else None,
+        excluded_from_loss=torch.rand(n, generator=noise) < source.choice((0.2, 0.5, 1.0))
+        if source.random() < 0.5
+        else None,
     )
 
 
@@ -120,7 +122,7 @@ def trajectories(batch: TokenBatch) -> list[Trajectory]:
                 logits=None if batch.logits is None else own(batch.logits),
                 logits_ref=None if batch.logits_reference is None else own(batch.logits_reference),
                 correction=None if batch.correction is None else own(batch.correction),
-                left_out=batch.left_out is not None and bool(batch.left_out[n]),
+                excluded_from_loss=batch.excluded_from_loss is not None and bool(batch.excluded_from_loss[n]),
             )
         )
     return result

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.dispatch.local.controller import lock_path
 from klab.harness.store import Holder, Run, scan
 from klab.harness.store.lock import read_lock
@@ -62,7 +62,7 @@ def end_all(folder: Path) -> None:
     for manifest in folder.glob("**/manifest.json"):
         try:
             run = Run.open(manifest.parent)
-        except Mistake:  # a test damaged it
+        except UserError:  # a test damaged it
             continue
         kill(*controllers(run))
         kill(*workers(run))

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any, Literal
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.tasks import Example, Score, load_task
 
 
@@ -36,7 +36,7 @@ class Chore:
     def score(self, example: Example, completion: str) -> Score:
         time.sleep(self.seconds)
         if self.fail_unless and not os.path.exists(self.fail_unless):
-            raise Mistake("the file is not there", file=self.fail_unless)
+            raise UserError("the file is not there", file=self.fail_unless)
         if self.die:
             with open("deaths", "a+") as file:
                 file.seek(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.addition import Addition
 
 
@@ -62,5 +62,5 @@ def test_large_splits_are_lazy_and_disjoint() -> None:
 
 @pytest.mark.parametrize("digits", [0, 10])
 def test_a_size_that_cannot_work_is_a_mistake(digits: int) -> None:
-    with pytest.raises(Mistake, match=r"task\.digits"):
+    with pytest.raises(UserError, match=r"task\.digits"):
         Addition(digits)

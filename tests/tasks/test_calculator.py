@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import TinyPolicy, load_section
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
@@ -76,7 +76,7 @@ def test_the_answer_is_what_follows_the_last_bracket(own: str, reward: float) ->
 
 def test_wrong_settings() -> None:
     for settings in ({"digits": 1}, {"calls": 0}):
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             Calculator(**settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.countdown import Countdown
 from klab.tasks.task import Example
 
@@ -59,5 +59,5 @@ def test_splits_are_disjoint_up_to_the_order_of_the_numbers() -> None:
 
 def test_sizes_that_cannot_work_are_mistakes() -> None:
     for arguments in ((1, 9, 30), (7, 9, 30), (3, 1, 30), (3, 9, 0)):
-        with pytest.raises(Mistake, match=r"task\."):
+        with pytest.raises(UserError, match=r"task\."):
             Countdown(*arguments)

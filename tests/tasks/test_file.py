@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import load_section
 from klab.tasks import Example, load_task
 from klab.tasks.file import File, Template
@@ -101,7 +101,7 @@ def test_a_reward_of_ones_own_and_a_tiny_policys_alphabet(write_rows: Write) -> 
 )
 def test_columns_and_splits_that_do_not_exist(write_rows: Write, settings: dict[str, str], message: str) -> None:
     task = file_task(**{"path": write_rows("sums.jsonl", *SUMS[:3]), "prompt": "q", "answer": "a", **settings})
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         task.split("train")
 
 
@@ -121,7 +121,7 @@ def test_files_that_do_not_exist(write_rows: Write, tmp_path: Path) -> None:
         (tmp_path / "empty.jsonl").touch()
         (tmp_path / "torn.jsonl").write_text('{"q": "1+')
         (tmp_path / "nothing").mkdir(exist_ok=True)
-        with pytest.raises(Mistake, match=message):
+        with pytest.raises(UserError, match=message):
             file_task(path=path, prompt="q").split("train")
 
 
@@ -143,13 +143,13 @@ def test_rows_that_cannot_be_used(write_rows: Write, tmp_path: Path) -> None:
         write_rows("chat.jsonl", {"q": [{"role": "user"}]}, {"q": []}): "row 0, column 'q': a prompt is made of text",
         write_rows("blank.jsonl", {"q": "1"}, {"q": ""}): "row 1: the prompt is empty",
     }.items():
-        with pytest.raises(Mistake, match=message):
+        with pytest.raises(UserError, match=message):
             file_task(path=path, prompt="q").split("train")
     path = write_rows("both.jsonl", *SUMS[:3])
-    with pytest.raises(Mistake, match="all of its prompts are held out as well"):
+    with pytest.raises(UserError, match="all of its prompts are held out as well"):
         file_task(path=path, prompt="q", held_out_path=path).split("train")
     unanswered = write_rows("unanswered.jsonl", *({"q": f"{i}", "a": None} for i in range(3)))
-    with pytest.raises(Mistake, match=r"task\.answer: row \d has none"):
+    with pytest.raises(UserError, match=r"task\.answer: row \d has none"):
         file_task(path=unanswered, prompt="q", answer="a").split("train")[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import AdditionTask, CountdownTask, CustomTask
 from klab.tasks import Example, Score, Task, load_task
 from klab.tasks.addition import Addition
@@ -61,5 +61,5 @@ def test_an_import_path_gives_a_users_task() -> None:
     ],
 )
 def test_mistakes_are_named(section: dict[str, Any], message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         load_task(section)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import load_section
 from klab.tasks import Example, Score, load_task
 from klab.tasks.gsm8k import Gsm8k
@@ -73,7 +73,7 @@ def test_math(write_rows: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize("name", ["gsm8k", "math"])
 def test_without_a_network_what_was_never_downloaded_is_a_mistake(offline: None, name: str) -> None:
-    with pytest.raises(Mistake, match="Without a network, only datasets that were downloaded before can be read"):
+    with pytest.raises(UserError, match="Without a network, only datasets that were downloaded before can be read"):
         task(name=name).split("train")
 
 

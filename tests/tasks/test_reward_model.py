@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.tasks import Example
 from klab.tasks.reward_model import ROWS, TOKENS, RewardModel, batches
@@ -84,7 +84,7 @@ def test_its_own_chat_template_is_used(tmp_path: Path) -> None:
 )
 def test_unsuitable_checkpoints(tmp_path: Path, made: dict[str, Any], message: str) -> None:
     folder = checkpoint(tmp_path / "odd", **made)
-    with pytest.raises(Mistake, match=rf"task\.reward\.model: .*{message}"):
+    with pytest.raises(UserError, match=rf"task\.reward\.model: .*{message}"):
         RewardModel(folder)
 
 
@@ -93,12 +93,12 @@ def test_a_causal_model_is_no_reward_model(tmp_path: Path) -> None:
 
     folder = checkpoint(tmp_path / "causal")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
-    with pytest.raises(Mistake, match=r"not a sequence classifier: the checkpoint has no score\.weight"):
+    with pytest.raises(UserError, match=r"not a sequence classifier: the checkpoint has no score\.weight"):
         RewardModel(folder)
 
 
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="no reward model could be loaded"):
+    with pytest.raises(UserError, match="no reward model could be loaded"):
         Rewards({"model": str(tmp_path / "nowhere")})
 
 
@@ -109,7 +109,7 @@ def test_a_model_that_gives_nan(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"].fill_(float("nan"))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(Mistake, match=r"task\.reward\.model: a reward must be finite \(got nan\)"):
+    with pytest.raises(UserError, match=r"task\.reward\.model: a reward must be finite \(got nan\)"):
         Rewards({"model": str(folder)}).score(EXAMPLE, "c")
 
 

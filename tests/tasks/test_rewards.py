@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.tasks import Example
 from klab.tasks.rewards import Rewards
 from klab.tasks.worker import CallFailed, Worker
@@ -61,7 +61,7 @@ def test_without_a_judge_a_positive_reward_is_correct() -> None:
 def test_an_overdue_function_is_stopped_and_the_next_call_starts_anew() -> None:
     rewards = Rewards(f"{MODULE}:sleepy", seconds=1.0)
     assert [rewards.score(EXAMPLE, "").reward for _ in range(2)] == [1.0, 2.0]
-    with pytest.raises(Mistake, match=r"no answer within 1 s.*task\.reward_seconds"):
+    with pytest.raises(UserError, match=r"no answer within 1 s.*task\.reward_seconds"):
         rewards.score(EXAMPLE, "sleep")
     assert rewards.score(EXAMPLE, "").reward == 1.0
 
@@ -77,7 +77,7 @@ def test_an_overdue_function_is_stopped_and_the_next_call_starts_anew() -> None:
     ],
 )
 def test_odd_values_are_mistakes(odd: Rewards, completion: str, message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         odd.score(EXAMPLE, completion)
 
 
@@ -113,13 +113,13 @@ def test_a_failing_function_says_how_and_can_be_called_again(worker: Any) -> Non
     ],
 )
 def test_terms_that_do_not_exist_are_named(term: object, message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         Rewards(term)
 
 
 def test_math_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(Mistake, match=r"pip install 'klab\[math\]'"):
+    with pytest.raises(UserError, match=r"pip install 'klab\[math\]'"):
         Rewards("math")
 
 

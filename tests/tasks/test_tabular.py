@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klab.grid import load_grid
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import load_section
 from klab.harness.exact.tabular import enumerate_trajectories
 from klab.harness.store import Run
@@ -56,7 +56,7 @@ def test_solutions_hold_the_best_word_often_enough_to_start_from() -> None:
     ],
 )
 def test_wrong_tables(section: dict[str, Any], message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         load_section("task", section)
 
 
@@ -68,7 +68,7 @@ def test_tasks_check_their_parameters_themselves() -> None:
         lambda: Tabular(1),
         lambda: Tabular(2, 0),
     ):
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             wrong()
 
 

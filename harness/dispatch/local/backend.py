@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Pack, SchedulerState
 from klab.harness.dispatch.local import gpus
@@ -45,20 +45,20 @@ class Local:
             return []
         found = gpus.visible()
         if self.device == "cuda" and not found:
-            raise Mistake("there is no NVIDIA GPU here", key="--device", value="cuda", allowed=["cpu"])
+            raise UserError("there is no NVIDIA GPU here", key="--device", value="cuda", allowed=["cpu"])
         return found
 
     def processes(self, wanted: Resources) -> int:
         """Processes per job. GPUs that the grid file wants of a larger machine are no reason to fail on this one.
 
         Raises:
-            Mistake: more processes than GPUs.
+            UserError: more processes than GPUs.
         """
         count = len(self.gpus())
         if wanted.processes is None:
             return max(1, min(wanted.gpus, count))
         if count and wanted.processes > count:
-            raise Mistake(
+            raise UserError(
                 f"each process needs a GPU of its own, and there are {count} here",
                 key="resources.processes",
                 value=wanted.processes,
@@ -99,7 +99,7 @@ class Local:
         try:
             request = files.read_record(request_path(run)) or {}
             state = files.read_record(state_path(run)) or {}
-        except Mistake:
+        except UserError:
             return {}
         for cells in request.get("packs", []):  # what the controller has not looked at yet
             found.update({cell: SchedulerState("queued", reason="waiting for a free worker") for cell in cells})

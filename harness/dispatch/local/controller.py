@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local.pool import Pool
 from klab.harness.dispatch.packing.step_times import Place
@@ -105,5 +105,5 @@ def _leave(run: Run, lock: Lock, ticket: object) -> bool:
 if __name__ == "__main__":
     try:
         control(sys.argv[1])
-    except Mistake as mistake:
-        sys.exit(str(mistake))
+    except UserError as error:
+        sys.exit(str(error))

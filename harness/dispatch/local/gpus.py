@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import machine
 
 HIDDEN = ""
@@ -31,17 +31,17 @@ def require(key: str, value: object) -> None:
         key, value: the setting that asks for one.
 
     Raises:
-        Mistake: there is none, or torch cannot use it.
+        UserError: there is none, or torch cannot use it.
     """
     hint = "--device cpu leaves GPUs alone." if key == "--device" else f"--device cpu, or {key}: 0, does without."
     if not visible():
-        raise Mistake("there is no NVIDIA GPU here", key=key, value=value, hint=hint)
+        raise UserError("there is no NVIDIA GPU here", key=key, value=value, hint=hint)
     done = subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, timeout=_SECONDS)
     words = done.stdout.split()
     if words[-1:] == ["0"] or done.returncode:
         last = [*done.stderr.strip().splitlines(), "it finds none"][-1]
         found = last if len(words) > 1 or done.returncode else "it was built without CUDA"
-        raise Mistake(f"torch cannot use the GPU: {found}", key=key, value=value, hint=f"See klab doctor. {hint}")
+        raise UserError(f"torch cannot use the GPU: {found}", key=key, value=value, hint=f"See klab doctor. {hint}")
 
 
 def leave_alone() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.packing.balance import START_SECONDS, makespan
 from klab.harness.dispatch.packing.packs import shape, shapes
@@ -57,7 +57,7 @@ def _measured(wanted: set[str], runs: Path) -> tuple[dict[str, float], str]:
                 updates = (snapshot.result or {}).get("updates")
                 if isinstance(seconds, int | float) and isinstance(updates, int) and updates > 0 and seconds > 0:
                     times.setdefault(shape(run.resolved(identity)), []).append(seconds / updates)
-        except (Mistake, OSError, KeyError):
+        except (UserError, OSError, KeyError):
             continue
         fresh = {each: median(values) for each, values in times.items() if each in wanted and each not in found}
         source = source or (run.name if fresh else "")

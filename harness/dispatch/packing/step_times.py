@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.packing.balance import NOISE
@@ -69,7 +69,7 @@ def note(run: Run, cells: Sequence[str], place: Place, busy: float = 1.0) -> Non
     Args:
         busy: the share of that time in which the job had a processor; for the rest of it others had it.
     """
-    with suppress(OSError, Mistake):
+    with suppress(OSError, UserError):
         folders = [run.cell(identity) for identity in cells]
         begun = [sum(event["event"] == "started" for event in folder.attempts()) for folder in folders]
         rows = folders[0].metrics()[1:]
@@ -97,7 +97,7 @@ def measured(runs: Path, place: Place | None) -> StepTimes:
             record = files.unseal(line, runs / FILE)
             where = Place(record["hardware"], record["threads"])
             size, seconds = int(record["size"]), float(record["seconds"])
-        except (Mistake, KeyError, TypeError, ValueError):
+        except (UserError, KeyError, TypeError, ValueError):
             continue
         if where == place and size > 0 and 0 < seconds < math.inf:
             found.setdefault(record["kind"], {}).setdefault(size, []).append(seconds)

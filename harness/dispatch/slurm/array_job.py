@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.slurm import client as scheduler
 from klab.harness.dispatch.slurm.submission import folder, job_name
@@ -138,7 +138,7 @@ def _executor(order: Order) -> SlurmExecutor:
     try:
         executor = SlurmExecutor(order.folder, max_num_timeout=ROUNDS, python=_python())
     except RuntimeError as error:
-        raise Mistake("there is no srun here", hint="Launch on a login node, or choose --on local.") from error
+        raise UserError("there is no srun here", hint="Launch on a login node, or choose --on local.") from error
     executor.update_parameters(**parameters(order))
     return executor
 

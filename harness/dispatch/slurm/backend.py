@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Pack, SchedulerState
 from klab.harness.dispatch.profiles import resolve
@@ -39,12 +39,12 @@ class Slurm:
         """What a job gets.
 
         Raises:
-            Mistake: when a value is not valid, there is no such profile, or an option belongs to klab.
+            UserError: when a value is not valid, there is no such profile, or an option belongs to klab.
         """
         found = resolve(given, self.flags, profile=self.profile)
         for option in found.sbatch:
             if option.replace("_", "-").lstrip("-") in sbatch.OURS:
-                raise Mistake("is set by klab", key=f"resources.sbatch.{option}", value=found.sbatch[option])
+                raise UserError("is set by klab", key=f"resources.sbatch.{option}", value=found.sbatch[option])
         return found
 
     def scripts(self, run: Run, packs: Sequence[Pack], given: Resources) -> list[str]:
@@ -78,7 +78,7 @@ class Slurm:
         What an earlier launcher submitted but could not write down is adopted, and its cells are left out here.
 
         Raises:
-            Mistake: when Slurm does not answer or refuses; what was submitted until then stays submitted.
+            UserError: when Slurm does not answer or refuses; what was submitted until then stays submitted.
         """
         resources = self.resources(resources)
         try:
@@ -122,7 +122,7 @@ class Slurm:
         """Take jobs out of the queue, or end them, whose cells are all cancelled or done; other jobs go on.
 
         Raises:
-            Mistake: when Slurm does not answer.
+            UserError: when Slurm does not answer.
         """
         chosen = set(cell_ids)
         states = self.states(run)
@@ -193,9 +193,9 @@ class _Counter:
         self.all = all_
         self.done = 0
 
-    def stopped(self, text: str) -> Mistake:
+    def stopped(self, text: str) -> UserError:
         hint = f"{self.done} of {self.all} jobs were submitted; launch again for the rest." if self.done else None
-        return Mistake(f"Slurm refused the job: {text}", hint=hint)
+        return UserError(f"Slurm refused the job: {text}", hint=hint)
 
 
 def _remembered(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> dict[str, SchedulerState]:
@@ -231,8 +231,8 @@ def _others(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
     )
 
 
-def _silent(error: NoAnswer) -> Mistake:
-    return Mistake(
+def _silent(error: NoAnswer) -> UserError:
+    return UserError(
         f"Slurm does not answer: {error}",
         hint="Nothing is lost: jobs in the queue go on, and launching again submits what is missing.",
     )

@@ -72,7 +72,7 @@ def submissions(run: Run) -> list[Submission]:
     """All of a run's submissions, oldest first.
 
     Raises:
-        Mistake: when a record is damaged.
+        UserError: when a record is damaged.
     """
     found = (read(folder(run.jobs, number)) for number in _numbers(run.jobs))
     return [submission for submission in found if submission is not None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 Weights = Mapping[str, Tensor]
 
@@ -34,7 +34,7 @@ class Skeleton:
         self.model = model.eval()
         head = model.get_output_embeddings()
         if head is None:
-            raise Mistake("the model has no output embedding", file=model.name_or_path, key="policy.model")
+            raise UserError("the model has no output embedding", file=model.name_or_path, key="policy.model")
         self._head: nn.Module = head
         self.vocabulary, self.width = (int(size) for size in head.weight.shape)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -59,13 +59,13 @@ class Skeleton:
         """Keep the layers' inputs only and compute them again for the backward pass, where the model knows how to.
 
         Raises:
-            Mistake: it does not.
+            UserError: it does not.
         """
         enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
         try:
             enable({"use_reentrant": False})
         except ValueError as error:
-            raise Mistake(f"the model cannot: {error}", key="policy.gradient_checkpointing", value=True) from error
+            raise UserError(f"the model cannot: {error}", key="policy.gradient_checkpointing", value=True) from error
         self._checkpointed = [each for each in self.base.modules() if getattr(each, "gradient_checkpointing", False)]
         for module in self._checkpointed:
             module._gradient_checkpointing_func = self._checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.stacked.lora import CONFIG, WEIGHTS
 
 _FIRST, _SECOND = "lora_A.default.", "lora_B.default."
@@ -20,12 +20,12 @@ def attach(model: Any, section: Any) -> Any:
     """A model with adapters on the linear layers that the grid's `policy.lora` names; everything else frozen.
 
     Raises:
-        Mistake: PEFT is not installed, or there is no such layer.
+        UserError: PEFT is not installed, or there is no such layer.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise Mistake(
+        raise UserError(
             "adapters of this architecture need the library PEFT, which is not installed",
             key="policy.lora",
             hint='pip install "klab[lora]".',
@@ -40,7 +40,7 @@ def attach(model: Any, section: Any) -> Any:
             warnings.simplefilter("ignore")  # a layer that stores its matrix transposed is noticed by PEFT itself
             return get_peft_model(model, config)
     except ValueError as error:
-        raise Mistake(
+        raise UserError(
             f"PEFT cannot adapt them: {error}",
             key="policy.lora.targets",
             value=targets,
@@ -94,12 +94,12 @@ def read(folder: str | Path) -> dict[str, Tensor]:
     """The inverse of `write`.
 
     Raises:
-        Mistake: no adapters there.
+        UserError: no adapters there.
     """
     from safetensors.torch import load_file
 
     path = Path(folder)
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
-        raise Mistake("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
+        raise UserError("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
     state = load_file(path / WEIGHTS)
     return {name.replace("lora_A.", _FIRST).replace("lora_B.", _SECOND): value for name, value in state.items()}

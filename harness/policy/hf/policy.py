@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.hf import peft as peft_adapters
 from klab.harness.policy.hf.decoding import CachedDecoding, WholeDecoding, padded
 from klab.harness.policy.hf.functional_model import Skeleton
@@ -77,7 +77,7 @@ class TransformersPolicy:
             trusted: whether the checkpoint's own Python code may run.
 
         Raises:
-            Mistake: the checkpoint or its tokenizer cannot be read or used, or PEFT is not installed.
+            UserError: the checkpoint or its tokenizer cannot be read or used, or PEFT is not installed.
         """
         config = read_config(folder, trusted)
         tokenizer = read_tokenizer(folder, trusted)
@@ -154,10 +154,10 @@ class TransformersPolicy:
     def logits(
         self, weights: Mapping[str, Tensor], tokens: Tensor, present: Tensor, keep: int, cache: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """See `Skeleton.logits`. Raises a Mistake where a sequence exceeds the context."""
+        """See `Skeleton.logits`. Raises UserError where a sequence exceeds the context."""
         longest = int(present.sum(1).max())
         if longest > self.context:
-            raise Mistake(f"sequences of {longest} tokens exceed the model's context", value=self.context)
+            raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context)
         return self.skeleton.logits(weights, tokens, present, keep, cache, self.adapted)
 
     def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
@@ -247,7 +247,7 @@ class TransformersPolicy:
             model = read_model(path, read_config(path, self.trusted), self.dtype, self.trusted)
             found = dict(Skeleton(model).emptied())
         if {n: v.shape for n, v in found.items()} != {n: v.shape[1:] for n, v in self.parameters.items()}:
-            raise Mistake("the checkpoint has another architecture than the policy it is loaded into", file=path)
+            raise UserError("the checkpoint has another architecture than the policy it is loaded into", file=path)
         for name, value in found.items():
             self.parameters[name][cell].copy_(value)
 
@@ -256,7 +256,7 @@ def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trusted: boo
     """The module of a checkpoint, on the CPU, without dropout.
 
     Raises:
-        Mistake: it cannot be read, is no causal language model, or lacks weights.
+        UserError: it cannot be read, is no causal language model, or lacks weights.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
@@ -271,12 +271,12 @@ def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trusted: boo
         )  # type: ignore[misc]
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise Mistake(f"no readable causal language model: {lines[0].strip()}", file=folder) from error
+        raise UserError(f"no readable causal language model: {lines[0].strip()}", file=folder) from error
     absent = sorted(report["missing_keys"])
     if absent:
-        raise Mistake(f"the checkpoint has no tensor {absent[0]!r}", file=folder)
+        raise UserError(f"the checkpoint has no tensor {absent[0]!r}", file=folder)
     if config.is_encoder_decoder:
-        raise Mistake("an encoder and decoder, not a causal language model", file=folder, key="policy.model")
+        raise UserError("an encoder and decoder, not a causal language model", file=folder, key="policy.model")
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the checkpoint's own may be one that cannot be saved
     return model
 

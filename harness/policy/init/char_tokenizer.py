@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 
@@ -20,13 +20,13 @@ def character_tokenizer(alphabet: str, size: int | None = None) -> PreTrainedTok
         size: vocabulary size to fill up to with unused tokens; None adds none.
 
     Raises:
-        Mistake: a repeated character, or an alphabet larger than `size`.
+        UserError: a repeated character, or an alphabet larger than `size`.
     """
     if len(set(alphabet)) != len(alphabet) or not alphabet:
-        raise Mistake("an alphabet needs at least one character, each once", key="task.alphabet", value=alphabet)
+        raise UserError("an alphabet needs at least one character, each once", key="task.alphabet", value=alphabet)
     words = [PAD, END, UNKNOWN, *alphabet]
     if size is not None and size < len(words):
-        raise Mistake(f"{len(words)} tokens exceed a vocabulary of {size}", key="task.alphabet", value=alphabet)
+        raise UserError(f"{len(words)} tokens exceed a vocabulary of {size}", key="task.alphabet", value=alphabet)
     words += [f"<unused{i}>" for i in range(0 if size is None else size - len(words))]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import Progress, warm_up
 from klab.harness.policy.stacked.decoder import Decoder
@@ -45,7 +45,7 @@ def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, pr
         progress: called as `progress(update, updates_max, accuracy)` after each evaluation of a warm-up.
 
     Raises:
-        Mistake: no such checkpoint; a task without alphabet or solutions; a warm-up that ends outside 0.2..0.5.
+        UserError: no such checkpoint; a task without alphabet or solutions; a warm-up that ends outside 0.2..0.5.
     """
     if section.name != "tiny":
         return _pretrained(section.model, section.revision)
@@ -97,10 +97,10 @@ def _pretrained(model: str, revision: str | None) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise Mistake("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
+            raise UserError("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
         return path
     if path.is_absolute() or model.startswith("."):
-        raise Mistake("no such folder", key="policy.model", value=model)
+        raise UserError("no such folder", key="policy.model", value=model)
     from huggingface_hub import snapshot_download
 
     try:
@@ -108,12 +108,12 @@ def _pretrained(model: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
         reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         problem = f"neither a folder nor a model that can be downloaded: {reason}"
-        raise Mistake(problem, key="policy.model", value=model) from error
+        raise UserError(problem, key="policy.model", value=model) from error
 
 
 def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: Progress | None) -> None:
     if task.alphabet is None:
-        raise Mistake(
+        raise UserError(
             f"a tiny policy needs an alphabet, which task {task.name!r} does not have", key="policy.name", value="tiny"
         )
     tokenizer = character_tokenizer(task.alphabet)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.stacked.decoder import Decoder
@@ -36,11 +36,11 @@ def warm_up(
         a record: updates, accuracy, examples seen.
 
     Raises:
-        Mistake: no reference solutions, or an accuracy outside 0.2..0.5 after `updates_max` updates.
+        UserError: no reference solutions, or an accuracy outside 0.2..0.5 after `updates_max` updates.
     """
     train, held_out = task.split("train"), task.split("held_out")
     if not train[0].solution:
-        raise Mistake("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
+        raise UserError("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
     chooser = random.Random(f"warm-up {seed}")
     examples = [held_out[i] for i in range(min(EVALUATION_EXAMPLES, len(held_out)))]
     optimizer = torch.optim.Adam(list(policy.parameters.values()), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
@@ -67,7 +67,7 @@ def warm_up(
             kept = _snapshot(policy)
         best, waited = max(best, accuracy), 0 if accuracy > best else waited + 1
     if not LOW <= accuracy <= HIGH:
-        raise Mistake(
+        raise UserError(
             f"the warm-up ended at an accuracy of {accuracy:.2f} after {update} updates, outside {LOW}..{HIGH}",
             key="policy.warmup_updates_max",
             value=updates_max,

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import Stretch, uniform
@@ -46,9 +46,9 @@ class Completion(Protocol):
 
 
 def require_vllm() -> None:
-    """Raises a Mistake where vllm is not installed."""
+    """Raises UserError where vllm is not installed."""
     if find_spec("vllm") is None:
-        raise Mistake(
+        raise UserError(
             "vllm is not installed",
             key="training.sampler.engine",
             value="vllm",
@@ -61,11 +61,11 @@ def vllm_sampler(dtype: str | None) -> VllmSampler:
     """The process's engine, in this precision; that of the policy if None.
 
     Raises:
-        Mistake: vllm is not installed, or there is no GPU.
+        UserError: vllm is not installed, or there is no GPU.
     """
     require_vllm()
     if not torch.cuda.is_available():
-        raise Mistake(
+        raise UserError(
             "vllm needs a GPU, and this process sees none",
             key="training.sampler.engine",
             value="vllm",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.stacked.attention import Arrangement
 from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.layers import embedded, gated, linear, normed, rotated
@@ -25,12 +25,12 @@ def stacked_states(policy: Decoder, weights: Weights, tokens: Tensor, arrangemen
     """`Decoder.hidden`.
 
     Raises:
-        Mistake: sequences that are longer than the model's context.
+        UserError: sequences that are longer than the model's context.
     """
     a = policy.architecture
     heads = a.heads + 2 * a.kv_heads
     if arrangement.limit > a.context:
-        raise Mistake(f"sequences of {arrangement.limit} tokens exceed the model's context", value=a.context)
+        raise UserError(f"sequences of {arrangement.limit} tokens exceed the model's context", value=a.context)
     turns = policy.rotary(arrangement.positions, policy.dtype, arrangement.limit)
     # one gather takes tokens to (head, lane, slot), one takes the mixed values back
     head = torch.arange(heads, device=tokens.device)[:, None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.stacked.config import Architecture
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -22,7 +22,7 @@ def read_config(folder: str | Path, trusted: bool = False) -> Any:
     """The transformers configuration of a folder or hub id; `trusted`: its own Python code may run.
 
     Raises:
-        Mistake: there is none, or it needs code that is not trusted.
+        UserError: there is none, or it needs code that is not trusted.
     """
     from transformers import AutoConfig
 
@@ -30,17 +30,17 @@ def read_config(folder: str | Path, trusted: bool = False) -> Any:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
     except (OSError, ValueError) as error:
         if not trusted and "custom code" in str(error):
-            raise Mistake(
+            raise UserError(
                 "the model brings Python code of its own, which is run only where you say so",
                 file=folder,
                 key="policy.trust_remote_code",
                 value=False,
             ) from error
-        raise Mistake(f"no readable model configuration: {_first_line(error)}", file=folder) from error
+        raise UserError(f"no readable model configuration: {_first_line(error)}", file=folder) from error
 
 
 def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id; `trusted`: as in `read_config`. Raises Mistake where there is none.
+    """The tokenizer of a folder or hub id; `trusted`: as in `read_config`. Raises UserError where there is none.
 
     One that says of itself that it is all in its `tokenizer.json` is taken at its word: `AutoTokenizer` would give a
     Qwen2 model Qwen2's own way to split text.
@@ -51,7 +51,7 @@ def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedToken
     try:
         return cast(PreTrainedTokenizerFast, loader.from_pretrained(str(folder), trust_remote_code=trusted))
     except (OSError, ValueError) as error:
-        raise Mistake(f"no readable tokenizer: {_first_line(error)}", file=folder) from error
+        raise UserError(f"no readable tokenizer: {_first_line(error)}", file=folder) from error
 
 
 def _tokenizer_class(folder: Path) -> str | None:
@@ -66,7 +66,7 @@ def read_weights(folder: str | Path, architecture: Architecture) -> dict[str, Te
     """One cell's parameters under the stacked decoder's names.
 
     Raises:
-        Mistake: a missing file or tensor, or a tensor of another shape than the configuration says.
+        UserError: a missing file or tensor, or a tensor of another shape than the configuration says.
     """
     state = _state(folder)
     found = {}
@@ -74,12 +74,12 @@ def read_weights(folder: str | Path, architecture: Architecture) -> dict[str, Te
         parts = []
         for source in _sources(name):
             if source not in state:
-                raise Mistake(f"the checkpoint has no tensor {source!r}", file=folder)
+                raise UserError(f"the checkpoint has no tensor {source!r}", file=folder)
             part = state[source]
             parts.append(part.t() if len(shape) == 2 and name != "embedding" else part)
         value = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         if tuple(value.shape) != shape:
-            raise Mistake(f"{name} has shape {tuple(value.shape)}, the configuration says {shape}", file=folder)
+            raise UserError(f"{name} has shape {tuple(value.shape)}, the configuration says {shape}", file=folder)
         found[name] = value
     return found
 
@@ -159,7 +159,7 @@ def _state(folder: str | Path) -> dict[str, Tensor]:
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
-        raise Mistake(f"no readable weights: {_first_line(error)}", file=folder) from error
+        raise UserError(f"no readable weights: {_first_line(error)}", file=folder) from error
     return dict(model.state_dict())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -46,15 +46,15 @@ class Architecture:
         """From a transformers configuration.
 
         Raises:
-            Mistake: another family, an activation other than SiLU, or sliding-window attention.
+            UserError: another family, an activation other than SiLU, or sliding-window attention.
         """
         family = str(config.model_type)
         if family not in FAMILIES:
-            raise Mistake("not in the stacked decoder", key="model_type", value=family, allowed=FAMILIES)
+            raise UserError("not in the stacked decoder", key="model_type", value=family, allowed=FAMILIES)
         if config.hidden_act != "silu":
-            raise Mistake("unsupported activation", key="hidden_act", value=config.hidden_act, allowed=("silu",))
+            raise UserError("unsupported activation", key="hidden_act", value=config.hidden_act, allowed=("silu",))
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise Mistake("sliding-window attention is not supported", key="use_sliding_window", value=True)
+            raise UserError("sliding-window attention is not supported", key="use_sliding_window", value=True)
         bias = bool(getattr(config, "attention_bias", False))
         return cls(
             family=family,
@@ -111,7 +111,7 @@ class Rotary:
         tables: by type of number and device, replaced by larger ones as positions grow.
 
     Raises:
-        Mistake: a scaling whose frequencies depend on the length of the input (`dynamic`, `longrope`).
+        UserError: a scaling whose frequencies depend on the length of the input (`dynamic`, `longrope`).
     """
 
     def __init__(self, config: Any, head_size: int) -> None:
@@ -126,7 +126,7 @@ class Rotary:
         elif kind in ("linear", "llama3", "yarn"):
             self.frequencies, self.scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         else:
-            raise Mistake(
+            raise UserError(
                 "unsupported rotary scaling",
                 key="rope_parameters.rope_type",
                 value=kind,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.stacked.attention import attention
 from klab.harness.policy.stacked.packed_layout import Indices
 
@@ -47,11 +47,11 @@ def decodes_statically(device: torch.device) -> bool:
     """Whether policies on this device decode in fixed memory: on GPUs, unless KLAB_DECODING says `growing`.
 
     Raises:
-        Mistake: KLAB_DECODING is something else.
+        UserError: KLAB_DECODING is something else.
     """
     chosen = os.environ.get(VARIABLE, "")
     if chosen and chosen not in KINDS:
-        raise Mistake("no such way of decoding", key=VARIABLE, value=chosen, allowed=KINDS)
+        raise UserError("no such way of decoding", key=VARIABLE, value=chosen, allowed=KINDS)
     return chosen == "static" if chosen else device.type == "cuda"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.logprobs import Scores, stacked_scores
 from klab.harness.policy.policy import Steps
 from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
@@ -107,7 +107,7 @@ class Decoder:
         """`cells` copies of a Hugging Face checkpoint (a folder or a hub id).
 
         Raises:
-            Mistake: no such checkpoint, another architecture, or a tokenizer without an end token.
+            UserError: no such checkpoint, another architecture, or a tokenizer without an end token.
         """
         config = read_config(folder)
         architecture = Architecture.of(config)
@@ -127,7 +127,7 @@ class Decoder:
             section: the grid's `policy.lora`.
 
         Raises:
-            Mistake: a target that is no linear layer of the decoder.
+            UserError: a target that is no linear layer of the decoder.
         """
         if self.cells != 1 or self.shared:
             raise ValueError("adapters need a base of one cell that has none")
@@ -214,7 +214,7 @@ class Decoder:
         """Put a checkpoint's weights, or its adapters where the policy has some, into one cell.
 
         Raises:
-            Mistake: the checkpoint has another architecture, or other adapters.
+            UserError: the checkpoint has another architecture, or other adapters.
         """
         if self.adapters is not None:
             for name, value in read_adapters(path, self.adapters).items():
@@ -222,7 +222,7 @@ class Decoder:
             return
         architecture = Architecture.of(read_config(path))
         if architecture.shapes() != self.architecture.shapes():
-            raise Mistake("the checkpoint has another architecture than the policy it is loaded into", file=path)
+            raise UserError("the checkpoint has another architecture than the policy it is loaded into", file=path)
         for name, value in read_weights(path, architecture).items():
             self.parameters[name][cell].copy_(value)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.layers import linear
 
@@ -54,13 +54,13 @@ class Adapters:
         """From the grid's `policy.lora`.
 
         Raises:
-            Mistake: no targets, or one that the decoder's layers do not have.
+            UserError: no targets, or one that the decoder's layers do not have.
         """
         chosen = TARGETS if section.targets == "all-linear" else tuple(section.targets)
         for name in chosen or ("",):
             if name not in TARGETS:
                 allowed = ("all-linear", *TARGETS)
-                raise Mistake("no such linear layer", key="policy.lora.targets", value=name, allowed=allowed)
+                raise UserError("no such linear layer", key="policy.lora.targets", value=name, allowed=allowed)
         a = architecture
         wide, narrow = a.heads * a.head_size, a.kv_heads * a.head_size
         sizes = {
@@ -158,18 +158,18 @@ def read_adapters(folder: str | Path, settings: Adapters) -> dict[str, Tensor]:
     """The inverse of `write_adapters`.
 
     Raises:
-        Mistake: no adapters there, or others than the settings say.
+        UserError: no adapters there, or others than the settings say.
     """
     from safetensors.torch import load_file
 
     path = Path(folder)
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
-        raise Mistake("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
+        raise UserError("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
     described = json.loads((path / CONFIG).read_text())
     mine = (settings.rank, settings.alpha, sorted(settings.targets))
     theirs = (described.get("r"), described.get("lora_alpha"), sorted(described.get("target_modules") or ()))
     if mine != theirs:
-        raise Mistake(f"adapters (rank, alpha, targets) {theirs}, the policy has {mine}", file=folder)
+        raise UserError(f"adapters (rank, alpha, targets) {theirs}, the policy has {mine}", file=folder)
     state, found = load_file(path / WEIGHTS), {}
     for layer in range(settings.layers):
         for part in settings.targets:
@@ -178,7 +178,7 @@ def read_adapters(folder: str | Path, settings: Adapters) -> dict[str, Tensor]:
                 name = f"layers.{layer}.{part}.{end}"
                 value = state.get(_source(name))
                 if value is None or tuple(value.t().shape) != shape:
-                    raise Mistake(f"no tensor {_source(name)!r} of the shape that the policy has", file=folder)
+                    raise UserError(f"no tensor {_source(name)!r} of the shape that the policy has", file=folder)
                 found[name] = value.t()
     return found
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
 from klab.harness.policy.stacked.grouped_ops import back_normed, back_products, products, root_mean_square, scaled, turn
 from klab.harness.policy.stacked.layer_weights import LayerWeights
@@ -229,11 +229,11 @@ def final_states(policy: Decoder, layout: Layout, tables: Sequence[Tensor] | Non
         tables: by layer, see `forward`; without gradient.
 
     Raises:
-        Mistake: sequences that exceed the model's context.
+        UserError: sequences that exceed the model's context.
     """
     a, parameters = policy.architecture, policy.parameters
     if layout.limit > a.context:
-        raise Mistake(f"sequences of {layout.limit} tokens exceed the model's context", value=a.context)
+        raise UserError(f"sequences of {layout.limit} tokens exceed the model's context", value=a.context)
     cosines, sines = policy.rotary(layout.positions, policy.dtype, layout.limit)
     turns = cosines.unsqueeze(1), sines.unsqueeze(1)
     x = layout.embedded(parameters["embedding"])

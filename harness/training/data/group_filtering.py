@@ -34,7 +34,7 @@ def remaining(member: Member, minibatch: Experience) -> Experience:
 
 
 def in_loss(member: Member, used: Experience) -> Tensor:
-    """bool [N, T], the tokens of the loss; see `klab.harness.objective.TokenBatch.in_loss`."""
+    """bool [N, T], the tokens of the loss; see `klab.harness.objective.TokenBatch.loss_mask`."""
     out = left_out(member, used.rollout)
     return used.rollout.mask if out is None else used.rollout.mask & ~out[:, None]
 

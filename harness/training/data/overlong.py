@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.packed_cell import Member
 
@@ -36,10 +36,10 @@ def left_out(member: Member, rollout: Rollout) -> Tensor | None:
 
 
 def check_buffer(member: Member) -> None:
-    """Raises a Mistake where the buffer is longer than the budget, which the task may have set."""
+    """Raises UserError where the buffer is longer than the budget, which the task may have set."""
     buffer = member.cell.training.overlong_buffer
     if buffer is not None and buffer > member.max_new_tokens:
-        raise Mistake(
+        raise UserError(
             f"exceeds the {member.max_new_tokens} tokens that task {member.task.name!r} allows",
             key="training.overlong_buffer",
             value=buffer,

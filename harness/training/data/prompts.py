@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.cell import Cell
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.prompt import ChatTemplate, check_ids, prompt_ids
 from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
@@ -27,8 +27,8 @@ def encode(policy: Policy, member: Member, examples: Sequence[Example]) -> list[
     """Token ids of the examples' prompts.
 
     Raises:
-        Mistake: a chat template that fails, a token that the model does not have, or a prompt that with its completion
-            would exceed the context.
+        UserError: a chat template that fails, a token that the model does not have, or a prompt that with its
+            completion would exceed the context.
     """
     chat, room = chat_template(member.cell), policy.context - member.max_new_tokens + 1
     found = []
@@ -57,7 +57,7 @@ def fitting(task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens
         start: the folder of the starting policy, whose tokenizer counts.
 
     Raises:
-        Mistake: no prompt is left; or one that is left would exceed the context with its completion.
+        UserError: no prompt is left; or one that is left would exceed the context with its completion.
     """
     split, limit = task.split(name), cell.training.max_prompt_tokens
     if limit is None and task.alphabet is not None:
@@ -65,7 +65,7 @@ def fitting(task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens
     lengths = _measured(split, name, cell, start)
     kept = range(len(split)) if limit is None else [i for i, length in enumerate(lengths) if length <= limit]
     if not kept:
-        raise Mistake(
+        raise UserError(
             f"every prompt of the split {name!r} is longer: the shortest has {min(lengths)} tokens",
             key="training.max_prompt_tokens",
             value=limit,
@@ -102,16 +102,16 @@ def _trusted(cell: Cell) -> bool:
     return bool(getattr(cell.policy, "trust_remote_code", False))
 
 
-def _too_long(example: Example, length: int, context: int, new: int) -> Mistake:
+def _too_long(example: Example, length: int, context: int, new: int) -> UserError:
     shown = example.prompt if len(example.prompt) <= _SHOWN else example.prompt[:_SHOWN] + "…"
     if length > context:
-        return Mistake(
+        return UserError(
             f"a prompt has {length} tokens, the model's context {context}",
             key="task",
             value=shown,
             hint=f"training.max_prompt_tokens: {max(1, context - new + 1)} leaves such prompts out.",
         )
-    return Mistake(
+    return UserError(
         f"a prompt of {length} tokens and {new} new ones exceed the model's context of {context}",
         key="task",
         value=shown,

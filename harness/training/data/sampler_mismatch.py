@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import Sampler, TrainingSection
 from klab.harness.objective.kl import k3
 from klab.harness.policy.policy import Policy
@@ -43,7 +43,7 @@ def sampler_of(training: TrainingSection) -> Sample:
     """Who draws the rollouts of a cell.
 
     Raises:
-        Mistake: vllm is not installed, or there is no GPU for it.
+        UserError: vllm is not installed, or there is no GPU for it.
     """
     if training.sampler is None or training.sampler.engine == "klab":
         return sample
@@ -53,11 +53,11 @@ def sampler_of(training: TrainingSection) -> Sample:
 
 
 def check_sampler(member: Member) -> None:
-    """Raises a Mistake where the cell's sampler cannot run here, or cannot run its policy."""
+    """Raises UserError where the cell's sampler cannot run here, or cannot run its policy."""
     training, policy = member.cell.training, member.cell.policy
     sampler_of(training)
     if training.sampler is not None and training.sampler.engine == "vllm" and policy.lora is not None:
-        raise Mistake(
+        raise UserError(
             "vllm is given whole checkpoints, not adapters",
             key="training.sampler.engine",
             value="vllm",

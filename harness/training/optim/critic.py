@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klab.harness.objective import Context, TokenBatch, value_loss, value_metrics
+from klab.harness.objective import TokenBatch, UpdateContext, value_loss, value_metrics
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
@@ -115,21 +115,21 @@ class Critics:
         for experience, each in zip(experiences, found, strict=True):
             experience.values = each
 
-    def loss(self, values: Tensor, batch: TokenBatch, context: Context) -> Tensor:
+    def loss(self, values: Tensor, batch: TokenBatch, context: UpdateContext) -> Tensor:
         """The value loss of some rows of a cell's update, times `coefficient` where the trunk is the policy's."""
         assert batch.values is not None
         assert context.value_targets is not None
         loss = value_loss(
-            values, batch.values, context.value_targets, batch.in_loss, context.totals, self.settings.clip
+            values, batch.values, context.value_targets, batch.loss_mask, context.totals, self.settings.clip
         )
         return self.settings.coefficient * loss if self.shares_trunk else loss
 
     @torch.no_grad()
-    def lesson(self, values: Tensor, batch: TokenBatch, context: Context) -> Lesson:
+    def lesson(self, values: Tensor, batch: TokenBatch, context: UpdateContext) -> Lesson:
         """What a whole update says about a critic."""
         assert batch.values is not None
         assert context.value_targets is not None
-        common = (values, batch.values, context.value_targets, batch.in_loss)
+        common = (values, batch.values, context.value_targets, batch.loss_mask)
         figures = value_metrics(*common, self.settings.clip)
         loss = float(value_loss(*common, context.totals, self.settings.clip))
         return Lesson(loss, figures["explained_variance"], figures["value_clip_fraction"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from klab.grid.cell import Cell
-from klab.harness.objective import Coefficients
+from klab.harness.objective import LossCoefficients
 from klab.harness.training.metrics import Row
 from klab.harness.training.optim.schedule import Timetable
 
@@ -23,13 +23,13 @@ FURTHEST = 2.0**10
 """How far the trust region's coefficient may go from its first value, so that it never overflows or vanishes."""
 
 
-def first(cell: Cell) -> Coefficients:
+def first(cell: Cell) -> LossCoefficients:
     """The coefficients of the first update."""
     trust = cell.training.trust_region
-    return Coefficients(kl=1.0, trust=0.0 if trust is None else trust.coefficient)
+    return LossCoefficients(kl=1.0, trust=0.0 if trust is None else trust.coefficient)
 
 
-def figures(cell: Cell, coefficients: Coefficients) -> Row:
+def figures(cell: Cell, coefficients: LossCoefficients) -> Row:
     """Those coefficients that may move or are not the objective's, as columns of an update's row of metrics."""
     found: Row = {}
     if cell.training.beta_control is not None:
@@ -39,7 +39,7 @@ def figures(cell: Cell, coefficients: Coefficients) -> Row:
     return found
 
 
-def adapted(cell: Cell, coefficients: Coefficients, row: Row) -> Coefficients:
+def adapted(cell: Cell, coefficients: LossCoefficients, row: Row) -> LossCoefficients:
     """The coefficients of the next update. An update that was skipped, or made by the critic alone, moves none."""
     training, number = cell.training, int(row["update"])
     if row["nonfinite"] or (training.critic is not None and number <= training.critic.warmup_updates):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Mistake, Objective, parse_grid
+from klab.grid import Objective, UserError, parse_grid
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.cli.main import main
@@ -72,7 +72,7 @@ def test_the_cap_is_absolute_in_trl_and_relative_in_verl() -> None:
     ],
 )
 def test_what_a_peer_cannot_say_is_refused_with_the_reason(peer: str, axes: dict[str, Any], said: str) -> None:
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         exported(peer, **{"std": "sample", "eps": 1e-4 if peer == "trl" else 1e-6, **axes})
 
 
@@ -81,7 +81,7 @@ def test_what_a_peer_cannot_say_is_refused_with_the_reason(peer: str, axes: dict
 )
 @pytest.mark.parametrize("peer", PEERS)
 def test_schedules_that_peers_do_not_have_are_refused(peer: str, training: dict[str, Any]) -> None:
-    with pytest.raises(Mistake, match=next(iter(training))):
+    with pytest.raises(UserError, match=next(iter(training))):
         exported(peer, TrainingSection(**training), advantage="group_center")
 
 
@@ -92,7 +92,7 @@ def test_selection_is_exported_where_a_peer_has_it() -> None:
     assert any("up to 1 over the last 3 tokens" in line for line in found.differences)
     assert exported("trl", TrainingSection(truncated="mask"), std="sample")["mask_truncated_completions"] is True
     for peer, training in (("trl", selecting), ("verl", TrainingSection(truncated="mask"))):
-        with pytest.raises(Mistake, match=r"training\.(equal_groups|truncated)"):
+        with pytest.raises(UserError, match=r"training\.(equal_groups|truncated)"):
             PEERS[peer](Setting(Objective(std="sample"), training))
 
 
@@ -108,8 +108,8 @@ def test_every_named_algorithm_is_exported_or_explained(peer: str) -> None:
     for name in algorithm_names():
         try:
             PEERS[peer](Setting(Objective(**load_algorithm(name).objective)))
-        except Mistake as mistake:
-            assert mistake.key in (*Objective().settings(), "kl_scale", "kl_at")  # noqa: PT017
+        except UserError as error:
+            assert error.key in (*Objective().settings(), "kl_scale", "kl_at")  # noqa: PT017
         else:
             done.append(name)
     assert {"grpo", "dapo", "dr_grpo", "gspo"} <= set(done)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.cli.main import main
 from klab.harness.cli.tracking import require_trackers
 
@@ -34,5 +34,5 @@ def test_launching_sends_every_update_of_every_seed_once(tmp_path: Path, monkeyp
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written() -> None:
-    with pytest.raises(Mistake, match=r"klab\[track\]"):
+    with pytest.raises(UserError, match=r"klab\[track\]"):
         require_trackers(("a_tracker_that_nobody_has",))

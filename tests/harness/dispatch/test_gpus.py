@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from klab.grid import Grid, Mistake
+from klab.grid import Grid, UserError
 from klab.harness.cli.main import main
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local import gpus
@@ -30,9 +30,9 @@ def test_visible(monkeypatch: pytest.MonkeyPatch, named: str, found: list[str]) 
 
 def test_a_gpu_is_required_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(Mistake, match=r"--device: there is no NVIDIA GPU here \(got 'cuda'\).*--device cpu"):
+    with pytest.raises(UserError, match=r"--device: there is no NVIDIA GPU here \(got 'cuda'\).*--device cpu"):
         gpus.require("--device", "cuda")
-    with pytest.raises(Mistake, match=r"resources\.gpus: there is no NVIDIA GPU here \(got 2\).*resources\.gpus: 0"):
+    with pytest.raises(UserError, match=r"resources\.gpus: there is no NVIDIA GPU here \(got 2\).*resources\.gpus: 0"):
         gpus.require("resources.gpus", 2)
 
 
@@ -52,7 +52,7 @@ def test_torch_must_be_able_to_use_it(
     if problem is None:
         gpus.require("--device", "cuda")
         return
-    with pytest.raises(Mistake, match=f"torch cannot use the GPU: {problem}"):
+    with pytest.raises(UserError, match=f"torch cannot use the GPU: {problem}"):
         gpus.require("--device", "cuda")
 
 

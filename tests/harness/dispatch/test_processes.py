@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Grid, Mistake
+from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources, load_section
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import Local
@@ -76,7 +76,7 @@ def test_a_process_that_cannot_start_ends_the_job_at_once(
 
 
 def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Mistake, match=r"resources\.processes: each process needs a GPU of its own.* 2 of them"):
+    with pytest.raises(UserError, match=r"resources\.processes: each process needs a GPU of its own.* 2 of them"):
         load_section("resources", {"gpus": 2, "processes": 3})
     assert Resources(gpus=4).processes_per_node == 4
     assert (Resources().processes_per_node, Resources(processes=3).processes_per_node) == (1, 3)
@@ -84,7 +84,7 @@ def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, mon
     local = Local()
     assert [local.processes(Resources(gpus=gpus)) for gpus in (0, 1, 2, 8)] == [1, 1, 2, 4]
     assert (local.slots(1, 2), local.slots(1, 3), Local(device="cpu").processes(Resources(gpus=4))) == (2, 1, 1)
-    with pytest.raises(Mistake, match="there are 4 here"):
+    with pytest.raises(UserError, match="there are 4 here"):
         local.processes(Resources(processes=5))
     choose_gpu(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"

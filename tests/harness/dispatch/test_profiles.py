@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.profiles import configuration_file, profiles, resolve
 
@@ -37,7 +37,7 @@ def test_a_flag_chooses_the_profile(file: Path) -> None:
 
 
 def test_an_unknown_profile_names_the_known_ones(file: Path) -> None:
-    with pytest.raises(Mistake, match="did you mean 'big'"):
+    with pytest.raises(UserError, match="did you mean 'big'"):
         resolve(Resources(), profile="bgi", file=file)
 
 
@@ -55,7 +55,7 @@ def test_an_unknown_profile_names_the_known_ones(file: Path) -> None:
 def test_mistakes_in_the_configuration_name_the_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(Mistake, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         profiles(path)
     assert str(path) in str(caught.value)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Mistake, load_grid
+from klab.grid import UserError, load_grid
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.slurm import client as scheduler
 from klab.harness.dispatch.slurm.backend import Slurm
@@ -142,7 +142,7 @@ def test_arrays_stay_below_the_clusters_limit_and_share_the_cap(fake: Fake, run:
 
 def test_a_submit_limit_is_filled_and_the_rest_is_told(fake: Fake, run: Run) -> None:
     (fake.folder / "limit").write_text("5")
-    with pytest.raises(Mistake, match=r"QOSMaxSubmitJobPerUserLimit.*5 of 6 jobs were submitted; launch again"):
+    with pytest.raises(UserError, match=r"QOSMaxSubmitJobPerUserLimit.*5 of 6 jobs were submitted; launch again"):
         submit(run, max_parallel=2)
     assert sum(len(each.cells) for each in submissions(run)) == 5
     assert all(each.job for each in submissions(run))
@@ -151,7 +151,7 @@ def test_a_submit_limit_is_filled_and_the_rest_is_told(fake: Fake, run: Run) -> 
 
 def test_a_refusal_leaves_nothing_behind(fake: Fake, run: Run) -> None:
     fake.fails("sbatch", "sbatch: error: invalid partition specified: gpo")
-    with pytest.raises(Mistake, match="Slurm refused the job: invalid partition specified: gpo"):
+    with pytest.raises(UserError, match="Slurm refused the job: invalid partition specified: gpo"):
         submit(run)
     assert submissions(run) == []
 
@@ -231,7 +231,7 @@ def test_an_intent_without_a_job_is_dropped(fake: Fake, run: Run) -> None:
 def test_nothing_is_submitted_while_slurm_is_silent(fake: Fake, run: Run) -> None:
     intend(run, packs(run), cluster="lab", threads=1)
     fake.fails("squeue", "Unable to contact slurm controller")
-    with pytest.raises(Mistake, match="Slurm does not answer"):
+    with pytest.raises(UserError, match="Slurm does not answer"):
         submit(run)
     assert not fake.calls("sbatch")
     assert len(submissions(run)) == 1
@@ -240,7 +240,7 @@ def test_nothing_is_submitted_while_slurm_is_silent(fake: Fake, run: Run) -> Non
 def test_a_lost_answer_of_sbatch_keeps_the_intent(fake: Fake, run: Run) -> None:
     fake.fails("sbatch", "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     fake.fails("sacct", "sacct: error: slurmdbd: Connection refused")
-    with pytest.raises(Mistake, match="does not answer"):
+    with pytest.raises(UserError, match="does not answer"):
         submit(run)
     assert [each.job for each in submissions(run)] == [None]
 
@@ -257,7 +257,7 @@ def test_cancel_ends_only_jobs_without_other_cells(fake: Fake, run: Run) -> None
 def test_cancel_says_when_slurm_is_silent(fake: Fake, run: Run) -> None:
     submit(run)
     fake.fails("squeue", "Unable to contact slurm controller")
-    with pytest.raises(Mistake, match="Slurm does not answer"):
+    with pytest.raises(UserError, match="Slurm does not answer"):
         Slurm().cancel(run, run.cells)
 
 
@@ -267,16 +267,16 @@ def test_cancel_says_when_slurm_is_silent(fake: Fake, run: Run) -> None:
 def test_a_damaged_record_is_a_mistake(fake: Fake, run: Run, record: str) -> None:
     submit(run)
     (submissions(run)[0].folder / "submission.json").write_text(record)
-    with pytest.raises(Mistake, match=r"submission\.json"):
+    with pytest.raises(UserError, match=r"submission\.json"):
         Slurm().states(run)
 
 
 def test_klabs_own_options_are_refused(run: Run) -> None:
-    with pytest.raises(Mistake, match=r"resources\.sbatch\.array: is set by klab"):
+    with pytest.raises(UserError, match=r"resources\.sbatch\.array: is set by klab"):
         Slurm({"sbatch": {"array": "0-3"}}).resources(run.resources)
 
 
 def test_without_slurm_it_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Mistake, match="there is no scontrol here"):
+    with pytest.raises(UserError, match="there is no scontrol here"):
         submit(run)

@@ -314,7 +314,7 @@ def test_empty_updates_are_refused(group_size: int, groups: int) -> None:
 
 def own_advantage(returns):  # type: ignore[no-untyped-def]
     """A user's advantage: the return less the update's mean return, all in one."""
-    return returns.returns - returns.outcome.mean()
+    return returns.returns - returns.trajectory_returns.mean()
 
 
 def test_a_function_of_the_users_own_is_called_update_by_update() -> None:

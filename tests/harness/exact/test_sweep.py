@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.grid.catalogue import AXES
 from klab.harness.exact import estimator_report
-from klab.harness.exact.gradient_table import survey
-from klab.harness.exact.instance import Draws, Instance
-from klab.harness.exact.product_sweep import MAIN_AXES, Plan, main_axes_product, sweep
+from klab.harness.exact.gradient_table import gradient_table
+from klab.harness.exact.instance import Instance, SharedUpdates
+from klab.harness.exact.product_sweep import MAIN_AXES, SweepPlan, main_axes_product, sweep
 
-PLAN = Plan(groups=50)
+PLAN = SweepPlan(groups=50)
 CELLS = [
     Objective(placement="none", estimator="k1"),
     Objective(placement="none", estimator="k2"),
@@ -71,14 +71,14 @@ def test_workers_give_the_same_numbers(tmp_path: Path) -> None:
 def test_another_plan_needs_another_file(tmp_path: Path) -> None:
     file = tmp_path / "sweep.jsonl"
     sweep(file, CELLS[:1], PLAN)
-    with pytest.raises(Mistake, match="another plan"):
-        sweep(file, CELLS[:1], Plan(groups=60))
+    with pytest.raises(UserError, match="another plan"):
+        sweep(file, CELLS[:1], SweepPlan(groups=60))
 
 
 def test_shared_draws_measure_what_estimator_report_measures() -> None:
     lab = Instance()
     setting = lab.perturbed(0.3)
-    draws = Draws(lab.behaviour, samples=4_000, largest=500)
+    draws = SharedUpdates(lab.behaviour, samples=4_000, largest=500)
     for objective, size in ((CELLS[2], 4), (CELLS[0], 2), (CELLS[0], 4)):
         shared = draws.report(objective, setting, size)
         alone = estimator_report(
@@ -91,7 +91,7 @@ def test_shared_draws_measure_what_estimator_report_measures() -> None:
 def test_a_survey_measures_on_policy_random_drift_and_inner_updates_and_names_the_drift() -> None:
     exact = Objective(placement="none", ratio="sequence_product", weight="ratio", advantage="raw")
     cells = {"grpo": (Objective(placement="none"), 4), "again": (Objective(placement="none"), 4), "product": (exact, 4)}
-    entries = survey(cells, random_drifts=(0.3,), inner_updates=(1, 3), samples=400)
+    entries = gradient_table(cells, random_drifts=(0.3,), inner_updates=(1, 3), samples=400)
     assert [(entry.group, entry.drift) for entry in entries] == [
         (group, drift) for group in cells for drift in ("on-policy", "random 0.3", "1 updates", "3 updates")
     ]

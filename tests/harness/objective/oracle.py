@@ -27,7 +27,7 @@ class Trajectory:
     logits: list[list[float]] | None = None
     logits_ref: list[list[float]] | None = None
     correction: list[float] | None = None
-    left_out: bool = False
+    excluded_from_loss: bool = False
 
     @property
     def length(self) -> int:
@@ -48,8 +48,8 @@ class Answer:
 def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -> Answer:
     o = objective
     advantages = _advantages(o, trajectories)
-    trajectories = [replace(t, columns=[], now=[], old=[], ref=[]) if t.left_out else t for t in trajectories]
-    advantages = [[] if t.left_out else row for t, row in zip(trajectories, advantages, strict=True)]
+    trajectories = [replace(t, columns=[], now=[], old=[], ref=[]) if t.excluded_from_loss else t for t in trajectories]
+    advantages = [[] if t.excluded_from_loss else row for t, row in zip(trajectories, advantages, strict=True)]
     log_rho, slopes = zip(*[_log_rho(o.ratio, t) for t in trajectories], strict=True)
     rho = [[math.exp(x) for x in row] for row in log_rho]
     weights = _weights(o, rho, log_rho, advantages)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from klab.harness.objective import TokenBatch
-from klab.harness.objective.groups import Groups, moments
+from klab.harness.objective.groups import Groups, mean_and_std
 from tests.support.random_batches import tokens
 
 
@@ -62,18 +62,18 @@ def test_rows_takes_the_same_rows_of_every_tensor() -> None:
 @pytest.mark.parametrize("labels", [[7, 3, 7, 7, -2, 3], [0, 0, 0], [5]])
 def test_groups_lay_trajectories_side_by_side(labels: list[int]) -> None:
     values = torch.arange(1.0, 1.0 + 2 * len(labels)).view(-1, 2)
-    found = Groups.of(torch.tensor(labels))
+    found = Groups.from_labels(torch.tensor(labels))
     dense = torch.tensor([sorted(set(labels)).index(label) for label in labels])
-    for groups in (found, Groups.of(dense, found.count)):
-        sums = groups.each(groups.together(values).sum(1))
+    for groups in (found, Groups.from_labels(dense, found.count)):
+        sums = groups.to_rows(groups.to_groups(values).sum(1))
         for row, label in enumerate(labels):
             members = [i for i, other in enumerate(labels) if other == label]
             assert torch.equal(sums[row], values[members].sum(0))
 
 
 def test_even_groups_are_those_of_their_labels() -> None:
-    even = Groups.even(3, 2, torch.device("cpu"))
-    found = Groups.of(torch.tensor([0, 0, 1, 1, 2, 2]))
+    even = Groups.equal_sized(3, 2, torch.device("cpu"))
+    found = Groups.from_labels(torch.tensor([0, 0, 1, 1, 2, 2]))
     assert (even.count, even.size) == (found.count, found.size) == (3, 2)
     assert torch.equal(even.index, found.index)
     assert torch.equal(even.slot, found.slot)
@@ -81,6 +81,6 @@ def test_even_groups_are_those_of_their_labels() -> None:
 
 def test_moments_of_equal_values_are_exact() -> None:
     values = torch.full((1, 3, 1), 0.1, dtype=torch.float64)
-    mean, spread = moments(values, torch.ones_like(values, dtype=torch.bool), "sample")
+    mean, spread = mean_and_std(values, torch.ones_like(values, dtype=torch.bool), "sample")
     assert mean.tolist() == [[0.1]]
     assert spread.tolist() == [[0.0]]

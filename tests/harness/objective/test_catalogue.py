@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.grid.catalogue import AXES
-from klab.harness.objective import parts
+from klab.harness.objective import axis_functions
 from klab.harness.objective.advantage import ADVANTAGES
 from klab.harness.objective.aggregate import AGGREGATIONS
 from klab.harness.objective.kl import ESTIMATORS
@@ -32,10 +32,10 @@ def test_every_axis_has_the_values_and_parameters_of_the_catalogue(registry: Reg
 
 
 def test_an_unknown_value_names_the_nearest() -> None:
-    with pytest.raises(Mistake, match="did you mean 'group_norm'"):
+    with pytest.raises(UserError, match="did you mean 'group_norm'"):
         ADVANTAGES.bound("grup_norm", {})
 
 
 def test_an_objective_is_composed_once() -> None:
-    assert parts(Objective(beta=0.3)) is parts(Objective(beta=0.3))
-    assert parts(Objective(beta=0.3)) is not parts(Objective(beta=0.4))
+    assert axis_functions(Objective(beta=0.3)) is axis_functions(Objective(beta=0.3))
+    assert axis_functions(Objective(beta=0.3)) is not axis_functions(Objective(beta=0.4))

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
-from klab.harness.objective import Coefficients, TokenBatch, objective_loss, update_context
+from klab.harness.objective import LossCoefficients, TokenBatch, objective_loss, update_context
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import random_batch, random_objective, tokens
 
 WITH_BETA = [name for name, value in AXES["placement"].values.items() if "beta" in value.parameters]
 
 
-def slopes(objective: Objective, batch: TokenBatch, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+def slopes(objective: Objective, batch: TokenBatch, coefficients: LossCoefficients) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient to the log-probabilities and logits as one vector."""
     leaves = [batch.logp.detach().requires_grad_(), batch.logits.detach().requires_grad_()]  # type: ignore[union-attr]
     moved = batch.replace(logp=leaves[0], logits=leaves[1])
@@ -32,11 +32,11 @@ def test_a_multiple_of_beta_is_another_beta(placement: str) -> None:
         source = random.Random(f"{placement} {seed}")
         objective, batch = random_objective(source, placement=placement), random_batch(source)
         once = objective_loss(objective, batch.replace(logp=batch.logp.detach()))
-        plain = slopes(objective, batch, Coefficients())
+        plain = slopes(objective, batch, LossCoefficients())
         assert torch.equal(plain[0], once.loss)
         larger = Objective(**objective.settings() | {"beta": 2.5 * objective.beta})
         for found, wanted in zip(
-            slopes(objective, batch, Coefficients(kl=2.5)), slopes(larger, batch, Coefficients()), strict=True
+            slopes(objective, batch, LossCoefficients(kl=2.5)), slopes(larger, batch, LossCoefficients()), strict=True
         ):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -47,7 +47,7 @@ def test_the_trust_region_by_hand() -> None:
     )
     objective = Objective(placement="none", aggregation="sequence_mean")
     without, beside = (
-        objective_loss(objective, batch, update_context(objective, batch, Coefficients(trust=trust)))
+        objective_loss(objective, batch, update_context(objective, batch, LossCoefficients(trust=trust)))
         for trust in (0.0, 3.0)
     )
     ratio = torch.tensor([0.2, -0.5], dtype=torch.float64).exp()
@@ -75,7 +75,7 @@ def test_the_penalty_has_the_value_and_the_gradient_of_the_kl_of_trajectories(se
     penalties, coefficients = [], []
     for n in range(number):
         row = batch.rows(slice(n, n + 1))
-        loss = objective_loss(objective, row, update_context(objective, row, Coefficients(trust=1.0))).loss
+        loss = objective_loss(objective, row, update_context(objective, row, LossCoefficients(trust=1.0))).loss
         penalties.append(loss.detach())
         coefficients.append(torch.autograd.grad(loss, batch.logp, retain_graph=True)[0][n])
     value = (weight * torch.stack(penalties)).sum()
@@ -89,10 +89,10 @@ def test_the_penalty_has_the_value_and_the_gradient_of_the_kl_of_trajectories(se
 def test_the_penalty_is_aggregated_like_the_objective_and_adds_up_over_micro_batches(aggregation: str) -> None:
     source = random.Random(aggregation)
     objective, batch = random_objective(source, aggregation=aggregation), random_batch(source, drift=0.5)
-    context = update_context(objective, batch, Coefficients(kl=0.7, trust=1.3))
+    context = update_context(objective, batch, LossCoefficients(kl=0.7, trust=1.3))
     whole = objective_loss(objective, batch, context).loss
     rows = [slice(n, n + 1) for n in range(len(batch.rewards))]
     parts = sum(objective_loss(objective, batch.rows(each), context.rows(each)).loss for each in rows)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
-    without = objective_loss(objective, batch, update_context(objective, batch, Coefficients(kl=0.7))).loss
+    without = objective_loss(objective, batch, update_context(objective, batch, LossCoefficients(kl=0.7))).loss
     assert float(whole.detach()) > float(without.detach())

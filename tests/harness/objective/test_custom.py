@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.harness.objective import objective_loss, update_context
 from tests.support.random_batches import gradient, random_batch
 
@@ -39,8 +39,8 @@ def test_a_custom_value_acts_as_the_built_in_one_that_it_imitates(custom: dict, 
 
 
 def test_parameters_reach_the_function() -> None:
-    weights = [objective_loss(Objective(weight=_own("soft", tau=tau)), BATCH).observation.weight for tau in (0.5, 2.0)]
-    rho = objective_loss(Objective(weight="ratio"), BATCH).observation.weight
+    weights = [objective_loss(Objective(weight=_own("soft", tau=tau)), BATCH).token_stats.weight for tau in (0.5, 2.0)]
+    rho = objective_loss(Objective(weight="ratio"), BATCH).token_stats.weight
     for weight, tau in zip(weights, (0.5, 2.0), strict=True):
         torch.testing.assert_close(weight, torch.tanh(rho / tau) * tau)
 
@@ -67,7 +67,7 @@ def test_custom_values_are_cut_into_micro_batches_like_the_others() -> None:
     ],
 )
 def test_mistakes_are_named(weight: object, message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         objective_loss(Objective(weight=weight), BATCH)
 
 

@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
-from klab.harness.objective import TokenBatch, objective_loss, surrogate, update_context
+from klab.harness.objective import TokenBatch, loss_terms, objective_loss, update_context
 from tests.support.random_batches import gradient, random_batch, random_objective, tokens
 
 PER_TOKEN = ("logp", "logp_behaviour", "logp_reference", "logits", "logits_reference", "values")
@@ -117,7 +117,7 @@ def test_updates_mapped_at_once_equal_a_loop(axis: str, value: str) -> None:
 
     def loss(fields: dict[str, Tensor], groups: Tensor, n_groups: int | None) -> Tensor:
         batch = TokenBatch(**fields, groups=groups, max_new_tokens=9, n_groups=n_groups)  # type: ignore[arg-type]
-        policy_loss, kl_loss = surrogate(objective, batch, update_context(objective, batch))
+        policy_loss, kl_loss = loss_terms(objective, batch, update_context(objective, batch))
         return policy_loss + kl_loss
 
     def derivative(fields: dict[str, Tensor], groups: Tensor, n_groups: int | None) -> Any:

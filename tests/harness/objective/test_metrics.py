@@ -70,7 +70,7 @@ def test_the_two_terms_add_up_and_only_the_loss_placements_have_the_second() -> 
 def test_metrics_do_not_touch_the_graph() -> None:
     out = objective_loss(OBJECTIVE, BATCH)
     assert out.metrics is out.metrics
-    assert not any(value.requires_grad for value in vars(out.observation).values())
+    assert not any(value.requires_grad for value in vars(out.token_stats).values())
     out.loss.backward()
     assert BATCH.logp.grad is not None
     assert BATCH.logp.grad.any()

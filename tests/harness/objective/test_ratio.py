@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from klab.grid.catalogue import AXES
-from klab.harness.objective.masking import compact, expand, last_own
+from klab.harness.objective.masking import last_token_mask, left_align, undo_left_align
 from klab.harness.objective.ratio import RATIOS
 
 MASK = torch.tensor([[False, True, True, False, True, False], [True, False, False, False, False, False]])
@@ -32,13 +32,13 @@ def test_log_rho_by_hand(name: str) -> None:
 
 def test_future_mean_ends_as_token_and_starts_as_sequence_mean() -> None:
     future = RATIOS["future_mean"](LOG_RATIO, MASK)
-    last = last_own(MASK)
+    last = last_token_mask(MASK)
     assert torch.equal(future[last], RATIOS["token"](LOG_RATIO, MASK)[last])
-    first = last_own(MASK.flip(1)).flip(1)
+    first = last_token_mask(MASK.flip(1)).flip(1)
     torch.testing.assert_close(future[first], RATIOS["sequence_mean"](LOG_RATIO, MASK)[first], rtol=0, atol=1e-16)
 
 
 def test_compact_moves_own_tokens_to_the_front_and_expand_moves_them_back() -> None:
-    front = compact(LOG_RATIO, MASK)
+    front = left_align(LOG_RATIO, MASK)
     assert front.tolist() == [[0.1, -0.4, 0.9, 0, 0, 0], [0.3, 0, 0, 0, 0, 0]]
-    assert torch.equal(expand(front, MASK)[MASK], LOG_RATIO[MASK])
+    assert torch.equal(undo_left_align(front, MASK)[MASK], LOG_RATIO[MASK])

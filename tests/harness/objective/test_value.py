@@ -108,12 +108,14 @@ def test_micro_batches_add_up_and_garbage_off_the_own_tokens_has_no_part(seed: i
             part, within = batch.rows(each), context.rows(each)
             assert part.values is not None
             assert within.value_targets is not None
-            losses.append(value_loss(values[each], part.values, within.value_targets, part.in_loss, within.totals, 0.2))
+            losses.append(
+                value_loss(values[each], part.values, within.value_targets, part.loss_mask, within.totals, 0.2)
+            )
         return torch.autograd.grad(sum(losses), values)[0]  # type: ignore[arg-type]
 
     whole = slope([slice(0, n)])
     assert bool(whole.isfinite().all())
-    assert not bool(whole[~batch.in_loss].any())
+    assert not bool(whole[~batch.loss_mask].any())
     cut = source.randint(0, n)
     rows = [each for each in (slice(0, cut), slice(cut, n)) if each.start < each.stop]
     torch.testing.assert_close(slope(rows), whole, rtol=0, atol=1e-12)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from klab.grid import Objective
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.harness.objective import parts
+from klab.harness.objective import axis_functions
 from klab.harness.objective.weight import WEIGHTS, largest_exponent
 from tests.harness.objective.oracle import largest_exponent as by_halving
 
@@ -83,7 +83,7 @@ def test_weights_are_exactly_one_at_ratio_one(name: str) -> None:
     ratios = torch.ones(3, dtype=torch.float64)
     advantages = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
     solved = {"q": torch.tensor(0.3, dtype=torch.float64)} if name == "adaptive" else {}
-    assert torch.equal(parts(Objective(weight=name)).weight(ratios, advantages, **solved), ratios)
+    assert torch.equal(axis_functions(Objective(weight=name)).weight(ratios, advantages, **solved), ratios)
 
 
 @pytest.mark.parametrize("advantage", [-1.5, 2.0])
@@ -124,7 +124,7 @@ def test_filters_keep_an_overflowed_ratio_out() -> None:
     ratios, advantages = torch.tensor([math.inf]), torch.tensor([1.0])
     for name in ("ppo_clip", "dual_clip", "truncate_clip", "mask"):
         assert float(_weight(name, ratios, 1.0, Objective(weight=name).arguments("weight"))) == 0.0
-    assert not parts(Objective(weight="ratio")).weight(ratios, advantages).isfinite().any()
+    assert not axis_functions(Objective(weight="ratio")).weight(ratios, advantages).isfinite().any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.stacked.decoder import Decoder
@@ -153,18 +153,18 @@ def test_cells_of_one_checkpoint_share_no_memory(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="no readable model configuration"):
+    with pytest.raises(UserError, match="no readable model configuration"):
         Decoder.from_pretrained(tmp_path / "nowhere")
     GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(Mistake, match=r"stacked decoder.*gpt2"):
+    with pytest.raises(UserError, match=r"stacked decoder.*gpt2"):
         Decoder.from_pretrained(tmp_path / "gpt2")
     decoder(1).save(tmp_path / "small", 0)
-    with pytest.raises(Mistake, match="another architecture"):
+    with pytest.raises(UserError, match="another architecture"):
         decoder(1, num_hidden_layers=1).load(tmp_path / "small", 0)
-    with pytest.raises(Mistake, match="dynamic"):
+    with pytest.raises(UserError, match="dynamic"):
         decoder(1, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(Mistake, match="sliding"):
+    with pytest.raises(UserError, match="sliding"):
         decoder(1, "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
     (tmp_path / "small" / "model.safetensors").unlink()
-    with pytest.raises(Mistake, match="no readable weights"):
+    with pytest.raises(UserError, match="no readable weights"):
         Decoder.from_pretrained(tmp_path / "small")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.policy import HfPolicy, Lora
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.logprobs import token_scores
@@ -94,9 +94,9 @@ def test_a_saved_cell_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     for name, value in other.parameters.items():
         assert torch.equal(value[2], policy.parameters[name][1])
         assert torch.equal(value[:2], before[name][:2])
-    with pytest.raises(Mistake, match=r"rank, alpha, targets\) \(4, 32"):
+    with pytest.raises(UserError, match=r"rank, alpha, targets\) \(4, 32"):
         decoder(1).adapted(Lora(rank=8), [0]).load(tmp_path, 0)
-    with pytest.raises(Mistake, match="no adapters"):
+    with pytest.raises(UserError, match="no adapters"):
         other.load(tmp_path / "nowhere", 0)
 
 
@@ -219,9 +219,9 @@ def test_merging_prefixes_changes_nothing() -> None:
 
 
 def test_unknown_targets_are_named() -> None:
-    with pytest.raises(Mistake, match=r"policy\.lora\.targets.*'query'.*Valid: all-linear, q_proj"):
+    with pytest.raises(UserError, match=r"policy\.lora\.targets.*'query'.*Valid: all-linear, q_proj"):
         decoder(1).adapted(Lora(targets=("q_proj", "query")), [0])
-    with pytest.raises(Mistake, match="no such linear layer"):
+    with pytest.raises(UserError, match="no such linear layer"):
         decoder(1).adapted(Lora(targets=()), [0])
     with pytest.raises(ValueError, match="base of one cell"):
         decoder(2).adapted(Lora(), [0])

@@ -11,7 +11,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.prompt import check_ids, end_tokens, prompt_ids
@@ -58,13 +58,15 @@ def test_a_template_brings_its_special_tokens_itself() -> None:
 
 def test_a_template_that_fails_or_is_missing() -> None:
     tokenizer = character_tokenizer(LETTERS)
-    with pytest.raises(Mistake, match=r"policy\.chat_template: the tokenizer has no chat template.*auto, never"):
+    with pytest.raises(UserError, match=r"policy\.chat_template: the tokenizer has no chat template.*auto, never"):
         prompt_ids(tokenizer, "abc", "always")
     tokenizer.chat_template = "{{ raise_exception('no user here') }}"
-    with pytest.raises(Mistake, match=r"the chat template of the tokenizer failed: TemplateError: no user here.*never"):
+    with pytest.raises(
+        UserError, match=r"the chat template of the tokenizer failed: TemplateError: no user here.*never"
+    ):
         prompt_ids(tokenizer, "abc")
     tokenizer.chat_template = "{% if %}"
-    with pytest.raises(Mistake, match="TemplateSyntaxError"):
+    with pytest.raises(UserError, match="TemplateSyntaxError"):
         prompt_ids(tokenizer, "abcd")
 
 
@@ -75,7 +77,7 @@ def test_end_tokens() -> None:
     assert end_tokens(tokenizer, {"eos_token_id": [5, 7, 99]}, 18) == {1, 5, 7}
     tokenizer.eos_token = None
     assert end_tokens(tokenizer, {"eos_token_id": [5]}, 18) == {5}
-    with pytest.raises(Mistake, match=r"the tokenizer has no end token.*eos_token_id in generation_config\.json"):
+    with pytest.raises(UserError, match=r"the tokenizer has no end token.*eos_token_id in generation_config\.json"):
         end_tokens(tokenizer, {"eos_token_id": None}, 18)
 
 
@@ -83,7 +85,7 @@ def test_end_tokens() -> None:
 def test_a_tokenizer_without_an_end_token(tmp_path: Path, family: str) -> None:
     tokenizer = character_tokenizer(LETTERS)
     tokenizer.eos_token = None
-    with pytest.raises(Mistake, match="the tokenizer has no end token"):
+    with pytest.raises(UserError, match="the tokenizer has no end token"):
         load_policy(section(checkpoint(tmp_path, family, tokenizer)), tmp_path, 1, "cpu")
 
 
@@ -105,7 +107,7 @@ def test_a_tokenizer_without_a_padding_token_is_as_good(tmp_path: Path, family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tokenizer_of_another_model(tmp_path: Path, family: str) -> None:
     folder = checkpoint(tmp_path, family, LETTERS, vocab_size=10)
-    with pytest.raises(Mistake, match=r"does not belong to the model: it has 18 tokens, .* embedding has 10"):
+    with pytest.raises(UserError, match=r"does not belong to the model: it has 18 tokens, .* embedding has 10"):
         load_policy(section(folder), folder, 1, "cpu")
 
 
@@ -114,7 +116,7 @@ def test_a_special_token_without_a_row_in_the_embedding() -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     ids = prompt_ids(tokenizer, "ab<turn>")
     check_ids(ids, tokenizer, 19)
-    with pytest.raises(Mistake, match=r"it gives token 18 \('<turn>'\), the model's embedding has 18"):
+    with pytest.raises(UserError, match=r"it gives token 18 \('<turn>'\), the model's embedding has 18"):
         check_ids(ids, tokenizer, 18)
 
 
@@ -141,7 +143,7 @@ def test_code_of_the_checkpoint_runs_only_where_it_is_trusted(tmp_path: Path, mo
         "AutoModelForCausalLM": "modeling_own.OwnModel",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Mistake, match=r"policy\.trust_remote_code: the model brings Python code of its own"):
+    with pytest.raises(UserError, match=r"policy\.trust_remote_code: the model brings Python code of its own"):
         load_policy(section(folder), folder, 1, "cpu")
     policy = load_policy(section(folder, trust_remote_code=True), folder, 1, "cpu")
     prompts = [[[4, 5, 6, 7], [8]]]
@@ -152,5 +154,5 @@ def test_code_of_the_checkpoint_runs_only_where_it_is_trusted(tmp_path: Path, mo
 
 def test_the_stacked_decoder_cannot_be_forced_on_another_architecture(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "GPT2", LETTERS)
-    with pytest.raises(Mistake, match="not in the stacked decoder"):
+    with pytest.raises(UserError, match="not in the stacked decoder"):
         load_policy(section(folder, engine="stacked"), folder, 1, "cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.sampling.categorical import Stretch, draw, uniform
@@ -171,9 +171,9 @@ def test_prompts_sampled_apart_are_the_prompts_sampled_together(cut: int) -> Non
 
 def test_mistakes_are_named() -> None:
     policy = decoder(1, max_position_embeddings=8)
-    with pytest.raises(Mistake, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         sample(policy, [[[]]], group_size=1, max_new_tokens=2, generators=generators([0]))
-    with pytest.raises(Mistake, match="context"):
+    with pytest.raises(UserError, match="context"):
         sample(policy, [PROMPTS], group_size=8, max_new_tokens=20, generators=generators([0]))
     with pytest.raises(ValueError, match="1 cells"):
         sample(policy, [PROMPTS, PROMPTS], group_size=1, max_new_tokens=2, generators=generators([0]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.sections import AdditionTask, CustomTask, HfPolicy, TinyPolicy
 from klab.harness.policy.init.initial_policy import address, starting_policy
 from klab.harness.policy.init.sft_warmup import sampled_accuracy
@@ -100,7 +100,7 @@ def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path: Path)
 
 
 def test_a_warm_up_that_does_not_get_there_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"warmup_updates_max.*accuracy of 0\.0.*after 5 updates"):
+    with pytest.raises(UserError, match=r"warmup_updates_max.*accuracy of 0\.0.*after 5 updates"):
         built(tmp_path, POLICY.model_copy(update={"warmup_updates_max": 5}))
 
 
@@ -124,7 +124,7 @@ class Mute:
 
 @pytest.mark.parametrize(("alphabet", "message"), [("a", "reference solutions"), (None, "alphabet")])
 def test_a_task_that_cannot_be_warmed_up_on_is_a_mistake(tmp_path: Path, alphabet: str | None, message: str) -> None:
-    with pytest.raises(Mistake, match=message):
+    with pytest.raises(UserError, match=message):
         starting_policy(POLICY, Mute(alphabet), TASK, tmp_path)
 
 
@@ -133,5 +133,5 @@ def test_a_pretrained_folder_is_used_as_it_is(tmp_path: Path) -> None:
     section = HfPolicy(model=str(tmp_path / "model"))
     assert starting_policy(section, Dice(), TASK, tmp_path / "cache") == tmp_path / "model"
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(Mistake, match=r"policy\.model"):
+    with pytest.raises(UserError, match=r"policy\.model"):
         starting_policy(HfPolicy(model=str(tmp_path / "nowhere")), Dice(), TASK, tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.grid.schema.policy import Lora
 from klab.harness.policy.rollout import sample
 from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
@@ -113,7 +113,7 @@ def test_the_context_is_the_limit(way: type[Decoding] | type[StaticDecoding]) ->
         decoding.start()
         for _ in range(8):
             decoding.step(newest, opened)
-        with pytest.raises(Mistake, match="sequences of 12 tokens exceed the model's context"):
+        with pytest.raises(UserError, match="sequences of 12 tokens exceed the model's context"):
             decoding.step(newest, opened)
 
 
@@ -122,5 +122,5 @@ def test_an_unknown_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not static_decoding.decodes_statically(torch.device("cpu"))
     assert static_decoding.decodes_statically(torch.device("cuda"))
     monkeypatch.setenv(static_decoding.VARIABLE, "statik")
-    with pytest.raises(Mistake, match=r"KLAB_DECODING.*did you mean 'static'"):
+    with pytest.raises(UserError, match=r"KLAB_DECODING.*did you mean 'static'"):
         static_decoding.decodes_statically(torch.device("cpu"))

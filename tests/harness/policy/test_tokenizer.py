@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 
 
@@ -34,5 +34,5 @@ def test_it_survives_ordinary_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("alphabet", "size"), [("", None), ("aa", None), ("abc", 5)])
 def test_an_alphabet_that_cannot_work_is_a_mistake(alphabet: str, size: int | None) -> None:
-    with pytest.raises(Mistake, match="alphabet"):
+    with pytest.raises(UserError, match="alphabet"):
         character_tokenizer(alphabet, size)

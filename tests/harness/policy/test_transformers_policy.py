@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.policy.hf.policy import BOUNDLESS, TransformersPolicy
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
@@ -193,7 +193,7 @@ def test_saved_is_an_ordinary_checkpoint(made: Any, tmp_path: Path, family: str)
     again = TransformersPolicy.from_pretrained(made(family))
     again.load(tmp_path, 0)
     assert all(torch.equal(again.parameters[name][0], value[1]) for name, value in policy.parameters.items())
-    with pytest.raises(Mistake, match="another architecture"):
+    with pytest.raises(UserError, match="another architecture"):
         again.load(made("OPT"), 0)
 
 
@@ -202,10 +202,10 @@ def test_a_model_without_a_context_of_its_own(made: Any) -> None:
 
 
 def test_what_cannot_be_loaded(made: Any, tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="no readable model configuration"):
+    with pytest.raises(UserError, match="no readable model configuration"):
         TransformersPolicy.from_pretrained(tmp_path)
     odd = SimpleNamespace(rank=2, alpha=4.0, targets=("c_attm",))
-    with pytest.raises(Mistake, match=r"policy\.lora\.targets: PEFT cannot adapt them.*c_attn"):
+    with pytest.raises(UserError, match=r"policy\.lora\.targets: PEFT cannot adapt them.*c_attn"):
         TransformersPolicy.from_pretrained(made("GPT2"), lora=odd)
     from safetensors.torch import load_file, save_file
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_loaded(made: Any, tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     state.pop("transformer.ln_f.weight")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Mistake, match=r"the checkpoint has no tensor 'transformer\.ln_f\.weight'"):
+    with pytest.raises(UserError, match=r"the checkpoint has no tensor 'transformer\.ln_f\.weight'"):
         TransformersPolicy.from_pretrained(folder)
 
 
@@ -221,5 +221,5 @@ def test_adapters_without_peft(made: Any, monkeypatch: pytest.MonkeyPatch) -> No
     import sys
 
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(Mistake, match=r"need the library PEFT.*klab\[lora\]"):
+    with pytest.raises(UserError, match=r"need the library PEFT.*klab\[lora\]"):
         TransformersPolicy.from_pretrained(made("GPT2"), lora=LORA)

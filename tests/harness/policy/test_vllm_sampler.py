@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from klab.grid.errors import Mistake
+from klab.grid.errors import UserError
 from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.rollout import Rollout, sample
 from klab.harness.policy.sampling.trajectory_builder import Draft
@@ -32,7 +32,7 @@ def answering(cell: int, trajectory: int, transcript: str) -> str | None:
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
 def test_without_vllm_the_message_says_what_to_install() -> None:
     for ask in (require_vllm, lambda: vllm_sampler(None)):
-        with pytest.raises(Mistake, match=r"training\.sampler\.engine: vllm is not installed .* 'klab\[vllm\]'"):
+        with pytest.raises(UserError, match=r"training\.sampler\.engine: vllm is not installed .* 'klab\[vllm\]'"):
             ask()
 
 
@@ -46,7 +46,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_message_says_so(engine: Any) -> None:
-    with pytest.raises(Mistake, match=r"vllm needs a GPU, and this process sees none .* resources\.gpus"):
+    with pytest.raises(UserError, match=r"vllm needs a GPU, and this process sees none .* resources\.gpus"):
         vllm_sampler("bfloat16")
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import CellFolder, Evicted, Held, Run
 
 
@@ -51,7 +51,7 @@ def test_rows_after_the_checkpoint_are_dropped_and_recorded_once(folder: CellFol
 
 def test_an_update_recorded_twice_is_a_mistake(folder: CellFolder) -> None:
     folder.append_metrics([row(1), row(2), row(2)])
-    with pytest.raises(Mistake, match=r"metrics\.jsonl line 3"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 3"):
         folder.metrics()
 
 
@@ -60,7 +60,7 @@ def test_a_damaged_row_names_its_file_and_line(folder: CellFolder) -> None:
     path = folder.path / "metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b"0.6666", b"0.7666"))
     for read in (folder.metrics, lambda: folder.keep_metrics(1)):
-        with pytest.raises(Mistake, match=r"metrics\.jsonl line 2.*checksum"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl line 2.*checksum"):
             read()
     assert folder.last_metrics() == row(3)
 
@@ -79,7 +79,7 @@ def test_a_result_that_is_no_result_is_a_mistake(folder: CellFolder) -> None:
     folder.finish({"state": "finished", "reward_final": 0.25})
     path = folder.path / "result.json"
     path.write_text(path.read_text().replace("0.25", "0.75"))
-    with pytest.raises(Mistake, match=r"result\.json"):
+    with pytest.raises(UserError, match=r"result\.json"):
         folder.result()
 
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import files
 
 JSON = st.recursive(
@@ -53,20 +53,20 @@ def test_one_changed_byte_is_never_believed(record: dict[str, Any], data: st.Dat
     text[place] ^= data.draw(st.integers(1, 255))
     try:
         found = files.unseal(bytes(text), "x")
-    except Mistake:
+    except UserError:
         return
     assert same(found, record)  # only white space and the like may change unnoticed
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_record_or_a_mistake(data: bytes) -> None:
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         files.unseal(data, "x")
 
 
 @pytest.mark.parametrize(("schema", "word"), [(0, "older"), (2, "newer")])
 def test_another_schema_is_refused_by_name(schema: int, word: str) -> None:
-    with pytest.raises(Mistake, match=rf"some\.json.*{word} klab \(schema {schema}"):
+    with pytest.raises(UserError, match=rf"some\.json.*{word} klab \(schema {schema}"):
         files.unseal(json.dumps({"schema": schema}).encode(), "some.json")
 
 
@@ -111,7 +111,7 @@ def test_lines_read_together_are_those_read_one_by_one(records: list[dict[str, A
             if good:
                 assert same(files.read_lines(path), records)
                 continue
-            with pytest.raises(Mistake, match=rf"rows\.jsonl line {place + 1}:"):
+            with pytest.raises(UserError, match=rf"rows\.jsonl line {place + 1}:"):
                 files.read_lines(path)
 
 
@@ -124,8 +124,8 @@ def test_any_bytes_as_a_line_file_are_rows_or_a_mistake(data: bytes) -> None:
         for read in (files.read_lines, files.last_line):
             try:
                 found = str(read(path))
-            except Mistake as mistake:
-                found = str(mistake)
+            except UserError as error:
+                found = str(error)
             assert found in ("[]", "None") or "rows.jsonl" in found
 
 

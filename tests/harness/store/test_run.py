@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from klab.grid import Mistake, parse_grid
+from klab.grid import UserError, parse_grid
 from klab.harness.store import Run, files
 
 MakeRun = Callable[..., Run]
@@ -57,7 +57,7 @@ def test_another_grid_is_refused_and_nothing_is_written(
     run: Run, make_run: MakeRun, change: tuple[str, str], said: str
 ) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(Mistake, match="belongs to") as caught:
+    with pytest.raises(UserError, match="belongs to") as caught:
         make_run(change)
     assert said in str(caught.value)
     assert "--runs" in str(caught.value)
@@ -72,7 +72,7 @@ def test_settings_that_change_no_number_may_change(run: Run, make_run: MakeRun) 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, make_run: MakeRun) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(Mistake, match="not a run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         make_run(path=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -81,7 +81,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, make_run: MakeR
 def test_opening_what_is_no_run_names_it(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(Mistake, match=name):
+    with pytest.raises(UserError, match=name):
         Run.open(tmp_path / name)
 
 
@@ -97,11 +97,11 @@ def test_a_run_may_move(run: Run, tmp_path: Path) -> None:
 def test_a_cell_is_found_by_either_end_of_its_id(run: Run) -> None:
     identity = run.cells[1]
     assert run.cell(identity[-8:]).id == identity
-    with pytest.raises(Mistake, match="2 cells fit"):
+    with pytest.raises(UserError, match="2 cells fit"):
         run.cell("k1-")
-    with pytest.raises(Mistake, match="no such cell"):
+    with pytest.raises(UserError, match="no such cell"):
         run.cell("nothing")
-    with pytest.raises(Mistake, match="no such cell"):
+    with pytest.raises(UserError, match="no such cell"):
         run.cell("")
 
 
@@ -118,7 +118,7 @@ def test_a_strangers_manifest_cannot_lead_out_of_the_folder(run: Run) -> None:
     assert manifest is not None
     manifest["cells"]["../../outside"] = manifest["cells"][run.cells[0]]
     files.replace(run.path / "manifest.json", files.seal(manifest))
-    with pytest.raises(Mistake, match="cannot be a folder"):
+    with pytest.raises(UserError, match="cannot be a folder"):
         Run.open(run.path)
 
 
@@ -139,8 +139,8 @@ def test_a_damaged_manifest_is_a_mistake_that_names_it(run: Run, data: st.DataOb
         file.write_bytes(broken)
         try:
             believed, said = Run.open(run.path).manifest, ""
-        except Mistake as mistake:
-            believed, said = {}, str(mistake)
+        except UserError as error:
+            believed, said = {}, str(error)
         assert believed == run.manifest or "manifest.json" in said
     finally:
         file.write_bytes(whole)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.store import files
 from klab.harness.store.manifest import Rows, read_table, seal_table
 
@@ -63,7 +63,7 @@ def test_rows_wait_until_they_are_asked_for_and_share_what_is_equal(tmp_path: Pa
     assert (list(table), len(table), "b" in table, "d" in table) == (["a", "b", "c"], 3, True, False)
     assert (table["a"], table["c"]) == (rows["a"], rows["c"])
     assert table["a"]["task"] is table["c"]["task"]
-    with pytest.raises(Mistake, match=r"table\.json.* b"):
+    with pytest.raises(UserError, match=r"table\.json.* b"):
         table["b"]
 
 
@@ -81,5 +81,5 @@ def test_a_table_of_a_newer_klab_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(files, "SCHEMA", 2)
     files.replace(path, seal_table({}, "rows", {}))
     monkeypatch.undo()
-    with pytest.raises(Mistake, match="newer klab"):
+    with pytest.raises(UserError, match="newer klab"):
         read_table(path, "rows", CUTS)

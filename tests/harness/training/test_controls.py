@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from klab.grid import Cell, Objective
 from klab.grid.schema.sections import AdditionTask, BetaControl, Critic, TinyPolicy, TrainingSection, TrustRegion
-from klab.harness.objective import Coefficients
+from klab.harness.objective import LossCoefficients
 from klab.harness.training import run_cells
 from klab.harness.training.optim.kl_controller import adapted, figures, first
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
@@ -45,7 +45,7 @@ def test_beta_follows_ziegler_by_hand() -> None:
 @given(st.floats(0, 10), st.floats(1e-3, 10), st.floats(0.5, 100), st.floats(1e-3, 1e3))
 def test_beta_moves_towards_the_target_and_never_far(k3: float, target: float, horizon: float, kl: float) -> None:
     controlled = cell(beta_control=BetaControl(target=target, horizon=horizon))
-    after = adapted(controlled, Coefficients(kl=kl), row(k3=k3)).kl / kl
+    after = adapted(controlled, LossCoefficients(kl=kl), row(k3=k3)).kl / kl
     assert (after > 1) <= (k3 > target)
     assert (after < 1) <= (k3 < target)
     assert abs(after - 1) <= 0.2 / horizon * (1 + 1e-12)
@@ -83,14 +83,14 @@ def test_updates_that_did_not_move_the_policy_move_no_coefficient(place: dict[st
     )
     at = first(controlled)
     assert adapted(controlled, at, row(**{"update": 3, "k3": 1.0, "kl": 1.0} | place)) == at
-    assert adapted(controlled, at, row(3, 1.0, 1.0)) == Coefficients(kl=1.02, trust=2.0)
+    assert adapted(controlled, at, row(3, 1.0, 1.0)) == LossCoefficients(kl=1.02, trust=2.0)
 
 
 def test_without_controls_nothing_moves_and_no_column_appears(make_run: MakeRun) -> None:
     assert figures(cell(), first(cell())) == {}
-    assert adapted(cell(), first(cell()), row(k3=9.0, kl=9.0)) == Coefficients(kl=1.0, trust=0.0)
+    assert adapted(cell(), first(cell()), row(k3=9.0, kl=9.0)) == LossCoefficients(kl=1.0, trust=0.0)
     fixed = cell(lag=1, trust_region=TrustRegion(coefficient=2.0))
-    assert adapted(fixed, first(fixed), row(kl=9.0)) == Coefficients(kl=1.0, trust=2.0)
+    assert adapted(fixed, first(fixed), row(kl=9.0)) == LossCoefficients(kl=1.0, trust=2.0)
 
 
 @pytest.mark.parametrize("training", CONTROLS.values(), ids=CONTROLS.keys())

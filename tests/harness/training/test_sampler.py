@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from klab.grid import Mistake, Objective
+from klab.grid import Objective, UserError
 from klab.grid.schema.sections import Sampler, load_section
 from klab.harness.objective import TokenBatch
 from klab.harness.policy.logprobs import token_scores
@@ -192,11 +192,11 @@ def test_without_a_cap_a_tokens_correction_is_exact(weight: str, placement: str)
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(Mistake, match=r"training\.sampler\.low: must not exceed training\.sampler\.high \(got 2"):
+    with pytest.raises(UserError, match=r"training\.sampler\.low: must not exceed training\.sampler\.high \(got 2"):
         load_section("training", {"sampler": {"correction": "icepop", "low": 2.0, "high": 1.0}})
     vllm = {"sampler": {"engine": "vllm"}, "top_p": 0.9}
     assert load_section("training", vllm)
     with pytest.raises(
-        Mistake, match=r"training\.top_p: vllm records .* Set it to 1, or the temperature \(0\.7\) to 1"
+        UserError, match=r"training\.top_p: vllm records .* Set it to 1, or the temperature \(0\.7\) to 1"
     ):
         load_section("training", {**vllm, "temperature": 0.7})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.grid.schema.sections import load_section
 from klab.harness.objective import TokenBatch, objective_loss
 from klab.harness.policy.logprobs import token_scores
@@ -126,7 +126,7 @@ def test_truncated_trajectories_count_in_the_advantage_and_not_in_the_loss(make_
     trained.draw()
     rollout = trained.pending[0][0].rollout
     assert 0 < int(rollout.truncated.sum()) < len(rollout.truncated)
-    row = assert_step(trained, gradient_of_loss(trained, left_out=rollout.truncated))
+    row = assert_step(trained, gradient_of_loss(trained, excluded_from_loss=rollout.truncated))
     assert row["loss_tokens"] == int(rollout.mask[~rollout.truncated].sum())
     assert row["tokens"] == int(rollout.mask.sum())
 
@@ -180,7 +180,7 @@ def test_a_buffer_longer_than_the_tasks_budget_is_a_mistake(make_run: MakeRun) -
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(Mistake, match=r"training\.group_size: the rewards of a group of one are always equal"):
+    with pytest.raises(UserError, match=r"training\.group_size: the rewards of a group of one are always equal"):
         load_section("training", {"equal_groups": "drop", "group_size": 1})
-    with pytest.raises(Mistake, match=r"training\.overlong_buffer: exceeds the 4 tokens"):
+    with pytest.raises(UserError, match=r"training\.overlong_buffer: exceeds the 4 tokens"):
         load_section("training", {"overlong_buffer": 5, "max_new_tokens": 4})

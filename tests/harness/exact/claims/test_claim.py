@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from klab.grid import Mistake
+from klab.grid import UserError
 from klab.harness.claims.book import book, examine, markdown, records, selected, subject
 from klab.harness.claims.claim import Check, Evidence, Number, Verdict, claim, verdict_of
 
@@ -65,7 +65,7 @@ def test_an_id_selects_the_claim_and_its_parts_whatever_the_case() -> None:
 
 
 def test_an_unknown_id_is_the_users_mistake_and_names_the_nearest() -> None:
-    with pytest.raises(Mistake, match="C98"):
+    with pytest.raises(UserError, match="C98"):
         selected(["C98"])
 
 
