@@ -55,6 +55,9 @@ def examine(runs: Path) -> Iterator[Finding]:
     hardware = machine.hardware()
     yield Finding("cores", "ok", f"{hardware['cores']}, {hardware['processor']}")
     yield Finding("memory", "ok", f"{hardware['memory_gb']} GB")
+    yield Finding(
+        "kernels", "ok", ", ".join(f"{name}={value}" for name, value in hardware["kernels"].items()) or "torch's own"
+    )
     yield _torch()
     yield _slurm()
     yield _git()

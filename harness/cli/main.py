@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from klab.grid import UserError
+from klab.harness.store.kernels import fix_kernels
 
 COMMANDS = {
     "plan": "Show what a grid file would run: cells, merged spellings, packs, estimated time.",
@@ -41,6 +42,7 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 fine, 1 some cells failed or the machine did, 2 the user's mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    fix_kernels()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the user's own axis values and tasks
     try:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -52,12 +52,16 @@ def rerun(
         error = folder.error()
         difference = None if settings else compare(stored, folder)
         results = {"stored": _main_numbers(stored), "repeated": _main_numbers(folder)}
+        lives = {"stored": kernels_of(stored), "repeated": kernels_of(folder)}
     same = error is None and difference is None
     if as_json:
         verdict = None if settings else same
-        show_json({"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results})
+        found = {"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results}
+        show_json({**found, "kernels": lives})
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
+        if not settings and (other := other_kernels(**lives)):
+            console().print(other, soft_wrap=True, highlight=False)
     if not same:
         raise typer.Exit(1)
 
@@ -137,6 +141,36 @@ def compare(stored: CellFolder, repeated: CellFolder) -> str | None:
     return None
 
 
+def kernels_of(folder: CellFolder) -> list[dict[str, str]]:
+    """The kernels that a cell was computed with, in order of first appearance: more than one where it moved."""
+    records = [event for event in folder.attempts() if event["event"] == "started"]
+    found: list[dict[str, str]] = []
+    for record in [*records, (folder.result() or {}).get("hardware") or {}]:
+        kernels = record.get("kernels")
+        if isinstance(kernels, dict) and kernels not in found:
+            found.append(kernels)
+    return found
+
+
+def other_kernels(stored: Sequence[Mapping[str, str]], repeated: Sequence[Mapping[str, str]]) -> str | None:
+    """What to know where two runs of a cell, or two lives of one, had other kernels; None: all were alike."""
+    if not stored or not repeated:
+        return None
+    before, now = (" then ".join(map(_assignments, lives)) for lives in (stored, repeated))
+    if len(stored) > 1:
+        return f"The stored cell was computed with {before}: its bits belong to no single machine. Here: {now}."
+    if stored[0] == repeated[0]:
+        return None
+    return (
+        f"The stored numbers were computed with {before}, these with {now}: their last digits may differ for that. "
+        "Set those variables for `klab rerun` to repeat them, where this processor has those kernels."
+    )
+
+
+def _assignments(kernels: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in kernels.items())
+
+
 def _first_difference(old: object, new: object, where: str = "") -> str | None:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(key for key in new if key not in old)]:
@@ -175,19 +209,27 @@ def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: 
     if origin.policies.is_dir() and not policies.exists():
         policies.symlink_to(origin.policies)
     scratch = Run.create(place, _alone(origin, cell))
-    limit_threads(1)
-    processes = _processes(origin, cell)
+    processes, threads = _recorded(origin, cell, "processes"), min(_recorded(origin, cell, "threads"), machine.cores())
+    limit_threads(threads)
     with _bar(cell, quiet) as tell:
         devices = Local(device=device).gpus()[:processes]
-        work(scratch.path, (cell.id,), executor="here", progress=tell, processes=processes, devices=devices)
+        work(
+            scratch.path,
+            (cell.id,),
+            executor="here",
+            threads=threads,
+            progress=tell,
+            processes=processes,
+            devices=devices,
+        )
     return scratch.cell(cell.id)
 
 
-def _processes(origin: Run, cell: Cell) -> int:
-    """How many processes trained the cell: as many give the same bits."""
+def _recorded(origin: Run, cell: Cell, what: Literal["processes", "threads"]) -> int:
+    """How many processes trained the cell, or threads of each: as many give the same bits."""
     result = origin.cell(cell.id).result() if cell.id in origin.cells else None
     hardware = (result or {}).get("hardware")
-    found = hardware.get("processes") if isinstance(hardware, Mapping) else None
+    found = hardware.get(what) if isinstance(hardware, Mapping) else None
     return found if isinstance(found, int) and found > 0 else 1
 
 

@@ -22,6 +22,7 @@ from klab.harness.dispatch.packing.step_times import Place, note
 from klab.harness.dispatch.processes import several
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import CellFolder, Held, Holder, Run
+from klab.harness.store.kernels import kernels
 from klab.harness.store.lock import TOUCH_SECONDS
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def work(
         world: those that train together, where they have met already.
     """
     run = Run.open(run_path)
-    place = {"executor": executor, **_place(run), "processes": processes if world is None else world.size}
+    size = processes if world is None else world.size
+    place = {"executor": executor, **_place(run), "processes": size, "threads": threads}
     claimed = [folder for folder in map(run.cell, cells) if _claim(folder, place)]
     states: dict[str, str] = {}
     try:
@@ -182,9 +184,8 @@ def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
         folder.unclaim()
         return False
     holder = Holder.here()
-    folder.append_attempt(
-        {"event": "started", "at": time.time(), "attempt": attempt, "host": holder.host, "pid": holder.pid, **place}
-    )
+    life = {"event": "started", "at": time.time(), "attempt": attempt, "host": holder.host, "pid": holder.pid}
+    folder.append_attempt({**life, **place, "kernels": kernels()})
     return True
 
 

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from klab.harness.store.kernels import kernels
+
 _PACKAGES = ("klab", "torch", "transformers", "datasets", "numpy", "submitit", "pydantic", "safetensors")
 
 
@@ -33,13 +35,14 @@ def commit(folder: Path) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores available to this process, memory in GB, graphics processors."""
+    """Processor, cores available to this process, memory in GB, graphics processors, kernels of the math libraries."""
     return {
         "platform": platform.platform(),
         "processor": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
         "cores": cores(),
         "memory_gb": _memory_gb(),
         "gpus": gpus(),
+        "kernels": kernels(),
     }
 
 

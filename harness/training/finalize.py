@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from klab.harness.store import CellFolder, files, machine
 from klab.harness.training.pack import Pack
 from klab.harness.training.summary import outcome
@@ -43,4 +45,5 @@ def _make_durable(folder: Path) -> None:
 
 @cache
 def _provenance(processes: int) -> dict[str, Any]:
-    return {"versions": machine.versions(), "hardware": {**machine.hardware(), "processes": processes}}
+    hardware = {**machine.hardware(), "processes": processes, "threads": torch.get_num_threads()}
+    return {"versions": machine.versions(), "hardware": hardware}

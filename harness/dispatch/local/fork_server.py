@@ -22,6 +22,7 @@ from submitit.core.utils import JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
 
 from klab.harness.store import Holder
+from klab.harness.store.kernels import fix_kernels
 
 _PICKLE_SECONDS = 60.0
 
@@ -94,6 +95,7 @@ class WarmExecutor(LocalExecutor):
 
 def main() -> None:
     """Fork for every line of standard input until it ends; in a fork, run its job."""
+    fix_kernels()
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config  # noqa: F401
 
     import klab.harness.training.runner  # noqa: F401

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from klab.harness.store.kernels import fix_kernels
 from klab.harness.training.runtime.allocator import keep_freed_memory
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -14,13 +15,14 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 @contextmanager
 def settled(threads: int) -> Iterator[None]:
-    """Torch threads of this process; freed memory stays; numbers below float32's normal range (1.2e-38) are zero.
+    """Torch threads and kernels of this process; freed memory stays; numbers below float32's range (1.2e-38) are zero.
 
     Softmax weights and their gradients fall below that range all the time, and a product of matrices that hold such
     numbers takes three to four times as long on x86 processors, for digits that no result can show. Where the
     processor cannot do that, they stay. Threads that are started meanwhile take the setting over; afterwards such
     numbers are what they were before.
     """
+    fix_kernels()
     torch.set_num_threads(threads)
     keep_freed_memory()
     before = not torch.tensor(_SMALLEST).div(2)
