@@ -64,7 +64,7 @@ class UserError(ValueError):
         where = ": ".join(part for part in (self.file, self.key) if part)
         text = f"{where}: {self.problem}" if where else self.problem
         if self.has_value:
-            shown = repr(self.value)
+            shown = repr(self.value).lower() if isinstance(self.value, bool) else repr(self.value)
             text += f" (got {shown if len(shown) <= 200 else shown[:200] + '…'})"
         if self.allowed:
             close = nearest(self.value, self.allowed) if self.has_value else None

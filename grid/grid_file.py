@@ -14,7 +14,7 @@ from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.schema.sections import Resources, load_section
 from klab.grid.variant import Variant
-from klab.grid.yaml_loader import parse_yaml, read_text
+from klab.grid.yaml_document import parse_yaml, read_text
 
 _KEYS = (
     "name",
@@ -171,6 +171,8 @@ def _baseline(builder: CellBuilder, variant: Variant, cells: Iterable[Cell]) -> 
 
 
 def _name(name: object) -> str:
+    if isinstance(name, int | float):
+        raise UserError("text belongs here", key="name", value=name, hint=f"Put it in quotes: '{name}'.")
     if not isinstance(name, str) or not name.strip():
         raise UserError("missing: the study needs a name", key="name", value=name)
     allowed = all(letter.isalnum() or letter in "-_." for letter in name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from klab.grid.errors import UserError
-from klab.grid.yaml_loader import parse_yaml, read_text
+from klab.grid.yaml_document import parse_yaml, read_text
 
 _FOLDER = Path(__file__).parent
 _KEYS = ("title", "source", "objective", "training", "constants", "note")

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from klab.grid.catalogue import is_import_path
 from klab.grid.errors import UserError
-from klab.grid.schema.base import Count, Positive, Section
+from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from klab.grid.schema.task import (
     TASKS,
@@ -73,7 +73,7 @@ class Resources(Section):
     gpus: Annotated[int, Field(ge=0)] = 0
     cpus: Count = 1
     memory_gb: Positive = 4.0
-    minutes: Count = 240
+    minutes: Minutes = 240
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -138,19 +138,34 @@ def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
     return models[name]
 
 
+_NUMBERS_EXPECTED = {
+    "int_parsing": "a whole number belongs here",
+    "int_from_float": "a whole number belongs here",
+    "int_type": "a whole number belongs here",
+    "float_parsing": "a number belongs here",
+    "float_type": "a number belongs here",
+}
+"""What pydantic's error types mean, in the user's words."""
+
+
 def _user_error(kind: str, model: type[Section], error: ValidationError) -> UserError:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return cause.with_location(prefix=kind)
     path = [str(part) for part in first["loc"] if "[" not in str(part)]  # a union's branch is no part of the file
     key = ".".join((kind, *path))
+    if isinstance(cause, UserError):
+        return cause.with_location(prefix=kind if cause.key else key)
+    if first["type"] == "string_type" and isinstance(first.get("input"), int | float):
+        written = first["input"]
+        return UserError("text belongs here", key=key, value=written, hint=f"Put it in quotes: '{written}'.")
     if first["type"] == "extra_forbidden":
         inner = _inner(model, path[:-1])
         return UserError("unknown key", key=".".join((kind, *path[:-1])), value=path[-1], allowed=inner.model_fields)
     if first["type"] == "missing":
         return UserError("missing", key=key)
     allowed = _choices(str(first.get("ctx", {}).get("expected", ""))) if first["type"] == "literal_error" else ()
+    if first["type"] in _NUMBERS_EXPECTED:
+        return UserError(_NUMBERS_EXPECTED[first["type"]], key=key, value=first.get("input"))
     problem = "unknown value" if allowed else first["msg"][:1].lower() + first["msg"][1:]
     return UserError(problem, key=key, value=first.get("input"), allowed=allowed)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from klab.grid import Cell, Objective, UserError
 from klab.grid.algorithms import algorithm_names, load_algorithm
+from klab.grid.yaml_document import dump_yaml
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show_json
 from klab.harness.export.peers import PEERS, Setting
@@ -39,7 +39,7 @@ def export(
     typer.echo(f"# {cell}: {'arguments of trl.GRPOConfig' if to is Peer.trl else 'overrides of verl.trainer.main_ppo'}")
     for difference in found.differences:
         typer.echo(f"# differs: {difference}")
-    typer.echo(yaml.safe_dump(found.settings, sort_keys=True), nl=False)
+    typer.echo(dump_yaml(found.settings, sort_keys=True), nl=False)
 
 
 def _setting(name: str, runs: Path) -> Setting:

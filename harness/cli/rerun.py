@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from klab.grid import Cell, Grid, UserError, catalogue
+from klab.grid.yaml_document import dump_yaml, parse_value
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console, show_json
 from klab.harness.store import CellFolder, Run, machine
@@ -100,15 +100,9 @@ def changed(folder: CellFolder, settings: Sequence[str]) -> Cell:
 
 def _value(setting: str, text: str) -> object:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError("is not a value in YAML", key="--set", value=setting) from error
-    if isinstance(value, str):  # YAML reads 1e-3 as a text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        return parse_value(text)
+    except UserError as error:
+        raise UserError(f"not a value in YAML: {error.problem}", key="--set", value=setting) from None
 
 
 def _drop_unused(objective: dict[str, Any], named: set[str]) -> None:
@@ -245,7 +239,7 @@ def _alone(origin: Run, cell: Cell) -> Grid:
         resources=origin.resources,
         track=(),
         file=str(origin.path / "grid.yaml"),
-        text=yaml.safe_dump(cell.resolved(), sort_keys=False),
+        text=dump_yaml(cell.resolved()),
     )
 
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources, load_section
+from klab.grid.yaml_document import parse_yaml, read_text
 
 
 def configuration_file() -> Path:
@@ -30,15 +29,12 @@ def profiles(file: Path | None = None) -> dict[str, dict[str, Any]]:
     """
     file = file or configuration_file()
     try:
-        data = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot be read: {error}", file=file) from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UserError("not a mapping", file=file)
+        text = read_text(file)
+    except UserError:
+        if not file.exists():
+            return {}
+        raise
+    data = parse_yaml(text, file) if text.strip() else {}
     for key in data:
         if key not in ("profiles",):
             raise UserError("unknown key", file=file, value=key, allowed=["profiles"])

@@ -251,10 +251,10 @@ class CellFolder:
     def _make(self) -> None:
         if (self.path / "cell.yaml").exists():
             return
-        import yaml
+        from klab.grid.yaml_document import dump_yaml
 
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump({"schema": files.SCHEMA, **self._resolved()}, sort_keys=False, allow_unicode=True)
+        text = dump_yaml({"schema": files.SCHEMA, **self._resolved()})
         files.replace(self.path / "cell.yaml", text.encode())
         files.sync_folder(self.path.parent)
 

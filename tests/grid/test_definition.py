@@ -154,7 +154,7 @@ def test_resolved_cells_round_trip_and_notice_tampering():
         ("name: ../a\ntask: addition", "becomes a folder"),
         ("task: addition", "name: missing"),
         ("name: a", "task: missing"),
-        ("name: a\nname: b\ntask: addition", "line 2, column 1: the key 'name' stands twice"),
+        ("name: a\nname: b\ntask: addition", "line 2, column 1: duplicate key 'name'"),
         ("name: a\ntask: &t addition\npolicy: *t", "aliases are not supported"),
         ("name: [a", "line"),
         ("- a", "not a mapping"),

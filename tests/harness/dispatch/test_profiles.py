@@ -47,7 +47,7 @@ def test_an_unknown_profile_names_the_known_ones(file: Path) -> None:
         ("profiles: {a: {partitoin: x}}", "partition"),
         ("profiles: {a: 3}", "not a mapping"),
         ("profile: {}", "profiles"),
-        ("[", "cannot be read"),
+        ("[", "line 1, column 2"),
         ("3", "not a mapping"),
         ("profiles: {a: {profile: b}}", "cannot name another"),
     ],
