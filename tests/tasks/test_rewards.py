@@ -118,6 +118,7 @@ def test_terms_that_do_not_exist_are_named(term: object, message: str) -> None:
 
 
 def test_math_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match=r"pip install 'klab\[math\]'"):
         Rewards("math")
