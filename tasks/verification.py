@@ -15,7 +15,7 @@ from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
-from klab.grid.mistake import Mistake
+from klab.grid.errors import UserError
 from klab.tasks.answers import Answer, conclusion, marked_answer, without_special_tokens
 from klab.tasks.numerals import Numeral, numeral
 from klab.tasks.task import Score
@@ -35,9 +35,9 @@ _CURRENCY = re.compile(r"\$\s*\d")
 
 
 def require_math_verify() -> None:
-    """Raises a Mistake where math-verify is not installed."""
+    """Raises a UserError where math-verify is not installed."""
     if find_spec("math_verify") is None:
-        raise Mistake(
+        raise UserError(
             "the reward `math` needs math-verify, which is not installed",
             key="task.reward",
             value="math",
