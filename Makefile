@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test check format slurm-test fault-test browser-test parity-test bench bench-gpu clean
+.PHONY: help install demo test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu clean
 
 help:
 	@echo "make demo          train the quickstart grid and write its report"
 	@echo "make test          the test suite"
 	@echo "make check         formatting, lint, types, import rules"
+	@echo "make docs          tables in the READMEs that are made from the code"
 	@echo "make slurm-test    a private Slurm cluster and its suite (needs apt)"
 	@echo "make fault-test    kills, full disks, corrupted files"
 	@echo "make browser-test  the report in headless Chromium (needs apt)"
@@ -47,6 +48,9 @@ check: $(VENV)/installed .links
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/installed
+	$(BIN)/python -m tests.support.module_tables
 
 slurm-test: $(VENV)/installed
 	$(BIN)/python -m tests.slurm
