@@ -13,7 +13,7 @@ from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.stacked.checkpoint import read_config
 from klab.harness.policy.stacked.config import Architecture, Rotary
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 
 Engine = Literal["stacked", "transformers"]
 
@@ -32,14 +32,14 @@ def load_policy(
         UserError: the checkpoint cannot be read, or the engine that the section asks for cannot run it.
     """
     dtype, lora, seeds = getattr(torch, section.dtype), section.lora, list(seeds or range(cells))
-    policy: Decoder | TransformersPolicy
+    policy: StackedPolicy | TransformersPolicy
     if engine_of(section, start) == "transformers":
         policy = TransformersPolicy.from_pretrained(
             start, seeds, dtype, device, lora, section.gradient_checkpointing, section.trust_remote_code
         )
     else:
-        policy = Decoder.from_pretrained(start, cells=1 if lora else cells, dtype=dtype, device=device)
-        policy = policy if lora is None else policy.adapted(lora, seeds)
+        policy = StackedPolicy.from_pretrained(start, cells=1 if lora else cells, dtype=dtype, device=device)
+        policy = policy if lora is None else policy.with_lora(lora, seeds)
         policy.gradient_checkpointing = section.gradient_checkpointing
     local = section.name == "tiny" or Path(section.model).expanduser().is_dir()
     policy.origin = str(Path(start).absolute()) if local else section.model
@@ -58,7 +58,7 @@ def engine_of(section: Any, start: str | Path) -> Engine:
         return "transformers"
     try:
         config = read_config(start, getattr(section, "trust_remote_code", False))
-        Rotary(config, Architecture.of(config).head_size)
+        Rotary(config, Architecture.of(config).head_dim)
     except UserError:
         if asked == "stacked":
             raise

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
-    from klab.harness.policy.logprobs import Scores
     from klab.harness.policy.rollout import Rollout
+    from klab.harness.policy.scores import TokenScores
 
 
-class Steps(Protocol):
+class IncrementalDecoder(Protocol):
     """The trajectories of every cell of a policy while they grow by one token per step."""
 
     def start(self) -> dict[int, Tensor]:
@@ -47,16 +47,16 @@ class Policy(Protocol):
     parameters: dict[str, Tensor]
 
     @property
-    def vocabulary(self) -> int: ...
+    def vocab_size(self) -> int: ...
 
     @property
-    def width(self) -> int: ...
+    def hidden_size(self) -> int: ...
 
     @property
-    def context(self) -> int: ...
+    def context_length(self) -> int: ...
 
     @property
-    def ends(self) -> frozenset[int]:
+    def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a turn."""
         ...
 
@@ -66,11 +66,13 @@ class Policy(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
+    def decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+    ) -> IncrementalDecoder:
         """Begin to continue `group_size` trajectories of every prompt [C][P][length]; `plain`: the reference path."""
         ...
 
-    def scores(
+    def score(
         self,
         rollouts: Sequence[Rollout],
         *,
@@ -79,11 +81,11 @@ class Policy(Protocol):
         entropy: bool = False,
         states: bool = False,
         plain: bool = False,
-    ) -> list[Scores]:
-        """See `klab.harness.policy.logprobs.token_scores`."""
+    ) -> list[TokenScores]:
+        """See `klab.harness.policy.scores.token_scores`."""
         ...
 
-    def frozen(self, dtype: torch.dtype | None = None) -> Policy:
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> Policy:
         """The policy as it is, without gradient and unmoved by what happens to this one: the reference.
 
         Args:
@@ -91,7 +93,7 @@ class Policy(Protocol):
         """
         ...
 
-    def only(self, cells: Sequence[int]) -> Policy:
+    def select(self, cells: Sequence[int]) -> Policy:
         """Some of the cells as a policy of their own, to sample from: without gradient."""
         ...
 

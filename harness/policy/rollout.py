@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from klab.grid.errors import UserError
 from klab.harness.objective import Groups
-from klab.harness.policy.policy import Policy
-from klab.harness.policy.sampling.categorical import Stretch, draw, uniform
-from klab.harness.policy.sampling.trajectory_builder import Draft, Environment
-from klab.harness.policy.stacked.prefix_tree import Forest, forest, plain_forest
-
-TOGETHER = 2**22
-"""Logits of several cells are drawn from in one call as long as there are no more of them than this."""
+from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
+from klab.harness.policy.stacked.prefix_tree import PrefixTree, build_prefix_tree, unshared_tree
 
 
 @dataclass(slots=True)
@@ -45,7 +39,7 @@ class Rollout:
     logp: Tensor
     truncated: Tensor
     texts: list[str]
-    _forests: dict[bool, Forest] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _prefix_trees: dict[bool, PrefixTree] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def groups(self) -> Tensor:
@@ -58,7 +52,7 @@ class Rollout:
         return Groups.equal_sized(len(self.prompts), self.group_size, self.tokens.device)
 
     @classmethod
-    def of(cls, draft: Draft) -> Rollout:
+    def of(cls, draft: TrajectoryBuilder) -> Rollout:
         """The trajectories of a finished draft."""
         device = draft.policy.device
         wide = torch.float64 if draft.policy.dtype == torch.float64 else torch.float32
@@ -81,7 +75,7 @@ class Rollout:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+    def concatenate(cls, parts: Sequence[Rollout]) -> Rollout:
         """The trajectories of several rollouts of equal group size one after the other, padded to the longest."""
         if len(parts) == 1:
             return parts[0]
@@ -101,7 +95,7 @@ class Rollout:
             texts=[text for part in parts for text in part.texts],
         )
 
-    def rows(self, groups: Sequence[int] | slice) -> Rollout:
+    def select_prompts(self, groups: Sequence[int] | slice) -> Rollout:
         """The trajectories of some prompts, whole groups; T stays, even where the longest of them is shorter."""
         every = range(len(self.prompts))
         chosen = list(every[groups]) if isinstance(groups, slice) else [every[g] for g in groups]
@@ -119,13 +113,13 @@ class Rollout:
             texts=[self.texts[i] for i in index],
         )
 
-    def forest(self, plain: bool = False) -> Forest:
+    def prefix_tree(self, plain: bool = False) -> PrefixTree:
         """How these trajectories are laid out in a forward pass; made once."""
-        if plain not in self._forests:
-            make = plain_forest if plain else forest
+        if plain not in self._prefix_trees:
+            make = unshared_tree if plain else build_prefix_tree
             lengths = self.present.sum(1).cpu()
-            self._forests[plain] = make(self.prompts, self.groups.cpu(), self.tokens.cpu(), lengths)
-        return self._forests[plain]
+            self._prefix_trees[plain] = make(self.prompts, self.groups.cpu(), self.tokens.cpu(), lengths)
+        return self._prefix_trees[plain]
 
     def to_dict(self) -> dict[str, Tensor | list[str]]:
         """A flat dictionary of CPU tensors, and the texts."""
@@ -158,63 +152,3 @@ class Rollout:
             truncated=tensors["truncated"].to(device),
             texts=texts,
         )
-
-
-def sample(
-    policy: Policy,
-    prompts: Sequence[Sequence[Sequence[int]]],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    generators: Sequence[torch.Generator | Stretch],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    greedy: bool = False,
-    environment: Environment | None = None,
-    plain: bool = False,
-) -> list[Rollout]:
-    """Sample `group_size` trajectories of every prompt of every cell.
-
-    Each cell draws from its own generator, once per step for all of its trajectories, until all of them have ended.
-
-    Args:
-        prompts: token ids [C][P][length]; every cell has as many prompts as it likes, at least one, none of them empty.
-        max_new_tokens: budget of own tokens per trajectory, its end tokens included.
-        generators: one per cell, on the policy's device; not used with `greedy`.
-        temperature: divides the logits.
-        top_p: draw from the smallest set of most likely tokens that holds this much probability.
-        environment: answers when the policy ends a turn; without it, the end token ends the trajectory.
-        plain: the reference path: every trajectory on its own, its whole sequence forwarded anew for every token.
-
-    Raises:
-        UserError: an empty prompt.
-        ValueError: lists of other lengths than the policy has cells.
-    """
-    if not policy.cells == len(prompts) == len(generators):
-        raise ValueError(f"{len(prompts)} prompt lists and {len(generators)} generators for {policy.cells} cells")
-    for listed in prompts:
-        if not listed or not all(listed):
-            raise UserError("a prompt is empty", key="task")
-    drafts = [
-        Draft(policy, cell, [list(p) for p in prompts[cell]], group_size, max_new_tokens, environment)
-        for cell in range(policy.cells)
-    ]
-    with torch.no_grad():
-        decoding = policy.steps([draft.prompts for draft in drafts], group_size, plain)
-        active = list(range(policy.cells))
-        logits = decoding.start()
-        while active:
-            together = sum(logits[cell].numel() for cell in active) <= TOGETHER
-            for cells in [active] if together else [[cell] for cell in active]:
-                rows = torch.cat([logits[cell] for cell in cells])
-                numbers = [uniform(generators[cell], len(logits[cell]), rows.device) for cell in cells if not greedy]
-                tempered = rows if temperature == 1.0 else rows / temperature
-                chosen, logp = draw(tempered, torch.cat(numbers) if numbers else None, top_p)
-                drawn = zip(chosen.tolist(), logp.tolist(), strict=True)
-                for cell in cells:
-                    drafts[cell].write(islice(drawn, len(logits[cell])))
-            active = [cell for cell in active if not drafts[cell].finished]
-            if active:
-                newest = {cell: drafts[cell].newest for cell in active}
-                logits = decoding.step(newest, {cell: drafts[cell].open for cell in active})
-    return [Rollout.of(draft) for draft in drafts]

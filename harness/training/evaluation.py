@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import draw
 from klab.harness.training.data.rollouts import score
 from klab.harness.training.distributed.process_group import ALONE, World
@@ -189,7 +189,7 @@ def divergence(
 
     Both are exact at each position: Σ_v p(v)·(log p(v) − log q(v)) and −Σ_v p(v)·log p(v).
     """
-    rows = max(1, _LOGITS // (members[0].max_new_tokens * policy.vocabulary))
+    rows = max(1, _LOGITS // (members[0].max_new_tokens * policy.vocab_size))
     limit = replace(limit, rows=min(limit.rows or rows, rows))
     kl: list[list[Tensor]] = [[] for _ in rollouts]
     entropy: list[list[Tensor]] = [[] for _ in rollouts]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.scores import token_scores
 from klab.harness.training.optim.critic import Critics
 from klab.harness.training.packed_cell import Member
 

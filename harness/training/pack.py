@@ -58,7 +58,7 @@ class Pack:
         self.members = list(members)
         self.orders = orders or Orders()
         self.policy: Policy = _stack(self.members)
-        self.reference: Policy = self.policy.frozen()
+        self.reference: Policy = self.policy.frozen_copy()
         self.optimizer = StackedAdamW(self.policy.parameters, [member.cell.training for member in self.members])
         self.critics = Critics.of(self.members, self.policy, lambda: _stack(self.members))
         self.coefficients = [controls.first(member.cell) for member in self.members]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klab.grid.errors import UserError
-from klab.harness.policy.init.initial_policy import starting_policy
+from klab.harness.policy.init.initial_policy import initial_policy
 from klab.harness.store import CellFolder, Evicted, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import State
@@ -119,7 +119,7 @@ def _prepared(
 ) -> tuple[Member, State | None]:
     cell = folder.cell()
     task = load_task(cell.task)
-    start = starting_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
+    start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
     member = Member(cell, task, start)
     check_buffer(member)
     check_sampler(member)

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from klab.grid import parse_grid
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.training import pack as packs
 from klab.harness.training.packed_cell import Member
 from klab.harness.training.runtime.oom import release
@@ -88,12 +88,12 @@ def measure(shape: Shape, start: Path, cells: int, rank: int | None, rounds: int
     total = {name: sum(row[name] for row in rows) / rounds for name in rows[0] if name.startswith("seconds_")}
     tokens, N = sum(row["tokens"] for row in rows) / rounds, shape.prompts * shape.group_size
     policy = pack.policy
-    assert isinstance(policy, Decoder)
+    assert isinstance(policy, StackedPolicy)
     once = sum(value.numel() for value in (policy.shared or policy.parameters).values())
     own = sum(value.numel() for value in policy.parameters.values()) if policy.shared else 0
     a, width = policy.architecture, policy.dtype.itemsize
     steps = max(row["length_mean"] for row in rows)
-    held = 2 * a.layers * a.kv_heads * a.head_size * (shape.prompt_tokens + steps / 2) * cells * N
+    held = 2 * a.num_layers * a.num_kv_heads * a.head_dim * (shape.prompt_tokens + steps / 2) * cells * N
     trained = tokens + cells * N * shape.prompt_tokens
     return Measured(
         cells,
@@ -114,16 +114,16 @@ def _resident() -> int:
 @torch.no_grad()
 def gap(start: Path, shape: Shape, device: torch.device) -> tuple[float, float]:
     """Mean and largest difference of log-probabilities of the same tokens under bfloat16 weights and float32 copies."""
-    from klab.harness.policy.rollout import sample
+    from klab.harness.policy.sampling.sample import sample
 
-    narrow = Decoder.from_pretrained(start, dtype=torch.bfloat16, device=device)
+    narrow = StackedPolicy.from_pretrained(start, dtype=torch.bfloat16, device=device)
     examples = Strings(shape.prompt_tokens).split("train")[: shape.prompts]
     prompts = [narrow.tokenizer(example.prompt)["input_ids"] for example in examples]
     generators = [torch.Generator(device).manual_seed(0)]
     (rollout,) = sample(
         narrow, [prompts], group_size=shape.group_size, max_new_tokens=shape.new_tokens, generators=generators
     )
-    mine, theirs = (token_scores(each, [rollout])[0].logp for each in (narrow, narrow.frozen(torch.float32)))
+    mine, theirs = (token_scores(each, [rollout])[0].logp for each in (narrow, narrow.frozen_copy(torch.float32)))
     difference = (mine - theirs)[rollout.mask].abs()
     return float(difference.mean()), float(difference.max())
 

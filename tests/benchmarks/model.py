@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.init.sft_warmup import warm_up
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks.addition import Addition
 from tests.benchmarks.setting import CONTEXT, DIGITS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY
 
@@ -34,7 +34,7 @@ def starting_checkpoint(folder: Path, progress: Callable[[int, int, float], None
     task = Addition(DIGITS)
     tokenizer = character_tokenizer(task.alphabet, VOCABULARY)
     config = tiny_config(SIZES, VOCABULARY, int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), CONTEXT)
-    policy = Decoder.random(config, tokenizer, [SEED])
+    policy = StackedPolicy.random(config, tokenizer, [SEED])
     warm_up(policy, task, ACCURACY, UPDATES_MAX, SEED, progress)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".start-", dir=folder))
@@ -51,7 +51,7 @@ def endless_checkpoint(start: Path) -> Path:
         return target
     scratch = Path(tempfile.mkdtemp(prefix=".endless-", dir=start.parent))
     shutil.copytree(start, scratch, dirs_exist_ok=True)
-    end = Decoder.from_pretrained(start).tokenizer.convert_tokens_to_ids(NEVER)
+    end = StackedPolicy.from_pretrained(start).tokenizer.convert_tokens_to_ids(NEVER)
     for name, key, value in (
         ("config.json", "eos_token_id", end),
         ("generation_config.json", "eos_token_id", end),

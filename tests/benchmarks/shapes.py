@@ -96,11 +96,11 @@ def write_start(folder: Path, shape: Shape) -> Path:
     from transformers import Qwen2Config
 
     from klab.harness.policy.init.char_tokenizer import character_tokenizer
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
     tokenizer = character_tokenizer(LETTERS, shape.config["vocab_size"])
     config = Qwen2Config(
         **shape.config, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id
     )
-    Decoder.random(config, tokenizer, [0], dtype=getattr(torch, shape.dtype)).save(folder, 0)
+    StackedPolicy.random(config, tokenizer, [0], dtype=getattr(torch, shape.dtype)).save(folder, 0)
     return folder

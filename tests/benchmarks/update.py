@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from klab.grid import parse_grid
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.runtime.torch_settings import settled
@@ -56,7 +56,7 @@ def train(folder: Path, prompts: int, cells: int, number: int) -> dict[str, floa
 def shortcuts(folder: Path) -> dict[str, tuple[float, float]]:
     """Seconds of the plain path and of the ordinary one, for sampling and for scoring with its backward pass."""
     (start,) = [path.parent for path in (folder / "policies").glob("*/config.json")][:1]
-    policy = Decoder.from_pretrained(start)
+    policy = StackedPolicy.from_pretrained(start)
     examples = load_task(
         parse_grid(GRID.format(prompts=16, cells=1, round=0, updates=1, group_size=8), "").cells[0].task
     )

@@ -75,12 +75,12 @@ def small_policy(folder: Path, alphabet: str = LETTERS) -> Path:
     from klab.grid.schema.sections import TinyPolicy
     from klab.harness.policy.init.char_tokenizer import character_tokenizer
     from klab.harness.policy.init.initial_policy import tiny_config
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
     tokenizer = character_tokenizer(alphabet)
     section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
     config = tiny_config(section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 64)
-    Decoder.random(config, tokenizer, [3]).save(folder, 0)
+    StackedPolicy.random(config, tokenizer, [3]).save(folder, 0)
     return folder
 
 

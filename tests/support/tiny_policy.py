@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 
 ALPHABET = "0123456789+="
 SIZES = {
@@ -33,9 +33,11 @@ def configuration(family: str = "llama", **changes: Any) -> Any:
     return FAMILIES[family](**{**SIZES, **changes})
 
 
-def decoder(cells: int = 1, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
+def decoder(cells: int = 1, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> StackedPolicy:
     """Random cells with seeds 0, 1, …"""
-    return Decoder.random(configuration(family, **changes), character_tokenizer(ALPHABET), range(cells), dtype=dtype)
+    return StackedPolicy.random(
+        configuration(family, **changes), character_tokenizer(ALPHABET), range(cells), dtype=dtype
+    )
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

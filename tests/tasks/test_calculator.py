@@ -11,10 +11,11 @@ from klab.grid.errors import UserError
 from klab.grid.schema.sections import TinyPolicy, load_section
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
-from klab.harness.policy.init.sft_warmup import solved
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.init.sft_warmup import solution_rollout
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks import Example, load_task
 from klab.tasks.calculator import Calculator
 from klab.tasks.task import TURN_END
@@ -80,14 +81,14 @@ def test_wrong_settings() -> None:
             Calculator(**settings)
 
 
-def policy_for(task: Calculator) -> Decoder:
+def policy_for(task: Calculator) -> StackedPolicy:
     tokenizer = character_tokenizer(task.alphabet)
     section = TinyPolicy(hidden=32, layers=1, heads=2, intermediate=64)
     config = tiny_config(section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 256)
-    return Decoder.random(config, tokenizer, [0])
+    return StackedPolicy.random(config, tokenizer, [0])
 
 
-def spelled(policy: Decoder, rollout: Rollout, row: int, own: bool) -> str:
+def spelled(policy: StackedPolicy, rollout: Rollout, row: int, own: bool) -> str:
     chosen = rollout.present[row] & (rollout.mask[row] == own)
     return str(policy.tokenizer.decode(rollout.tokens[row][chosen]))
 
@@ -97,7 +98,7 @@ def test_a_policy_learns_to_call_and_its_environments_tokens_are_in_no_loss() ->
     task = Calculator()
     policy = policy_for(task)
     examples = [EXAMPLE, Example("20*20=", "400", f"[20*20]{TURN_END}400")]
-    reference = solved(policy, task, examples)
+    reference = solution_rollout(policy, task, examples)
     assert spelled(policy, reference, 0, own=True) == "[12*34]<end>408<end>"
     assert spelled(policy, reference, 0, own=False) == "=408;"
     assert reference.texts == ["[12*34]408", "[20*20]400"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from klab.harness.policy.hf.policy import TransformersPolicy
 
 
-class CachedDecoding:
+class CachedDecoder:
     """Each prompt forwarded once, padded at the left; then one token per open trajectory. Those that end leave."""
 
     def __init__(self, policy: TransformersPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
@@ -28,7 +28,7 @@ class CachedDecoding:
 
         found = {}
         for cell, listed in enumerate(self.prompts):
-            cache = DynamicCache(config=self.policy.skeleton.base.config)
+            cache = DynamicCache(config=self.policy.model.base.config)
             tokens, present = padded(listed, self.policy.device, left=True)
             logits, _ = self.policy.logits(self._weights[cell], tokens, present, 1, cache)
             cache.batch_repeat_interleave(self.group_size)
@@ -56,7 +56,7 @@ class CachedDecoding:
         return found
 
 
-class WholeDecoding:
+class UncachedDecoder:
     """The reference path, and that of models without such a cache: every sequence forwarded anew for every token."""
 
     def __init__(self, policy: TransformersPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:

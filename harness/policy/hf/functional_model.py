@@ -20,13 +20,13 @@ from klab.grid.errors import UserError
 Weights = Mapping[str, Tensor]
 
 
-class Skeleton:
+class FunctionalModel:
     """A causal language model of any architecture, without dropout.
 
     Attributes:
         model: the module; a `peft.PeftModel` if it has adapters.
         base: the module that transformers made.
-        vocabulary, width: rows and columns of its output embedding.
+        vocabulary, hidden_size: rows and columns of its output embedding.
         cached: whether it can continue from kept keys and values.
     """
 
@@ -36,7 +36,7 @@ class Skeleton:
         if head is None:
             raise UserError("the model has no output embedding", file=model.name_or_path, key="policy.model")
         self._head: nn.Module = head
-        self.vocabulary, self.width = (int(size) for size in head.weight.shape)
+        self.vocab_size, self.hidden_size = (int(size) for size in head.weight.shape)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = frozenset(inspect.signature(self.base.forward).parameters)
         self.cached = "past_key_values" in self._takes and not getattr(self.base, "_is_stateful", False)

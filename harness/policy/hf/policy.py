@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
 from klab.harness.policy.hf import peft as peft_adapters
-from klab.harness.policy.hf.decoding import CachedDecoding, WholeDecoding, padded
-from klab.harness.policy.hf.functional_model import Skeleton
-from klab.harness.policy.logprobs import Scores, gathered
-from klab.harness.policy.policy import Steps
+from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, padded
+from klab.harness.policy.hf.functional_model import FunctionalModel
+from klab.harness.policy.policy import IncrementalDecoder
 from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.scores import TokenScores, gather_scores
 from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
 
 _ALIGNMENT = 64
@@ -42,16 +42,16 @@ class TransformersPolicy:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        model: FunctionalModel,
         config: Any,
         tokenizer: PreTrainedTokenizerFast,
         parameters: dict[str, Tensor],
         shared: dict[str, Tensor],
         cells: int,
     ) -> None:
-        self.skeleton, self.config, self.tokenizer = skeleton, config, tokenizer
+        self.model, self.config, self.tokenizer = model, config, tokenizer
         self.parameters, self.shared, self.cells = parameters, shared, cells
-        self.adapted = bool(parameters and shared)
+        self.lora_enabled = bool(parameters and shared)
         self.trusted = False
         self.origin = str(getattr(config, "_name_or_path", ""))
         self.revision: str | None = None
@@ -85,12 +85,12 @@ class TransformersPolicy:
         model = read_model(folder, config, dtype, trusted)
         if lora is not None:
             model = peft_adapters.attach(model, lora)
-        skeleton = Skeleton(model.to(device))
-        end_tokens(tokenizer, generation, skeleton.vocabulary)
-        check_vocabulary(tokenizer, skeleton.vocabulary)
-        own = skeleton.emptied()
+        model = FunctionalModel(model.to(device))
+        end_tokens(tokenizer, generation, model.vocab_size)
+        check_vocabulary(tokenizer, model.vocab_size)
+        own = model.emptied()
         if gradient_checkpointing:
-            skeleton.checkpoint_gradients()
+            model.checkpoint_gradients()
         names = [name for name in own if lora is None or peft_adapters.is_part(name)]
         trained = {name: _aligned(own.pop(name).detach()) for name in names}
         shared = {name: _aligned(own.pop(name).detach()) for name in list(own)}
@@ -99,32 +99,32 @@ class TransformersPolicy:
         else:
             stacked = {name: _copies(value, len(seeds)) for name, value in trained.items()}
         parameters = {name: value.requires_grad_() for name, value in stacked.items()}
-        policy = cls(skeleton, config, tokenizer, parameters, shared, len(seeds))
+        policy = cls(model, config, tokenizer, parameters, shared, len(seeds))
         policy.generation, policy.trusted = generation, trusted
         return policy
 
     def _like(self, parameters: dict[str, Tensor], shared: dict[str, Tensor], cells: int) -> TransformersPolicy:
         other = copy.copy(self)
         other.parameters, other.shared, other.cells = parameters, shared, cells
-        other.adapted = bool(parameters and shared)
+        other.lora_enabled = bool(parameters and shared)
         return other
 
     @property
-    def vocabulary(self) -> int:
-        return self.skeleton.vocabulary
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
 
     @property
-    def width(self) -> int:
-        return self.skeleton.width
+    def hidden_size(self) -> int:
+        return self.model.hidden_size
 
     @property
-    def context(self) -> int:
+    def context_length(self) -> int:
         text = self.config.get_text_config()
         return int(getattr(text, "max_position_embeddings", None) or BOUNDLESS)
 
     @property
-    def ends(self) -> frozenset[int]:
-        return end_tokens(self.tokenizer, self.generation, self.vocabulary)
+    def eos_token_ids(self) -> frozenset[int]:
+        return end_tokens(self.tokenizer, self.generation, self.vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -156,16 +156,18 @@ class TransformersPolicy:
     ) -> tuple[Tensor, Tensor]:
         """See `Skeleton.logits`. Raises UserError where a sequence exceeds the context."""
         longest = int(present.sum(1).max())
-        if longest > self.context:
-            raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context)
-        return self.skeleton.logits(weights, tokens, present, keep, cache, self.adapted)
+        if longest > self.context_length:
+            raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context_length)
+        return self.model.logits(weights, tokens, present, keep, cache, self.lora_enabled)
 
-    def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
-        if plain or not self.skeleton.cached:
-            return WholeDecoding(self, prompts, group_size)
-        return CachedDecoding(self, prompts, group_size)
+    def decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+    ) -> IncrementalDecoder:
+        if plain or not self.model.cached:
+            return UncachedDecoder(self, prompts, group_size)
+        return CachedDecoder(self, prompts, group_size)
 
-    def scores(
+    def score(
         self,
         rollouts: Sequence[Rollout],
         *,
@@ -174,7 +176,7 @@ class TransformersPolicy:
         entropy: bool = False,
         states: bool = False,
         plain: bool = False,
-    ) -> list[Scores]:
+    ) -> list[TokenScores]:
         """Every trajectory forwarded in full, padded at the right; `plain` is no different."""
         pairs = zip(self.weights(), rollouts, strict=True)
         return [self._scored(weights, each, temperature, logits, entropy, states) for weights, each in pairs]
@@ -187,7 +189,7 @@ class TransformersPolicy:
         logits: bool,
         entropy: bool,
         states: bool,
-    ) -> Scores:
+    ) -> TokenScores:
         mask, prompts, groups = rollout.mask, rollout.prompts, rollout.groups.tolist()
         lengths = rollout.present.sum(1).tolist()
         own = rollout.tokens.tolist()
@@ -205,17 +207,17 @@ class TransformersPolicy:
             chosen = chosen.float()
         tempered = chosen if temperature == 1.0 else chosen / temperature
         kept = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted) if states else None
-        return gathered(rollout, source, tempered, kept, logits, entropy)
+        return gather_scores(rollout, source, tempered, kept, logits, entropy)
 
-    def frozen(self, dtype: torch.dtype | None = None) -> TransformersPolicy:
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> TransformersPolicy:
         """Adapters that add nothing yet (B = 0) are left off, and the weights they are added to are not copied."""
         copies = {name: value.detach().to(dtype or value.dtype, copy=True) for name, value in self.parameters.items()}
         shared = {name: value.to(dtype or value.dtype) for name, value in self.shared.items()}
-        if self.adapted and not any(copies[name].any() for name in copies if peft_adapters.is_second(name)):
+        if self.lora_enabled and not any(copies[name].any() for name in copies if peft_adapters.is_second(name)):
             return self._like({}, shared, self.cells)
         return self._like(copies, shared, self.cells)
 
-    def only(self, cells: Sequence[int]) -> TransformersPolicy:
+    def select(self, cells: Sequence[int]) -> TransformersPolicy:
         """Some of the cells as a policy of their own, without gradient."""
         chosen = {name: value.detach() for name, value in self.parameters.items()}
         if list(cells) != list(range(self.cells)):
@@ -228,24 +230,24 @@ class TransformersPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value[cell].detach().cpu().clone() for name, value in self.parameters.items()}
         self.tokenizer.save_pretrained(str(folder))
-        if self.adapted:
-            peft_adapters.write(folder, self.skeleton.model, self.origin, self.revision, weights)
+        if self.lora_enabled:
+            peft_adapters.write(folder, self.model.model, self.origin, self.revision, weights)
             return
-        with self.skeleton.lending(weights):
-            self.skeleton.base.save_pretrained(folder)
+        with self.model.lending(weights):
+            self.model.base.save_pretrained(folder)
         config = copy.deepcopy(self.config)
-        config.dtype, config.architectures = self.dtype, [type(self.skeleton.base).__name__]
+        config.dtype, config.architectures = self.dtype, [type(self.model.base).__name__]
         config.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         write_generation(folder, self.generation)
 
     @torch.no_grad()
     def load(self, path: str | Path, cell: int) -> None:
-        if self.adapted:
+        if self.lora_enabled:
             found = peft_adapters.read(path)
         else:
             model = read_model(path, read_config(path, self.trusted), self.dtype, self.trusted)
-            found = dict(Skeleton(model).emptied())
+            found = dict(FunctionalModel(model).emptied())
         if {n: v.shape for n, v in found.items()} != {n: v.shape[1:] for n, v in self.parameters.items()}:
             raise UserError("the checkpoint has another architecture than the policy it is loaded into", file=path)
         for name, value in found.items():

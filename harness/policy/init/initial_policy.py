@@ -18,7 +18,7 @@ import torch
 from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import Progress, warm_up
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks.task import Task
 
 _TRAINED = ("lora", "gradient_checkpointing")
@@ -31,7 +31,7 @@ VERSION = 1
 """Of the warm-up procedure; part of every policy's address."""
 
 
-def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None) -> Path:
+def initial_policy(section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None) -> Path:
     """Folder of the checkpoint that a cell starts from.
 
     A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built
@@ -49,7 +49,7 @@ def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, pr
     """
     if section.name != "tiny":
         return _pretrained(section.model, section.revision)
-    cache, digest = Path(cache), address(section, task_section)
+    cache, digest = Path(cache), policy_digest(section, task_section)
     folder = cache / digest
     if _complete(folder):
         return folder
@@ -60,7 +60,7 @@ def starting_policy(section: Any, task: Task, task_section: Any, cache: Path, pr
     return folder
 
 
-def address(section: Any, task_section: Any) -> str:
+def policy_digest(section: Any, task_section: Any) -> str:
     """Name of a tiny policy's folder: a hash of all that it is made from."""
     return hashlib.sha256(json.dumps(_identity(section, task_section), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -121,7 +121,7 @@ def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: 
     config = tiny_config(
         section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), max(256, 4 * longest)
     )
-    policy = Decoder.random(config, tokenizer, [section.warmup_seed], dtype=getattr(torch, section.dtype))
+    policy = StackedPolicy.random(config, tokenizer, [section.warmup_seed], dtype=getattr(torch, section.dtype))
     record = warm_up(policy, task, section.warmup_accuracy, section.warmup_updates_max, section.warmup_seed, progress)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

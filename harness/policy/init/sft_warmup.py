@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks.task import TURN_END, Example, Task
 
 LOW, HIGH = 0.2, 0.5
@@ -24,7 +25,7 @@ Progress = Callable[[int, int, float], None]
 
 
 def warm_up(
-    policy: Decoder, task: Task, target: float, updates_max: int, seed: int, progress: Progress | None = None
+    policy: StackedPolicy, task: Task, target: float, updates_max: int, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train a policy of one cell in place until its accuracy first reaches `target`.
 
@@ -54,7 +55,7 @@ def warm_up(
                 group["lr"] = rate * min(1.0, update / RAMP)
             batch = [train[chooser.randrange(len(train))] for _ in range(BATCH)]
             optimizer.zero_grad()
-            rollout = solved(policy, task, batch)
+            rollout = solution_rollout(policy, task, batch)
             torch.autograd.backward(-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum())
             optimizer.step()
         accuracy = sampled_accuracy(policy, task, examples, seed)
@@ -76,7 +77,7 @@ def warm_up(
     return {"updates": update, "accuracy": accuracy, "examples": update * BATCH}
 
 
-def solved(policy: Decoder, task: Task, examples: Sequence[Example]) -> Rollout:
+def solution_rollout(policy: StackedPolicy, task: Task, examples: Sequence[Example]) -> Rollout:
     """The reference solutions as trajectories, one per example: the policy's turns, each with its end token, and
     between them what the environment answers, which is no own token."""
     tokenizer = policy.tokenizer
@@ -115,7 +116,7 @@ def _turns(task: Task, example: Example) -> list[str]:
     return turns
 
 
-def sampled_accuracy(policy: Decoder, task: Task, examples: Sequence[Example], seed: int) -> float:
+def sampled_accuracy(policy: StackedPolicy, task: Task, examples: Sequence[Example], seed: int) -> float:
     """Share of correct completions, one drawn per example at temperature 1."""
     prompts = policy.tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
     generator = torch.Generator(policy.device).manual_seed(seed)
@@ -134,11 +135,11 @@ def sampled_accuracy(policy: Decoder, task: Task, examples: Sequence[Example], s
     return sum(task.score(e, text).correct for e, text in zip(examples, drawn.texts, strict=True)) / len(examples)
 
 
-def _snapshot(policy: Decoder) -> dict[str, Tensor]:
+def _snapshot(policy: StackedPolicy) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in policy.parameters.items()}
 
 
 @torch.no_grad()
-def _restore(policy: Decoder, snapshot: dict[str, Tensor]) -> None:
+def _restore(policy: StackedPolicy, snapshot: dict[str, Tensor]) -> None:
     for name, value in snapshot.items():
         policy.parameters[name].copy_(value)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class UniformSlice:
     """The random numbers of some of a cell's trajectories: the n that follow the first `first` of `total`.
 
     Each step consumes one number per trajectory of the cell, so these are what they would be among all of them.
@@ -20,7 +20,7 @@ class Stretch:
     total: int
 
 
-def uniform(generator: torch.Generator | Stretch, rows: int, device: torch.device) -> Tensor:
+def uniform_numbers(generator: torch.Generator | UniformSlice, rows: int, device: torch.device) -> Tensor:
     """Uniform numbers [rows, 1] in float64."""
     if isinstance(generator, torch.Generator):
         return torch.rand(rows, 1, generator=generator, device=device, dtype=torch.float64)
@@ -28,7 +28,7 @@ def uniform(generator: torch.Generator | Stretch, rows: int, device: torch.devic
     return every[generator.first : generator.first + rows]
 
 
-def draw(logits: Tensor, numbers: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, numbers: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
     """Tokens [N] drawn from logits [N, V], and their log-probabilities [N]; each row by itself.
 
     Args:

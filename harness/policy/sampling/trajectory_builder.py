@@ -14,7 +14,7 @@ Environment = Callable[[int, int, str], str | None]
 (both sides, without end tokens), called when the policy has ended its turn; None ends the episode."""
 
 
-class Draft:
+class TrajectoryBuilder:
     """N = P × group_size trajectories of one cell while they are being written; N of everything.
 
     Attributes:
@@ -37,7 +37,7 @@ class Draft:
     ) -> None:
         self.policy, self.cell, self.prompts, self.group_size = policy, cell, prompts, group_size
         self.budget, self.environment = budget, environment
-        self.ends = policy.ends
+        self.eos_token_ids = policy.eos_token_ids
         N = len(prompts) * group_size
         self.open = [True] * N
         self.spent = [0] * N
@@ -75,7 +75,7 @@ class Draft:
             self.own[row].append(True)
             self.logp[row].append(value)
             self.spent[row] += 1
-            if token in self.ends:
+            if token in self.eos_token_ids:
                 self.open[row] = self._answered(row)
             elif self.spent[row] >= self.budget:
                 self.open[row], self.truncated[row] = False, True
@@ -89,7 +89,7 @@ class Draft:
         self.own[row] += [True] * len(tokens)
         self.logp[row] += logp
         self.spent[row] += len(tokens)
-        if tokens and tokens[-1] in self.ends:
+        if tokens and tokens[-1] in self.eos_token_ids:
             self.open[row] = self._answered(row)
             self.written[row] += self.answers[row]
             self.own[row] += [False] * len(self.answers[row])
@@ -113,7 +113,7 @@ class Draft:
     def text(self, row: int, own_only: bool) -> str:
         """What was written, without end tokens."""
         pairs = zip(self.written[row], self.own[row], strict=True)
-        kept = tuple(token for token, own in pairs if token not in self.ends and (own or not own_only))
+        kept = tuple(token for token, own in pairs if token not in self.eos_token_ids and (own or not own_only))
         if kept not in self.decoded:
             self.decoded[kept] = str(self.policy.tokenizer.decode(list(kept), skip_special_tokens=False))
         return self.decoded[kept]

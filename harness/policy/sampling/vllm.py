@@ -1,4 +1,4 @@
-"""Rollouts from vLLM: the same call as `klab.harness.policy.rollout.sample`, and the same rollouts.
+"""Rollouts from vLLM: the same call as `klab.harness.policy.sampling.sample.sample`, and the same rollouts.
 
 One engine per process, next to the trainer on its GPU. Before every draw the policy is saved as a checkpoint folder,
 the one that the engine was started from, and the engine loads it again (`collective_rpc("reload_weights")`). Every
@@ -25,8 +25,8 @@ import torch
 from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import Stretch, uniform
-from klab.harness.policy.sampling.trajectory_builder import Draft, Environment
+from klab.harness.policy.sampling.categorical import UniformSlice, uniform_numbers
+from klab.harness.policy.sampling.trajectory_builder import Environment, TrajectoryBuilder
 
 MEMORY = 0.3
 """The engine's share of the GPU's memory: its weights and its cache."""
@@ -75,7 +75,7 @@ def vllm_sampler(dtype: str | None) -> VllmSampler:
 
 
 class VllmSampler:
-    """Draws trajectories with vLLM; see `klab.harness.policy.rollout.sample` for the arguments."""
+    """Draws trajectories with vLLM; see `klab.harness.policy.sampling.sample.sample` for the arguments."""
 
     def __init__(self, dtype: str | None) -> None:
         self._dtype = dtype
@@ -90,7 +90,7 @@ class VllmSampler:
         *,
         group_size: int,
         max_new_tokens: int,
-        generators: Sequence[torch.Generator | Stretch],
+        generators: Sequence[torch.Generator | UniformSlice],
         temperature: float = 1.0,
         top_p: float = 1.0,
         greedy: bool = False,
@@ -101,10 +101,15 @@ class VllmSampler:
         found = []
         for cell, listed in enumerate(prompts):
             engine = self._synchronised(policy, cell, "raw_logprobs" if temperature == 1.0 else "processed_logprobs")
-            draft = Draft(policy, cell, [list(p) for p in listed], group_size, max_new_tokens, environment)
+            draft = TrajectoryBuilder(policy, cell, [list(p) for p in listed], group_size, max_new_tokens, environment)
             while not draft.finished:
                 going = [row for row, open_ in enumerate(draft.open) if open_]
-                seeds = (uniform(generators[cell], len(draft.open), policy.device) * 2**31).long().flatten().tolist()
+                seeds = (
+                    (uniform_numbers(generators[cell], len(draft.open), policy.device) * 2**31)
+                    .long()
+                    .flatten()
+                    .tolist()
+                )
                 settings = [
                     SamplingParams(
                         temperature=0.0 if greedy else temperature,
@@ -112,7 +117,7 @@ class VllmSampler:
                         seed=seeds[row],
                         max_tokens=max_new_tokens - draft.spent[row],
                         logprobs=0,
-                        stop_token_ids=sorted(draft.ends),
+                        stop_token_ids=sorted(draft.eos_token_ids),
                         ignore_eos=True,
                         detokenize=False,
                     )
@@ -140,7 +145,7 @@ class VllmSampler:
             model=str(folder),
             dtype=self._dtype or str(policy.dtype).removeprefix("torch."),
             seed=0,
-            max_model_len=policy.context,
+            max_model_len=policy.context_length,
             gpu_memory_utilization=MEMORY,
             enable_prefix_caching=True,
             generation_config="vllm",
@@ -150,7 +155,7 @@ class VllmSampler:
         return self._engine
 
 
-def write(draft: Draft, row: int, completion: Completion) -> None:
+def write(draft: TrajectoryBuilder, row: int, completion: Completion) -> None:
     """Put what vLLM wrote into a trajectory, with the log-probabilities that it drew with."""
     tokens = [int(token) for token in completion.token_ids]
     if completion.logprobs is None or len(completion.logprobs) != len(tokens):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-EXPLICIT_SLOTS = 96
+MAX_EXPLICIT_KEYS = 96
 """Up to this many keys, two batched products and a softmax are faster on a CPU than the fused kernel (measured)."""
 
 
-class Arrangement(Protocol):
+class AttentionLayout(Protocol):
     """Where A cells' M tokens stand: A·L lanes of S slots. Tokens and slots are numbered through all cells.
 
     Attributes:
@@ -55,7 +55,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
         keys, values = (x.repeat_interleave(H // N, 0) for x in (keys, values))
     if bias is None:
         return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    if K > EXPLICIT_SLOTS or queries.device.type != "cpu":
+    if K > MAX_EXPLICIT_KEYS or queries.device.type != "cpu":
         return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
     scores = torch.bmm(queries.reshape(H * L, Q, size), keys.reshape(H * L, K, size).transpose(1, 2))
     shares = torch.add(bias, scores.view(H, L, Q, K), alpha=size**-0.5).softmax(-1)

@@ -136,9 +136,9 @@ def _sources(name: str) -> list[str]:
 
 def _sizes(name: str, architecture: Architecture) -> list[int]:
     if "qkv" in name:
-        narrow = architecture.kv_heads * architecture.head_size
-        return [architecture.heads * architecture.head_size, narrow, narrow]
-    return [architecture.intermediate] * 2
+        narrow = architecture.num_kv_heads * architecture.head_dim
+        return [architecture.num_heads * architecture.head_dim, narrow, narrow]
+    return [architecture.intermediate_size] * 2
 
 
 def _state(folder: str | Path) -> dict[str, Tensor]:

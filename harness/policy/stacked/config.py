@@ -25,13 +25,13 @@ class Architecture:
     """
 
     family: str
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
     norm_eps: float
     initializer_range: float
     qkv_bias: bool
@@ -39,7 +39,7 @@ class Architecture:
     mlp_bias: bool
     qk_norm: bool
     tied: bool
-    context: int
+    context_length: int
 
     @classmethod
     def of(cls, config: Any) -> Architecture:
@@ -58,13 +58,13 @@ class Architecture:
         bias = bool(getattr(config, "attention_bias", False))
         return cls(
             family=family,
-            vocabulary=config.vocab_size,
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            intermediate=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
             norm_eps=config.rms_norm_eps,
             initializer_range=config.initializer_range,
             qkv_bias=bias or family == "qwen2",
@@ -72,35 +72,35 @@ class Architecture:
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             qk_norm=family == "qwen3",
             tied=bool(config.tie_word_embeddings),
-            context=config.max_position_embeddings,
+            context_length=config.max_position_embeddings,
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of one cell; matrices are [in, out]."""
-        wide = (self.heads + 2 * self.kv_heads) * self.head_size
-        found: dict[str, tuple[int, ...]] = {"embedding": (self.vocabulary, self.hidden)}
-        for layer in range(self.layers):
+        wide = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        found: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, self.hidden_size)}
+        for layer in range(self.num_layers):
             at = f"layers.{layer}."
-            found[at + "input_norm"] = (self.hidden,)
-            found[at + "qkv"] = (self.hidden, wide)
+            found[at + "input_norm"] = (self.hidden_size,)
+            found[at + "qkv"] = (self.hidden_size, wide)
             if self.qkv_bias:
                 found[at + "qkv_bias"] = (wide,)
             if self.qk_norm:
-                found[at + "q_norm"] = (self.head_size,)
-                found[at + "k_norm"] = (self.head_size,)
-            found[at + "out"] = (self.heads * self.head_size, self.hidden)
+                found[at + "q_norm"] = (self.head_dim,)
+                found[at + "k_norm"] = (self.head_dim,)
+            found[at + "out"] = (self.num_heads * self.head_dim, self.hidden_size)
             if self.out_bias:
-                found[at + "out_bias"] = (self.hidden,)
-            found[at + "mlp_norm"] = (self.hidden,)
-            found[at + "gate_up"] = (self.hidden, 2 * self.intermediate)
+                found[at + "out_bias"] = (self.hidden_size,)
+            found[at + "mlp_norm"] = (self.hidden_size,)
+            found[at + "gate_up"] = (self.hidden_size, 2 * self.intermediate_size)
             if self.mlp_bias:
-                found[at + "gate_up_bias"] = (2 * self.intermediate,)
-            found[at + "down"] = (self.intermediate, self.hidden)
+                found[at + "gate_up_bias"] = (2 * self.intermediate_size,)
+            found[at + "down"] = (self.intermediate_size, self.hidden_size)
             if self.mlp_bias:
-                found[at + "down_bias"] = (self.hidden,)
-        found["norm"] = (self.hidden,)
+                found[at + "down_bias"] = (self.hidden_size,)
+        found["norm"] = (self.hidden_size,)
         if not self.tied:
-            found["head"] = (self.hidden, self.vocabulary)
+            found["head"] = (self.hidden_size, self.vocab_size)
         return found
 
 

@@ -28,7 +28,7 @@ from klab.harness.policy.stacked.packed_layout import Indices
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.batched_layers import Weights
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
 
 VARIABLE = "KLAB_DECODING"
@@ -40,10 +40,10 @@ FEWEST_LANES = 8
 SHAPES_KEPT = 4
 """Recordings per policy, each with its keys and values; the least recently used one makes room."""
 
-_tapes: WeakKeyDictionary[Decoder, OrderedDict[tuple[int, int], Tape]] = WeakKeyDictionary()
+_tapes: WeakKeyDictionary[StackedPolicy, OrderedDict[tuple[int, int], GraphRunner]] = WeakKeyDictionary()
 
 
-def decodes_statically(device: torch.device) -> bool:
+def uses_static_cache(device: torch.device) -> bool:
     """Whether policies on this device decode in fixed memory: on GPUs, unless KLAB_DECODING says `growing`.
 
     Raises:
@@ -60,7 +60,7 @@ def forget() -> None:
     _tapes.clear()
 
 
-class StaticDecoding:
+class StaticCacheDecoder:
     """The trajectories of every cell of a policy, growing by one token per step in lanes of equal length.
 
     Args:
@@ -68,7 +68,7 @@ class StaticDecoding:
     """
 
     def __init__(
-        self, policy: Decoder, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, capture: bool = True
+        self, policy: StackedPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, capture: bool = True
     ) -> None:
         self.policy, self.prompts, self.group_size = policy, prompts, group_size
         self.capture = capture and policy.device.type == "cuda"
@@ -92,9 +92,9 @@ class StaticDecoding:
         reading = _Reading(C * P, width, torch.from_numpy(last.reshape(-1)).to(device))
         weights = policy.weights([range(C)])[0]
         tokens = torch.from_numpy(padded).to(device).view(C, -1)
-        logits = policy.logits(weights, policy.hidden(weights, tokens, reading))
+        logits = policy.logits(weights, policy.hidden_states(weights, tokens, reading))
         origin = torch.arange(C * P, device=device).repeat_interleave(self.group_size)
-        self.tape = self._tape(_length(width + 1, policy.context))
+        self.tape = self._tape(_length(width + 1, policy.context_length))
         for (keys, values), (read_keys, read_values) in zip(self.tape.cache, reading.cache, strict=True):
             for fixed, read in ((keys, read_keys), (values, read_values)):
                 fixed[:, :, :width] = read.index_select(1, origin)
@@ -129,7 +129,7 @@ class StaticDecoding:
         old, lanes = self.tape, self.lanes
         while lanes // 2 >= max(most, FEWEST_LANES):
             lanes //= 2
-        length = old.length if needed <= old.length else _length(needed, self.policy.context)
+        length = old.length if needed <= old.length else _length(needed, self.policy.context_length)
         if (lanes, length) == (self.lanes, old.length):
             return
         origin, before = np.zeros((len(self.prompts), lanes), dtype=np.int64), self.positions
@@ -148,26 +148,26 @@ class StaticDecoding:
             for fixed, earlier in zip(new, held, strict=True):
                 fixed[:, :, : old.length] = earlier.index_select(1, index)
 
-    def _tape(self, length: int) -> Tape:
+    def _tape(self, length: int) -> GraphRunner:
         """The recording of the present shape, its keys and values all zero."""
         kept = _tapes.setdefault(self.policy, OrderedDict())
         key = (self.lanes, length)
         if key not in kept:
             if len(kept) >= SHAPES_KEPT:
                 kept.popitem(last=False)
-            kept[key] = Tape(self.policy, len(self.prompts), self.lanes, length)
+            kept[key] = GraphRunner(self.policy, len(self.prompts), self.lanes, length)
         kept.move_to_end(key)
         kept[key].clear()
         return kept[key]
 
 
-class Tape:
+class GraphRunner:
     """One decoding step of C cells in L lanes of `length` slots each, in memory that stays where it is.
 
     It is the arrangement of that step. Keys and values: [kv_heads, C·L, length, head_size] of every layer.
     """
 
-    def __init__(self, policy: Decoder, cells: int, lanes: int, length: int) -> None:
+    def __init__(self, policy: StackedPolicy, cells: int, lanes: int, length: int) -> None:
         a, device = policy.architecture, policy.device
         self.length = self.limit = length
         self.weights: Weights = policy.weights([range(cells)])[0]
@@ -175,8 +175,8 @@ class Tape:
         self.positions = torch.zeros((cells * lanes, 1), dtype=torch.long, device=device)
         self.slots = self.places = torch.arange(cells * lanes, device=device)
         self.kept: Tensor | None = None
-        shape = (2, a.kv_heads, cells * lanes, length, a.head_size)
-        self.cache = [torch.zeros(shape, dtype=policy.dtype, device=device).unbind(0) for _ in range(a.layers)]
+        shape = (2, a.num_kv_heads, cells * lanes, length, a.head_dim)
+        self.cache = [torch.zeros(shape, dtype=policy.dtype, device=device).unbind(0) for _ in range(a.num_layers)]
         self._bias = torch.zeros((1, cells * lanes, 1, length), dtype=policy.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits = torch.zeros(0)
@@ -188,7 +188,7 @@ class Tape:
             for fixed in pair:
                 fixed.zero_()
 
-    def run(self, policy: Decoder, tokens: Indices, positions: Indices, capture: bool) -> Tensor:
+    def run(self, policy: StackedPolicy, tokens: Indices, positions: Indices, capture: bool) -> Tensor:
         """Logits [C, L, V] after one more token per lane, [C, L]; the next call overwrites them."""
         self.tokens.copy_(torch.from_numpy(tokens))
         self.positions.copy_(torch.from_numpy(positions).view(-1, 1))
@@ -199,7 +199,7 @@ class Tape:
         self._graph.replay()
         return self._logits
 
-    def _record(self, policy: Decoder) -> torch.cuda.CUDAGraph:
+    def _record(self, policy: StackedPolicy) -> torch.cuda.CUDAGraph:
         """Record a step. Libraries set themselves up in a step before it, which writes the same keys and values."""
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
@@ -212,10 +212,10 @@ class Tape:
             self._logits = self._step(policy)
         return graph
 
-    def _step(self, policy: Decoder) -> Tensor:
+    def _step(self, policy: StackedPolicy) -> Tensor:
         ahead = torch.arange(self.length, device=self.positions.device) > self.positions
         self._bias.zero_().masked_fill_(ahead[None, :, None], -torch.inf)
-        return policy.logits(self.weights, policy.hidden(self.weights, self.tokens, self))
+        return policy.logits(self.weights, policy.hidden_states(self.weights, self.tokens, self))
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         H, lanes, _, size = queries.shape

@@ -21,12 +21,12 @@ def _in_one_call(x: Tensor) -> bool:
     return GROUPED and x.dtype == torch.float32
 
 
-class Stretches:
+class Segments:
     """The lengths of C stretches, Σ = M."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = list(sizes)
-        self.ends = torch.tensor(self.sizes).cumsum(0).int()
+        self.offsets = torch.tensor(self.sizes).cumsum(0).int()
 
     @cached_property
     def owner(self) -> Tensor:
@@ -45,15 +45,15 @@ def root_mean_square(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
-def scaled(y: Tensor, scale: Tensor, stretches: Stretches) -> Tensor:
+def scaled(y: Tensor, scale: Tensor, stretches: Segments) -> Tensor:
     """y [M, width] times each cell's scale [C, width]."""
     return y * scale.index_select(0, stretches.owner)
 
 
-def products(x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretches) -> Tensor:
+def products(x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Segments) -> Tensor:
     """x [M, in] times each cell's weight [C, in, out], plus its bias [C, out]."""
     if _in_one_call(x):
-        out = functional.grouped_mm(x, weight, offs=stretches.ends)
+        out = functional.grouped_mm(x, weight, offs=stretches.offsets)
     else:
         out = x.new_empty(len(x), weight.shape[2])
         for part, own, target in zip(stretches.parts(x), weight.unbind(0), stretches.parts(out), strict=True):
@@ -61,23 +61,23 @@ def products(x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretche
     return out if bias is None else out.add_(bias.index_select(0, stretches.owner))
 
 
-def weight_gradients(x: Tensor, grad: Tensor, stretches: Stretches) -> Tensor:
+def weight_gradients(x: Tensor, grad: Tensor, stretches: Segments) -> Tensor:
     """[C, in, out], gradients of the weights of products of x [M, in], from those of the products [M, out]."""
     if _in_one_call(x):
-        return functional.grouped_mm(x.t(), grad, offs=stretches.ends)
+        return functional.grouped_mm(x.t(), grad, offs=stretches.offsets)
     out = x.new_empty(len(stretches.sizes), x.shape[1], grad.shape[1])
     for part, given, target in zip(stretches.parts(x), stretches.parts(grad), out.unbind(0), strict=True):
         torch.mm(part.t(), given, out=target)
     return out
 
 
-def sums(x: Tensor, stretches: Stretches) -> Tensor:
+def sums(x: Tensor, stretches: Segments) -> Tensor:
     """[C, width], the sum of each stretch of x [M, width]."""
     return x.new_zeros(len(stretches.sizes), x.shape[1]).index_add_(0, stretches.owner, x)
 
 
 def back_products(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Stretches
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stretches: Segments
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the inputs x, the weights and the biases of products."""
     d_weight = weight_gradients(x, grad, stretches)
@@ -86,7 +86,7 @@ def back_products(
 
 
 def back_normed(
-    grad: Tensor, d_h: Tensor, y: Tensor, inverse: Tensor, scale: Tensor, stretches: Stretches
+    grad: Tensor, d_h: Tensor, y: Tensor, inverse: Tensor, scale: Tensor, stretches: Segments
 ) -> tuple[Tensor, Tensor]:
     """grad + (g − y·mean(g·y)) / rms with g = scale · d_h, which is overwritten; and the scale's gradient."""
     product = d_h * y

@@ -18,24 +18,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
-from klab.harness.policy.stacked.packed_layout import Indices, Lanes
-from klab.harness.policy.stacked.prefix_tree import Grove, bucket, plain_forest
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS, attention
+from klab.harness.policy.stacked.packed_layout import AttentionRows, Indices
+from klab.harness.policy.stacked.prefix_tree import PrefixTreeBatch, bucket, unshared_tree
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.batched_layers import Weights
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, [kv_heads, lanes, slots, head_size]."""
 
 
-class Decoding:
+class KVCacheDecoder:
     """The trajectories of every cell of a policy, growing by one token per step."""
 
-    def __init__(self, policy: Decoder, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
+    def __init__(self, policy: StackedPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy = policy
-        self.cells = [Branches(listed, group_size) for listed in prompts]
+        self.cells = [GrowingPrefixTree(listed, group_size) for listed in prompts]
         self.caches: dict[tuple[int, ...], Cache] = {}
         self._weights: dict[tuple[int, ...], Weights] = {}
 
@@ -84,7 +84,7 @@ class Decoding:
         if key not in self._weights:
             self._weights[key] = self.policy.weights([cells])[0]
         weights = self._weights[key]
-        return self.policy.logits(weights, self.policy.hidden(weights, tokens, arrangement))
+        return self.policy.logits(weights, self.policy.hidden_states(weights, tokens, arrangement))
 
     def _cache(self, cells: tuple[int, ...]) -> Cache:
         if cells in self.caches:
@@ -127,10 +127,10 @@ class _Plan:
     def shape(self) -> Hashable:
         return (len(self.tokens), *self.visible.shape)
 
-    def lanes(self, dtype: torch.dtype) -> Lanes:
+    def lanes(self, dtype: torch.dtype) -> AttentionRows:
         """As one cell of a layout."""
         hidden = torch.from_numpy(~self.visible)
-        return Lanes(
+        return AttentionRows(
             tokens=self.tokens,
             positions=self.positions.reshape(-1)[self.places],
             slots=self.slots,
@@ -140,7 +140,7 @@ class _Plan:
         )
 
 
-class Branches:
+class GrowingPrefixTree:
     """The prefix trees of one cell while they grow.
 
     `lane` [N] and `visible` [N, S]: the lane of each trajectory, and the slots of it that hold its prompt and prefix.
@@ -157,11 +157,11 @@ class Branches:
         self.next_position = self.lengths[self.lane]
         self.apart = False
 
-    def start(self, dtype: torch.dtype) -> Lanes:
+    def start(self, dtype: torch.dtype) -> AttentionRows:
         """A causal lane per prompt."""
         P, S = len(self.prompts), self.width
         places = np.arange(P * S)
-        return Lanes(
+        return AttentionRows(
             tokens=np.array([[*prompt, *[0] * (S - len(prompt))] for prompt in self.prompts]).reshape(-1),
             positions=np.tile(np.arange(S), P),
             slots=places.reshape(P, S),
@@ -215,7 +215,7 @@ class Branches:
         """
         live = np.flatnonzero(open_rows)
         lanes = bucket(len(live))
-        if not (self.visible.shape[1] > EXPLICIT_SLOTS and (not self.apart or lanes < self.lanes)):
+        if not (self.visible.shape[1] > MAX_EXPLICIT_KEYS and (not self.apart or lanes < self.lanes)):
             return None
         lengths = self.visible[live].sum(1)
         S = int(lengths.max())
@@ -235,7 +235,7 @@ class Branches:
 class _Prefill:
     """Arrangement of the prompts' own pass: a causal lane per prompt, whose keys and values are kept."""
 
-    def __init__(self, cells: Sequence[Branches], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cells: Sequence[GrowingPrefixTree], device: torch.device, dtype: torch.dtype) -> None:
         P, S = len(cells[0].prompts), cells[0].width
         padded = [[*p, *[0] * (S - len(p))] for cell in cells for p in cell.prompts]
         self.tokens = torch.tensor(padded, device=device).view(len(cells), -1)
@@ -275,10 +275,10 @@ class _Step:
         return attention(queries, keys, values, self.bias)
 
 
-class PlainDecoding:
+class UncachedDecoder:
     """The reference path: one lane per trajectory, its whole sequence forwarded for every new token."""
 
-    def __init__(self, policy: Decoder, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
+    def __init__(self, policy: StackedPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy = policy
         self.rows = [[list(prompt) for prompt in listed for _ in range(group_size)] for listed in prompts]
 
@@ -294,7 +294,7 @@ class PlainDecoding:
     def _logits(self, cell: int) -> Tensor:
         N = len(self.rows[cell])
         nothing = torch.zeros((N, 1), dtype=torch.long)
-        forest = plain_forest(self.rows[cell], torch.arange(N), nothing, nothing.view(-1))
-        grove = Grove([forest], self.policy.device, self.policy.dtype)
+        forest = unshared_tree(self.rows[cell], torch.arange(N), nothing, nothing.view(-1))
+        grove = PrefixTreeBatch([forest], self.policy.device, self.policy.dtype)
         weights = self.policy.weights([[cell]])[0]
-        return self.policy.logits(weights, self.policy.hidden(weights, grove.tokens, grove))[0]
+        return self.policy.logits(weights, self.policy.hidden_states(weights, grove.tokens, grove))[0]

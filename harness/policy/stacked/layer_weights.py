@@ -9,7 +9,7 @@ from torch import Tensor
 from klab.harness.policy.stacked.config import Architecture
 
 if TYPE_CHECKING:
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
 
 def suits(architecture: Architecture) -> bool:
@@ -19,8 +19,8 @@ def suits(architecture: Architecture) -> bool:
     the bits of products depend on that.
     """
     a = architecture
-    aligned = all(width % 16 == 0 for width in (a.hidden, a.heads * a.head_size, a.intermediate))
-    return aligned and a.kv_heads == a.heads and not a.qk_norm
+    aligned = all(width % 16 == 0 for width in (a.hidden_size, a.num_heads * a.head_dim, a.intermediate_size))
+    return aligned and a.num_kv_heads == a.num_heads and not a.qk_norm
 
 
 class LayerWeights(NamedTuple):
@@ -38,6 +38,6 @@ class LayerWeights(NamedTuple):
     down_bias: Tensor | None
 
     @classmethod
-    def of(cls, policy: Decoder, number: int) -> LayerWeights:
+    def of(cls, policy: StackedPolicy, number: int) -> LayerWeights:
         """Those of a layer."""
         return cls(*(policy.parameters.get(f"layers.{number}.{name}") for name in cls._fields))  # type: ignore[arg-type]

@@ -23,12 +23,12 @@ Plan = list[tuple[int, int, int, int]]
 """For each chunk: its first and last row, first and last token."""
 
 
-def chunk_size(device: torch.device) -> int:
+def max_logits(device: torch.device) -> int:
     """Logits held at once on a device."""
     return CHUNKS.get(device.type, CHUNKS["cuda"])
 
 
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [A, K, hidden] times weight [A, hidden, V], at least in float32."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return linear(x, weight, None)
@@ -36,7 +36,7 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def picked(
+def selective_log_softmax(
     hidden: Tensor, head: Tensor, rows: Tensor, tokens: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens after some rows, and the entropy in nats of every row, without gradient.
@@ -52,7 +52,7 @@ def picked(
         [P], and [K] or empty; at least in float32.
     """
     K = len(hidden)
-    step = max(1, chunk_size(hidden.device) // head.shape[1])
+    step = max(1, max_logits(hidden.device) // head.shape[1])
     ends = [*range(step, K, step), K]
     bounds = [0, *torch.searchsorted(rows, torch.tensor(ends)).tolist()]
     plan = list(zip([0, *ends], ends, bounds, bounds[1:], strict=False))
@@ -104,7 +104,7 @@ class _Picked(torch.autograd.Function):
 
 
 def _tempered(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    values = wide_product(hidden[None], head[None])[0]
+    values = float32_linear(hidden[None], head[None])[0]
     return values if temperature == 1.0 else values.div_(temperature)
 
 

@@ -47,7 +47,7 @@ class Adapters:
     alpha: float
     targets: tuple[str, ...]
     sizes: dict[str, tuple[int, int]]
-    layers: int
+    num_layers: int
 
     @classmethod
     def of(cls, section: Any, architecture: Architecture) -> Adapters:
@@ -62,23 +62,23 @@ class Adapters:
                 allowed = ("all-linear", *TARGETS)
                 raise UserError("no such linear layer", key="policy.lora.targets", value=name, allowed=allowed)
         a = architecture
-        wide, narrow = a.heads * a.head_size, a.kv_heads * a.head_size
+        wide, narrow = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         sizes = {
-            "q_proj": (a.hidden, wide),
-            "k_proj": (a.hidden, narrow),
-            "v_proj": (a.hidden, narrow),
-            "o_proj": (wide, a.hidden),
-            "gate_proj": (a.hidden, a.intermediate),
-            "up_proj": (a.hidden, a.intermediate),
-            "down_proj": (a.intermediate, a.hidden),
+            "q_proj": (a.hidden_size, wide),
+            "k_proj": (a.hidden_size, narrow),
+            "v_proj": (a.hidden_size, narrow),
+            "o_proj": (wide, a.hidden_size),
+            "gate_proj": (a.hidden_size, a.intermediate_size),
+            "up_proj": (a.hidden_size, a.intermediate_size),
+            "down_proj": (a.intermediate_size, a.hidden_size),
         }
-        return cls(section.rank, section.alpha, tuple(n for n in TARGETS if n in chosen), sizes, a.layers)
+        return cls(section.rank, section.alpha, tuple(n for n in TARGETS if n in chosen), sizes, a.num_layers)
 
     def initial(self, seeds: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """One cell per seed, on the CPU: A uniform in ±1/√in (PEFT's kaiming_uniform with a = √5), B zero."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         found = {}
-        for layer in range(self.layers):
+        for layer in range(self.num_layers):
             for part in self.targets:
                 inputs, outputs = self.sizes[part]
                 drawn = [(2 * torch.rand(inputs, self.rank, generator=each) - 1) * inputs**-0.5 for each in generators]
@@ -111,7 +111,7 @@ class Adapters:
     def merged(self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One cell's weights with its adapters multiplied out: W + (alpha/rank)·A·B."""
         found = dict(base)
-        for layer in range(self.layers):
+        for layer in range(self.num_layers):
             for kind, parts in PROJECTIONS.items():
                 changes = [self._change(adapters, f"layers.{layer}.{part}", base["embedding"]) for part in parts]
                 name = f"layers.{layer}.{kind}"
@@ -171,7 +171,7 @@ def read_adapters(folder: str | Path, settings: Adapters) -> dict[str, Tensor]:
     if mine != theirs:
         raise UserError(f"adapters (rank, alpha, targets) {theirs}, the policy has {mine}", file=folder)
     state, found = load_file(path / WEIGHTS), {}
-    for layer in range(settings.layers):
+    for layer in range(settings.num_layers):
         for part in settings.targets:
             inputs, outputs = settings.sizes[part]
             for end, shape in (("A", (inputs, settings.rank)), ("B", (settings.rank, outputs))):

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klab.harness.policy.stacked.kv_cache import Branches
+from klab.harness.policy.stacked.kv_cache import GrowingPrefixTree
 from klab.harness.policy.stacked.packed_layers import final_states
-from klab.harness.policy.stacked.packed_layout import Indices, Lanes, Layout
+from klab.harness.policy.stacked.packed_layout import AttentionRows, Indices, PackedLayout
 
 if TYPE_CHECKING:
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
 
-class RaggedDecoding:
+class PackedDecoder:
     """The trajectories of every cell of a policy, growing by one token per step.
 
     Attributes:
@@ -27,11 +27,11 @@ class RaggedDecoding:
         seen: by cell, the row in each slot of its lanes [L, K].
     """
 
-    def __init__(self, policy: Decoder, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
+    def __init__(self, policy: StackedPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy = policy
-        self.cells = [Branches(listed, group_size) for listed in prompts]
-        width = 3 * policy.architecture.heads * policy.architecture.head_size
-        self.tables = [torch.empty(0, width, dtype=policy.dtype) for _ in range(policy.architecture.layers)]
+        self.cells = [GrowingPrefixTree(listed, group_size) for listed in prompts]
+        width = 3 * policy.architecture.num_heads * policy.architecture.head_dim
+        self.tables = [torch.empty(0, width, dtype=policy.dtype) for _ in range(policy.architecture.num_layers)]
         self.filled = 0
         self.seen: dict[int, Indices] = {}
 
@@ -54,7 +54,7 @@ class RaggedDecoding:
             lanes[cell], rows[cell] = plan.lanes(self.policy.dtype), torch.from_numpy(plan.rows)
         return {cell: each.index_select(0, rows[cell]) for cell, each in self._logits(lanes).items()}
 
-    def _logits(self, lanes: Mapping[int, Lanes]) -> dict[int, Tensor]:
+    def _logits(self, lanes: Mapping[int, AttentionRows]) -> dict[int, Tensor]:
         policy, start, placed = self.policy, self.filled, []
         for cell, each in lanes.items():
             before = self.seen.get(cell, np.zeros((len(each.slots), 0), dtype=np.int64))
@@ -62,7 +62,7 @@ class RaggedDecoding:
             placed.append(replace(each, seen=self.seen[cell]))
             self.filled += len(each.tokens)
         self._make_room()
-        layout = Layout(list(lanes), placed, policy.architecture.heads, policy.cells, start)
+        layout = PackedLayout(list(lanes), placed, policy.architecture.num_heads, policy.cells, start)
         hidden = final_states(policy, layout, self.tables).split_with_sizes(layout.kept_sizes)
         head = policy.head(policy.parameters)
         return {cell: torch.mm(each, head[cell]) for cell, each in zip(lanes, hidden, strict=True)}

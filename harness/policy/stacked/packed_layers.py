@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from klab.grid.errors import UserError
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS, attention
 from klab.harness.policy.stacked.grouped_ops import back_normed, back_products, products, root_mean_square, scaled, turn
 from klab.harness.policy.stacked.layer_weights import LayerWeights
-from klab.harness.policy.stacked.packed_layout import Layout, Run
+from klab.harness.policy.stacked.packed_layout import AttentionBatch, PackedLayout
 
 if TYPE_CHECKING:
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
 
 class Activations(NamedTuple):
@@ -47,7 +47,7 @@ class Activations(NamedTuple):
 def forward(
     x: Tensor,
     weights: LayerWeights,
-    layout: Layout,
+    layout: PackedLayout,
     turns: tuple[Tensor, Tensor],
     eps: float,
     last: bool,
@@ -59,7 +59,7 @@ def forward(
         turns: cosines and sines [M, 1, size] at the tokens' positions, see `Rotary`.
         table: [rows, 3 · heads · size], queries, keys and values of all tokens so far, to which these are added.
     """
-    heads, size, stretches = layout.heads, turns[0].shape[-1], layout.stretches
+    heads, size, stretches = layout.num_heads, turns[0].shape[-1], layout.stretches
     y1, inverse1 = root_mean_square(x, eps)
     h1 = scaled(y1, weights.input_norm, stretches)
     qkv = products(h1, weights.qkv, weights.qkv_bias, stretches)
@@ -85,12 +85,12 @@ def forward(
     return x, Activations(y1, inverse1, h1, slots, mixed, y2, inverse2, h2, gate_up, silu, act, tuple(shares))
 
 
-def _attend(run: Run, slots: Tensor, mixed: Tensor) -> Tensor:
+def _attend(run: AttentionBatch, slots: Tensor, mixed: Tensor) -> Tensor:
     """Write a run's mixed values; its attention weights [matrices, S, K], or nothing where its lanes are long."""
     cells, heads, L, S, K = run.shape
     queries, keys, values = run.views(slots)
     room = mixed[run.mixed].view(run.matrices, S, -1)
-    if K > EXPLICIT_SLOTS:
+    if K > MAX_EXPLICIT_KEYS:
         spread = (heads, cells * L, -1, slots.shape[1])
         found = attention(queries.view(spread), keys.view(spread), values.view(spread), run.bias[0, 0])
         room.copy_(found.view_as(room))
@@ -101,7 +101,7 @@ def _attend(run: Run, slots: Tensor, mixed: Tensor) -> Tensor:
     return share
 
 
-def _attend_back(run: Run, slots: Tensor, share: Tensor, d_mixed: Tensor, d_slots: Tensor) -> None:
+def _attend_back(run: AttentionBatch, slots: Tensor, share: Tensor, d_mixed: Tensor, d_slots: Tensor) -> None:
     """Write the gradient of a run's queries, keys and values."""
     queries, keys, values = run.views(slots)
     d_queries, d_keys, d_values = run.views(d_slots)
@@ -116,13 +116,13 @@ def _attend_back(run: Run, slots: Tensor, share: Tensor, d_mixed: Tensor, d_slot
 def backward(
     grad: Tensor,
     weights: LayerWeights,
-    layout: Layout,
+    layout: PackedLayout,
     turns: tuple[Tensor, Tensor],
     last: bool,
     acts: Activations,
 ) -> tuple[Tensor, LayerWeights]:
     """Gradients of a layer's input, and of its parameters."""
-    heads, size = layout.heads, acts.slots.shape[1]
+    heads, size = layout.num_heads, acts.slots.shape[1]
     chosen = last and layout.kept is not None
     stretches = layout.kept_stretches if chosen else layout.stretches
     d_act, d_down, d_down_bias = back_products(grad, acts.act, weights.down, weights.down_bias, stretches)
@@ -170,7 +170,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        layout: Layout,
+        layout: PackedLayout,
         turns: tuple[Tensor, Tensor],
         eps: float,
         last: bool,
@@ -195,7 +195,7 @@ class _Layer(torch.autograd.Function):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layout: Layout, eps: float, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, layout: PackedLayout, eps: float, x: Tensor, scale: Tensor) -> Tensor:
         y, inverse = root_mean_square(x, eps)
         ctx.save_for_backward(y, inverse, scale)
         ctx.stretches = layout.kept_stretches
@@ -209,20 +209,25 @@ class _Norm(torch.autograd.Function):
 
 
 def layer(
-    x: Tensor, weights: Sequence[Tensor | None], layout: Layout, turns: tuple[Tensor, Tensor], eps: float, last: bool
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    layout: PackedLayout,
+    turns: tuple[Tensor, Tensor],
+    eps: float,
+    last: bool,
 ) -> Tensor:
     """`forward` with gradients; a cell that takes no part has zeros."""
     out: Tensor = _Layer.apply(layout, turns, eps, last, x, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
-def final_norm(x: Tensor, scale: Tensor, layout: Layout, eps: float) -> Tensor:
+def final_norm(x: Tensor, scale: Tensor, layout: PackedLayout, eps: float) -> Tensor:
     """RMS norm of the kept tokens' states."""
     out: Tensor = _Norm.apply(layout, eps, x, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-def final_states(policy: Decoder, layout: Layout, tables: Sequence[Tensor] | None = None) -> Tensor:
+def final_states(policy: StackedPolicy, layout: PackedLayout, tables: Sequence[Tensor] | None = None) -> Tensor:
     """Final, normalised hidden states [J, hidden] of a layout's kept tokens, one cell's after the other's.
 
     Args:
@@ -232,13 +237,13 @@ def final_states(policy: Decoder, layout: Layout, tables: Sequence[Tensor] | Non
         UserError: sequences that exceed the model's context.
     """
     a, parameters = policy.architecture, policy.parameters
-    if layout.limit > a.context:
-        raise UserError(f"sequences of {layout.limit} tokens exceed the model's context", value=a.context)
+    if layout.limit > a.context_length:
+        raise UserError(f"sequences of {layout.limit} tokens exceed the model's context", value=a.context_length)
     cosines, sines = policy.rotary(layout.positions, policy.dtype, layout.limit)
     turns = cosines.unsqueeze(1), sines.unsqueeze(1)
     x = layout.embedded(parameters["embedding"])
-    for number in range(a.layers):
-        weights, last = LayerWeights.of(policy, number), number == a.layers - 1
+    for number in range(a.num_layers):
+        weights, last = LayerWeights.of(policy, number), number == a.num_layers - 1
         if torch.is_grad_enabled():
             x = layer(x, weights, layout, turns, a.norm_eps, last)
         else:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
-from klab.harness.policy.stacked.grouped_ops import Stretches
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
+from klab.harness.policy.stacked.grouped_ops import Segments
 
 Indices = NDArray[np.int64]
 
@@ -24,7 +24,7 @@ products are those that it has alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lanes:
+class AttentionRows:
     """Where one cell's M new tokens stand for attention: L lanes of S slots, which see K slots.
 
     Attributes:
@@ -49,7 +49,7 @@ class Lanes:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class AttentionBatch:
     """Cells with lanes of one shape, whose attention is computed together; they follow one another.
 
     Attributes:
@@ -85,7 +85,7 @@ class Run:
         return own[:queries].view(self.matrices, S, size), keys, values
 
 
-class Layout:
+class PackedLayout:
     """The lanes of some cells with M tokens altogether, and the gathers between tokens and slots.
 
     Attributes:
@@ -102,15 +102,17 @@ class Layout:
         kept: [J], the tokens whose states are wanted, with `kept_stretches`, `kept_sizes` of `cells`, `collect_kept`.
     """
 
-    def __init__(self, cells: Sequence[int], lanes: Sequence[Lanes], heads: int, total: int, start: int = 0) -> None:
-        self.cells, self.lanes, self.heads, self.start = list(cells), list(lanes), heads, start
+    def __init__(
+        self, cells: Sequence[int], lanes: Sequence[AttentionRows], heads: int, total: int, start: int = 0
+    ) -> None:
+        self.cells, self.lanes, self.num_heads, self.start = list(cells), list(lanes), heads, start
         sizes = [len(each.tokens) for each in lanes]
         self.stretches = self._stretches(sizes, total)
         self._firsts = np.cumsum([0, *sizes])
         self.tokens = torch.from_numpy(np.concatenate([each.tokens for each in lanes]))
         positions = np.concatenate([each.positions for each in lanes])
         self.positions, self.limit = torch.from_numpy(positions), int(positions.max()) + 1
-        self.runs: list[Run] = []
+        self.runs: list[AttentionBatch] = []
         spread: list[Indices] = []
         slots = mixed = 0
         for members in self._members():
@@ -136,9 +138,9 @@ class Layout:
             self.kept_stretches = self._stretches(self.kept_sizes, total)
             self.collect_kept = torch.from_numpy(every[chosen].reshape(-1))
 
-    def _stretches(self, sizes: Sequence[int], total: int) -> Stretches:
+    def _stretches(self, sizes: Sequence[int], total: int) -> Segments:
         own = dict(zip(self.cells, sizes, strict=True))
-        return Stretches([own.get(cell, 0) for cell in range(total)])
+        return Segments([own.get(cell, 0) for cell in range(total)])
 
     def _members(self) -> list[list[int]]:
         """Positions of cells whose attention may be computed together without a change of bits."""
@@ -146,15 +148,15 @@ class Layout:
         def shape(position: int) -> tuple[int, ...]:
             each = self.lanes[position]
             S, K = each.bias.shape[1:]
-            width = each.bias.element_size() * self.heads * len(each.slots) * S * K
-            apart = K > EXPLICIT_SLOTS or width % ALIGNMENT > 0
+            width = each.bias.element_size() * self.num_heads * len(each.slots) * S * K
+            apart = K > MAX_EXPLICIT_KEYS or width % ALIGNMENT > 0
             return (*each.slots.shape, *each.bias.shape, position if apart else -1)
 
         order = sorted(range(len(self.lanes)), key=shape)
         return [list(alike) for _, alike in groupby(order, shape)]
 
-    def _run(self, members: list[int], slots: int, mixed: int) -> tuple[list[Indices], Run]:
-        chosen, heads, n = [self.lanes[i] for i in members], self.heads, len(members)
+    def _run(self, members: list[int], slots: int, mixed: int) -> tuple[list[Indices], AttentionBatch]:
+        chosen, heads, n = [self.lanes[i] for i in members], self.num_heads, len(members)
         L, S = chosen[0].slots.shape
         K = chosen[0].bias.shape[2]
         head = np.arange(heads)[:, None, None]
@@ -163,7 +165,7 @@ class Layout:
         seen = queries if chosen[0].seen is None else np.stack([each.seen for each in chosen if each.seen is not None])
         rows = seen[:, None] * (3 * heads) + head
         index = [(queries[:, None] * (3 * heads) + head), rows + heads, rows + 2 * heads]
-        run = Run(
+        run = AttentionBatch(
             members,
             (n, heads, L, S, K),
             torch.stack([each.bias for each in chosen]).unsqueeze(1),
@@ -179,7 +181,7 @@ class Layout:
         if not all(each.unique for each in self.lanes):
             return None
         found = {}
-        head = np.arange(3 * self.heads)
+        head = np.arange(3 * self.num_heads)
         for run in self.runs:
             _, heads, L, S, _ = run.shape
             parts = head // heads * (run.mixed.stop - run.mixed.start) + head % heads * L * S + run.slots.start

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS, attention
-from klab.harness.policy.stacked.packed_layout import Indices, Lanes
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS, attention
+from klab.harness.policy.stacked.packed_layout import AttentionRows, Indices
 
 
 @dataclass(frozen=True, slots=True)
-class Forest:
+class PrefixTree:
     """Where one cell's tokens stand: M tokens, L lanes of S slots, K kept tokens (whose logits some trajectory needs).
 
     Attributes:
@@ -46,11 +46,11 @@ class Forest:
         """What must agree for cells to be stacked. A function of the one cell's trajectories."""
         return (len(self.tokens), *self.slots.shape, len(self.kept), self.bias is None)
 
-    def lanes(self, dtype: torch.dtype) -> Lanes:
+    def lanes(self, dtype: torch.dtype) -> AttentionRows:
         """As one cell of a layout."""
         bias = _causal(self.slots.shape[1]) if self.bias is None else self.bias
         places = self.places.numpy()
-        return Lanes(
+        return AttentionRows(
             tokens=self.tokens.numpy(),
             positions=self.positions.numpy().reshape(-1)[places],
             slots=self.slots.numpy(),
@@ -61,10 +61,10 @@ class Forest:
         )
 
 
-class Grove:
+class PrefixTreeBatch:
     """Forests of A cells with equal shapes: the arrangement of a forward pass that scores trajectories."""
 
-    def __init__(self, forests: Sequence[Forest], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, forests: Sequence[PrefixTree], device: torch.device, dtype: torch.dtype) -> None:
         first = forests[0]
         M, standing = len(first.tokens), first.slots.numel()
         self.tokens = torch.stack([f.tokens for f in forests]).to(device)
@@ -95,7 +95,7 @@ def bucket(count: int, least: int = 4) -> int:
     return -(-count // step) * step
 
 
-def forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, lengths: Tensor) -> Forest:
+def build_prefix_tree(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, lengths: Tensor) -> PrefixTree:
     """The forest of trajectories with every shared prefix merged.
 
     Args:
@@ -105,10 +105,10 @@ def forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, len
         lengths: [N], tokens of each trajectory, at most T.
     """
     tree = _Tree(prompts, groups.numpy(), tokens.numpy(), lengths.numpy())
-    return tree.by_group() if tree.width + tree.group_width <= EXPLICIT_SLOTS else tree.by_trajectory()
+    return tree.by_group() if tree.width + tree.group_width <= MAX_EXPLICIT_KEYS else tree.by_trajectory()
 
 
-def plain_forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, lengths: Tensor) -> Forest:
+def unshared_tree(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tensor, lengths: Tensor) -> PrefixTree:
     """The same with nothing shared: a causal lane per trajectory, prompt and completion, padded at the right."""
     N, T = tokens.shape
     starts = np.array([len(prompts[g]) for g in groups.tolist()])
@@ -120,7 +120,7 @@ def plain_forest(prompts: Sequence[Sequence[int]], groups: Tensor, tokens: Tenso
         ids[row, starts[row] : starts[row] + tail] = tokens[row, :tail].numpy()
     kept = (np.arange(N) * S + starts - 1)[:, None] + np.arange(T)[None, :]
     everything = torch.arange(N * S)
-    return Forest(
+    return PrefixTree(
         tokens=torch.from_numpy(ids).view(-1),
         slots=everything.view(N, S),
         positions=torch.arange(S).expand(N, S),
@@ -170,7 +170,7 @@ class _Tree:
         self.rank[order] = np.arange(len(self.ids)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.group_width = bucket(int(counts.max(initial=0)))
 
-    def by_group(self) -> Forest:
+    def by_group(self) -> PrefixTree:
         """A lane per group: its prompt, then all its prefixes; a prefix sees the prompt, its ancestors and itself."""
         P, n = len(self.starts), len(self.ids)
         L, S = self.width, self.width + self.group_width
@@ -197,7 +197,7 @@ class _Tree:
         places = np.concatenate([np.flatnonzero(inside) // L * S + np.flatnonzero(inside) % L, group * S + at])
         return self._forest(slots, positions, places, visible)
 
-    def by_trajectory(self) -> Forest:
+    def by_trajectory(self) -> PrefixTree:
         """A causal lane per distinct trajectory; a token that lanes share stands in each, and is computed once."""
         P = len(self.starts)
         inner = np.zeros(P + len(self.ids), dtype=bool)
@@ -225,7 +225,9 @@ class _Tree:
         prompt = self.offsets[prefix] + np.arange(self.starts[prefix])
         return np.concatenate([prompt, np.array(steps[::-1], dtype=np.int64)])
 
-    def _forest(self, slots: Indices, positions: Indices, places: Indices, visible: NDArray[np.bool_] | None) -> Forest:
+    def _forest(
+        self, slots: Indices, positions: Indices, places: Indices, visible: NDArray[np.bool_] | None
+    ) -> PrefixTree:
         P, n, total = len(self.starts), len(self.ids), len(self.prompt_tokens)
         M, K = bucket(total + n), bucket(P + n)
         tokens = np.zeros(M, dtype=np.int64)
@@ -235,7 +237,7 @@ class _Tree:
         bias = None
         if visible is not None:
             bias = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
-        return Forest(
+        return PrefixTree(
             tokens=torch.from_numpy(tokens),
             slots=torch.from_numpy(slots),
             positions=torch.from_numpy(positions),

@@ -35,14 +35,14 @@ class Draw:
         """Some of the groups, in this order."""
         rows = group_rows(chosen, self.rollout.group_size).to(self.rewards.device)
         examples = [self.examples[g] for g in chosen]
-        return Draw(examples, self.rollout.rows(chosen), self.rewards[rows], self.correct[rows])
+        return Draw(examples, self.rollout.select_prompts(chosen), self.rewards[rows], self.correct[rows])
 
     @classmethod
     def joined(cls, parts: Sequence[Draw]) -> Draw:
         """The groups of several draws one after the other."""
         return cls(
             [example for part in parts for example in part.examples],
-            Rollout.joined([part.rollout for part in parts]),
+            Rollout.concatenate([part.rollout for part in parts]),
             torch.cat([part.rewards for part in parts]),
             torch.cat([part.correct for part in parts]),
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.sampling.categorical import Stretch
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.categorical import UniformSlice
+from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.trajectory_builder import Environment
 from klab.harness.training.data.prompts import encode
 from klab.harness.training.data.sampler_mismatch import Sample
@@ -52,12 +53,12 @@ def draw(
         cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
         starts = [share.start + cuts[c][turn].start for c in cells]
         sampled = sampler(
-            policy if len(cells) == len(members) else policy.only(cells),
+            policy if len(cells) == len(members) else policy.select(cells),
             [prompts[c][cuts[c][turn]] for c in cells],
             group_size=group_size,
             max_new_tokens=members[0].max_new_tokens,
             generators=[
-                Stretch(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
+                UniformSlice(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
                 for c, start in zip(cells, starts, strict=True)
             ],
             temperature=temperature,
@@ -72,7 +73,7 @@ def draw(
         )
         for c, rollout in zip(cells, sampled, strict=True):
             found[c].append(rollout)
-    return [Rollout.joined(parts) for parts in found]
+    return [Rollout.concatenate(parts) for parts in found]
 
 
 def _environment(

@@ -30,7 +30,7 @@ def select(experience: Experience, groups: Sequence[int]) -> Experience:
     rows = group_rows(groups, size).to(experience.rewards.device)
     return replace(
         experience,
-        rollout=experience.rollout.rows(groups),
+        rollout=experience.rollout.select_prompts(groups),
         rewards=experience.rewards[rows],
         correct=experience.correct[rows],
         reference=experience.reference[rows],

@@ -30,13 +30,13 @@ def encode(policy: Policy, member: Member, examples: Sequence[Example]) -> list[
         UserError: a chat template that fails, a token that the model does not have, or a prompt that with its
             completion would exceed the context.
     """
-    chat, room = chat_template(member.cell), policy.context - member.max_new_tokens + 1
+    chat, room = chat_template(member.cell), policy.context_length - member.max_new_tokens + 1
     found = []
     for example in examples:
         ids = list(prompt_ids(policy.tokenizer, example.prompt, chat))
-        check_ids(ids, policy.tokenizer, policy.vocabulary)
+        check_ids(ids, policy.tokenizer, policy.vocab_size)
         if len(ids) > room:
-            raise _too_long(example, len(ids), policy.context, member.max_new_tokens)
+            raise _too_long(example, len(ids), policy.context_length, member.max_new_tokens)
         found.append(ids)
     return found
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.dynamic_sampling import Draw, Drawn, filled, missing
 from klab.harness.training.data.generate import draw
 from klab.harness.training.data.sampler_mismatch import sampler_of, sampling_policy
@@ -143,7 +143,7 @@ def _scored(
             return []
         with watch("rollout"):
             rollouts = draw(
-                policy if len(positions) == len(members) else policy.only(positions),
+                policy if len(positions) == len(members) else policy.select(positions),
                 [members[c] for c in positions],
                 examples,
                 training.group_size,
@@ -167,7 +167,7 @@ def _scored(
     return [
         Draw(
             listed,
-            Rollout.joined([part[c][0] for part in parts]),
+            Rollout.concatenate([part[c][0] for part in parts]),
             torch.cat([part[c][1] for part in parts]),
             torch.cat([part[c][2] for part in parts]),
         )

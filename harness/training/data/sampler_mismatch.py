@@ -15,14 +15,15 @@ from klab.grid.errors import UserError
 from klab.grid.schema.sections import Sampler, TrainingSection
 from klab.harness.objective.kl import k3
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.sampling.categorical import Stretch
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.categorical import UniformSlice
+from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.trajectory_builder import Environment
 from klab.harness.training.packed_cell import Member
 
 
 class Sample(Protocol):
-    """Whoever draws trajectories; see `klab.harness.policy.rollout.sample`."""
+    """Whoever draws trajectories; see `klab.harness.policy.sampling.sample.sample`."""
 
     def __call__(
         self,
@@ -31,7 +32,7 @@ class Sample(Protocol):
         *,
         group_size: int,
         max_new_tokens: int,
-        generators: Sequence[torch.Generator | Stretch],
+        generators: Sequence[torch.Generator | UniformSlice],
         temperature: float = 1.0,
         top_p: float = 1.0,
         greedy: bool = False,
@@ -71,7 +72,7 @@ def sampling_policy(behaviour: Policy, training: TrainingSection) -> Policy:
     if sampler is None or sampler.engine != "klab" or sampler.dtype is None:
         return behaviour
     dtype: torch.dtype = getattr(torch, sampler.dtype)
-    return behaviour if dtype == behaviour.dtype else behaviour.frozen(dtype)
+    return behaviour if dtype == behaviour.dtype else behaviour.frozen_copy(dtype)
 
 
 def correction(sampler: Sampler, old: Tensor, sampled: Tensor) -> Tensor | None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from klab.harness.objective import TokenBatch, UpdateContext, value_loss, value_metrics
-from klab.harness.policy.logprobs import token_scores
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.scores import token_scores
 from klab.harness.policy.value_head import ValueHead
 from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.distributed.process_group import ALONE, World
@@ -69,7 +69,7 @@ class Critics:
         self.trunk = trunk
         below = {} if trunk is None else trunk.parameters
         wide = torch.promote_types(policy.dtype, torch.float32)
-        self.head = ValueHead(len(members), policy.width, wide, policy.device)
+        self.head = ValueHead(len(members), policy.hidden_size, wide, policy.device)
         self.optimizer = StackedAdamW({**below, **self.head.parameters}, [member.cell.training for member in members])
 
     @classmethod

@@ -14,8 +14,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import ALPHABET, configuration, decoder, written
 
 LLAMA3 = {
@@ -64,7 +64,7 @@ def saved(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes
     return model.eval()
 
 
-def all_logits(policy: Decoder, rows: list[list[int]], plain: bool = False) -> torch.Tensor:
+def all_logits(policy: StackedPolicy, rows: list[list[int]], plain: bool = False) -> torch.Tensor:
     """[rows, length − 1, V], the logits after every token but the last of rows of one length."""
     rollout = written([row[:1] for row in rows], [row[1:] for row in rows])
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path, name)
     with torch.no_grad():
         expected = model(ROWS).logits[:, :-1]
-    policy = Decoder.from_pretrained(tmp_path)
+    policy = StackedPolicy.from_pretrained(tmp_path)
     for plain in (False, True):
         torch.testing.assert_close(all_logits(policy, ROWS.tolist(), plain), expected, rtol=0, atol=1e-5)
 
@@ -98,14 +98,14 @@ def test_logits_equal_those_of_transformers_to_float64(
     model = saved(tmp_path, name, torch.float64)
     with torch.no_grad():
         expected = model(ROWS).logits[:, :-1]
-    found = all_logits(Decoder.from_pretrained(tmp_path, dtype=torch.float64), ROWS.tolist())
+    found = all_logits(StackedPolicy.from_pretrained(tmp_path, dtype=torch.float64), ROWS.tolist())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_checkpoint_survives_loading_and_saving_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "given", name)
-    Decoder.from_pretrained(tmp_path / "given", cells=2).save(tmp_path / "again", 1)
+    StackedPolicy.from_pretrained(tmp_path / "given", cells=2).save(tmp_path / "again", 1)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(again) is type(model)
     for (key, first), (_, second) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
@@ -116,7 +116,7 @@ def test_a_checkpoint_survives_loading_and_saving_bit_for_bit(name: str, tmp_pat
 def test_a_sharded_checkpoint_is_read(tmp_path: Path) -> None:
     model = saved(tmp_path, "llama", max_shard_size="20KB")
     assert not (tmp_path / "model.safetensors").exists()
-    policy = Decoder.from_pretrained(tmp_path)
+    policy = StackedPolicy.from_pretrained(tmp_path)
     assert torch.equal(policy.parameters["embedding"][0], model.get_input_embeddings().weight)
 
 
@@ -134,7 +134,7 @@ def test_load_replaces_one_cell_only(tmp_path: Path) -> None:
 
 def test_a_frozen_copy_shares_no_memory_and_needs_no_gradient() -> None:
     policy = decoder(1)
-    reference = policy.frozen()
+    reference = policy.frozen_copy()
     assert not any(value.requires_grad for value in reference.parameters.values())
     before = {name: value.clone() for name, value in reference.parameters.items()}
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_a_frozen_copy_shares_no_memory_and_needs_no_gradient() -> None:
 
 def test_cells_of_one_checkpoint_share_no_memory(tmp_path: Path) -> None:
     decoder(1).save(tmp_path, 0)
-    policy = Decoder.from_pretrained(tmp_path, cells=2)
+    policy = StackedPolicy.from_pretrained(tmp_path, cells=2)
     with torch.no_grad():
         policy.parameters["embedding"][0].zero_()
     assert policy.parameters["embedding"][1].abs().sum() > 0
@@ -154,10 +154,10 @@ def test_cells_of_one_checkpoint_share_no_memory(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no readable model configuration"):
-        Decoder.from_pretrained(tmp_path / "nowhere")
+        StackedPolicy.from_pretrained(tmp_path / "nowhere")
     GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match=r"stacked decoder.*gpt2"):
-        Decoder.from_pretrained(tmp_path / "gpt2")
+        StackedPolicy.from_pretrained(tmp_path / "gpt2")
     decoder(1).save(tmp_path / "small", 0)
     with pytest.raises(UserError, match="another architecture"):
         decoder(1, num_hidden_layers=1).load(tmp_path / "small", 0)
@@ -167,4 +167,4 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         decoder(1, "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
     (tmp_path / "small" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no readable weights"):
-        Decoder.from_pretrained(tmp_path / "small")
+        StackedPolicy.from_pretrained(tmp_path / "small")

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from klab.grid.errors import UserError
 from klab.grid.schema.policy import HfPolicy, Lora
 from klab.harness.policy.load import load_policy
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import configuration, decoder, generators, written
 
 PROMPTS = [[3, 4, 5], [6, 7], [8]]
@@ -30,9 +31,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], Lora]] = {
 
 def adapted(
     section: Lora, seeds: list[int], family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
-) -> Decoder:
+) -> StackedPolicy:
     """Cells whose adapters have moved away from their start, each by its seed."""
-    policy = decoder(1, family, dtype, **changes).adapted(section, seeds)
+    policy = decoder(1, family, dtype, **changes).with_lora(section, seeds)
     with torch.no_grad():
         for name, value in policy.parameters.items():
             for cell, seed in zip(value, seeds, strict=True):
@@ -42,7 +43,7 @@ def adapted(
     return policy
 
 
-def logits(policy: Decoder, plain: bool = False) -> Tensor:
+def logits(policy: StackedPolicy, plain: bool = False) -> Tensor:
     """[3, 19, V], after every token but the last of `ROWS`."""
     rollout = written([row[:1] for row in ROWS.tolist()], [row[1:] for row in ROWS.tolist()])
     with torch.no_grad():
@@ -61,8 +62,8 @@ def test_peft_loads_the_folder_and_computes_the_same(name: str, tmp_path: Path) 
     policy.origin = str(tmp_path / "base")
     policy.save(tmp_path / "cell", 1)
     expected = logits(policy)
-    assert (expected - logits(policy.frozen())).abs().max() == 0
-    assert (expected - logits(Decoder.from_pretrained(tmp_path / "base"))).abs().max() > 0.1
+    assert (expected - logits(policy.frozen_copy())).abs().max() == 0
+    assert (expected - logits(StackedPolicy.from_pretrained(tmp_path / "base"))).abs().max() > 0.1
 
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "cell").eval()
     trained = {n.split(".")[-4 if "lora" in n else -2] for n in whole.state_dict() if "lora_" in n}
@@ -81,13 +82,13 @@ def test_the_merged_weights_are_the_same_policy() -> None:
         assert policy.adapters is not None
         base = {name: value[0] for name, value in policy.shared.items()}
         whole = policy.adapters.merged(base, {name: value[0] for name, value in policy.parameters.items()})
-        dense = Decoder(policy.config, policy.tokenizer, {name: value[None] for name, value in whole.items()})
+        dense = StackedPolicy(policy.config, policy.tokenizer, {name: value[None] for name, value in whole.items()})
         torch.testing.assert_close(logits(dense), logits(policy), rtol=0, atol=1e-12)
 
 
 def test_a_saved_cell_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     section = Lora(rank=4)
-    policy, other = adapted(section, [1, 2]), decoder(1).adapted(section, [3, 4, 5])
+    policy, other = adapted(section, [1, 2]), decoder(1).with_lora(section, [3, 4, 5])
     policy.save(tmp_path, 1)
     before = {name: value.detach().clone() for name, value in other.parameters.items()}
     other.load(tmp_path, 2)
@@ -95,7 +96,7 @@ def test_a_saved_cell_is_loaded_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(value[2], policy.parameters[name][1])
         assert torch.equal(value[:2], before[name][:2])
     with pytest.raises(UserError, match=r"rank, alpha, targets\) \(4, 32"):
-        decoder(1).adapted(Lora(rank=8), [0]).load(tmp_path, 0)
+        decoder(1).with_lora(Lora(rank=8), [0]).load(tmp_path, 0)
     with pytest.raises(UserError, match="no adapters"):
         other.load(tmp_path / "nowhere", 0)
 
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> None:
         assert policy.adapters is not None
         base = {name: value[0] for name, value in policy.shared.items()}
         whole = policy.adapters.merged(base, {name: value[0] for name, value in policy.parameters.items()})
-        dense = Decoder(
+        dense = StackedPolicy(
             policy.config, policy.tokenizer, {name: value[None].requires_grad_() for name, value in whole.items()}
         )
         rollout = written(PROMPTS, [[5, 6, 7, 1], [5, 6, 1], [9], [9, 3, 4, 4, 1], [1], [7, 7]], dtype=torch.float64)
@@ -160,9 +161,9 @@ def test_bits_do_not_depend_on_the_pack(seeds: list[int]) -> None:
 
 def test_cells_start_as_their_base_and_by_their_seed() -> None:
     base = decoder(1)
-    policy = base.adapted(Lora(rank=4), [7, 8])
-    again = base.adapted(Lora(rank=4), [8])
-    assert torch.equal(logits(policy), logits(policy.frozen()))
+    policy = base.with_lora(Lora(rank=4), [7, 8])
+    again = base.with_lora(Lora(rank=4), [8])
+    assert torch.equal(logits(policy), logits(policy.frozen_copy()))
     torch.testing.assert_close(logits(policy), logits(base))
     for name, value in policy.parameters.items():
         assert value.is_leaf
@@ -176,25 +177,25 @@ def test_cells_start_as_their_base_and_by_their_seed() -> None:
 
 def test_the_base_exists_once() -> None:
     base = decoder(1)
-    policy = base.adapted(Lora(rank=2), [0, 1, 2])
+    policy = base.with_lora(Lora(rank=2), [0, 1, 2])
     assert {name.rsplit(".", 1)[1] for name in policy.parameters} == {"A", "B"}
     addresses = {value.data_ptr() for value in base.parameters.values()}
-    for model in (policy, policy.frozen(), adapted(Lora(rank=2), [0])):
+    for model in (policy, policy.frozen_copy(), adapted(Lora(rank=2), [0])):
         for weights in model.weights([[0]]) + model.weights([list(range(model.cells))]):
             assert weights["layers.0.qkv"].data_ptr() == model.shared["layers.0.qkv"].data_ptr()
-    for weights in (policy.weights([[0, 2]])[0], policy.frozen().weights([[0, 1, 2]])[0]):
+    for weights in (policy.weights([[0, 2]])[0], policy.frozen_copy().weights([[0, 1, 2]])[0]):
         assert {v.data_ptr() for n, v in weights.items() if n[-2:] not in (".A", ".B")} == addresses
         assert not any(v.requires_grad for n, v in weights.items() if n[-2:] not in (".A", ".B"))
 
 
 def test_the_reference_stays_where_it_was() -> None:
-    policy = decoder(1).adapted(Lora(rank=2), [0, 1])
-    start, base = policy.frozen(), logits(policy)
+    policy = decoder(1).with_lora(Lora(rank=2), [0, 1])
+    start, base = policy.frozen_copy(), logits(policy)
     assert not start.parameters
     with torch.no_grad():
         for value in policy.parameters.values():
             value.add_(0.1)
-    later, moved = policy.frozen(), logits(policy)
+    later, moved = policy.frozen_copy(), logits(policy)
     with torch.no_grad():
         for value in policy.parameters.values():
             value.add_(0.1)
@@ -220,11 +221,11 @@ def test_merging_prefixes_changes_nothing() -> None:
 
 def test_unknown_targets_are_named() -> None:
     with pytest.raises(UserError, match=r"policy\.lora\.targets.*'query'.*Valid: all-linear, q_proj"):
-        decoder(1).adapted(Lora(targets=("q_proj", "query")), [0])
+        decoder(1).with_lora(Lora(targets=("q_proj", "query")), [0])
     with pytest.raises(UserError, match="no such linear layer"):
-        decoder(1).adapted(Lora(targets=()), [0])
+        decoder(1).with_lora(Lora(targets=()), [0])
     with pytest.raises(ValueError, match="base of one cell"):
-        decoder(2).adapted(Lora(), [0])
+        decoder(2).with_lora(Lora(), [0])
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -255,7 +256,7 @@ def test_gradient_checkpointing_keeps_layer_inputs_only(adapters: bool) -> None:
 
 def test_the_configuration_says_which_base(tmp_path: Path) -> None:
     decoder(1).save(tmp_path, 0)
-    assert Decoder.from_pretrained(tmp_path).adapted(Lora(rank=2), [0]).origin == str(tmp_path)
+    assert StackedPolicy.from_pretrained(tmp_path).with_lora(Lora(rank=2), [0]).origin == str(tmp_path)
     assert configuration()._name_or_path == ""
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, generators
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -30,13 +31,13 @@ def prompts_of(cell: int, count: int, ragged: bool) -> list[list[int]]:
     return [[draw.randint(3, 14) for _ in range(draw.randint(2, 5) if ragged else 5)] for _ in range(count)]
 
 
-def selected(policy: Decoder, cells: list[int]) -> Decoder:
+def selected(policy: StackedPolicy, cells: list[int]) -> StackedPolicy:
     parameters = {n: value.detach()[cells].clone().requires_grad_() for n, value in policy.parameters.items()}
-    return Decoder(policy.config, policy.tokenizer, parameters)
+    return StackedPolicy(policy.config, policy.tokenizer, parameters)
 
 
 def life(
-    policy: Decoder, cells: list[int], prompts: list[list[list[int]]], group_size: int, budget: int
+    policy: StackedPolicy, cells: list[int], prompts: list[list[list[int]]], group_size: int, budget: int
 ) -> list[tuple[Rollout, torch.Tensor, dict[str, torch.Tensor]]]:
     """Rollout, scores and gradients of every cell of a pack."""
     pack = selected(policy, cells)
@@ -83,9 +84,9 @@ def test_cells_of_equal_shapes_are_computed_together() -> None:
 def test_a_frozen_copy_holds_weights_that_all_cells_share_once() -> None:
     same, different = decoder(1), decoder(3)
     policy = selected(same, [0, 0, 0])
-    frozen = policy.frozen()
+    frozen = policy.frozen_copy()
     assert {value.stride(0) for value in frozen.parameters.values()} == {0}
-    assert all(value.stride(0) > 0 for value in different.frozen().parameters.values())
+    assert all(value.stride(0) > 0 for value in different.frozen_copy().parameters.values())
     prompts = [prompts_of(cell, 3, ragged=True) for cell in range(3)]
     rollouts = sample(policy, prompts, group_size=4, max_new_tokens=5, generators=generators(range(3)))
     with torch.no_grad():

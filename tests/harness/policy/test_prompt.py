@@ -15,7 +15,7 @@ from klab.grid import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.prompt import check_ids, end_tokens, prompt_ids
-from klab.harness.policy.rollout import sample
+from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.stacked.checkpoint import read_tokenizer
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import generators

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.sampling.categorical import Stretch, draw, uniform
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.categorical import UniformSlice, sample_tokens, uniform_numbers
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
 from tests.support.tiny_policy import decoder, generators
 
 PROMPTS = [[3, 4, 5, 13, 14], [6, 13, 7], [8, 9, 10, 3, 4, 13, 14]]
@@ -60,12 +61,12 @@ def test_a_trajectory_ends_with_its_end_token_or_its_budget() -> None:
 
 
 def numbers(rows: int) -> Tensor:
-    return uniform(torch.Generator().manual_seed(0), rows, torch.device("cpu"))
+    return uniform_numbers(torch.Generator().manual_seed(0), rows, torch.device("cpu"))
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(40_000, -1)
-    chosen, logp = draw(logits, numbers(len(logits)), 1.0)
+    chosen, logp = sample_tokens(logits, numbers(len(logits)), 1.0)
     shares = torch.bincount(chosen, minlength=4) / len(chosen)
     torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.01, rtol=0)
     torch.testing.assert_close(logp, logits[0].log_softmax(0)[chosen])
@@ -76,7 +77,7 @@ def test_top_p_draws_from_the_smallest_likely_set_and_records_the_full_distribut
     top_p: float, allowed: set[int]
 ) -> None:
     logits = torch.tensor([[0.1, 0.25, 0.6, 0.05]]).log().expand(4000, -1)
-    chosen, logp = draw(logits, numbers(len(logits)), top_p)
+    chosen, logp = sample_tokens(logits, numbers(len(logits)), top_p)
     assert set(chosen.tolist()) == allowed
     torch.testing.assert_close(logp, logits[0][chosen])
 
@@ -145,7 +146,7 @@ def test_a_rollout_survives_a_flat_dictionary() -> None:
 def test_rows_are_whole_groups() -> None:
     rollout = sample(decoder(1), [PROMPTS], group_size=3, max_new_tokens=5, generators=generators([0]))[0]
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    part = rollout.rows(slice(1, 3))
+    part = rollout.select_prompts(slice(1, 3))
     assert part.prompts == PROMPTS[1:]
     assert torch.equal(part.tokens, rollout.tokens[3:])
     assert part.texts == rollout.texts[3:]
@@ -156,17 +157,17 @@ def test_rows_are_whole_groups() -> None:
 def test_prompts_sampled_apart_are_the_prompts_sampled_together(cut: int) -> None:
     policy, size = decoder(1, dtype=torch.float64), 2
 
-    def drawn(prompts: list[list[int]], generator: torch.Generator | Stretch) -> Rollout:
+    def drawn(prompts: list[list[int]], generator: torch.Generator | UniformSlice) -> Rollout:
         return sample(policy, [prompts], group_size=size, max_new_tokens=40, generators=[generator], top_p=0.9)[0]
 
     whole = drawn(PROMPTS, generators([4])[0])
     total = size * len(PROMPTS)
     parts = [
-        drawn(PROMPTS[:cut], Stretch(generators([4])[0], 0, total)),
-        drawn(PROMPTS[cut:], Stretch(generators([4])[0], size * cut, total)),
+        drawn(PROMPTS[:cut], UniformSlice(generators([4])[0], 0, total)),
+        drawn(PROMPTS[cut:], UniformSlice(generators([4])[0], size * cut, total)),
     ]
     assert {part.tokens.shape[1] for part in parts} != {whole.tokens.shape[1]}  # one of them is padded
-    assert_same(Rollout.joined(parts), whole, atol=1e-12)
+    assert_same(Rollout.concatenate(parts), whole, atol=1e-12)
 
 
 def test_mistakes_are_named() -> None:

@@ -204,11 +204,11 @@ def test_a_loss_that_is_not_finite_moves_neither_policy_nor_critic(make_run: Mak
 def exact_values(trained: Pack) -> dict[tuple[int, ...], float]:
     """V after every prefix of own tokens of the task `Word`, the empty one first, by listing all completions."""
     policy, task = trained.policy, trained.members[0].task
-    (example,), (end,) = task.split("train"), policy.ends
+    (example,), (end,) = task.split("train"), policy.eos_token_ids
     prompt = policy.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
 
     def distribution(written: tuple[int, ...]) -> list[float]:
-        steps = policy.steps([[[*prompt, *written]]], 1)
+        steps = policy.decoder([[[*prompt, *written]]], 1)
         return steps.start()[0][0].double().softmax(-1).tolist()
 
     def value(written: tuple[int, ...]) -> float:
@@ -219,7 +219,7 @@ def exact_values(trained: Pack) -> dict[tuple[int, ...], float]:
         return sum(p * value((*written, token)) for token, p in enumerate(chances))
 
     with torch.no_grad():
-        return {written: value(written) for written in [(), *((t,) for t in range(policy.vocabulary) if t != end)]}
+        return {written: value(written) for written in [(), *((t,) for t in range(policy.vocab_size) if t != end)]}
 
 
 @pytest.mark.parametrize("kind", KINDS)

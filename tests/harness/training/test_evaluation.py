@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import klab.harness.training.evaluation as module
-from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import draw
 from klab.harness.training.data.rollouts import training_examples
 from klab.harness.training.evaluation import divergence, held_out, pass_at

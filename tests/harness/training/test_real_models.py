@@ -16,8 +16,8 @@ from word_problems import CHARACTERS, problems
 
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.pack import Pack
@@ -112,7 +112,7 @@ def test_trains_resumes_and_leaves_what_transformers_loads(
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
     trained = pack_of(run)
-    kind = Decoder if family in ("Qwen2", "Llama") else TransformersPolicy
+    kind = StackedPolicy if family in ("Qwen2", "Llama") else TransformersPolicy
     assert type(trained.policy) is kind
     trained.policy.load(folder.policy, 0)
     trained.draw()
@@ -180,7 +180,7 @@ def test_a_chat_model_is_asked_in_its_template_and_ends_its_turns(train: Callabl
     pack = pack_of(train("chat", "Qwen2", {"max_new_tokens": 40, "prompts": 8}))
     tokenizer = pack.policy.tokenizer
     bar = tokenizer.convert_tokens_to_ids("|")
-    assert pack.policy.ends == {1, bar}
+    assert pack.policy.eos_token_ids == {1, bar}
     pack.draw()
     rollout = pack.pending[0][0].rollout
     texts = [tokenizer.decode(prompt) for prompt in rollout.prompts]

@@ -10,9 +10,9 @@ import torch
 from klab.grid import Objective, UserError
 from klab.grid.schema.sections import Sampler, load_section
 from klab.harness.objective import TokenBatch
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.data.prompts import encode
@@ -72,7 +72,7 @@ def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
     member, experience = trained.members[0], trained.pending[0][0]
     dtype = getattr(torch, sampler.get("dtype", "float32"))
     copies = {name: value.detach().to(dtype) for name, value in trained.policy.parameters.items()}
-    mu = Decoder(trained.policy.config, trained.policy.tokenizer, copies)
+    mu = StackedPolicy(trained.policy.config, trained.policy.tokenizer, copies)
     again = sample(
         mu,
         [encode(mu, member, training_examples(member, 1))],

@@ -11,7 +11,7 @@ import torch
 from klab.grid import UserError
 from klab.grid.schema.sections import load_section
 from klab.harness.objective import TokenBatch, objective_loss
-from klab.harness.policy.logprobs import token_scores
+from klab.harness.policy.scores import token_scores
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.data.dynamic_sampling import uneven

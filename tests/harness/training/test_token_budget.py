@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import microbatch, run_cells
 from klab.harness.training.data.generate import draw
@@ -119,13 +119,13 @@ def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
     trained = pack(make_run(policy=EXACT))
     examples = [training_examples(trained.members[0], 0)]
     held: list[int] = []
-    steps = Decoder.steps
+    steps = StackedPolicy.decoder
 
-    def counted(self: Decoder, prompts: Any, group_size: int, plain: bool = False) -> Any:
+    def counted(self: StackedPolicy, prompts: Any, group_size: int, plain: bool = False) -> Any:
         held.append(len(prompts[0]) * group_size)
         return steps(self, prompts, group_size, plain)
 
-    monkeypatch.setattr(Decoder, "steps", counted)
+    monkeypatch.setattr(StackedPolicy, "steps", counted)
     whole, parts = (
         draw(trained.policy, trained.members, examples, 4, ("test",), limit=limit)[0]
         for limit in (Limit(), Limit(tokens=2 * 4 * (3 + 4)))
@@ -155,9 +155,9 @@ def test_out_of_memory_while_sampling_and_evaluating_is_tried_again_in_parts(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for the keys and values of 9 trajectories, where a rollout has 16 and an evaluation 18."""
-    steps, refused = Decoder.steps, []
+    steps, refused = StackedPolicy.decoder, []
 
-    def scarce(self: Decoder, prompts: Any, group_size: int, plain: bool = False) -> Any:
+    def scarce(self: StackedPolicy, prompts: Any, group_size: int, plain: bool = False) -> Any:
         rows = len(prompts[0]) * group_size
         if rows > 9:
             refused.append(rows)
@@ -165,7 +165,7 @@ def test_out_of_memory_while_sampling_and_evaluating_is_tried_again_in_parts(
         return steps(self, prompts, group_size, plain)
 
     whole = finished(make_run("whole", policy=EXACT))
-    monkeypatch.setattr(Decoder, "steps", scarce)
+    monkeypatch.setattr(StackedPolicy, "steps", scarce)
     parts = finished(make_run("parts", policy=EXACT))
     assert refused == [18]
     mine, theirs = (numbers(run, run.cells[0])["metrics"] for run in (parts, whole))

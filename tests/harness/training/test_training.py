@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from klab.grid import Objective
-from klab.harness.policy.rollout import sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training.data.prompts import encode
 from klab.harness.training.data.rollouts import training_examples
@@ -124,7 +124,7 @@ def test_a_lagged_rollout_comes_from_the_policy_of_that_many_updates_ago(
         trained.draw()
         if epoch == 0:
             member, experience = trained.members[0], trained.pending[0][0]
-            old = Decoder(trained.policy.config, trained.policy.tokenizer, past[max(0, done - lag)])
+            old = StackedPolicy(trained.policy.config, trained.policy.tokenizer, past[max(0, done - lag)])
             examples = training_examples(member, number)
             again = sample(
                 old,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from klab.harness.policy.rollout import sample
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.stacked.policy import StackedPolicy
 
 
 @dataclass
@@ -52,7 +52,7 @@ class LLM:
 
     def collective_rpc(self, method: str) -> None:
         assert method == "reload_weights"
-        self.policy = Decoder.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
+        self.policy = StackedPolicy.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
 
     def reset_prefix_cache(self) -> None: ...
 
@@ -63,7 +63,7 @@ class LLM:
 
     def _one(self, prompt: list[int], settings: SamplingParams) -> RequestOutput:
         assert settings.ignore_eos
-        assert set(settings.stop_token_ids) == self.policy.ends
+        assert set(settings.stop_token_ids) == self.policy.eos_token_ids
         assert (self.mode == "raw_logprobs") == (settings.temperature in (0.0, 1.0))
         rollout = sample(
             self.policy,
@@ -76,6 +76,6 @@ class LLM:
             greedy=settings.temperature == 0.0,
         )[0]
         tokens = rollout.tokens[0].tolist()
-        other = {self.policy.vocabulary + 1: Logprob(-9.0)}  # more entries than the drawn token are possible
+        other = {self.policy.vocab_size + 1: Logprob(-9.0)}  # more entries than the drawn token are possible
         logprobs = [{**other, t: Logprob(v)} for t, v in zip(tokens, rollout.logp[0].tolist(), strict=True)]
         return RequestOutput([CompletionOutput(tokens, logprobs)])

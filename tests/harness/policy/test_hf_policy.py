@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klab.grid import UserError
 from klab.harness.policy.hf.policy import BOUNDLESS, TransformersPolicy
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import ALPHABET, generators
 
@@ -55,7 +56,7 @@ def expected(model: Any, rollout: Rollout) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_and_scored_as_transformers_does(made: Any, family: str) -> None:
     policy = TransformersPolicy.from_pretrained(made(family), [0, 1])
-    assert policy.skeleton.cached == (family != "Mamba")
+    assert policy.model.cached == (family != "Mamba")
     rollouts, plain = drawn(policy), drawn(policy, plain=True)
     assert any(len(set(each.present.sum(1).tolist())) > 1 for each in rollouts), "none left before the others"
     scores = token_scores(policy, rollouts, logits=True, entropy=True, states=True)
@@ -135,7 +136,7 @@ def test_precisions(made: Any, dtype: torch.dtype, near: float) -> None:
     assert found.logp.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(found.logp.float(), wanted.logp, rtol=0, atol=near)
     assert not torch.equal(found.logp.float(), wanted.logp)
-    copy = token_scores(single.frozen(dtype), rollouts)[0].logp
+    copy = token_scores(single.frozen_copy(dtype), rollouts)[0].logp
     assert torch.equal(copy, found.logp)
 
 
@@ -144,7 +145,7 @@ def test_adapters(made: Any, tmp_path: Path) -> None:
     policy = TransformersPolicy.from_pretrained(made("GPT2"), [5, 6], lora=LORA, dtype=torch.float32)
     assert all("lora_" in name for name in policy.parameters)
     rollouts = drawn(policy)
-    reference = policy.frozen()
+    reference = policy.frozen_copy()
     assert not reference.parameters
     held = next(iter(policy.shared))
     assert reference.shared[held].data_ptr() == policy.shared[held].data_ptr()
@@ -161,11 +162,11 @@ def test_adapters(made: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected(model, rollouts[1]), rtol=0, atol=1e-4)
     assert not torch.allclose(found, wanted[1].logp, atol=0.01)
     assert torch.equal(token_scores(reference, rollouts)[1].logp, wanted[1].logp)
-    assert torch.equal(token_scores(policy.frozen(), rollouts)[1].logp, found)
+    assert torch.equal(token_scores(policy.frozen_copy(), rollouts)[1].logp, found)
     other = TransformersPolicy.from_pretrained(made("GPT2"), [0], lora=LORA)
     other.load(tmp_path / "one", 0)
     assert torch.equal(token_scores(other, rollouts[1:])[0].logp, found)
-    assert torch.equal(token_scores(policy.only([1]), rollouts[1:])[0].logp, found)
+    assert torch.equal(token_scores(policy.select([1]), rollouts[1:])[0].logp, found)
 
 
 def test_adapters_of_16_bit_weights_are_single_precision(made: Any) -> None:
@@ -198,7 +199,7 @@ def test_saved_is_an_ordinary_checkpoint(made: Any, tmp_path: Path, family: str)
 
 
 def test_a_model_without_a_context_of_its_own(made: Any) -> None:
-    assert TransformersPolicy.from_pretrained(made("Bloom")).context == BOUNDLESS
+    assert TransformersPolicy.from_pretrained(made("Bloom")).context_length == BOUNDLESS
 
 
 def test_what_cannot_be_loaded(made: Any, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 
 from klab.grid.errors import UserError
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
-from klab.harness.policy.sampling.trajectory_builder import Draft
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 from klab.harness.policy.sampling.vllm import VllmSampler, replace_checkpoint, require_vllm, vllm_sampler, write
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.harness.policy.test_rollout import PROMPTS, assert_same
 from tests.support.tiny_policy import decoder, generators
 
@@ -57,7 +58,7 @@ def test_what_an_engine_returns_becomes_the_rollout_that_klab_would_have_drawn(e
     )[0]
     assert bool((rollout.present & ~rollout.mask).any())
     assert 0 < int(rollout.truncated.sum()) < 12
-    draft = Draft(policy, 0, PROMPTS, 4, 9, answering)
+    draft = TrajectoryBuilder(policy, 0, PROMPTS, 4, 9, answering)
     for row in range(12):
         turns: list[list[tuple[int, float]]] = [[]]
         for token, value, own, there in zip(
@@ -75,7 +76,7 @@ def test_what_an_engine_returns_becomes_the_rollout_that_klab_would_have_drawn(e
 
 
 def test_an_engine_without_log_probabilities_is_an_error(engine: Any) -> None:
-    draft = Draft(decoder(), 0, PROMPTS, 1, 9, None)
+    draft = TrajectoryBuilder(decoder(), 0, PROMPTS, 1, 9, None)
     for logprobs in (None, [{3: engine.Logprob(0.0)}]):
         with pytest.raises(RuntimeError, match="a log-probability for every token"):
             write(draft, 0, engine.CompletionOutput([3, 4], logprobs))
@@ -138,5 +139,5 @@ def test_whoever_reads_the_old_weights_keeps_them(tmp_path: Path) -> None:
             policy.parameters["norm"].fill_(2.0)
         replace_checkpoint(policy, 0, tmp_path / "policy")
         assert opened.get_tensor("model.norm.weight").tolist() == [1.0] * 32
-    assert Decoder.from_pretrained(tmp_path / "policy").parameters["norm"].tolist() == [[2.0] * 32]
+    assert StackedPolicy.from_pretrained(tmp_path / "policy").parameters["norm"].tolist() == [[2.0] * 32]
     assert [path.name for path in tmp_path.iterdir() if any(path.iterdir())] == ["policy"]

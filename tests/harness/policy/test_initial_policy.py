@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from klab.grid.errors import UserError
 from klab.grid.schema.sections import AdditionTask, CustomTask, HfPolicy, TinyPolicy
-from klab.harness.policy.init.initial_policy import address, starting_policy
+from klab.harness.policy.init.initial_policy import initial_policy, policy_digest
 from klab.harness.policy.init.sft_warmup import sampled_accuracy
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks import Example, Score, load_task
 from tests.support.tiny_policy import decoder
 
 POLICY = TinyPolicy(hidden=16, layers=1, intermediate=16, heads=2, warmup_accuracy=0.25)
-TASK = CustomTask(name="tests.harness.policy.test_start:Dice")
+TASK = CustomTask(name="tests.harness.policy.test_initial_policy:Dice")
 
 
 class Dice:
@@ -41,29 +41,29 @@ class Dice:
 
 
 def built(cache: Path, policy: TinyPolicy = POLICY) -> Path:
-    return starting_policy(policy, Dice(), TASK, cache)
+    return initial_policy(policy, Dice(), TASK, cache)
 
 
 def test_the_default_policy_learns_to_add(tmp_path: Path) -> None:
-    folder = starting_policy(TinyPolicy(), load_task(AdditionTask()), AdditionTask(), tmp_path)
+    folder = initial_policy(TinyPolicy(), load_task(AdditionTask()), AdditionTask(), tmp_path)
     assert 0.35 <= json.loads((folder / "warmup.json").read_text())["accuracy"] <= 0.5
 
 
 def test_a_tiny_policy_ends_inside_its_window_and_is_made_once(tmp_path: Path) -> None:
     steps: list[tuple[int, int, float]] = []
-    folder = starting_policy(POLICY, Dice(), TASK, tmp_path, lambda *step: steps.append(step))
+    folder = initial_policy(POLICY, Dice(), TASK, tmp_path, lambda *step: steps.append(step))
     assert folder.parent == tmp_path
     record = json.loads((folder / "warmup.json").read_text())
     assert 0.25 <= record["accuracy"] <= 0.5
     assert steps[-1] == (record["updates"], POLICY.warmup_updates_max, record["accuracy"])
 
-    policy, task = Decoder.from_pretrained(folder), Dice()
+    policy, task = StackedPolicy.from_pretrained(folder), Dice()
     held_out = task.split("held_out")
     assert sampled_accuracy(policy, task, held_out[:256], 0) == record["accuracy"]
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 16
 
     before = (folder / "model.safetensors").stat()
-    assert starting_policy(POLICY, Dice(), TASK, tmp_path, lambda *step: pytest.fail("built again")) == folder
+    assert initial_policy(POLICY, Dice(), TASK, tmp_path, lambda *step: pytest.fail("built again")) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -71,10 +71,10 @@ def test_the_address_is_the_content(tmp_path: Path) -> None:
     quick = POLICY.model_copy(update={"family": "qwen3"})
     first = built(tmp_path / "a", quick)
     assert built(tmp_path / "b", quick).name == first.name
-    weights = [Decoder.from_pretrained(tmp_path / side / first.name).parameters for side in ("a", "b")]
+    weights = [StackedPolicy.from_pretrained(tmp_path / side / first.name).parameters for side in ("a", "b")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     others = [POLICY, quick.model_copy(update={"warmup_seed": 1}), quick.model_copy(update={"warmup_accuracy": 0.3})]
-    assert first.name not in {address(other, TASK) for other in others} | {address(quick, AdditionTask())}
+    assert first.name not in {policy_digest(other, TASK) for other in others} | {policy_digest(quick, AdditionTask())}
 
 
 def _build(cache: Path) -> str:
@@ -94,7 +94,7 @@ def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path: Path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        starting_policy(POLICY, Dice(), TASK, tmp_path, interrupt)
+        initial_policy(POLICY, Dice(), TASK, tmp_path, interrupt)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert (built(tmp_path) / "config.json").exists()
 
@@ -125,13 +125,13 @@ class Mute:
 @pytest.mark.parametrize(("alphabet", "message"), [("a", "reference solutions"), (None, "alphabet")])
 def test_a_task_that_cannot_be_warmed_up_on_is_a_mistake(tmp_path: Path, alphabet: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        starting_policy(POLICY, Mute(alphabet), TASK, tmp_path)
+        initial_policy(POLICY, Mute(alphabet), TASK, tmp_path)
 
 
 def test_a_pretrained_folder_is_used_as_it_is(tmp_path: Path) -> None:
     decoder(1).save(tmp_path / "model", 0)
     section = HfPolicy(model=str(tmp_path / "model"))
-    assert starting_policy(section, Dice(), TASK, tmp_path / "cache") == tmp_path / "model"
+    assert initial_policy(section, Dice(), TASK, tmp_path / "cache") == tmp_path / "model"
     assert not (tmp_path / "cache").exists()
     with pytest.raises(UserError, match=r"policy\.model"):
-        starting_policy(HfPolicy(model=str(tmp_path / "nowhere")), Dice(), TASK, tmp_path)
+        initial_policy(HfPolicy(model=str(tmp_path / "nowhere")), Dice(), TASK, tmp_path)

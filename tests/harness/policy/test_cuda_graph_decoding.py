@@ -10,11 +10,11 @@ import torch
 
 from klab.grid.errors import UserError
 from klab.grid.schema.policy import Lora
-from klab.harness.policy.rollout import sample
+from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
-from klab.harness.policy.stacked.cuda_graph_decoding import StaticDecoding
-from klab.harness.policy.stacked.decoder import Decoder
-from klab.harness.policy.stacked.kv_cache import Decoding
+from klab.harness.policy.stacked.cuda_graph_decoding import StaticCacheDecoder
+from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.training.runtime.oom import release
 from tests.support.tiny_policy import decoder, generators
 
@@ -40,7 +40,7 @@ def some_prompts(cells: int, count: int = 3) -> list[list[list[int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_growing_memory(family: str, dtype: torch.dtype, tolerance: float) -> None:
     policy, prompts, draw = decoder(2, dtype=dtype, **FAMILIES[family]), some_prompts(2), random.Random(1)
-    ways = [Decoding(policy, prompts, 4), StaticDecoding(policy, prompts, 4)]
+    ways = [KVCacheDecoder(policy, prompts, 4), StaticCacheDecoder(policy, prompts, 4)]
     shapes = set()
     with torch.no_grad():
         logits = [way.start() for way in ways]
@@ -63,7 +63,7 @@ def answered(cell: int, trajectory: int, transcript: str) -> str | None:
     return "12=" if len(transcript) < 12 and trajectory % 2 else None
 
 
-def rollouts(policy: Decoder, cells: list[int]) -> Any:
+def rollouts(policy: StackedPolicy, cells: list[int]) -> Any:
     prompts = some_prompts(8)
     return sample(
         policy,
@@ -79,7 +79,7 @@ def rollouts(policy: Decoder, cells: list[int]) -> Any:
 def test_samples_are_the_same_and_memory_is_used_again(monkeypatch: pytest.MonkeyPatch, adapters: bool) -> None:
     policy = decoder(3, dtype=torch.float64)
     if adapters:
-        policy = decoder(1, dtype=torch.float64).adapted(Lora(rank=2), [0, 1, 2])
+        policy = decoder(1, dtype=torch.float64).with_lora(Lora(rank=2), [0, 1, 2])
         with torch.no_grad():
             for value in policy.parameters.values():
                 value.add_(0.1)
@@ -100,13 +100,13 @@ def test_samples_are_the_same_and_memory_is_used_again(monkeypatch: pytest.Monke
         with torch.no_grad():
             for value in policy.parameters.values():
                 value.mul_(1.1)
-    assert isinstance(policy.steps(some_prompts(3), 1), StaticDecoding)
+    assert isinstance(policy.decoder(some_prompts(3), 1), StaticCacheDecoder)
     release()
     assert policy not in static_decoding._tapes
 
 
-@pytest.mark.parametrize("way", [Decoding, StaticDecoding])
-def test_the_context_is_the_limit(way: type[Decoding] | type[StaticDecoding]) -> None:
+@pytest.mark.parametrize("way", [KVCacheDecoder, StaticCacheDecoder])
+def test_the_context_is_the_limit(way: type[KVCacheDecoder] | type[StaticCacheDecoder]) -> None:
     decoding = way(decoder(1, max_position_embeddings=11), [[[3, 4, 5]]], 2)
     newest, opened = {0: torch.tensor([6, 7])}, {0: [True, False]}
     with torch.no_grad():
@@ -119,8 +119,8 @@ def test_the_context_is_the_limit(way: type[Decoding] | type[StaticDecoding]) ->
 
 def test_an_unknown_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(static_decoding.VARIABLE, raising=False)
-    assert not static_decoding.decodes_statically(torch.device("cpu"))
-    assert static_decoding.decodes_statically(torch.device("cuda"))
+    assert not static_decoding.uses_static_cache(torch.device("cpu"))
+    assert static_decoding.uses_static_cache(torch.device("cuda"))
     monkeypatch.setenv(static_decoding.VARIABLE, "statik")
     with pytest.raises(UserError, match=r"KLAB_DECODING.*did you mean 'static'"):
-        static_decoding.decodes_statically(torch.device("cpu"))
+        static_decoding.uses_static_cache(torch.device("cpu"))

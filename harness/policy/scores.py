@@ -11,19 +11,19 @@ from torch import Tensor
 
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
-from klab.harness.policy.stacked.lm_head import chunk_size, picked
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
+from klab.harness.policy.stacked.lm_head import max_logits, selective_log_softmax
 from klab.harness.policy.stacked.packed_layers import final_states
-from klab.harness.policy.stacked.packed_layout import Layout
-from klab.harness.policy.stacked.prefix_tree import Grove
+from klab.harness.policy.stacked.packed_layout import PackedLayout
+from klab.harness.policy.stacked.prefix_tree import PrefixTreeBatch
 
 if TYPE_CHECKING:
     from klab.harness.policy.stacked.batched_layers import Weights
-    from klab.harness.policy.stacked.decoder import Decoder
+    from klab.harness.policy.stacked.policy import StackedPolicy
 
 
 @dataclass(slots=True)
-class Scores:
+class TokenScores:
     """One cell's trajectories under a policy; 0 outside own tokens.
 
     Attributes:
@@ -48,7 +48,7 @@ def token_scores(
     entropy: bool = False,
     states: bool = False,
     plain: bool = False,
-) -> list[Scores]:
+) -> list[TokenScores]:
     """Score every cell's rollout under its policy, one per cell.
 
     What is computed for a cell depends on that cell alone. Logits are divided by `temperature`, as the sampler does;
@@ -60,11 +60,11 @@ def token_scores(
     """
     if len(rollouts) != policy.cells:
         raise ValueError(f"{len(rollouts)} rollouts for {policy.cells} cells")
-    return policy.scores(rollouts, temperature=temperature, logits=logits, entropy=entropy, states=states, plain=plain)
+    return policy.score(rollouts, temperature=temperature, logits=logits, entropy=entropy, states=states, plain=plain)
 
 
 def stacked_scores(
-    policy: Decoder,
+    policy: StackedPolicy,
     rollouts: Sequence[Rollout],
     *,
     temperature: float,
@@ -72,43 +72,47 @@ def stacked_scores(
     entropy: bool,
     states: bool,
     plain: bool,
-) -> list[Scores]:
+) -> list[TokenScores]:
     """`token_scores` of stacked cells: cells with short lanes in one layout, where the policy can do that; of the
     others those whose trajectories give equal shapes together, and the rest apart."""
-    forests = [rollout.forest(plain) for rollout in rollouts]
-    found: list[Scores | None] = [None] * policy.cells
-    ragged = policy.ragged and not plain
-    short = [c for c, f in enumerate(forests) if ragged and f.slots.shape[1] <= EXPLICIT_SLOTS]
+    forests = [rollout.prefix_tree(plain) for rollout in rollouts]
+    found: list[TokenScores | None] = [None] * policy.cells
+    ragged = policy.packable and not plain
+    short = [c for c, f in enumerate(forests) if ragged and f.slots.shape[1] <= MAX_EXPLICIT_KEYS]
     if short:
-        layout = Layout(short, [forests[c].lanes(policy.dtype) for c in short], policy.architecture.heads, policy.cells)
+        layout = PackedLayout(
+            short, [forests[c].lanes(policy.dtype) for c in short], policy.architecture.num_heads, policy.cells
+        )
         every = policy.head(policy.parameters).unbind(0)
         for c, each in zip(short, final_states(policy, layout).split_with_sizes(layout.kept_sizes), strict=True):
-            if not logits and len(each) * policy.vocabulary > chunk_size(policy.device):
+            if not logits and len(each) * policy.vocab_size > max_logits(policy.device):
                 state = each if states else None
                 found[c] = _chunked(rollouts[c], forests[c].source, each, every[c], temperature, state, entropy)
                 continue
             values = each @ every[c]
             tempered = values if temperature == 1.0 else values / temperature
-            found[c] = gathered(rollouts[c], forests[c].source, tempered, each if states else None, logits, entropy)
+            found[c] = gather_scores(
+                rollouts[c], forests[c].source, tempered, each if states else None, logits, entropy
+            )
     long = [c for c in range(policy.cells) if found[c] is None]
     stacks = [[long[m] for m in members] for members in policy.stacks([forests[c].shape for c in long])]
     for cells, weights in zip(stacks, policy.weights(stacks), strict=True):
-        grove = Grove([forests[c] for c in cells], policy.device, policy.dtype)
-        hidden = policy.hidden(weights, grove.tokens, grove)
+        grove = PrefixTreeBatch([forests[c] for c in cells], policy.device, policy.dtype)
+        hidden = policy.hidden_states(weights, grove.tokens, grove)
         sources = [forests[c].source for c in cells]
         kept = [each if states else None for each in hidden.unbind(0)]
-        if not logits and hidden.shape[1] * policy.vocabulary > chunk_size(policy.device):
+        if not logits and hidden.shape[1] * policy.vocab_size > max_logits(policy.device):
             heads = policy.head(weights).unbind(0)
             for c, source, each, head, state in zip(cells, sources, hidden.unbind(0), heads, kept, strict=True):
                 found[c] = _chunked(rollouts[c], source, each, head, temperature, state, entropy)
             continue
         scored = _tempered(policy, weights, hidden, temperature)
         for c, source, tempered, state in zip(cells, sources, scored, kept, strict=True):
-            found[c] = gathered(rollouts[c], source.to(policy.device), tempered, state, logits, entropy)
+            found[c] = gather_scores(rollouts[c], source.to(policy.device), tempered, state, logits, entropy)
     return [scores for scores in found if scores is not None]
 
 
-def _tempered(policy: Decoder, weights: Weights, hidden: Tensor, temperature: float) -> tuple[Tensor, ...]:
+def _tempered(policy: StackedPolicy, weights: Weights, hidden: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """Tempered logits [K, V] of each cell's kept tokens, at least in float32."""
     values = policy.logits(weights, hidden)
     return (values if temperature == 1.0 else values / temperature).unbind(0)
@@ -122,14 +126,14 @@ def _chunked(
     temperature: float,
     states: Tensor | None,
     entropy: bool,
-) -> Scores:
-    """What `gathered` gives, from hidden states [K, hidden], without the logits of all rows at once."""
+) -> TokenScores:
+    """What `gather_scores` gives, from hidden states [K, hidden], without the logits of all rows at once."""
     mask, device = rollout.mask, hidden.device
     own = mask.cpu().view(-1).nonzero().view(-1)
     rows, order = source.view(-1)[own].sort(stable=True)
     places = own[order].to(device)
-    logp, surprise = picked(hidden, head, rows, rollout.tokens.view(-1)[places], temperature, entropy)
-    scores = Scores(logp.new_zeros(mask.numel()).index_put((places,), logp).view(mask.shape))
+    logp, surprise = selective_log_softmax(hidden, head, rows, rollout.tokens.view(-1)[places], temperature, entropy)
+    scores = TokenScores(logp.new_zeros(mask.numel()).index_put((places,), logp).view(mask.shape))
     if entropy:
         scores.entropy = torch.where(mask, surprise[source.to(device)], 0.0)
     if states is not None:
@@ -137,9 +141,9 @@ def _chunked(
     return scores
 
 
-def gathered(
+def gather_scores(
     rollout: Rollout, source: Tensor, tempered: Tensor, states: Tensor | None, logits: bool, entropy: bool
-) -> Scores:
+) -> TokenScores:
     """The scores of a rollout from what was computed once for several of its tokens.
 
     Args:
@@ -151,7 +155,7 @@ def gathered(
     N, T = mask.shape
     logp = tempered.log_softmax(-1)
     chosen = logp.view(-1).gather(0, (source * V + rollout.tokens).view(-1)).view(N, T)
-    scores = Scores(torch.where(mask, chosen, 0.0))
+    scores = TokenScores(torch.where(mask, chosen, 0.0))
     if entropy:
         with torch.no_grad():
             each = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)

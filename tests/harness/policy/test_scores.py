@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from klab.harness.policy.logprobs import Scores, token_scores
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.stacked.decoder import Decoder
-from klab.harness.policy.stacked.prefix_tree import forest
+from klab.harness.policy.scores import TokenScores, token_scores
+from klab.harness.policy.stacked.policy import StackedPolicy
+from klab.harness.policy.stacked.prefix_tree import build_prefix_tree
 from tests.support.tiny_policy import decoder, written
 
 
@@ -27,7 +27,7 @@ def ragged(seed: int, prompts: int = 3, group_size: int = 4, longest: int = 6, a
     return written(starts, rows, dtype=torch.float64)
 
 
-def gradients(policy: Decoder, scores: list[Scores]) -> dict[str, Tensor]:
+def gradients(policy: StackedPolicy, scores: list[TokenScores]) -> dict[str, Tensor]:
     """Of a loss that weighs every token differently."""
     loss = torch.zeros((), dtype=torch.float64)
     for score in scores:
@@ -42,7 +42,7 @@ def gradients(policy: Decoder, scores: list[Scores]) -> dict[str, Tensor]:
 def test_merging_changes_neither_values_nor_gradients(shape: str, family: str) -> None:
     size = {"by_group": {}, "by_trajectory": {"group_size": 12, "longest": 20, "alphabet": 5}}[shape]
     rollout = ragged(0, **size)
-    assert (rollout.forest().bias is None) == (shape == "by_trajectory")
+    assert (rollout.prefix_tree().bias is None) == (shape == "by_trajectory")
     policy = decoder(1, family, torch.float64, num_key_value_heads=2)
     merged = token_scores(policy, [rollout], entropy=True, logits=True)
     plain = token_scores(policy, [rollout], entropy=True, logits=True, plain=True)
@@ -57,7 +57,7 @@ def test_merging_changes_neither_values_nor_gradients(shape: str, family: str) -
 def test_identical_trajectories_are_forwarded_once() -> None:
     once = written([[3, 4]], [[5, 6, 7, 1]])
     often = written([[3, 4]], [[5, 6, 7, 1]] * 8)
-    assert len(often.forest().tokens) == len(once.forest().tokens)
+    assert len(often.prefix_tree().tokens) == len(once.prefix_tree().tokens)
     policy = decoder(1)
     scores = token_scores(policy, [often])[0].logp
     assert torch.equal(scores, token_scores(policy, [once])[0].logp.expand(8, -1))
@@ -65,7 +65,7 @@ def test_identical_trajectories_are_forwarded_once() -> None:
 
 def test_every_distinct_prefix_is_forwarded_once() -> None:
     rollout = written([[3, 4], [3]], [[5, 6, 1], [5, 7, 1], [5, 6, 1], [8, 1], [8, 1], [1]])
-    built = forest(rollout.prompts, rollout.groups, rollout.tokens, rollout.present.sum(1))
+    built = build_prefix_tree(rollout.prompts, rollout.groups, rollout.tokens, rollout.present.sum(1))
     # prompts 3 4 | 3, then 5, 5 6, 5 7 of the first and 8 of the second; the rest is padding (zeros)
     assert sorted(built.tokens[:7].tolist()) == [3, 3, 4, 5, 6, 7, 8]
     assert not built.tokens[7:].any()
@@ -116,7 +116,7 @@ def test_temperature_divides_logits_and_entropy_is_that_of_the_tempered_distribu
 def test_a_subset_of_groups_scores_as_it_does_within_the_whole() -> None:
     policy, rollout = decoder(1, dtype=torch.float64), ragged(5)
     whole = token_scores(policy, [rollout])[0].logp
-    part = token_scores(policy, [rollout.rows([2, 0])])[0].logp
+    part = token_scores(policy, [rollout.select_prompts([2, 0])])[0].logp
     torch.testing.assert_close(part, torch.cat((whole[8:12], whole[0:4])), rtol=0, atol=1e-12)
 
 
@@ -124,5 +124,5 @@ def test_no_gradient_is_kept_without_a_graph() -> None:
     policy = decoder(1)
     with torch.no_grad():
         assert not token_scores(policy, [ragged(0)])[0].logp.requires_grad
-    assert not token_scores(policy.frozen(), [ragged(0)])[0].logp.requires_grad
+    assert not token_scores(policy.frozen_copy(), [ragged(0)])[0].logp.requires_grad
     assert token_scores(policy, [ragged(0)])[0].logp.requires_grad

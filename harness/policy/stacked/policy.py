@@ -15,26 +15,26 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
-from klab.harness.policy.logprobs import Scores, stacked_scores
-from klab.harness.policy.policy import Steps
+from klab.harness.policy.policy import IncrementalDecoder
 from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.stacked.attention import Arrangement
+from klab.harness.policy.scores import TokenScores, stacked_scores
+from klab.harness.policy.stacked.attention import AttentionLayout
 from klab.harness.policy.stacked.batched_layers import Weights, equal_shapes, joined, stacked, stacked_states
 from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer, read_weights, write_checkpoint
 from klab.harness.policy.stacked.config import Architecture, Rotary
-from klab.harness.policy.stacked.cuda_graph_decoding import StaticDecoding, decodes_statically
-from klab.harness.policy.stacked.kv_cache import Decoding, PlainDecoding
+from klab.harness.policy.stacked.cuda_graph_decoding import StaticCacheDecoder, uses_static_cache
+from klab.harness.policy.stacked.kv_cache import KVCacheDecoder, UncachedDecoder
 from klab.harness.policy.stacked.layer_weights import suits
-from klab.harness.policy.stacked.lm_head import wide_product
+from klab.harness.policy.stacked.lm_head import float32_linear
 from klab.harness.policy.stacked.lora import Adapters, read_adapters, write_adapters
-from klab.harness.policy.stacked.packed_decoding import RaggedDecoding
+from klab.harness.policy.stacked.packed_decoding import PackedDecoder
 
 JOINED_SIZE = 300_000
 """Up to this many parameters per cell, joining the weights of some cells of a pack costs less than it saves."""
 
 
-class Decoder:
+class StackedPolicy:
     """C stacked policies.
 
     Attributes:
@@ -61,7 +61,7 @@ class Decoder:
         self.config = config
         self.tokenizer = tokenizer
         self.architecture = Architecture.of(config)
-        self.rotary = Rotary(config, self.architecture.head_size)
+        self.rotary = Rotary(config, self.architecture.head_dim)
         self.parameters = parameters
         self.shared = shared or {}
         self.adapters = adapters
@@ -79,7 +79,7 @@ class Decoder:
         seeds: Sequence[int],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> Decoder:
+    ) -> StackedPolicy:
         """One freshly initialised cell per seed: normal(0, initializer_range) matrices, unit norms, zero biases."""
         architecture = Architecture.of(config)
         cells = []
@@ -103,7 +103,7 @@ class Decoder:
         cells: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> Decoder:
+    ) -> StackedPolicy:
         """`cells` copies of a Hugging Face checkpoint (a folder or a hub id).
 
         Raises:
@@ -113,14 +113,14 @@ class Decoder:
         architecture = Architecture.of(config)
         tokenizer = read_tokenizer(folder)
         generation = read_generation(folder)
-        end_tokens(tokenizer, generation, architecture.vocabulary)
-        check_vocabulary(tokenizer, architecture.vocabulary)
+        end_tokens(tokenizer, generation, architecture.vocab_size)
+        check_vocabulary(tokenizer, architecture.vocab_size)
         cell = read_weights(folder, architecture)
         policy = cls(config, tokenizer, stacked([cell] * cells, dtype, device))
         policy.generation = generation
         return policy
 
-    def adapted(self, section: Any, seeds: Sequence[int]) -> Decoder:
+    def with_lora(self, section: Any, seeds: Sequence[int]) -> StackedPolicy:
         """This policy of one cell as the frozen base of new adapters, for one cell per seed; it is not copied.
 
         Args:
@@ -137,19 +137,19 @@ class Decoder:
         parameters = {n: v.to(self.device).requires_grad_() for n, v in adapters.initial(seeds, dtype).items()}
         return self._like(parameters, shared, adapters, len(seeds))
 
-    def _like(self, parameters: Weights, shared: Weights, adapters: Adapters | None, cells: int) -> Decoder:
-        other = Decoder(self.config, self.tokenizer, parameters, shared, adapters, cells)
+    def _like(self, parameters: Weights, shared: Weights, adapters: Adapters | None, cells: int) -> StackedPolicy:
+        other = StackedPolicy(self.config, self.tokenizer, parameters, shared, adapters, cells)
         other.origin, other.revision, other.generation = self.origin, self.revision, self.generation
         other.gradient_checkpointing = self.gradient_checkpointing
         return other
 
     @property
-    def vocabulary(self) -> int:
-        return self.architecture.vocabulary
+    def vocab_size(self) -> int:
+        return self.architecture.vocab_size
 
     @property
-    def ends(self) -> frozenset[int]:
-        return end_tokens(self.tokenizer, self.generation, self.vocabulary)
+    def eos_token_ids(self) -> frozenset[int]:
+        return end_tokens(self.tokenizer, self.generation, self.vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -164,21 +164,23 @@ class Decoder:
         return self.shared["embedding"] if self.shared else self.parameters["embedding"]
 
     @property
-    def width(self) -> int:
-        return self.architecture.hidden
+    def hidden_size(self) -> int:
+        return self.architecture.hidden_size
 
     @property
-    def context(self) -> int:
-        return self.architecture.context
+    def context_length(self) -> int:
+        return self.architecture.context_length
 
-    def steps(self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False) -> Steps:
-        if not plain and decodes_statically(self.device):
-            return StaticDecoding(self, prompts, group_size)
-        if not plain and self.ragged:
-            return RaggedDecoding(self, prompts, group_size)
-        return (PlainDecoding if plain else Decoding)(self, prompts, group_size)
+    def decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+    ) -> IncrementalDecoder:
+        if not plain and uses_static_cache(self.device):
+            return StaticCacheDecoder(self, prompts, group_size)
+        if not plain and self.packable:
+            return PackedDecoder(self, prompts, group_size)
+        return (UncachedDecoder if plain else KVCacheDecoder)(self, prompts, group_size)
 
-    def scores(
+    def score(
         self,
         rollouts: Sequence[Rollout],
         *,
@@ -187,7 +189,7 @@ class Decoder:
         entropy: bool = False,
         states: bool = False,
         plain: bool = False,
-    ) -> list[Scores]:
+    ) -> list[TokenScores]:
         return stacked_scores(
             self, rollouts, temperature=temperature, logits=logits, entropy=entropy, states=states, plain=plain
         )
@@ -226,7 +228,7 @@ class Decoder:
         for name, value in read_weights(path, architecture).items():
             self.parameters[name][cell].copy_(value)
 
-    def frozen(self, dtype: torch.dtype | None = None) -> Decoder:
+    def frozen_copy(self, dtype: torch.dtype | None = None) -> StackedPolicy:
         """A copy that needs no gradient and shares no trained weights with this policy: the reference, or a sampler.
 
         Adapters that add nothing yet (B = 0) are left off; weights that all cells have in common are held once.
@@ -244,7 +246,7 @@ class Decoder:
             return self._like({}, shared, None, self.cells)
         return self._like(copies, shared, self.adapters, self.cells)
 
-    def only(self, cells: Sequence[int]) -> Decoder:
+    def select(self, cells: Sequence[int]) -> StackedPolicy:
         """Some of the cells as a policy of their own, to sample from: without gradient."""
         if list(cells) == list(range(self.cells)):
             return self
@@ -278,14 +280,14 @@ class Decoder:
         return sum(value[0].numel() for value in self.parameters.values())
 
     @property
-    def ragged(self) -> bool:
+    def packable(self) -> bool:
         """Whether cells of unequal sizes are computed together (`packed_layers.py`): in full fine-tuning on a CPU,
         with plain multi-head attention."""
         full = not self.shared and self.adapters is None and not self.gradient_checkpointing
         wide = self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
         return full and wide and suits(self.architecture)
 
-    def hidden(self, weights: Weights, tokens: Tensor, arrangement: Arrangement) -> Tensor:
+    def hidden_states(self, weights: Weights, tokens: Tensor, arrangement: AttentionLayout) -> Tensor:
         """Final, normalised hidden states [A, K, hidden] of the kept tokens.
 
         Args:
@@ -297,7 +299,7 @@ class Decoder:
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """[A, K, V] of hidden states [A, K, hidden], at least in float32."""
-        return wide_product(hidden, self.head(weights))
+        return float32_linear(hidden, self.head(weights))
 
     def head(self, weights: Weights) -> Tensor:
         """[A, hidden, V], the output layer."""

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klab.grid.schema.policy import Lora
-from klab.harness.policy.logprobs import Scores, token_scores
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.scores import TokenScores, token_scores
 from klab.harness.policy.stacked import lm_head as output
-from klab.harness.policy.stacked.decoder import Decoder
+from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, written
 
 VOCABULARY = 300
@@ -40,7 +40,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def scored(policy: Decoder, rollouts: list[Rollout], **options: Any) -> tuple[list[Scores], list[torch.Tensor]]:
+def scored(
+    policy: StackedPolicy, rollouts: list[Rollout], **options: Any
+) -> tuple[list[TokenScores], list[torch.Tensor]]:
     scores = token_scores(policy, rollouts, entropy=True, states=True, **options)
     for value in policy.parameters.values():
         value.grad = None
@@ -54,7 +56,7 @@ def scored(policy: Decoder, rollouts: list[Rollout], **options: Any) -> tuple[li
 def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch, case: str, chunk: int) -> None:
     policy = decoder(2, dtype=torch.float64, vocab_size=VOCABULARY, tie_word_embeddings=case == "tied")
     if case == "adapters":
-        policy = decoder(1, dtype=torch.float64, vocab_size=VOCABULARY).adapted(Lora(rank=2), [0, 1])
+        policy = decoder(1, dtype=torch.float64, vocab_size=VOCABULARY).with_lora(Lora(rank=2), [0, 1])
         with torch.no_grad():
             for value in policy.parameters.values():
                 value.add_(0.1)
@@ -83,13 +85,13 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
     with Largest(weights) as chunked:
         scored(policy, [rollout])
     assert chunked.elements == rows * vocabulary
-    assert whole.elements == len(rollout.forest().kept) * vocabulary > 9 * chunked.elements
+    assert whole.elements == len(rollout.prefix_tree().kept) * vocabulary > 9 * chunked.elements
 
 
 def test_the_bits_of_a_cell_in_chunks_do_not_depend_on_its_mates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(output.CHUNKS, "cpu", 5 * VOCABULARY)
     pack, mate = decoder(2, vocab_size=VOCABULARY), decoder(2, vocab_size=VOCABULARY)
-    alone = Decoder(
+    alone = StackedPolicy(
         mate.config, mate.tokenizer, {n: v.detach()[1:].requires_grad_() for n, v in mate.parameters.items()}
     )
     (_, together), gradients = scored(pack, [some(), some()])
@@ -123,7 +125,7 @@ def test_logits_of_16_bit_weights_are_float32(monkeypatch: pytest.MonkeyPatch, d
 
 def test_a_bfloat16_policy_is_close_to_the_float32_policy_of_the_same_weights() -> None:
     narrow, rollout = decoder(1, dtype=torch.bfloat16, vocab_size=VOCABULARY), some()
-    wide = Decoder(narrow.config, narrow.tokenizer, {n: v.detach().float() for n, v in narrow.parameters.items()})
+    wide = StackedPolicy(narrow.config, narrow.tokenizer, {n: v.detach().float() for n, v in narrow.parameters.items()})
     wide.parameters = {name: value.requires_grad_() for name, value in wide.parameters.items()}
     (mine,), gradients = scored(narrow, [rollout])
     (theirs,), exact = scored(wide, [rollout])

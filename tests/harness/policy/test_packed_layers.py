@@ -8,23 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from klab.harness.policy.logprobs import token_scores
-from klab.harness.policy.rollout import Rollout, sample
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked import grouped_ops as stretches
-from klab.harness.policy.stacked.attention import EXPLICIT_SLOTS
-from klab.harness.policy.stacked.decoder import Decoder
-from klab.harness.policy.stacked.grouped_ops import Stretches, back_products, products
-from klab.harness.policy.stacked.kv_cache import Decoding
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
+from klab.harness.policy.stacked.grouped_ops import Segments, back_products, products
+from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.layer_weights import LayerWeights
-from klab.harness.policy.stacked.packed_decoding import RaggedDecoding
+from klab.harness.policy.stacked.packed_decoding import PackedDecoder
 from klab.harness.policy.stacked.packed_layers import final_norm, layer
-from klab.harness.policy.stacked.packed_layout import Lanes, Layout
+from klab.harness.policy.stacked.packed_layout import AttentionRows, PackedLayout
+from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, generators
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
-def rollouts(policy: Decoder, counts: list[int], budget: int) -> list[Rollout]:
+def rollouts(policy: StackedPolicy, counts: list[int], budget: int) -> list[Rollout]:
     """Unequal numbers of ragged prompts per cell."""
     draw = random.Random(0)
     prompts = [[[draw.randint(3, 14) for _ in range(draw.randint(2, 6))] for _ in range(count)] for count in counts]
@@ -33,7 +34,9 @@ def rollouts(policy: Decoder, counts: list[int], budget: int) -> list[Rollout]:
     )
 
 
-def gradients(policy: Decoder, drawn: list[Rollout], plain: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def gradients(
+    policy: StackedPolicy, drawn: list[Rollout], plain: bool
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     scores = token_scores(policy, drawn, entropy=True, states=True, plain=plain)
     terms = []
     for score in scores:
@@ -53,7 +56,7 @@ def gradients(policy: Decoder, drawn: list[Rollout], plain: bool) -> tuple[list[
 def test_the_plain_path_has_the_same_numbers_and_gradients(counts: list[int], budget: int, biases: bool) -> None:
     policy = decoder(len(counts), dtype=torch.float64, **(BIASES if biases else {}))
     drawn = rollouts(policy, counts, budget)
-    assert policy.ragged
+    assert policy.packable
     assert ("gate_up_bias" in {name.rpartition(".")[2] for name in policy.parameters}) == biases
     numbers, found = gradients(policy, drawn, plain=False)
     expected_numbers, expected = gradients(policy, drawn, plain=True)
@@ -68,10 +71,10 @@ def test_cells_whose_lanes_are_too_long_are_computed_apart() -> None:
     draw = random.Random(1)
     prompts = [
         [[draw.randint(3, 14) for _ in range(length)] for length in lengths]
-        for lengths in ([4, 6], [EXPLICIT_SLOTS] * 2)
+        for lengths in ([4, 6], [MAX_EXPLICIT_KEYS] * 2)
     ]
     drawn = sample(policy, prompts, group_size=3, max_new_tokens=4, generators=generators([0, 1]))
-    assert [r.forest().slots.shape[1] <= EXPLICIT_SLOTS for r in drawn] == [True, False]
+    assert [r.prefix_tree().slots.shape[1] <= MAX_EXPLICIT_KEYS for r in drawn] == [True, False]
     _, found = gradients(policy, drawn, plain=False)
     _, expected = gradients(policy, drawn, plain=True)
     for name, value in found.items():
@@ -84,7 +87,7 @@ def test_gradients_by_finite_differences() -> None:
     bias = torch.full((1, 2, 2), -torch.inf, dtype=torch.float64).triu_(1)
     index = np.array
     lanes = [
-        Lanes(
+        AttentionRows(
             index([3, 4, 5]),
             index([0, 1, 1]),
             index([[0, 1], [0, 2]]),
@@ -93,9 +96,9 @@ def test_gradients_by_finite_differences() -> None:
             bias,
             unique=False,
         ),
-        Lanes(index([6, 7]), index([0, 1]), index([[0, 1]]), index([0, 1]), index([1]), bias, unique=False),
+        AttentionRows(index([6, 7]), index([0, 1]), index([[0, 1]]), index([0, 1]), index([1]), bias, unique=False),
     ]
-    layout = Layout([0, 1], lanes, heads=2, total=2)
+    layout = PackedLayout([0, 1], lanes, heads=2, total=2)
     cosines, sines = policy.rotary(layout.positions, torch.float64, layout.limit)
     turns = cosines.unsqueeze(1), sines.unsqueeze(1)
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +122,7 @@ def test_sampling_writes_what_stacked_cells_write() -> None:
         policy.steps = lambda prompts, size, plain=False: kind(policy, prompts, size)  # type: ignore[method-assign]
         return sample(policy, prompts, group_size=4, max_new_tokens=60, generators=generators(range(3)))
 
-    for one, other in zip(drawn(RaggedDecoding), drawn(Decoding), strict=True):
+    for one, other in zip(drawn(PackedDecoder), drawn(KVCacheDecoder), strict=True):
         assert torch.equal(one.tokens, other.tokens)
         torch.testing.assert_close(one.logp, other.logp, rtol=1e-10, atol=1e-12)
 
@@ -134,13 +137,13 @@ def test_sampling_writes_what_stacked_cells_write() -> None:
     ids=["norms on heads", "grouped heads", "odd widths"],
 )
 def test_other_architectures_are_stacked(family: str, changes: dict[str, int]) -> None:
-    assert not decoder(1, family, **changes).ragged
-    assert decoder(1).ragged
+    assert not decoder(1, family, **changes).packable
+    assert decoder(1).packable
 
 
 def test_products_in_one_call_have_the_bits_of_products_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    cells = Stretches([5, 0, 48, 1])
+    cells = Segments([5, 0, 48, 1])
     x, grad = (torch.randn(54, width, generator=generator) for width in (32, 48))
     weight, bias = torch.randn(4, 32, 48, generator=generator), torch.randn(4, 48, generator=generator)
 
@@ -159,13 +162,13 @@ def test_products_in_one_call_have_the_bits_of_products_one_by_one(monkeypatch: 
 
 
 def test_attention_of_cells_with_lanes_of_one_shape_is_computed_together() -> None:
-    def lanes(groups: int, slots: int) -> Lanes:
+    def lanes(groups: int, slots: int) -> AttentionRows:
         every = np.arange(groups * slots)
         bias = torch.full((1, slots, slots), -torch.inf).triu_(1)
-        return Lanes(every, every % slots, every.reshape(groups, slots), every, None, bias)
+        return AttentionRows(every, every % slots, every.reshape(groups, slots), every, None, bias)
 
     def together(heads: int) -> list[int]:
-        layout = Layout([0, 1, 3, 4], [lanes(2, 4), lanes(2, 7), lanes(2, 4), lanes(2, 7)], heads, total=5)
+        layout = PackedLayout([0, 1, 3, 4], [lanes(2, 4), lanes(2, 7), lanes(2, 4), lanes(2, 7)], heads, total=5)
         assert layout.stretches.sizes == [8, 14, 0, 8, 14]
         return sorted(run.shape[0] for run in layout.runs)
 
