@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from klab.grid.errors import UserError
+from klab.tasks.values import short_float
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev")
 _EMPTY = re.compile(r'Instruction "(.*)" corresponds to no data')
@@ -27,11 +28,31 @@ class Table(Protocol):
     def select_columns(self, column_names: list[str]) -> Table: ...
 
 
+class Rows:
+    """A table whose rows are decoded when they are looked at."""
+
+    def __init__(self, table: Table, decode: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._table, self._decode = table, decode
+        self.column_names = table.column_names
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._decode(self._table[row])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._decode, self._table)
+
+    def select_columns(self, column_names: list[str]) -> Table:
+        return Rows(self._table.select_columns(column_names), self._decode)
+
+
 def load_tables(path: str, config: str | None = None, key: str = "task.path") -> Mapping[str, Table]:
     """The splits of a dataset; a single file is one split, `train`.
 
     Args:
-        path: a JSONL, JSON, CSV or Parquet file (also compressed), a folder of such files or of
+        path: a JSONL, JSON, CSV, TSV or Parquet file (also compressed), a folder of such files or of
             `Dataset.save_to_disk`, or a hub id. Relative paths start at the working directory. What was downloaded
             once is read from the cache of `datasets`, also without a network.
         config: the hub dataset's configuration.
@@ -42,7 +63,8 @@ def load_tables(path: str, config: str | None = None, key: str = "task.path") ->
     """
     local = Path(path).expanduser()
     if local.is_file():
-        return _read(path, key, _reader(local, key), data_files={"train": str(local)})
+        options = {"sep": "\t"} if _suffix(local) == ".tsv" else {}
+        return _read(path, key, _reader(local, key), data_files={"train": str(local)}, **options)
     if local.is_dir():
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
             return _saved(local, key)
@@ -88,11 +110,16 @@ def chosen_split(tables: Mapping[str, Table], name: str | None, setting: str, pa
 
 
 def _read(path: str, key: str, source: str, **options: Any) -> Mapping[str, Table]:
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
+    from klab.tasks.written import Written
+
     try:
-        loaded: Mapping[str, Table] = load_dataset(source, **options)
+        builder = load_dataset_builder(source, **options)
+        builder = Written.instead_of(builder) or builder
+        builder.download_and_prepare()
+        loaded: Any = builder.as_dataset()
     except (DatasetsError, ValueError, ConnectionError, FileNotFoundError) as error:
         cause = error.__cause__ or error
         empty = _EMPTY.search(str(cause))
@@ -102,7 +129,7 @@ def _read(path: str, key: str, source: str, **options: Any) -> Mapping[str, Tabl
         local = "data_files" in options or Path(source).is_dir()
         hint = None if local else "Without a network, only datasets that were downloaded before can be read."
         raise UserError(f"cannot be read: {lines[0]}", key=key, value=path, hint=hint) from error
-    return loaded
+    return {name: _rows(table) for name, table in loaded.items()}
 
 
 def _saved(folder: Path, key: str) -> Mapping[str, Table]:
@@ -112,7 +139,23 @@ def _saved(folder: Path, key: str) -> Mapping[str, Table]:
         loaded: Any = load_from_disk(str(folder))
     except (OSError, ValueError, IndexError) as error:  # an empty dataset is an IndexError
         raise UserError(f"cannot be read: {error}", key=key, value=str(folder)) from error
-    return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    tables = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    return {name: _rows(table) for name, table in tables.items()}
+
+
+def _rows(table: Any) -> Table:
+    """The table with values that know their text: those of JSON and CSV files, and floats of less than 64 bits."""
+    from klab.tasks.written import Written, decoded
+
+    if table.info.builder_name == Written.NAME:
+        return Rows(table, decoded)
+    short = [
+        name for name, feature in table.features.items() if getattr(feature, "dtype", "") in ("float16", "float32")
+    ]
+    if not short:
+        return cast("Table", table)
+    dtypes = {name: table.features[name].dtype for name in short}
+    return Rows(table, lambda row: {n: short_float(v, dtypes[n]) if n in dtypes else v for n, v in row.items()})
 
 
 def _reader(file: Path, key: str) -> str:

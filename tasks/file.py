@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from klab.tasks.dataset import Table, chosen_split, load_tables, require_columns
 from klab.tasks.rewards import Rewards
 from klab.tasks.splits import split_of
 from klab.tasks.task import Example, Score, SplitName
+from klab.tasks.values import is_text, text_of
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
@@ -27,7 +27,9 @@ class Template:
         self.columns = list(dict.fromkeys(found or [text]))
 
     def render(self, row: Mapping[str, Any]) -> str:
-        return _PLACE.sub(lambda match: str(row[match.group(1)]) if match.group(1) else match.group()[0], self.text)
+        return _PLACE.sub(
+            lambda match: text_of(row[match.group(1)]) or "" if match.group(1) else match.group()[0], self.text
+        )
 
 
 class File:
@@ -136,7 +138,7 @@ class File:
 
     def _prompt(self, row: Mapping[str, Any], number: int, path: str) -> str:
         for column in self._template.columns:
-            if not isinstance(row[column], (str, int, float)):
+            if not is_text(row[column]):
                 raise UserError(
                     f"row {number}, column {column!r}: a prompt is made of text",
                     file=path,
@@ -150,16 +152,20 @@ class File:
         return prompt
 
     def _example(self, row: Mapping[str, Any], number: int, path: str) -> Example:
-        answer = "" if self._answer is None else row[self._answer]
-        solution = "" if self._solution is None else row[self._solution]
-        for setting, value in (("answer", answer), ("solution", solution)):
-            if value is None:
-                raise UserError(f"row {number} has none", file=path, key=f"task.{setting}", value=value)
-        if not isinstance(answer, str):
-            answer = json.dumps(answer, ensure_ascii=False, default=str)
-        solution = self.solution_of(str(solution))
+        answer, solution = "", ""
+        if self._answer is not None:
+            answer = self._text(row, "answer", self._answer, number, path)
+        if self._solution is not None:
+            solution = self._text(row, "solution", self._solution, number, path)
+        solution = self.solution_of(solution)
         self._check_alphabet("solution", solution, number, path)
         return Example(self._prompt(row, number, path), answer, solution)
+
+    def _text(self, row: Mapping[str, Any], setting: str, column: str, number: int, path: str) -> str:
+        text = text_of(row[column])
+        if text is None:
+            raise UserError(f"row {number} has none", file=path, key=f"task.{setting}", value=column)
+        return text
 
     def _check_alphabet(self, setting: str, text: str, number: int, path: str) -> None:
         if self.alphabet is not None and not set(text) <= set(self.alphabet):
