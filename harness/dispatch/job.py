@@ -26,7 +26,7 @@ from klab.harness.store.kernels import kernels
 from klab.harness.store.lock import TOUCH_SECONDS
 
 if TYPE_CHECKING:
-    from klab.harness.training.distributed.process_group import World
+    from klab.harness.training.distributed.process_group import ProcessGroup
     from klab.harness.training.runner import Progress
 
 GRACE_SECONDS = 40.0
@@ -81,7 +81,7 @@ def work(
     stop: Callable[[], bool] | None = None,
     processes: int = 1,
     devices: Sequence[str] = (),
-    world: World | None = None,
+    world: ProcessGroup | None = None,
 ) -> dict[str, str]:
     """Train those of the cells that have no result and no other living worker; how each one ended.
 
@@ -104,7 +104,9 @@ def work(
                         from klab.harness.training.pack import device
 
                         began, used = time.monotonic(), time.process_time()
-                        states = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads, world=together)
+                        states = run_cells(
+                            run.path, ids, progress=progress, stop=stop, threads=threads, process_group=together
+                        )
                     if together is None and executor != "slurm" and set(states.values()) == {"finished"}:
                         on_gpu, busy = device().type == "cuda", 1.0
                         if threads == 1 and not on_gpu:

@@ -21,15 +21,15 @@ from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run, machine
 
 if TYPE_CHECKING:
-    from klab.harness.training.distributed.process_group import World
+    from klab.harness.training.distributed.process_group import ProcessGroup
 
 _END_SECONDS = 20.0
 """How long processes that were let go may take to end."""
 
 
 @contextmanager
-def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) -> Iterator[World | None]:
-    """A world of this process, which leads, and `size` - 1 others that are started here and end with the block.
+def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) -> Iterator[ProcessGroup | None]:
+    """A process_group of this process, which leads, and `size` - 1 others that are started here and end with the block.
 
     Args:
         devices: GPUs, as CUDA names them, one for each; none leaves the environment as it is.
@@ -43,8 +43,8 @@ def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) 
     try:
         if devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
-        with leading(size, meeting, others=others) as world:
-            yield world
+        with leading(size, meeting, others=others) as process_group:
+            yield process_group
         with suppress(subprocess.TimeoutExpired):
             for other in others:
                 other.wait(_END_SECONDS)
@@ -57,8 +57,8 @@ def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) 
 @contextmanager
 def leading(
     size: int, meeting: Path, address: str | None = None, others: Sequence[subprocess.Popen[bytes]] = ()
-) -> Iterator[World]:
-    """The world that this process leads, once the others have come to the meeting; they are let go after the block.
+) -> Iterator[ProcessGroup]:
+    """The process group that this process leads, once all have joined; the others are released after the block.
 
     Args:
         address: where they reach this process; None: all are on this machine.
@@ -67,24 +67,26 @@ def leading(
     Raises:
         SystemExit: where the processes lose one another.
     """
-    from klab.harness.training.distributed.process_group import WorldLost
-    from klab.harness.training.distributed.rendezvous import LOOPBACK, join
-    from klab.harness.training.distributed.worker import finish
+    from klab.harness.training.distributed.process_group import ProcessGroupLost
+    from klab.harness.training.distributed.rendezvous import LOOPBACK, rendezvous
+    from klab.harness.training.distributed.worker import release_workers
     from klab.harness.training.pack import device
 
     def watch() -> None:
         for rank, other in enumerate(others, 1):
             if other.poll() is not None:
-                raise WorldLost(f"klab: process {rank} of {size} ended at its start with code {other.returncode}")
+                raise ProcessGroupLost(
+                    f"klab: process {rank} of {size} ended at its start with code {other.returncode}"
+                )
 
     try:
-        world = join(0, size, meeting, device=device(), address=address or LOOPBACK, watch=watch)
+        process_group = rendezvous(0, size, meeting, device=device(), address=address or LOOPBACK, watch=watch)
         try:
-            yield world
+            yield process_group
         finally:
-            finish(world)
-            world.leave()
-    except WorldLost as lost:
+            release_workers(process_group)
+            process_group.close()
+    except ProcessGroupLost as lost:
         sys.exit(str(lost))
 
 
@@ -97,17 +99,17 @@ def follow(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     from klab.harness.training.distributed import worker as parallel
-    from klab.harness.training.distributed.process_group import WorldLost
-    from klab.harness.training.distributed.rendezvous import join
+    from klab.harness.training.distributed.process_group import ProcessGroupLost
+    from klab.harness.training.distributed.rendezvous import rendezvous
     from klab.harness.training.pack import device
 
     try:
-        world = join(rank, size, meeting, device=device())
+        process_group = rendezvous(rank, size, meeting, device=device())
         try:
-            parallel.follow(run, world, threads)
+            parallel.run_worker(run, process_group, threads)
         finally:
-            world.leave()
-    except WorldLost as lost:
+            process_group.close()
+    except ProcessGroupLost as lost:
         sys.exit(str(lost))
 
 

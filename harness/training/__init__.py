@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from klab.harness.training.distributed.process_group import World
+    from klab.harness.training.distributed.process_group import ProcessGroup
     from klab.harness.training.runner import Progress
 
 __all__ = ["run_cells"]
@@ -23,9 +23,11 @@ def run_cells(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     threads: int = 1,
-    world: World | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, str]:
     """One life of a pack of cells; see `klab.harness.training.runner.run_cells`."""
-    from klab.harness.training import runner as life
+    from klab.harness.training import runner
 
-    return life.run_cells(run_path, cell_ids, progress=progress, stop=stop, threads=threads, world=world)
+    return runner.run_cells(
+        run_path, cell_ids, progress=progress, stop=stop, threads=threads, process_group=process_group
+    )

@@ -1,12 +1,12 @@
-"""A cell's state between two updates, as one safetensors file.
+"""Checkpoint of one cell between two updates: a single safetensors file.
 
-Tensors: the weights, Adam's moments and step count, the same of its critic, and for every rollout that has been drawn
-but not used up its tokens, masks, log-probabilities, rewards and values. The counters and moving coefficients stand in
-the file's metadata as JSON. That is everything: random draws are pure functions of their purpose (`randomness.py`), and
-a lagged rollout was drawn when the policy had the weights it needed (`schedule.py`), so neither generator states nor
-old weights exist.
+Tensors: weights, Adam moments and step count of the policy and of its critic, and for every rollout that is not used
+up yet its tokens, masks, log-probabilities, rewards and values. Counters and adaptive coefficients are JSON in the
+file's metadata. Nothing else is needed: random numbers are pure functions of what they are for (`runtime/rng.py`), and
+a lagged rollout is sampled when the policy has the right weights (`optim/schedule.py`), so that neither generator
+states nor old weights are stored.
 
-The file is replaced atomically and read without pickle, so a file from a stranger is data.
+The file is replaced atomically and contains no pickle: reading a stranger's checkpoint runs no code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from klab.harness.objective import LossCoefficients
 from klab.harness.policy.rollout import Rollout
 from klab.harness.store import CellFolder, files
-from klab.harness.training.data.dynamic_sampling import Drawn
+from klab.harness.training.data.dynamic_sampling import SamplingStats
 from klab.harness.training.data.rollouts import Experience
 
 FILE = "state.safetensors"
@@ -39,7 +39,7 @@ class UnusableCheckpoint(Exception):
 
 
 @dataclass(slots=True)
-class State:
+class CellState:
     """One cell between two updates.
 
     Attributes:
@@ -61,7 +61,7 @@ class State:
     coefficients: LossCoefficients = field(default_factory=LossCoefficients)
 
 
-def to_bytes(state: State) -> bytes:
+def to_bytes(state: CellState) -> bytes:
     """The file's contents."""
     tensors = {f"optimizer/{name}": value.contiguous() for name, value in state.optimizer.items()}
     tensors |= {f"critic/{name}": value.contiguous() for name, value in state.critic.items()}
@@ -70,7 +70,7 @@ def to_bytes(state: State) -> bytes:
         for name, value in _tensors(experience).items():
             tensors[f"pending/{place}/{name}"] = value.detach().cpu().contiguous()
         plain = {name: value for name, value in _fields(experience.rollout).items() if not isinstance(value, Tensor)}
-        drawn = None if experience.drawn is None else asdict(experience.drawn)
+        drawn = None if experience.sampling_stats is None else asdict(experience.sampling_stats)
         pending.append({"number": experience.number, "rollout": plain, "drawn": drawn})
     counters = {
         "cell": state.cell,
@@ -83,14 +83,14 @@ def to_bytes(state: State) -> bytes:
     return save(tensors, metadata={"schema": str(SCHEMA), "klab": text, "crc": _checksum(text, tensors)})
 
 
-def write(folder: Path, state: State, durable: bool = True) -> None:
+def write(folder: Path, state: CellState, durable: bool = True) -> None:
     """Replace the checkpoint in `folder`, atomically; with `durable` it also survives a power cut."""
     folder.mkdir(exist_ok=True)
     files.sweep(folder)
     files.replace(folder / FILE, to_bytes(state), durable=durable)
 
 
-def read(file: Path, cell: str, device: torch.device) -> State:
+def read(file: Path, cell: str, device: torch.device) -> CellState:
     """The state in `file`, pending rollouts on `device`.
 
     Raises:
@@ -113,7 +113,7 @@ def read(file: Path, cell: str, device: torch.device) -> State:
         _experience(described, _below(tensors, f"pending/{place}/"), device)
         for place, described in enumerate(counters["pending"])
     ]
-    return State(
+    return CellState(
         cell=cell,
         update=counters["update"],
         streak=counters["streak"],
@@ -124,7 +124,7 @@ def read(file: Path, cell: str, device: torch.device) -> State:
     )
 
 
-def resume(folder: CellFolder, device: torch.device) -> State | None:
+def resume(folder: CellFolder, device: torch.device) -> CellState | None:
     """The state to go on from, with the records cut back to it; None to start afresh."""
     file = folder.checkpoint / FILE
     state = None
@@ -142,7 +142,15 @@ def resume(folder: CellFolder, device: torch.device) -> State | None:
     return None
 
 
-_SCORES = ("rewards", "correct", "reference", "greedy", "values", "recomputed")
+_STORED_NAMES = {
+    "rewards": "rewards",
+    "correct": "correct",
+    "reference": "reference_logprobs",
+    "greedy": "greedy_rewards",
+    "values": "values",
+    "recomputed": "old_logprobs",
+}
+"""Name in the file -> field of `Experience`."""
 
 
 def _fields(value: Rollout) -> dict[str, Any]:
@@ -151,16 +159,16 @@ def _fields(value: Rollout) -> dict[str, Any]:
 
 def _tensors(experience: Experience) -> dict[str, Tensor]:
     found = {f"rollout/{name}": value for name, value in _fields(experience.rollout).items()}
-    found |= {name: getattr(experience, name) for name in _SCORES}
+    found |= {name: getattr(experience, attribute) for name, attribute in _STORED_NAMES.items()}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _experience(described: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device) -> Experience:
     placed = {name: value.to(device) for name, value in stored.items()}
-    scores: dict[str, Any] = {name: placed.get(name) for name in _SCORES}
+    scores: dict[str, Any] = {attribute: placed.get(name) for name, attribute in _STORED_NAMES.items()}
     rollout: dict[str, Any] = {**described["rollout"], **_below(placed, "rollout/")}
-    drawn = None if described["drawn"] is None else Drawn(**described["drawn"])
-    return Experience(described["number"], Rollout(**rollout), **scores, drawn=drawn)
+    drawn = None if described["drawn"] is None else SamplingStats(**described["drawn"])
+    return Experience(described["number"], Rollout(**rollout), **scores, sampling_stats=drawn)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -18,13 +18,13 @@ from torch import Tensor
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
-from klab.harness.training.data.generate import draw
-from klab.harness.training.data.rollouts import score
-from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.data.generate import generate
+from klab.harness.training.data.rollouts import score_completions
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
-from klab.harness.training.microbatch import WHOLE, Limit, empty, turns
-from klab.harness.training.packed_cell import Member
-from klab.harness.training.runtime.rng import choose
+from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, is_padding, pack_micro_batches
+from klab.harness.training.packed_cell import PackedCell
+from klab.harness.training.runtime.rng import sample_indices
 from klab.tasks.task import Example, Score
 
 SAMPLES = 4
@@ -35,7 +35,7 @@ _LOGITS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Examination:
+class EvalSet:
     """What stays the same between the evaluations of one cell: its prompts, and completions of the reference
     policy; of the latter this process's share."""
 
@@ -44,14 +44,14 @@ class Examination:
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class EvalOutputs:
     """What some of a cell's prompts came to; M = prompts × `evaluation_samples`.
 
     Attributes:
         best: the score of each prompt's greedy completion.
         scores, texts: of the M samples.
         tokens: float64 [M], own tokens of each sample.
-        reverse, forward, entropy: float64 [M], see `divergence`.
+        reverse, forward, entropy: float64 [M], see `sequence_divergence`.
     """
 
     best: list[Score]
@@ -63,7 +63,7 @@ class Answers:
     entropy: Tensor
 
     @classmethod
-    def joined(cls, parts: Sequence[Answers]) -> Answers:
+    def joined(cls, parts: Sequence[EvalOutputs]) -> EvalOutputs:
         """Those of several shares of a cell's prompts, in order."""
         tensors = ("tokens", "reverse", "forward", "entropy")
         return cls(
@@ -74,54 +74,58 @@ class Answers:
         )
 
 
-def prepare(
-    members: Sequence[Member], reference: Policy, limit: Limit = WHOLE, world: World = ALONE
-) -> list[Examination]:
+def prepare_eval_sets(
+    members: Sequence[PackedCell],
+    reference: Policy,
+    budget: MemoryBudget = UNLIMITED,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> list[EvalSet]:
     """The held-out prompts of each cell, and the reference policy's completions of them."""
     examples = [held_out(member) for member in members]
-    samples, share = members[0].cell.training.evaluation_samples, world.share(len(examples[0]))
+    samples, share = members[0].cell.training.evaluation_samples, process_group.shard(len(examples[0]))
     if not share:
-        return [Examination(listed, None) for listed in examples]
+        return [EvalSet(listed, None) for listed in examples]
     purpose = ("evaluation of the reference",)
-    drawn = draw(reference, members, examples, samples, purpose, seeded=False, limit=limit, share=share)
-    return [Examination(*pair) for pair in zip(examples, drawn, strict=True)]
+    drawn = generate(reference, members, examples, samples, purpose, seeded=False, budget=budget, share=share)
+    return [EvalSet(*pair) for pair in zip(examples, drawn, strict=True)]
 
 
-def held_out(member: Member) -> list[Example]:
+def held_out(member: PackedCell) -> list[Example]:
     """The prompts of every evaluation: they depend on the task and on their number alone, not on the seed."""
     split = member.split("held_out")
     count = min(len(split), member.cell.training.evaluation_prompts)
-    return [split[index] for index in choose(len(split), count, "held out")]
+    return [split[index] for index in sample_indices(len(split), count, "held out")]
 
 
 def evaluate(
     policy: Policy,
     reference: Policy,
-    members: Sequence[Member],
-    examinations: Sequence[Examination],
+    members: Sequence[PackedCell],
+    eval_sets: Sequence[EvalSet],
     update: int,
-    limit: Limit = WHOLE,
-    world: World = ALONE,
+    budget: MemoryBudget = UNLIMITED,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Row]:
-    """One row of evaluations.jsonl per cell, after `update` updates. The processes of `world` share the prompts.
+    """One row of evaluations.jsonl per cell, after `update` updates. The processes of the group share the
+    prompts.
 
     Args:
-        limit: what may go through the policies at once.
+        budget: what may go through the policies at once.
 
     Raises:
         CellFailure: where a cell's reward raises.
     """
     samples = members[0].cell.training.evaluation_samples
-    examples = [examination.examples for examination in examinations]
+    examples = [eval_set.examples for eval_set in eval_sets]
 
-    def answered() -> list[Answers]:
-        share = world.share(len(examples[0]))
-        return _answers(policy, reference, members, examinations, update, limit, share) if share else []
+    def answered() -> list[EvalOutputs]:
+        share = process_group.shard(len(examples[0]))
+        return _eval_outputs(policy, reference, members, eval_sets, update, budget, share) if share else []
 
-    parts = [part for part in world.exchange("answers", answered, policy.device) if part]
+    parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
     rows = []
     for c in range(len(members)):
-        found = Answers.joined([part[c] for part in parts])
+        found = EvalOutputs.joined([part[c] for part in parts])
         scores = found.scores
         solved = [sum(s.correct for s in scores[g : g + samples]) for g in range(0, len(scores), samples)]
         rows.append(
@@ -129,7 +133,7 @@ def evaluate(
                 "update": update,
                 "accuracy": _mean([float(s.correct) for s in found.best]),
                 "reward": finite(_mean([s.reward for s in scores])),
-                "pass_at_k": _mean([pass_at(samples, count, samples) for count in solved]),
+                "pass_at_k": _mean([pass_at_k(samples, count, samples) for count in solved]),
                 "k": samples,
                 "reverse_kl": finite(float(found.reverse.mean())),
                 "forward_kl": finite(float(found.forward.mean())),
@@ -149,28 +153,28 @@ def evaluate(
     return rows
 
 
-def _answers(
+def _eval_outputs(
     policy: Policy,
     reference: Policy,
-    members: Sequence[Member],
-    examinations: Sequence[Examination],
+    members: Sequence[PackedCell],
+    eval_sets: Sequence[EvalSet],
     update: int,
-    limit: Limit,
+    budget: MemoryBudget,
     share: range,
-) -> list[Answers]:
+) -> list[EvalOutputs]:
     """Per cell, what a share of its prompts came to."""
-    examples = [examination.examples for examination in examinations]
+    examples = [eval_set.examples for eval_set in eval_sets]
     samples = members[0].cell.training.evaluation_samples
-    greedy = draw(policy, members, examples, 1, None, limit=limit, share=share)
-    fresh = draw(policy, members, examples, samples, ("evaluation", update), limit=limit, share=share)
-    kept = [examination.reference for examination in examinations if examination.reference is not None]
-    reverse, entropy = divergence(policy, reference, members, fresh, limit)
-    forward, _ = divergence(reference, policy, members, kept, limit)
+    greedy = generate(policy, members, examples, 1, None, budget=budget, share=share)
+    fresh = generate(policy, members, examples, samples, ("evaluation", update), budget=budget, share=share)
+    kept = [eval_set.reference for eval_set in eval_sets if eval_set.reference is not None]
+    reverse, entropy = sequence_divergence(policy, reference, members, fresh, budget)
+    forward, _ = sequence_divergence(reference, policy, members, kept, budget)
     own = [listed[share.start : share.stop] for listed in examples]
     return [
-        Answers(
-            best=score(members, c, own[c], greedy[c]),
-            scores=score(members, c, own[c], fresh[c]),
+        EvalOutputs(
+            best=score_completions(members, c, own[c], greedy[c]),
+            scores=score_completions(members, c, own[c], fresh[c]),
             texts=fresh[c].texts,
             tokens=fresh[c].mask.sum(1).double(),
             reverse=reverse[c],
@@ -182,22 +186,26 @@ def _answers(
 
 
 @torch.no_grad()
-def divergence(
-    policy: Policy, other: Policy, members: Sequence[Member], rollouts: Sequence[Rollout], limit: Limit = WHOLE
+def sequence_divergence(
+    policy: Policy,
+    other: Policy,
+    members: Sequence[PackedCell],
+    rollouts: Sequence[Rollout],
+    budget: MemoryBudget = UNLIMITED,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per cell: KL(policy ‖ other) and the policy's entropy, each summed over a trajectory's own tokens, float64 [N].
 
     Both are exact at each position: Σ_v p(v)·(log p(v) − log q(v)) and −Σ_v p(v)·log p(v).
     """
     rows = max(1, _LOGITS // (members[0].max_new_tokens * policy.vocab_size))
-    limit = replace(limit, rows=min(limit.rows or rows, rows))
+    budget = replace(budget, rows=min(budget.rows or rows, rows))
     kl: list[list[Tensor]] = [[] for _ in rollouts]
     entropy: list[list[Tensor]] = [[] for _ in rollouts]
-    for turn in turns(rollouts, limit):
+    for turn in pack_micro_batches(rollouts, budget):
         pieces = [piece for piece, _ in turn]
         mine, theirs = (token_scores(each, pieces, logits=True) for each in (policy, other))
         for c, piece in enumerate(pieces):
-            if empty(turn[c]):
+            if is_padding(turn[c]):
                 continue
             p, q = _log_softmax(mine[c].logits), _log_softmax(theirs[c].logits)
             mass = p.exp()
@@ -214,7 +222,7 @@ def _log_softmax(logits: Tensor | None) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def pass_at(n: int, correct: int, k: int) -> float:
+def pass_at_k(n: int, correct: int, k: int) -> float:
     """The probability that k of n samples drawn without replacement hold a correct one: 1 − C(n−c, k)/C(n, k).
 
     Unbiased for pass@k with n samples (Chen et al. 2021, eq. 1).

@@ -12,10 +12,10 @@ import torch
 
 from klab.harness.store import CellFolder, files, machine
 from klab.harness.training.pack import Pack
-from klab.harness.training.summary import outcome
+from klab.harness.training.summary import summarize
 
 
-def conclude(folder: CellFolder, pack: Pack, position: int, stopped: bool, processes: int) -> str:
+def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, processes: int) -> str:
     """Save the policy, write the result, remove the checkpoint that is no longer needed; in this order.
 
     Returns:
@@ -29,7 +29,7 @@ def conclude(folder: CellFolder, pack: Pack, position: int, stopped: bool, proce
     shutil.rmtree(folder.policy, ignore_errors=True)
     partial.rename(folder.policy)
     planned = pack.members[position].cell.training.updates
-    found = outcome(planned, folder.metrics(), folder.evaluations(), stopped)
+    found = summarize(planned, folder.metrics(), folder.evaluations(), stopped)
     folder.finish({**found, **_provenance(processes)})
     shutil.rmtree(folder.checkpoint, ignore_errors=True)
     return str(found["state"])

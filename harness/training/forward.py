@@ -12,7 +12,7 @@ from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.optim.critic import Critics
-from klab.harness.training.packed_cell import Member
+from klab.harness.training.packed_cell import PackedCell
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Models:
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
+class ForwardPass:
     """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for
     `full`, and its critic's values [n, T]."""
 
@@ -36,11 +36,13 @@ class Forward:
     values: Tensor | None = None
 
 
-def forward(models: Models, members: Sequence[Member], rollouts: Sequence[Rollout], alone: bool) -> list[Forward]:
+def forward_pass(
+    models: Models, members: Sequence[PackedCell], rollouts: Sequence[Rollout], critic_only: bool
+) -> list[ForwardPass]:
     """What the models say about some trajectories of every cell.
 
     Args:
-        alone: the critics learn alone, so that no gradient of theirs goes into the policies.
+        critic_only: the critics learn critic_only, so that no gradient of theirs goes into the policies.
     """
     temperature, full = members[0].cell.training.temperature, members[0].needs_logits
     critics, listed = models.critics, list(rollouts)
@@ -48,13 +50,13 @@ def forward(models: Models, members: Sequence[Member], rollouts: Sequence[Rollou
     scores = token_scores(models.policy, listed, temperature=temperature, logits=full, entropy=True, states=shared)
     with torch.no_grad():
         other = token_scores(models.reference, listed, temperature=temperature, logits=True) if full else None
-    states = [score.states.detach() if alone and score.states is not None else score.states for score in scores]
+    states = [score.states.detach() if critic_only and score.states is not None else score.states for score in scores]
     values = None if critics is None else critics.values(listed, states)
     found = []
     for c, score in enumerate(scores):
         assert score.entropy is not None
         found.append(
-            Forward(
+            ForwardPass(
                 score.logp,
                 score.entropy,
                 score.logits,
@@ -65,14 +67,14 @@ def forward(models: Models, members: Sequence[Member], rollouts: Sequence[Rollou
     return found
 
 
-def join(passes: Sequence[Forward]) -> Forward:
+def concat_passes(passes: Sequence[ForwardPass]) -> ForwardPass:
     """The rows of several passes over one cell, one after the other."""
 
     def joined(values: Sequence[Tensor | None]) -> Tensor | None:
         present = [value for value in values if value is not None]
         return torch.cat(present) if present else None
 
-    return Forward(
+    return ForwardPass(
         torch.cat([p.logp for p in passes]),
         torch.cat([p.entropy for p in passes]),
         joined([p.logits for p in passes]),

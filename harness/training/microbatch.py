@@ -11,21 +11,21 @@ from torch import Tensor
 
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.policy.rollout import Rollout
-from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
-Piece = tuple[Rollout, slice]
+MicroBatch = tuple[Rollout, slice]
 """A micro-batch, and which rows of the whole it has."""
 
-Turn = tuple[Piece, ...]
+PackMicroBatch = tuple[MicroBatch, ...]
 """The micro-batches, one of each cell of a pack, that go through the policies together, and which rows they are."""
 
-SAMPLED = 16
+SAMPLING_FACTOR = 16
 """Tokens that may be sampled at once for one that may be trained on: they leave keys and values only, where a backward
 pass needs every layer's activations."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class MemoryBudget:
     """What may go through a policy at once.
 
     Attributes:
@@ -39,34 +39,34 @@ class Limit:
     parts: int = 1
 
     @classmethod
-    def of(cls, training: TrainingSection) -> Limit:
+    def of(cls, training: TrainingSection) -> MemoryBudget:
         """As a cell's settings say."""
         return cls(training.micro_batch, training.token_budget)
 
-    def halved(self, rows: int) -> Limit:
+    def halved(self, rows: int) -> MemoryBudget:
         """Half of this, where a whole is `rows` trajectories."""
         tokens = None if self.tokens is None else max(1, self.tokens // 2)
-        return Limit(min(rows, self.rows or rows) // 2, tokens, 2 * self.parts)
+        return MemoryBudget(min(rows, self.rows or rows) // 2, tokens, 2 * self.parts)
 
-    def draws(self, lengths: Sequence[int], group_size: int, max_new_tokens: int) -> list[slice]:
+    def sampling_slices(self, lengths: Sequence[int], group_size: int, max_new_tokens: int) -> list[slice]:
         """Which prompts of these lengths to sample together: as many as fit if every completion is as long as it may
         be, in about equal parts."""
         count = -(-len(lengths) // self.parts)
         if self.tokens is not None:
             group = group_size * (max(lengths) + max_new_tokens)
-            count = min(count, max(1, SAMPLED * self.tokens // group))
+            count = min(count, max(1, SAMPLING_FACTOR * self.tokens // group))
         count = -(-len(lengths) // -(-len(lengths) // count))
         return [slice(start, min(start + count, len(lengths))) for start in range(0, len(lengths), count)]
 
 
-WHOLE = Limit()
+UNLIMITED = MemoryBudget()
 
 
-def micro_batches(rollout: Rollout, limit: Limit) -> list[Piece]:
+def micro_batches(rollout: Rollout, budget: MemoryBudget) -> list[MicroBatch]:
     """Pieces within the limit, and which rows: whole groups where these fit, else parts of one, a row at the least."""
     rows, size = rollout.tokens.shape[0], rollout.group_size
-    most, budget = limit.rows or rows, limit.tokens or math.inf
-    if rows <= most and limit.tokens is None:
+    most, most_tokens = budget.rows or rows, budget.tokens or math.inf
+    if rows <= most and budget.tokens is None:
         return [(rollout, slice(0, rows))]
     own = rollout.present.sum(1).tolist()
     bounds: list[tuple[int, int]] = []
@@ -74,32 +74,34 @@ def micro_batches(rollout: Rollout, limit: Limit) -> list[Piece]:
     for group, prompt in enumerate(rollout.prompts):
         start, end = group * size, (group + 1) * size
         cost = len(prompt) + sum(own[start:end])
-        if start > first and (end - first > most or spent + cost > budget):
+        if start > first and (end - first > most or spent + cost > most_tokens):
             bounds.append((first, start))
             first, spent = start, 0
         spent += cost
-        if end - first > most or spent > budget:
-            bounds += _parts(len(prompt), own, start, end, most, budget)
+        if end - first > most or spent > most_tokens:
+            bounds += _parts(len(prompt), own, start, end, most, most_tokens)
             first, spent = end, 0
     if first < rows:
         bounds.append((first, rows))
     if len(bounds) == 1:
         return [(rollout, slice(0, rows))]
-    return [(_cut(rollout, first, last), slice(first, last)) for first, last in bounds]
+    return [(_slice_rows(rollout, first, last), slice(first, last)) for first, last in bounds]
 
 
-def _parts(prompt: int, own: Sequence[int], start: int, end: int, most: int, budget: float) -> list[tuple[int, int]]:
+def _parts(
+    prompt: int, own: Sequence[int], start: int, end: int, most: int, most_tokens: float
+) -> list[tuple[int, int]]:
     """The rows of one group that is too large; `prompt`: the tokens of its prompt."""
     bounds, first, spent = [], start, prompt
     for row in range(start, end):
-        if row > first and (row - first >= most or spent + own[row] > budget):
+        if row > first and (row - first >= most or spent + own[row] > most_tokens):
             bounds.append((first, row))
             first, spent = row, prompt
         spent += own[row]
     return [*bounds, (first, end)]
 
 
-def _cut(rollout: Rollout, first: int, last: int) -> Rollout:
+def _slice_rows(rollout: Rollout, first: int, last: int) -> Rollout:
     prompts = rollout.prompts[first // rollout.group_size : -(-last // rollout.group_size)]
     rows = slice(first, last)
     return replace(
@@ -115,7 +117,7 @@ def _cut(rollout: Rollout, first: int, last: int) -> Rollout:
     )
 
 
-def in_turns(pieces: Sequence[Sequence[Piece]]) -> list[Turn]:
+def align_micro_batches(pieces: Sequence[Sequence[MicroBatch]]) -> list[PackMicroBatch]:
     """The pieces [cell][micro-batch] as turns [micro-batch][cell].
 
     A cell that has no more of them repeats its first with no rows: it takes part in the forward pass alone, so that
@@ -126,37 +128,45 @@ def in_turns(pieces: Sequence[Sequence[Piece]]) -> list[Turn]:
     return list(zip(*padded, strict=True))
 
 
-def empty(piece: Piece) -> bool:
+def is_padding(piece: MicroBatch) -> bool:
     """Whether a piece stands for none of the cell's rows."""
     return bool(piece[1].start == piece[1].stop)
 
 
-def turns(rollouts: Sequence[Rollout], limit: Limit, world: World = ALONE) -> list[Turn]:
+def pack_micro_batches(
+    rollouts: Sequence[Rollout], budget: MemoryBudget, process_group: ProcessGroup = SINGLE_PROCESS
+) -> list[PackMicroBatch]:
     """The turns of a pack in pieces within the limit; where a cell's rows suffice, one for each process."""
-    return in_turns([micro_batches(rollout, _least(limit, rollout, world)) for rollout in rollouts])
+    return align_micro_batches(
+        [micro_batches(rollout, _at_most_a_share(budget, rollout, process_group)) for rollout in rollouts]
+    )
 
 
-def by_turns(
+def map_micro_batches(
     rollouts: Sequence[Rollout],
-    limit: Limit,
+    budget: MemoryBudget,
     work: Callable[[list[Rollout]], list[Tensor]],
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Tensor]:
     """Per cell, what `work` says about its rows, within the limit at a time and shared among the processes."""
-    every = turns(rollouts, limit, world)
-    found = {place: work([piece for piece, _ in every[place]]) for place in world.turns(len(every))}
+    every = pack_micro_batches(rollouts, budget, process_group)
+    found = {place: work([piece for piece, _ in every[place]]) for place in process_group.assigned(len(every))}
     passes: dict[int, list[Tensor]] = {}
-    for part in world.exchange("rows", lambda: found, rollouts[0].tokens.device):
+    for part in process_group.all_gather_object("rows", lambda: found, rollouts[0].tokens.device):
         passes |= part
     return [
-        torch.cat([passes[place][c] for place, turn in enumerate(every) if not empty(turn[c])])
+        torch.cat([passes[place][c] for place, turn in enumerate(every) if not is_padding(turn[c])])
         for c in range(len(rollouts))
     ]
 
 
-def _least(limit: Limit, rollout: Rollout, world: World) -> Limit:
-    if world.size == 1:
-        return limit
+def _at_most_a_share(budget: MemoryBudget, rollout: Rollout, process_group: ProcessGroup) -> MemoryBudget:
+    if process_group.size == 1:
+        return budget
     groups, size = len(rollout.prompts), rollout.group_size
-    part = -(-groups // world.size) * size if groups >= world.size else -(-groups * size // world.size)
-    return replace(limit, rows=min(limit.rows or part, part))
+    part = (
+        -(-groups // process_group.size) * size
+        if groups >= process_group.size
+        else -(-groups * size // process_group.size)
+    )
+    return replace(budget, rows=min(budget.rows or part, part))

@@ -11,8 +11,8 @@ from pathlib import Path
 from klab.grid.cell import Cell
 from klab.grid.schema.training import STACKABLE
 from klab.harness.policy.prompt import GENERATION
-from klab.harness.training.data.prompts import chat_template, fitting
-from klab.harness.training.optim.schedule import Timetable
+from klab.harness.training.data.prompts import chat_template, prompts_that_fit
+from klab.harness.training.optim.schedule import RolloutSchedule
 from klab.tasks.task import Example, SplitName, Task
 
 
@@ -28,7 +28,7 @@ class CellFailure(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class PackedCell:
     """A cell, its task, and the folder of its starting policy (which is also its reference policy)."""
 
     cell: Cell
@@ -44,8 +44,8 @@ class Member:
         return self.cell.training.max_new_tokens or self.task.max_new_tokens
 
     @property
-    def timetable(self) -> Timetable:
-        return Timetable.of(self.cell.training)
+    def schedule(self) -> RolloutSchedule:
+        return RolloutSchedule.of(self.cell.training)
 
     @property
     def needs_logits(self) -> bool:
@@ -58,7 +58,7 @@ class Member:
 
     def split(self, name: SplitName) -> Sequence[Example]:
         """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.fitting`."""
-        return fitting(self.task, name, self.cell, self.start, self.max_new_tokens)
+        return prompts_that_fit(self.task, name, self.cell, self.start, self.max_new_tokens)
 
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.

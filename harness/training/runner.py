@@ -23,21 +23,21 @@ from klab.grid.errors import UserError
 from klab.harness.policy.init.initial_policy import initial_policy
 from klab.harness.store import CellFolder, Evicted, Run
 from klab.harness.training import checkpoint
-from klab.harness.training.checkpoint import State
-from klab.harness.training.data.overlong import check_buffer
+from klab.harness.training.checkpoint import CellState
+from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.sampler_mismatch import check_sampler
-from klab.harness.training.distributed.commands import Orders
-from klab.harness.training.distributed.process_group import ALONE, World
-from klab.harness.training.distributed.worker import begin
-from klab.harness.training.finalize import conclude
+from klab.harness.training.distributed.commands import CommandChannel
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from klab.harness.training.distributed.worker import start_pack
+from klab.harness.training.finalize import finalize_cell
 from klab.harness.training.metrics import Row
 from klab.harness.training.pack import Pack, device
-from klab.harness.training.packed_cell import CellFailure, Member
-from klab.harness.training.runtime.oom import explained, out_of_memory, release
-from klab.harness.training.runtime.torch_settings import settled
+from klab.harness.training.packed_cell import CellFailure, PackedCell
+from klab.harness.training.runtime.oom import explain_oom, free_memory, is_out_of_memory
+from klab.harness.training.runtime.torch_settings import configure_torch
 from klab.tasks import load_task
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 """Signs of life are at least this far apart; evaluations and ends always give one."""
 
 DURABLE_SECONDS = 5.0
@@ -62,7 +62,7 @@ def run_cells(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     threads: int = 1,
-    world: World | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, str]:
     """Run cells of a run folder from where they are, in packs of equal shape and progress.
 
@@ -72,97 +72,97 @@ def run_cells(
         progress: called after every update of every cell.
         stop: asked at every update boundary; once it is true, every cell is checkpointed and the call returns.
         threads: torch threads of this process.
-        world: the processes that train together, of which this one leads; None: this one alone.
+        process_group: the processes that train together, of which this one leads; None: this one alone.
 
     Returns:
         Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
         there), or `cancelled` (the cell was taken away from this process, which left it as it was).
     """
     run = Run.open(Path(run_path))
-    orders = Orders(world or ALONE)
-    life = _Life(run, progress or (lambda _: None), stop or (lambda: False), orders)
-    with settled(threads), _dismissing(orders):
+    channel = CommandChannel(process_group or SINGLE_PROCESS)
+    runner = PackRunner(run, progress or (lambda _: None), stop or (lambda: False), channel)
+    with configure_torch(threads), _shutting_down(channel):
         folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
-        waiting: dict[tuple[str, int], list[tuple[Member, State | None]]] = {}
+        waiting: dict[tuple[str, int], list[tuple[PackedCell, CellState | None]]] = {}
         for identity, folder in folders.items():
-            with life.blaming(identity):
+            with runner.isolate_failure(identity):
                 result = folder.result()
                 if result is not None:
-                    life.states[identity] = str(result["state"])
+                    runner.states[identity] = str(result["state"])
                     continue
                 folder.forgive()
                 try:
-                    member, state = _prepared(run, folder, life.warming_up)
-                except _Halted:
-                    life.states[identity] = "interrupted"
+                    member, state = prepare_cell(run, folder, runner.report_warmup)
+                except _StopRequested:
+                    runner.states[identity] = "interrupted"
                     continue
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():
-            life.begin([member for member, _ in alike], [state for _, state in alike if state is not None])
-    return {identity: life.states[identity] for identity in folders}
+            runner.start([member for member, _ in alike], [state for _, state in alike if state is not None])
+    return {identity: runner.states[identity] for identity in folders}
 
 
 @contextmanager
-def _dismissing(orders: Orders) -> Iterator[None]:
+def _shutting_down(channel: CommandChannel) -> Iterator[None]:
     try:
         yield
     finally:
-        orders.dismiss()
+        channel.shutdown()
 
 
-class _Halted(Exception):
+class _StopRequested(Exception):
     """Asked to stop while the starting policy was being made; nothing of it is kept."""
 
 
-def _prepared(
+def prepare_cell(
     run: Run, folder: CellFolder, watch: Callable[[int, int, float], None] | None = None
-) -> tuple[Member, State | None]:
+) -> tuple[PackedCell, CellState | None]:
     cell = folder.cell()
     task = load_task(cell.task)
     start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
-    member = Member(cell, task, start)
-    check_buffer(member)
+    member = PackedCell(cell, task, start)
+    check_overlong_buffer(member)
     check_sampler(member)
     return member, checkpoint.resume(folder, device())
 
 
-class _Life:
+class PackRunner:
     """The states of the cells of one call, and how each of them got there."""
 
     def __init__(
-        self, run: Run, progress: Callable[[Progress], None], stop: Callable[[], bool], orders: Orders
+        self, run: Run, progress: Callable[[Progress], None], stop: Callable[[], bool], channel: CommandChannel
     ) -> None:
         self.states: dict[str, str] = {}
-        self._orders = orders
+        self._channel = channel
         self._run = run
         self._progress = progress
         self._stop = stop
-        self._beaten = -BEAT_SECONDS
+        self._last_heartbeat = -HEARTBEAT_SECONDS
         self._rewards: dict[str, float | None] = {}
 
-    def warming_up(self, update: int, at_most: int, accuracy: float) -> None:
+    def report_warmup(self, update: int, at_most: int, accuracy: float) -> None:
         """Follow the making of a starting policy: a line in the job's output, and a chance to stop."""
         if not sys.stderr.isatty():
             print(f"starting policy: {update} updates, held-out accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
         if self._stop():
-            raise _Halted
+            raise _StopRequested
 
-    def begin(self, members: Sequence[Member], states: Sequence[State]) -> None:
+    def start(self, members: Sequence[PackedCell], states: Sequence[CellState]) -> None:
         """Stack the members and live; states are all or none."""
         try:
-            pack = begin(self._orders, members, states)
+            pack = start_pack(self._channel, members, states)
         except Exception as error:
             if len(members) == 1:
-                self._fail(members[0].id, explained(error, members[0].cell))
+                self._fail(members[0].id, explain_oom(error, members[0].cell))
                 return
             for position in range(len(members)):
-                self.begin(members[position : position + 1], states[position : position + 1])
+                self.start(members[position : position + 1], states[position : position + 1])
             return
         for member in members:
-            self._tell(member, pack.done)
-        self.live(pack)
+            self._report_progress(member, pack.done)
+        self.run(pack)
 
-    def live(self, pack: Pack) -> None:
+    def run(self, pack: Pack) -> None:
         """From one update boundary to the next until no member is left."""
         saved_update, saved_at, durable_at = pack.done, time.monotonic(), time.monotonic()
         while pack.members:
@@ -170,11 +170,11 @@ class _Life:
             if pack.evaluation_due:
                 pack, rows = self._compute(pack, Pack.evaluate)
                 pack = self._record(pack, rows, CellFolder.append_evaluations)
-            if pack.over:
+            if pack.finished:
                 self._finish(pack, range(len(pack.members)))
                 return
-            pack = self._without_diverged(pack)
-            self._beat(pack)
+            pack = self._drop_diverged(pack)
+            self._heartbeat(pack)
             if self._stop():
                 if pack.done > saved_update:
                     pack = self._save(pack)
@@ -189,7 +189,7 @@ class _Life:
             pack, rows = self._compute(pack, Pack.advance)
             pack = self._record(pack, rows, CellFolder.append_metrics)
             for member in pack.members:
-                self._tell(member, pack.done)
+                self._report_progress(member, pack.done)
 
     def _compute(self, pack: Pack, work: Callable[[Pack], list[Row]]) -> tuple[Pack, list[Row]]:
         """What `work` returns for the members that get through it, and the pack of those.
@@ -201,39 +201,39 @@ class _Life:
             try:
                 return pack, work(pack)
             except Exception as error:
-                smaller = len(pack.members) == 1 and out_of_memory(error) and pack.halve()
+                smaller = len(pack.members) == 1 and is_out_of_memory(error) and pack.halve_budget()
                 if not smaller:
-                    pack = self._after(pack, error)
+                    pack = self._pack_after(pack, error)
             if smaller:  # here nothing holds the failed attempt's tensors any more
-                print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.limit.rows} rows")
-                release()
+                print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.budget.rows} rows")
+                free_memory()
         return pack, []
 
-    def _after(self, pack: Pack, error: Exception) -> Pack:
+    def _pack_after(self, pack: Pack, error: Exception) -> Pack:
         """The pack with which to go on after an error, the blame put where it belongs."""
-        if isinstance(error, CellFailure) and not (len(pack.members) > 1 and out_of_memory(error.__cause__)):
+        if isinstance(error, CellFailure) and not (len(pack.members) > 1 and is_out_of_memory(error.__cause__)):
             self._fail(pack.members[error.position].id, error)
-            return pack.only([c for c in range(len(pack.members)) if c != error.position])
+            return pack.select([c for c in range(len(pack.members)) if c != error.position])
         if len(pack.members) == 1:
-            self._fail(pack.members[0].id, explained(error, pack.members[0].cell, pack.limit.rows))
+            self._fail(pack.members[0].id, explain_oom(error, pack.members[0].cell, pack.budget.rows))
         else:
             for c in range(len(pack.members)):
-                self.live(pack.only([c]))
-        return pack.only([])
+                self.run(pack.select([c]))
+        return pack.select([])
 
-    def _each(self, pack: Pack, action: Callable[[CellFolder, int], None]) -> Pack:
+    def _for_each(self, pack: Pack, action: Callable[[CellFolder, int], None]) -> Pack:
         """Do something to every member's folder; the pack of those for which it worked."""
         good = []
         for c, member in enumerate(pack.members):
-            with self.blaming(member.id):
+            with self.isolate_failure(member.id):
                 action(self._run.cell(member.id), c)
                 good.append(c)
-        return pack if len(good) == len(pack.members) else pack.only(good)
+        return pack if len(good) == len(pack.members) else pack.select(good)
 
     def _record(self, pack: Pack, rows: list[Row], append: Callable[[CellFolder, list[Row]], None]) -> Pack:
         for member, row in zip(pack.members, rows, strict=True):
             self._rewards[member.id] = row.get("reward_mean", self._rewards.get(member.id))
-        return self._each(pack, lambda folder, c: append(folder, [rows[c]]))
+        return self._for_each(pack, lambda folder, c: append(folder, [rows[c]]))
 
     def _save(self, pack: Pack, durable: bool = True) -> Pack:
         def save(folder: CellFolder, c: int) -> None:
@@ -242,36 +242,38 @@ class _Life:
                 folder.sync()
             checkpoint.write(folder.checkpoint, pack.state(c), durable=durable)
 
-        return self._each(pack, save)
+        return self._for_each(pack, save)
 
-    def _without_diverged(self, pack: Pack) -> Pack:
+    def _drop_diverged(self, pack: Pack) -> Pack:
         lost = pack.diverged()
         if not lost:
             return pack
         self._finish(pack, lost, stopped=True)
-        return pack.only([c for c in range(len(pack.members)) if c not in lost])
+        return pack.select([c for c in range(len(pack.members)) if c not in lost])
 
     def _finish(self, pack: Pack, positions: Sequence[int], stopped: bool = False) -> None:
         for position in positions:
-            with self.blaming(pack.members[position].id):
+            with self.isolate_failure(pack.members[position].id):
                 folder = self._run.cell(pack.members[position].id)
-                self.states[folder.id] = conclude(folder, pack, position, stopped, self._orders.world.size)
+                self.states[folder.id] = finalize_cell(
+                    folder, pack, position, stopped, self._channel.process_group.size
+                )
 
-    def _beat(self, pack: Pack) -> None:
-        """A sign of life of every member, not more often than every `BEAT_SECONDS`."""
-        if time.monotonic() - self._beaten < BEAT_SECONDS:
+    def _heartbeat(self, pack: Pack) -> None:
+        """A sign of life of every member, not more often than every `HEARTBEAT_SECONDS`."""
+        if time.monotonic() - self._last_heartbeat < HEARTBEAT_SECONDS:
             return
-        self._beaten = time.monotonic()
+        self._last_heartbeat = time.monotonic()
         for member in pack.members:
             reward, updates = self._rewards.get(member.id), member.cell.training.updates
             with suppress(OSError, Evicted):  # the next row of metrics will tell whether this matters
                 self._run.cell(member.id).beat({"update": pack.done, "updates": updates, "reward": reward})
 
-    def _tell(self, member: Member, update: int) -> None:
+    def _report_progress(self, member: PackedCell, update: int) -> None:
         self._progress(Progress(member.id, update, member.cell.training.updates, self._rewards.get(member.id)))
 
     @contextmanager
-    def blaming(self, identity: str) -> Iterator[None]:
+    def isolate_failure(self, identity: str) -> Iterator[None]:
         """Whatever is raised inside ends this cell, and only this cell."""
         try:
             yield

@@ -16,7 +16,7 @@ _SPIKE_WINDOW = 20
 _SPIKE_LEAST = 5
 
 
-def outcome(
+def summarize(
     planned: int,
     rows: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
@@ -39,7 +39,7 @@ def outcome(
     divergences = _known(evaluations, "reverse_kl")
     return {
         "state": "diverged" if diverged else "finished",
-        "reason": reason(rows) if diverged else None,
+        "reason": divergence_reason(rows) if diverged else None,
         "updates": rows[-1]["update"] if rows else 0,
         "reward_final": final,
         "reward_best": best,
@@ -59,7 +59,7 @@ def outcome(
     }
 
 
-def reason(rows: Sequence[Mapping[str, Any]]) -> str:
+def divergence_reason(rows: Sequence[Mapping[str, Any]]) -> str:
     """Why a cell has diverged, in words, from its last rows."""
     streak = 0
     while streak < len(rows) and rows[-1 - streak]["nonfinite"]:

@@ -27,8 +27,8 @@ from klab.grid import parse_grid
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.training import pack as packs
-from klab.harness.training.packed_cell import Member
-from klab.harness.training.runtime.oom import release
+from klab.harness.training.packed_cell import PackedCell
+from klab.harness.training.runtime.oom import free_memory
 from klab.tasks import load_task
 from tests.benchmarks.shapes import SHAPES, Shape, Strings, write_start
 
@@ -79,7 +79,7 @@ def measure(shape: Shape, start: Path, cells: int, rank: int | None, rounds: int
     )
     grid = parse_grid(text, "gpu")
     task = load_task(grid.cells[0].task)
-    pack = packs.Pack([Member(cell, task, start) for cell in grid.cells])
+    pack = packs.Pack([PackedCell(cell, task, start) for cell in grid.cells])
     pack.advance()
     device = pack.policy.device
     if device.type == "cuda":
@@ -172,9 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         start = write_start(Path(scratch), shape)
         found["all weights"] = measure(shape, start, 1, None, given.rounds)
         for cells in (1, *shape.packs):
-            release()
+            free_memory()
             found[f"adapters, {cells}"] = measure(shape, start, cells, given.rank, given.rounds)
-        release()
+        free_memory()
         found["gap"] = gap(start, shape, device)
     table = Table(
         "trained", "cells", "decoded tokens/s", "trained tokens/s", "ms per cell and update", "alone ÷ this",

@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from klab.grid import parse_grid  # noqa: E402
 from klab.harness.store import CellFolder, Run  # noqa: E402
 from klab.harness.training import pack, run_cells  # noqa: E402
-from klab.harness.training.packed_cell import Member  # noqa: E402
+from klab.harness.training.packed_cell import PackedCell  # noqa: E402
 from klab.harness.training.runner import Progress  # noqa: E402
-from klab.harness.training.runtime.timer import PHASES, Stopwatch  # noqa: E402
+from klab.harness.training.runtime.timer import PHASES, PhaseTimer  # noqa: E402
 from klab.tasks import load_task  # noqa: E402
 
 
-class ClockedWatch(Stopwatch):
+class ClockedWatch(PhaseTimer):
     """A stopwatch that reads another clock."""
 
     clock: Clock = time.process_time
@@ -58,7 +58,7 @@ def trained(
         RuntimeError: a cell has not finished, or the cells did not train together to the end.
     """
     ClockedWatch.clock = CLOCKS[clock]
-    pack.Stopwatch = ClockedWatch  # type: ignore[misc]
+    pack.PhaseTimer = ClockedWatch  # type: ignore[misc]
     pack.Pack.halve = lambda _: False  # type: ignore[method-assign]  # equal micro-batches on both sides, or none
     spans: list[tuple[float, float]] = []
     seen_updates: list[int] = []
@@ -128,7 +128,7 @@ GROUPED_FLOPS = {torch.ops.aten._grouped_mm: _grouped_flops}
 """What torch's counter does not know."""
 
 
-class CountingWatch(Stopwatch):
+class CountingWatch(PhaseTimer):
     """Counts floating-point operations of matrix products in place of seconds."""
 
     def __call__(self, phase: str):  # type: ignore[no-untyped-def]
@@ -151,11 +151,11 @@ def counted(text: str, updates: int) -> dict[str, Any]:
     """FLOPs per update and phase that the matrix products of one cell really take, shared prompts and rows merged; and
     the policy's passes for one rollout."""
     cell = parse_grid(text, "bench").cells[0]
-    alone = pack.Pack([Member(cell, load_task(cell.task), Path(cell.policy.model))])
+    alone = pack.Pack([PackedCell(cell, load_task(cell.task), Path(cell.policy.model))])
     alone._watch = CountingWatch()
     rows, passes = [], []
     for _ in range(updates):
-        alone.draw()
+        alone.collect_due_rollouts()
         passes.append(alone.pending[0][0].rollout.tokens.shape[1])
         rows += alone.advance()
     flops = {phase: sum(row[f"seconds_{phase}"] for row in rows) / updates for phase in PHASES}

@@ -23,7 +23,7 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import run_cells
-from klab.harness.training.runtime.torch_settings import settled
+from klab.harness.training.runtime.torch_settings import configure_torch
 from klab.tasks import load_task
 
 PHASES = ("rollout", "reward", "reference", "forward", "backward", "step")
@@ -85,7 +85,7 @@ def shortcuts(folder: Path) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     """Measure and print both tables, under the conditions of a process that trains."""
-    with settled(1):
+    with configure_torch(1):
         _measure()
 
 

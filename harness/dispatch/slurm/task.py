@@ -28,7 +28,7 @@ from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
-    from klab.harness.training.distributed.process_group import World
+    from klab.harness.training.distributed.process_group import ProcessGroup
 
 ROUNDS = 1000
 """Requeues after which a job gives up: it would come back for ever without getting anywhere."""
@@ -67,7 +67,7 @@ class Task:
         with leading(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
             return self._lead(world)
 
-    def _lead(self, world: World | None = None) -> dict[str, str]:
+    def _lead(self, world: ProcessGroup | None = None) -> dict[str, str]:
         while True:
             with Interruption(grace=self.grace) as interruption:
                 states = work(

@@ -17,7 +17,7 @@ from klab.tasks.task import Example
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampledGroups:
     """P groups of one cell that were drawn together; N = P × group_size.
 
     Attributes:
@@ -31,14 +31,14 @@ class Draw:
     rewards: Tensor
     correct: Tensor
 
-    def groups(self, chosen: Sequence[int]) -> Draw:
+    def groups(self, chosen: Sequence[int]) -> SampledGroups:
         """Some of the groups, in this order."""
         rows = group_rows(chosen, self.rollout.group_size).to(self.rewards.device)
         examples = [self.examples[g] for g in chosen]
-        return Draw(examples, self.rollout.select_prompts(chosen), self.rewards[rows], self.correct[rows])
+        return SampledGroups(examples, self.rollout.select_prompts(chosen), self.rewards[rows], self.correct[rows])
 
     @classmethod
-    def joined(cls, parts: Sequence[Draw]) -> Draw:
+    def joined(cls, parts: Sequence[SampledGroups]) -> SampledGroups:
         """The groups of several draws one after the other."""
         return cls(
             [example for part in parts for example in part.examples],
@@ -49,7 +49,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SamplingStats:
     """What dynamic sampling drew for a rollout, used or not.
 
     Attributes:
@@ -67,7 +67,7 @@ class Drawn:
     correct: float
 
     @classmethod
-    def of(cls, draws: Sequence[Draw], used: Draw) -> Drawn:
+    def of(cls, draws: Sequence[SampledGroups], used: SampledGroups) -> SamplingStats:
         rewards = draws[0].rewards.double()
         tokens = sum(int(draw.rollout.mask.sum()) for draw in draws)
         return cls(
@@ -80,19 +80,19 @@ class Drawn:
         )
 
 
-def uneven(rewards: Tensor, group_size: int) -> list[int]:
+def nonzero_variance_groups(rewards: Tensor, group_size: int) -> list[int]:
     """The groups of rewards [N] in which not all are equal."""
     by_group = rewards.view(-1, group_size)
     return (by_group != by_group[:, :1]).any(1).nonzero().flatten().tolist()
 
 
-def missing(draws: Sequence[Draw], count: int) -> int:
+def shortfall(draws: Sequence[SampledGroups], count: int) -> int:
     """How many of `count` groups with unequal rewards have not been found yet."""
-    found = sum(len(uneven(draw.rewards, draw.rollout.group_size)) for draw in draws)
+    found = sum(len(nonzero_variance_groups(draw.rewards, draw.rollout.group_size)) for draw in draws)
     return max(0, count - found)
 
 
-def filled(draws: Sequence[Draw], count: int) -> Draw:
+def fill(draws: Sequence[SampledGroups], count: int) -> SampledGroups:
     """`count` groups: those with unequal rewards, first come first, then the equal ones of the first draw.
 
     Args:
@@ -100,15 +100,15 @@ def filled(draws: Sequence[Draw], count: int) -> Draw:
     """
     parts, left = [], count
     for draw in draws:
-        chosen = uneven(draw.rewards, draw.rollout.group_size)[:left]
+        chosen = nonzero_variance_groups(draw.rewards, draw.rollout.group_size)[:left]
         if chosen:
             parts.append(draw.groups(chosen))
             left -= len(chosen)
     if left:
         first = draws[0]
-        used = set(uneven(first.rewards, first.rollout.group_size))
+        used = set(nonzero_variance_groups(first.rewards, first.rollout.group_size))
         parts.append(first.groups([g for g in range(len(first.examples)) if g not in used][:left]))
-    return Draw.joined(parts)
+    return SampledGroups.joined(parts)
 
 
 def group_rows(groups: Sequence[int], size: int) -> Tensor:

@@ -9,26 +9,26 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.trajectory_builder import Environment
-from klab.harness.training.data.prompts import encode
-from klab.harness.training.data.sampler_mismatch import Sample
-from klab.harness.training.microbatch import WHOLE, Limit
-from klab.harness.training.packed_cell import CellFailure, Member
+from klab.harness.training.data.prompts import encode_prompts
+from klab.harness.training.data.sampler_mismatch import SampleFunction
+from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
+from klab.harness.training.packed_cell import CellFailure, PackedCell
 from klab.harness.training.runtime.rng import generator
 from klab.tasks.task import Example
 
 
-def draw(
+def generate(
     policy: Policy,
-    members: Sequence[Member],
+    members: Sequence[PackedCell],
     examples: Sequence[Sequence[Example]],
     group_size: int,
     purpose: tuple[int | str, ...] | None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seeded: bool = True,
-    sampler: Sample = sample,
+    sampler: SampleFunction = sample,
     positions: Sequence[int] | None = None,
-    limit: Limit = WHOLE,
+    budget: MemoryBudget = UNLIMITED,
     share: range | None = None,
 ) -> list[Rollout]:
     """Completions of each cell's examples.
@@ -38,16 +38,18 @@ def draw(
         seeded: an unseeded draw is the same for all seeds.
         sampler: who draws.
         positions: where the members stand in their pack, if they are not all of it.
-        limit: what may be sampled at once; trajectories get the random numbers that they would have without it.
+        budget: what may be sampled at once; trajectories get the random numbers that they would have without it.
         share: only of these examples of each cell, with the random numbers that they have among all of them.
     """
     share = range(len(examples[0])) if share is None else share
     draws = [(*(purpose or ("greedy",)), member.cell.seed if seeded else "every seed") for member in members]
     prompts = [
-        encode(policy, member, listed[share.start : share.stop])
+        encode_prompts(policy, member, listed[share.start : share.stop])
         for member, listed in zip(members, examples, strict=True)
     ]
-    cuts = [limit.draws([len(p) for p in listed], group_size, members[0].max_new_tokens) for listed in prompts]
+    cuts = [
+        budget.sampling_slices([len(p) for p in listed], group_size, members[0].max_new_tokens) for listed in prompts
+    ]
     found: list[list[Rollout]] = [[] for _ in members]
     for turn in range(max(map(len, cuts))):
         cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
@@ -77,7 +79,7 @@ def draw(
 
 
 def _environment(
-    members: Sequence[Member], examples: Sequence[Sequence[Example]], group_size: int, positions: Sequence[int]
+    members: Sequence[PackedCell], examples: Sequence[Sequence[Example]], group_size: int, positions: Sequence[int]
 ) -> Environment | None:
     """The tasks' answers to what the policies write; None where no task ever answers, which spares much asking."""
     if not any(getattr(member.task, "interactive", True) for member in members):

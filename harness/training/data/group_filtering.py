@@ -10,43 +10,43 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from klab.harness.training.data.dynamic_sampling import uneven
-from klab.harness.training.data.minibatch import select
-from klab.harness.training.data.overlong import charges, left_out
+from klab.harness.training.data.dynamic_sampling import nonzero_variance_groups
+from klab.harness.training.data.minibatch import select_groups
+from klab.harness.training.data.overlong import excluded_rows, length_penalties
 from klab.harness.training.data.rollouts import Experience
-from klab.harness.training.data.sampler_mismatch import mismatch
+from klab.harness.training.data.sampler_mismatch import mismatch_metrics
 from klab.harness.training.metrics import Row, finite, sampled_figures
-from klab.harness.training.packed_cell import Member
+from klab.harness.training.packed_cell import PackedCell
 
 
-def remaining(member: Member, minibatch: Experience) -> Experience:
+def drop_zero_variance(member: PackedCell, minibatch: Experience) -> Experience:
     """The minibatch without its groups of equal rewards, where these are dropped.
 
     Where none is left it is one group without own tokens, so that packs keep their forward pass.
     """
     if member.cell.training.equal_groups != "drop":
         return minibatch
-    groups = uneven(minibatch.rewards, minibatch.rollout.group_size)
+    groups = nonzero_variance_groups(minibatch.rewards, minibatch.rollout.group_size)
     if groups:
-        return select(minibatch, groups)
-    one = select(minibatch, [0])
+        return select_groups(minibatch, groups)
+    one = select_groups(minibatch, [0])
     return replace(one, rollout=replace(one.rollout, mask=torch.zeros_like(one.rollout.mask)))
 
 
-def in_loss(member: Member, used: Experience) -> Tensor:
+def loss_mask(member: PackedCell, used: Experience) -> Tensor:
     """bool [N, T], the tokens of the loss; see `klab.harness.objective.TokenBatch.loss_mask`."""
-    out = left_out(member, used.rollout)
+    out = excluded_rows(member, used.rollout)
     return used.rollout.mask if out is None else used.rollout.mask & ~out[:, None]
 
 
-def silent(member: Member, used: Experience) -> bool:
+def has_no_loss_tokens(member: PackedCell, used: Experience) -> bool:
     """Whether nothing is in the loss, because of what the cell drops or masks."""
     training = member.cell.training
     selects = training.equal_groups == "drop" or training.truncated == "mask"
-    return selects and not bool(in_loss(member, used).any())
+    return selects and not bool(loss_mask(member, used).any())
 
 
-def figures(member: Member, minibatch: Experience, used: Experience) -> Row:
+def filtering_metrics(member: PackedCell, minibatch: Experience, used: Experience) -> Row:
     """The part of a row of metrics that tells of selection; empty for a cell that selects nothing.
 
     Rewards, lengths and tokens are those of the minibatch before anything left it. With dynamic sampling rewards are
@@ -58,19 +58,19 @@ def figures(member: Member, minibatch: Experience, used: Experience) -> Row:
     training, row = member.cell.training, Row()
     if training.equal_groups == "drop":
         row |= sampled_figures(minibatch)
-        row["kept_groups"] = len(uneven(minibatch.rewards, minibatch.rollout.group_size))
-    if minibatch.drawn is not None:
-        drawn = minibatch.drawn
+        row["kept_groups"] = len(nonzero_variance_groups(minibatch.rewards, minibatch.rollout.group_size))
+    if minibatch.sampling_stats is not None:
+        drawn = minibatch.sampling_stats
         row["reward_mean"], row["reward_std"] = finite(drawn.reward_mean), finite(drawn.reward_std)
         row["correct"] = drawn.correct
         row["sampled_groups"], row["sampled_tokens"] = drawn.groups, drawn.tokens
         row["unused_tokens"] = drawn.unused
     if training.equal_groups == "drop" or training.truncated == "mask":
-        row["loss_tokens"] = int(in_loss(member, used).sum())
+        row["loss_tokens"] = int(loss_mask(member, used).sum())
     if training.overlong_buffer is not None:
-        row["overlong"] = float(charges(minibatch.rollout, member).mean())
-    if training.sampler is not None and minibatch.recomputed is not None:
+        row["overlong"] = float(length_penalties(minibatch.rollout, member).mean())
+    if training.sampler is not None and minibatch.old_logprobs is not None:
         rollout = minibatch.rollout
-        found = mismatch(training.sampler, minibatch.recomputed, rollout.logp, rollout.mask)
+        found = mismatch_metrics(training.sampler, minibatch.old_logprobs, rollout.logp, rollout.mask)
         row |= {name: finite(value) for name, value in found.items()}
     return row

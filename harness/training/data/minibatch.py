@@ -10,7 +10,7 @@ from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.runtime.rng import permutation
 
 
-def minibatch(count: int, parts: int, part: int, *purpose: int | str) -> list[int]:
+def minibatch_groups(count: int, parts: int, part: int, *purpose: int | str) -> list[int]:
     """The groups of one of `parts` equal minibatches; an epoch's parts cover each of the `count` groups once.
 
     A rollout that is not split keeps its order; otherwise `purpose` (seed, rollout, epoch) names the random order.
@@ -22,7 +22,7 @@ def minibatch(count: int, parts: int, part: int, *purpose: int | str) -> list[in
     return sorted(order[part * size : (part + 1) * size])
 
 
-def select(experience: Experience, groups: Sequence[int]) -> Experience:
+def select_groups(experience: Experience, groups: Sequence[int]) -> Experience:
     """The part of an experience that belongs to some groups."""
     size = experience.rollout.group_size
     if len(groups) == len(experience.rollout.prompts):
@@ -33,8 +33,8 @@ def select(experience: Experience, groups: Sequence[int]) -> Experience:
         rollout=experience.rollout.select_prompts(groups),
         rewards=experience.rewards[rows],
         correct=experience.correct[rows],
-        reference=experience.reference[rows],
-        greedy=None if experience.greedy is None else experience.greedy[rows],
+        reference_logprobs=experience.reference_logprobs[rows],
+        greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
         values=None if experience.values is None else experience.values[rows],
-        recomputed=None if experience.recomputed is None else experience.recomputed[rows],
+        old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[rows],
     )

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from klab.grid.errors import UserError
 from klab.harness.policy.rollout import Rollout
-from klab.harness.training.packed_cell import Member
+from klab.harness.training.packed_cell import PackedCell
 
 
-def training_rewards(member: Member, rollout: Rollout, rewards: Tensor) -> Tensor:
+def training_rewards(member: PackedCell, rollout: Rollout, rewards: Tensor) -> Tensor:
     """What an update maximises, [N]: the task's rewards less what overlong completions cost.
 
     The soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13), times `overlong_penalty`: nothing up to
@@ -18,10 +18,10 @@ def training_rewards(member: Member, rollout: Rollout, rewards: Tensor) -> Tenso
     training = member.cell.training
     if training.overlong_buffer is None:
         return rewards
-    return rewards - charges(rollout, member).to(rewards.dtype)
+    return rewards - length_penalties(rollout, member).to(rewards.dtype)
 
 
-def charges(rollout: Rollout, member: Member) -> Tensor:
+def length_penalties(rollout: Rollout, member: PackedCell) -> Tensor:
     """What each trajectory's length costs, float64 [N], at least 0."""
     training = member.cell.training
     buffer = training.overlong_buffer
@@ -30,12 +30,12 @@ def charges(rollout: Rollout, member: Member) -> Tensor:
     return training.overlong_penalty * (excess / buffer).clamp(0.0, 1.0)
 
 
-def left_out(member: Member, rollout: Rollout) -> Tensor | None:
+def excluded_rows(member: PackedCell, rollout: Rollout) -> Tensor | None:
     """bool [N], the trajectories that the loss leaves out; None where it never does."""
     return rollout.truncated if member.cell.training.truncated == "mask" else None
 
 
-def check_buffer(member: Member) -> None:
+def check_overlong_buffer(member: PackedCell) -> None:
     """Raises UserError where the buffer is longer than the budget, which the task may have set."""
     buffer = member.cell.training.overlong_buffer
     if buffer is not None and buffer > member.max_new_tokens:

@@ -17,13 +17,13 @@ from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
 from klab.tasks.task import Example, SplitName, Task
 
 if TYPE_CHECKING:
-    from klab.harness.training.packed_cell import Member
+    from klab.harness.training.packed_cell import PackedCell
 
 _SHOWN = 60
 _lengths: dict[tuple[str, ...], list[int]] = {}
 
 
-def encode(policy: Policy, member: Member, examples: Sequence[Example]) -> list[list[int]]:
+def encode_prompts(policy: Policy, member: PackedCell, examples: Sequence[Example]) -> list[list[int]]:
     """Token ids of the examples' prompts.
 
     Raises:
@@ -47,7 +47,7 @@ def chat_template(cell: Cell) -> ChatTemplate:
     return chosen
 
 
-def fitting(task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens: int) -> Sequence[Example]:
+def prompts_that_fit(task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens: int) -> Sequence[Example]:
     """A split of a cell's task without the prompts that are longer than `training.max_prompt_tokens`.
 
     Every prompt is measured, so that one that is too long is found before the first update; those of a task with an

@@ -11,15 +11,15 @@ from torch import Tensor
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
-from klab.harness.training.data.dynamic_sampling import Draw, Drawn, filled, missing
-from klab.harness.training.data.generate import draw
-from klab.harness.training.data.sampler_mismatch import sampler_of, sampling_policy
-from klab.harness.training.distributed.process_group import ALONE, World
-from klab.harness.training.microbatch import WHOLE, Limit, by_turns
-from klab.harness.training.packed_cell import CellFailure, Member
-from klab.harness.training.runtime.rng import choose, permutation
-from klab.harness.training.runtime.timeout import deadline
-from klab.harness.training.runtime.timer import Stopwatch
+from klab.harness.training.data.dynamic_sampling import SampledGroups, SamplingStats, fill, shortfall
+from klab.harness.training.data.generate import generate
+from klab.harness.training.data.sampler_mismatch import sample_function, sampling_policy
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
+from klab.harness.training.packed_cell import CellFailure, PackedCell
+from klab.harness.training.runtime.rng import permutation, sample_indices
+from klab.harness.training.runtime.timeout import time_limit
+from klab.harness.training.runtime.timer import PhaseTimer
 from klab.tasks.task import Example, Score, Task
 
 
@@ -31,52 +31,54 @@ class Experience:
         number: which rollout of the cell, from 0.
         rollout: tokens, masks and the behaviour policy's log-probabilities as the sampler kept them.
         rewards, correct: float [N], the task's.
-        reference: float [N, T], log-probabilities of the sampled tokens under the reference policy.
-        greedy: float [N], reward of the greedy completion of the same prompt (advantage `greedy_baseline`), else
-        None.
+        reference_logprobs: float [N, T], log-probabilities of the sampled tokens under the reference policy.
+        greedy_rewards: float [N], reward of the greedy completion of the same prompt (advantage `greedy_baseline`),
+            else None.
         values: float [N, T], the critic's value before each own token as the rollout was drawn; None without a critic.
-        recomputed: float [N, T], log π_old of the sampled tokens as the trainer computes it, where `training.sampler`
+        old_logprobs: float [N, T], log π_old of the sampled tokens as the trainer computes it, where `training.sampler`
             draws them from another μ (whose log-probabilities `rollout` holds), else None.
-        drawn: with dynamic sampling, what was drawn to find these groups, else None.
+        sampling_stats: with dynamic sampling, what was drawn to find these groups, else None.
     """
 
     number: int
     rollout: Rollout
     rewards: Tensor
     correct: Tensor
-    reference: Tensor
-    greedy: Tensor | None = None
+    reference_logprobs: Tensor
+    greedy_rewards: Tensor | None = None
     values: Tensor | None = None
-    recomputed: Tensor | None = None
-    drawn: Drawn | None = None
+    old_logprobs: Tensor | None = None
+    sampling_stats: SamplingStats | None = None
 
 
-def collect(
-    members: Sequence[Member],
+def collect_rollouts(
+    members: Sequence[PackedCell],
     behaviour: Policy,
     reference: Policy,
     number: int,
-    watch: Stopwatch,
-    limit: Limit = WHOLE,
-    world: World = ALONE,
+    timer: PhaseTimer,
+    budget: MemoryBudget = UNLIMITED,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Experience]:
     """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
 
     Prompts are sampled, and trajectories looked at by the reference policy, within the limit at a time. The processes
-    of `world` share the prompts, and all get the whole rollout.
+    of `process_group` share the prompts, and all get the whole rollout.
 
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
     """
     training = members[0].cell.training
-    draws, drawn = _drawn(members, behaviour, number, watch, limit, world)
+    draws, sampling_stats = _sample_groups(members, behaviour, number, timer, budget, process_group)
     rollouts = [each.rollout for each in draws]
-    baselines = _greedy(members, behaviour, draws, watch, limit, world) if members[0].needs_greedy else None
-    with watch("reference"):
-        looked_up = log_probabilities(reference, rollouts, training.temperature, limit, world)
-        recomputed = None
+    baselines = (
+        _greedy_rewards(members, behaviour, draws, timer, budget, process_group) if members[0].needs_greedy else None
+    )
+    with timer("reference"):
+        looked_up = log_probabilities(reference, rollouts, training.temperature, budget, process_group)
+        old_logprobs = None
         if training.sampler is not None:
-            recomputed = log_probabilities(behaviour, rollouts, training.temperature, limit, world)
+            old_logprobs = log_probabilities(behaviour, rollouts, training.temperature, budget, process_group)
     return [
         Experience(
             number,
@@ -84,55 +86,65 @@ def collect(
             each.rewards,
             each.correct,
             looked_up[c],
-            greedy=None if baselines is None else baselines[c],
-            recomputed=None if recomputed is None else recomputed[c],
-            drawn=drawn[c],
+            greedy_rewards=None if baselines is None else baselines[c],
+            old_logprobs=None if old_logprobs is None else old_logprobs[c],
+            sampling_stats=sampling_stats[c],
         )
         for c, each in enumerate(draws)
     ]
 
 
-def _drawn(
-    members: Sequence[Member], behaviour: Policy, number: int, watch: Stopwatch, limit: Limit, world: World
-) -> tuple[list[Draw], list[Drawn | None]]:
+def _sample_groups(
+    members: Sequence[PackedCell],
+    behaviour: Policy,
+    number: int,
+    timer: PhaseTimer,
+    budget: MemoryBudget,
+    process_group: ProcessGroup,
+) -> tuple[list[SampledGroups], list[SamplingStats | None]]:
     """The groups of rollout `number` of every cell, and, with dynamic sampling, what was drawn to find them.
 
     A cell that needs another draw shares it with those that need one too: what a cell gets does not depend on them.
     """
     training = members[0].cell.training
-    with watch("rollout"):
+    with timer("rollout"):
         policy = sampling_policy(behaviour, training)
     everyone = list(range(len(members)))
-    examples = [training_examples(member, number) for member in members]
+    examples = [rollout_prompts(member, number) for member in members]
     found = [
-        [first] for first in _scored(policy, members, everyone, examples, ("rollout", number), watch, limit, world)
+        [first]
+        for first in _sample_and_score(
+            policy, members, everyone, examples, ("rollout", number), timer, budget, process_group
+        )
     ]
     if training.equal_groups != "refill":
         return [draws[0] for draws in found], [None] * len(members)
     for again in range(1, training.refill_rounds + 1):
-        needing = [c for c in everyone if missing(found[c], training.prompts)]
+        needing = [c for c in everyone if shortfall(found[c], training.prompts)]
         if not needing:
             break
-        examples = [training_examples(members[c], number, again) for c in needing]
-        more = _scored(policy, members, needing, examples, ("rollout", number, "again", again), watch, limit, world)
+        examples = [rollout_prompts(members[c], number, again) for c in needing]
+        more = _sample_and_score(
+            policy, members, needing, examples, ("rollout", number, "again", again), timer, budget, process_group
+        )
         for c, another in zip(needing, more, strict=True):
             found[c].append(another)
-    used = [filled(draws, training.prompts) for draws in found]
-    return used, [Drawn.of(*pair) for pair in zip(found, used, strict=True)]
+    used = [fill(draws, training.prompts) for draws in found]
+    return used, [SamplingStats.of(*pair) for pair in zip(found, used, strict=True)]
 
 
-def _scored(
+def _sample_and_score(
     policy: Policy,
-    members: Sequence[Member],
+    members: Sequence[PackedCell],
     positions: Sequence[int],
     examples: Sequence[list[Example]],
     purpose: tuple[int | str, ...],
-    watch: Stopwatch,
-    limit: Limit,
-    world: World,
-) -> list[Draw]:
+    timer: PhaseTimer,
+    budget: MemoryBudget,
+    process_group: ProcessGroup,
+) -> list[SampledGroups]:
     """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
-    training, share = members[0].cell.training, world.share(len(examples[0]))
+    training, share = members[0].cell.training, process_group.shard(len(examples[0]))
     temperature = training.temperature
     if training.sampler is not None and training.sampler.temperature is not None:
         temperature = training.sampler.temperature
@@ -141,8 +153,8 @@ def _scored(
         """By cell, the trajectories of this process's share, their rewards and whether they are correct."""
         if not share:
             return []
-        with watch("rollout"):
-            rollouts = draw(
+        with timer("rollout"):
+            rollouts = generate(
                 policy if len(positions) == len(members) else policy.select(positions),
                 [members[c] for c in positions],
                 examples,
@@ -150,22 +162,24 @@ def _scored(
                 purpose,
                 temperature,
                 training.top_p,
-                sampler=sampler_of(training),
+                sampler=sample_function(training),
                 positions=positions,
-                limit=limit,
+                budget=budget,
                 share=share,
             )
-        with watch("reward"):
+        with timer("reward"):
             asked = zip(positions, examples, rollouts, strict=True)
-            scores = [score(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked]
+            scores = [
+                score_completions(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked
+            ]
         return [
             (rollout, _column(rollout, [s.reward for s in each]), _column(rollout, [float(s.correct) for s in each]))
             for rollout, each in zip(rollouts, scores, strict=True)
         ]
 
-    parts = [part for part in world.exchange("a draw", drawn, policy.device) if part]
+    parts = [part for part in process_group.all_gather_object("a draw", drawn, policy.device) if part]
     return [
-        Draw(
+        SampledGroups(
             listed,
             Rollout.concatenate([part[c][0] for part in parts]),
             torch.cat([part[c][1] for part in parts]),
@@ -175,61 +189,76 @@ def _scored(
     ]
 
 
-def _greedy(
-    members: Sequence[Member], behaviour: Policy, draws: Sequence[Draw], watch: Stopwatch, limit: Limit, world: World
+def _greedy_rewards(
+    members: Sequence[PackedCell],
+    behaviour: Policy,
+    draws: Sequence[SampledGroups],
+    timer: PhaseTimer,
+    budget: MemoryBudget,
+    process_group: ProcessGroup,
 ) -> list[Tensor]:
     """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt."""
     examples = [each.examples for each in draws]
-    share = world.share(len(examples[0]))
+    share = process_group.shard(len(examples[0]))
 
     def rewards() -> list[Tensor]:
-        with watch("rollout"):
-            rollouts = draw(behaviour, members, examples, 1, None, limit=limit, share=share)
-        with watch("reward"):
+        with timer("rollout"):
+            rollouts = generate(behaviour, members, examples, 1, None, budget=budget, share=share)
+        with timer("reward"):
             own = [listed[share.start : share.stop] for listed in examples]
-            scores = [score(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
+            scores = [score_completions(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
         return [_column(rollout, [s.reward for s in each]) for rollout, each in zip(rollouts, scores, strict=True)]
 
-    parts = [part for part in world.exchange("greedy", lambda: rewards() if share else [], behaviour.device) if part]
+    parts = [
+        part
+        for part in process_group.all_gather_object("greedy", lambda: rewards() if share else [], behaviour.device)
+        if part
+    ]
     size = members[0].cell.training.group_size
     return [torch.cat([part[c] for part in parts]).repeat_interleave(size) for c in range(len(members))]
 
 
 @torch.no_grad()
 def log_probabilities(
-    policy: Policy, rollouts: Sequence[Rollout], temperature: float, limit: Limit = WHOLE, world: World = ALONE
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    temperature: float,
+    budget: MemoryBudget = UNLIMITED,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Tensor]:
     """Per cell, log-probabilities [N, T] of its trajectories, within the limit at a time."""
 
     def scored(pieces: list[Rollout]) -> list[Tensor]:
         return [scores.logp for scores in token_scores(policy, pieces, temperature=temperature)]
 
-    return by_turns(rollouts, limit, scored, world)
+    return map_micro_batches(rollouts, budget, scored, process_group)
 
 
-def training_examples(member: Member, number: int, again: int = 0) -> list[Example]:
+def rollout_prompts(member: PackedCell, number: int, again: int = 0) -> list[Example]:
     """The prompts of a rollout, or of its further draw `again` (from 1): a function of the seed and the two numbers.
 
     A further draw has none of the prompts drawn for this rollout before, as long as there are others.
     """
     split, training = member.split("train"), member.cell.training
     purpose = ("prompts", member.cell.seed, number)
-    chosen, before = choose(len(split), training.prompts, *purpose), set[int]()
+    chosen, before = sample_indices(len(split), training.prompts, *purpose), set[int]()
     for further in range(1, again + 1):
         before.update(chosen)
-        chosen = _others(len(split), training.prompts, before, *purpose, further)
+        chosen = _unseen_first(len(split), training.prompts, before, *purpose, further)
     return [split[index] for index in chosen]
 
 
-def _others(size: int, count: int, before: Collection[int], *purpose: int | str) -> list[int]:
+def _unseen_first(size: int, count: int, before: Collection[int], *purpose: int | str) -> list[int]:
     """`count` indices below `size`, those that were not drawn before first."""
     if size - len(before) >= count:
-        return [index for index in choose(size, count + len(before), *purpose) if index not in before][:count]
+        return [index for index in sample_indices(size, count + len(before), *purpose) if index not in before][:count]
     order = sorted(permutation(size, *purpose), key=before.__contains__)
     return (order * -(-count // size))[:count]
 
 
-def score(members: Sequence[Member], position: int, examples: Sequence[Example], rollout: Rollout) -> list[Score]:
+def score_completions(
+    members: Sequence[PackedCell], position: int, examples: Sequence[Example], rollout: Rollout
+) -> list[Score]:
     """The task's score of every trajectory. Rewards may be NaN or infinite: the update they spoil is recorded so.
 
     Raises:
@@ -239,7 +268,7 @@ def score(members: Sequence[Member], position: int, examples: Sequence[Example],
     task, limit = members[position].task, members[position].cell.training.reward_seconds
     answered = [examples[row // rollout.group_size] for row in range(len(rollout.texts))]
     found: list[Score] = []
-    with deadline(limit) as restart:
+    with time_limit(limit) as restart:
         values = _scores(task, answered, rollout.texts)
         for example, completion in zip(answered, rollout.texts, strict=True):
             try:

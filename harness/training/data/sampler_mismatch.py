@@ -19,10 +19,10 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.trajectory_builder import Environment
-from klab.harness.training.packed_cell import Member
+from klab.harness.training.packed_cell import PackedCell
 
 
-class Sample(Protocol):
+class SampleFunction(Protocol):
     """Whoever draws trajectories; see `klab.harness.policy.sampling.sample.sample`."""
 
     def __call__(
@@ -40,7 +40,7 @@ class Sample(Protocol):
     ) -> list[Rollout]: ...
 
 
-def sampler_of(training: TrainingSection) -> Sample:
+def sample_function(training: TrainingSection) -> SampleFunction:
     """Who draws the rollouts of a cell.
 
     Raises:
@@ -53,10 +53,10 @@ def sampler_of(training: TrainingSection) -> Sample:
     return vllm_sampler(training.sampler.dtype)
 
 
-def check_sampler(member: Member) -> None:
+def check_sampler(member: PackedCell) -> None:
     """Raises UserError where the cell's sampler cannot run here, or cannot run its policy."""
     training, policy = member.cell.training, member.cell.policy
-    sampler_of(training)
+    sample_function(training)
     if training.sampler is not None and training.sampler.engine == "vllm" and policy.lora is not None:
         raise UserError(
             "vllm is given whole checkpoints, not adapters",
@@ -75,7 +75,7 @@ def sampling_policy(behaviour: Policy, training: TrainingSection) -> Policy:
     return behaviour if dtype == behaviour.dtype else behaviour.frozen_copy(dtype)
 
 
-def correction(sampler: Sampler, old: Tensor, sampled: Tensor) -> Tensor | None:
+def correction_weights(sampler: Sampler, old: Tensor, sampled: Tensor) -> Tensor | None:
     """The factor of each token's surrogate [N, T]; None where there is none. Off the own tokens it means nothing.
 
     Args:
@@ -90,7 +90,7 @@ def correction(sampler: Sampler, old: Tensor, sampled: Tensor) -> Tensor | None:
     return torch.where((sampler.low <= ratio) & (ratio <= sampler.high), ratio, 0.0)
 
 
-def mismatch(sampler: Sampler, old: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
+def mismatch_metrics(sampler: Sampler, old: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
     """How far the sampler is from the trainer, over own tokens; all 0 where there are none.
 
     `sampler_kl`: KL(μ‖π_old) per token, by k3. `sampler_ess`: (Σr)²/(n·Σr²) of r = π_old/μ, before any correction.
@@ -99,7 +99,7 @@ def mismatch(sampler: Sampler, old: Tensor, sampled: Tensor, mask: Tensor) -> di
     if not bool(mask.any()):
         return {"sampler_kl": 0.0, "sampler_ess": 0.0, "correction_mean": 0.0}
     log_ratio = (old - sampled)[mask].double()
-    ratio, factors = log_ratio.exp(), correction(sampler, old, sampled)
+    ratio, factors = log_ratio.exp(), correction_weights(sampler, old, sampled)
     return {
         "sampler_kl": float(k3(-log_ratio).mean()),
         "sampler_ess": float(ratio.sum().square() / (ratio.square().sum() * len(ratio))),

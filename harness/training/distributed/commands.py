@@ -1,8 +1,8 @@
-"""Orders: what rank 0 does with a pack, the other processes of its world do at the same time.
+"""Orders: what rank 0 does with a pack, the other processes of its process_group do at the same time.
 
 Rank 0 leads its life as ever. Each step of a pack (begin, an update, an evaluation, smaller micro-batches, the pack
-without some members) is announced as an order, and every process carries it out on its own copy: its share of the
-prompts and of the pieces of an update (`world.py`), and everything else in full.
+without some members) is announced as an command, and every process carries it out on its own copy: its share of the
+prompts and of the pieces of an update (`process_group.py`), and everything else in full.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 if TYPE_CHECKING:
     from klab.harness.training.pack import Pack
 
 T = TypeVar("T")
 
-BEGIN, END, LEAVE = "begin", "end", "leave"
+START_PACK, FORGET_PACKS, EXIT = "begin", "end", "leave"
 """Orders that are no methods of a pack: begin one, forget them all, and do nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """The next step: a method of pack number `pack`, or another word. `forgotten`: packs that rank 0 has let go."""
+class Command:
+    """The next step: a method of pack number `pack`, or another word. `released`: packs that rank 0 has let go."""
 
     step: str
     pack: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
-    forgotten: tuple[int, ...] = ()
+    released: tuple[int, ...] = ()
 
 
-class Orders:
-    """One process's end of the line. In a world of one nothing is announced.
+class CommandChannel:
+    """One process's end of the line. In a process_group of one nothing is announced.
 
     Attributes:
         packs: by number, what the processes have copies of; rank 0 keeps its own as long as it needs them.
     """
 
-    def __init__(self, world: World = ALONE) -> None:
-        self.world = world
+    def __init__(self, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
+        self.process_group = process_group
         self.packs: dict[int, Pack] = {}
         self._numbers: weakref.WeakKeyDictionary[Pack, int] = weakref.WeakKeyDictionary()
-        self._let_go: list[int] = []
+        self._released: list[int] = []
         self._last = 0
 
-    def carry_out(
+    def execute(
         self,
         pack: Pack | None,
         step: str,
@@ -55,38 +55,41 @@ class Orders:
         work: Callable[[], T],
         state: Callable[[], object] = lambda: None,
     ) -> T:
-        """`work`, this process's part of a step; rank 0 announces it first. See `World.together` for what is raised."""
-        if self.world.size == 1:
-            return work()
-        if self.world.leads:
-            number = 0 if pack is None else self._numbers[pack]
-            order = Order(step, number, arguments, tuple(self._let_go))
-            self._let_go.clear()
-            self.world.exchange("order", lambda: order)
-        return self.world.together(work, state)
+        """Run `work`, this process's part of a step that rank 0 announces first.
 
-    def count(self, pack: Pack) -> Pack:
+        Raises: as `ProcessGroup.run_collectively`.
+        """
+        if self.process_group.size == 1:
+            return work()
+        if self.process_group.is_main:
+            number = 0 if pack is None else self._numbers[pack]
+            command = Command(step, number, arguments, tuple(self._released))
+            self._released.clear()
+            self.process_group.all_gather_object("command", lambda: command)
+        return self.process_group.run_collectively(work, state)
+
+    def register(self, pack: Pack) -> Pack:
         """Give a pack that all processes have made just now its number."""
-        if self.world.size == 1:
+        if self.process_group.size == 1:
             return pack
         self._last += 1
-        if self.world.leads:
+        if self.process_group.is_main:
             self._numbers[pack] = self._last
-            weakref.finalize(pack, self._let_go.append, self._last)
+            weakref.finalize(pack, self._released.append, self._last)
         else:
             self.packs[self._last] = pack
         return pack
 
-    def next(self) -> Order:
+    def receive(self) -> Command:
         """What rank 0 announces."""
-        orders: list[Order | None] = self.world.exchange("order", lambda: None)
-        order = orders[0]
-        assert order is not None
-        for number in order.forgotten:
+        channel: list[Command | None] = self.process_group.all_gather_object("command", lambda: None)
+        command = channel[0]
+        assert command is not None
+        for number in command.released:
             self.packs.pop(number, None)
-        return order
+        return command
 
-    def dismiss(self, word: str = END) -> None:
-        """Rank 0 has nothing more to do with its packs, or (`LEAVE`) at all."""
-        if self.world.size > 1 and not self.world.broken:
-            self.world.exchange("order", lambda: Order(word))
+    def shutdown(self, word: str = FORGET_PACKS) -> None:
+        """Rank 0 has nothing more to do with its packs, or (`EXIT`) at all."""
+        if self.process_group.size > 1 and not self.process_group.broken:
+            self.process_group.all_gather_object("command", lambda: Command(word))

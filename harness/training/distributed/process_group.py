@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klab.harness.training.packed_cell import CellFailure
-from klab.harness.training.runtime.oom import out_of_memory
+from klab.harness.training.runtime.oom import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -30,15 +30,15 @@ _BUCKET = 2**24
 _END = "end of a step"
 
 
-class WorldLost(BaseException):
+class ProcessGroupLost(BaseException):
     """The processes of this job can no longer work together, so that it ends; checkpoints stay as they are."""
 
 
-class SharedFailure(Exception):
+class PropagatedError(Exception):
     """What one process raised, raised by all of them."""
 
 
-class SharedCellFailure(SharedFailure, CellFailure):
+class PropagatedCellFailure(PropagatedError, CellFailure):
     """One process could not go on with a cell of the pack, and all of them know."""
 
 
@@ -53,10 +53,10 @@ class _Failure:
     memory: bool
 
 
-class World:
+class ProcessGroup:
     """`size` processes, of which this one has the rank `rank`; rank 0 leads.
 
-    One process is a world of its own, and whatever it exchanges stays what it is.
+    One process is a process_group of its own, and whatever it exchanges stays what it is.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -65,27 +65,27 @@ class World:
         self._broken = False
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int) -> range:
+    def shard(self, count: int) -> range:
         """This process's contiguous part of `count` things; parts differ by one at most, the first are the larger."""
         small, larger = divmod(count, self.size)
         first = self.rank * small + min(self.rank, larger)
         return range(first, first + small + (self.rank < larger))
 
-    def turns(self, count: int) -> range:
+    def assigned(self, count: int) -> range:
         """Which of `count` pieces of work this process takes: every `size`-th, from its rank on."""
         return range(self.rank, count, self.size)
 
-    def exchange(self, name: str, work: Callable[[], T], device: torch.device | str = "cpu") -> list[T]:
+    def all_gather_object(self, name: str, work: Callable[[], T], device: torch.device | str = "cpu") -> list[T]:
         """What `work` returns in each process, by rank; tensors arrive on `device`, detached.
 
         `name` says what is exchanged: processes that name different things are out of step.
 
         Raises:
             SharedFailure: in all processes, where `work` raised, or one of them was on its way with an error.
-            WorldLost: where a process is gone or out of step.
+            ProcessGroupLost: where a process is gone or out of step.
         """
         if self.size == 1:
             return [work()]
@@ -96,7 +96,7 @@ class World:
             error, message = problem, pickle.dumps((name, self._failure(problem)))
         return [_moved(value, torch.device(device)) for value in self._meet(message, error)]
 
-    def together(self, work: Callable[[], T], state: Callable[[], object] = lambda: None) -> T:
+    def run_collectively(self, work: Callable[[], T], state: Callable[[], object] = lambda: None) -> T:
         """`work`, which all processes do at the same time, exchanging as they go.
 
         Args:
@@ -104,29 +104,29 @@ class World:
 
         Raises:
             SharedFailure: in all processes, where it raised in one.
-            WorldLost: where one process raised after others were done, or the states differ.
+            ProcessGroupLost: where one process raised after others were done, or the states differ.
         """
         if self.size == 1:
             return work()
         try:
             value = work()
-        except SharedFailure:
+        except PropagatedError:
             raise
         except Exception as error:
             self._fail(error)
         except BaseException:
             self._broken = True  # the others are somewhere inside
             raise
-        states = self.exchange(_END, state)
+        states = self.all_gather_object(_END, state)
         for rank, other in enumerate(states):
             if other != states[0]:
                 self._lost(f"process {rank} of {self.size} does not have the numbers of process 0 any more")
         return value
 
-    def sum(self, tensors: Iterable[Tensor]) -> None:
+    def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace contiguous tensors by their sums over all processes.
 
-        Numbers are added in the order of the ranks, at least in float32, by one process each: the bits are the same
+        Numbers are added in the command of the ranks, at least in float32, by one process each: the bits are the same
         in all processes, and depend on nothing but their number.
         """
         if self.size == 1:
@@ -157,10 +157,10 @@ class World:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad = parameter.grad.contiguous()
 
-        self.exchange("gradients", ready)
-        self.sum(each.grad for each in listed if each.grad is not None)
+        self.all_gather_object("gradients", ready)
+        self.sum_tensors(each.grad for each in listed if each.grad is not None)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Take no part any more. Where the others are lost on GPUs, only the end of the process does not wait."""
         if self.size > 1 and dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
             dist.destroy_process_group()
@@ -193,13 +193,13 @@ class World:
         position = error.position if isinstance(error, CellFailure) else None
         message = str(error) if isinstance(error, CellFailure) else f"{type(error).__name__}: {error}"
         text = "".join(traceback.format_exception(error))
-        return _Failure(self.rank, f"{message} ({where})", text, position, out_of_memory(error))
+        return _Failure(self.rank, f"{message} ({where})", text, position, is_out_of_memory(error))
 
     def _raise(self, failure: _Failure, mine: Exception | None) -> NoReturn:
         cause = mine or (MemoryError if failure.memory else RuntimeError)(failure.text)
         if failure.position is None:
-            raise SharedFailure(failure.message) from cause
-        raise SharedCellFailure(failure.position, failure.message) from cause
+            raise PropagatedError(failure.message) from cause
+        raise PropagatedCellFailure(failure.position, failure.message) from cause
 
     def _gather(self, message: bytes) -> list[bytes]:
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
@@ -212,7 +212,7 @@ class World:
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def _wait(self, work: Any) -> None:
-        """Wait in Python, where signals are heard. NCCL's work goes on by itself, in the order of its stream."""
+        """Wait in Python, where signals are heard. NCCL's work goes on by itself, in the command of its stream."""
         pause = 5e-5
         try:
             while not work.is_completed():
@@ -227,11 +227,11 @@ class World:
 
     def _lost(self, why: str) -> NoReturn:
         self._broken = True
-        raise WorldLost(f"klab: process {self.rank} of {self.size}: {why}")
+        raise ProcessGroupLost(f"klab: process {self.rank} of {self.size}: {why}")
 
 
-ALONE = World()
-"""The world of one process."""
+SINGLE_PROCESS = ProcessGroup()
+"""The process_group of one process."""
 
 
 def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:

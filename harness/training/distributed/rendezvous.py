@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from klab.harness.training.distributed.process_group import World, WorldLost
+from klab.harness.training.distributed.process_group import ProcessGroup, ProcessGroupLost
 
-JOIN_SECONDS = 300.0
+RENDEZVOUS_SECONDS = 300.0
 """How long the processes of a job wait for one another at its start."""
 
-PATIENCE = timedelta(hours=1)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """How long a process waits in an exchange for those that live and do not come."""
 
 LOOPBACK = "127.0.0.1"
 
 
-def join(
+def rendezvous(
     rank: int,
     size: int,
     meeting: Path,
@@ -33,7 +33,7 @@ def join(
     device: torch.device,
     address: str = LOOPBACK,
     watch: Callable[[], None] = lambda: None,
-) -> World:
+) -> ProcessGroup:
     """Meet the other processes of the job; returns when all are there.
 
     Args:
@@ -43,9 +43,9 @@ def join(
         watch: called while rank 0 waits; may raise.
 
     Raises:
-        WorldLost: when the others do not come.
+        ProcessGroupLost: when the others do not come.
     """
-    deadline = time.monotonic() + JOIN_SECONDS
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
     if rank == 0:
         store = _lead(size, meeting, address, deadline, watch)
     else:
@@ -53,10 +53,10 @@ def join(
     if address == LOOPBACK and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     if rank == 0:
         meeting.unlink(missing_ok=True)
-    return World(rank, size)
+    return ProcessGroup(rank, size)
 
 
 def _lead(size: int, meeting: Path, address: str, deadline: float, watch: Callable[[], None]) -> Any:
@@ -69,7 +69,9 @@ def _lead(size: int, meeting: Path, address: str, deadline: float, watch: Callab
             while not store.check([f"process {rank}"]):
                 watch()
                 if time.monotonic() > deadline:
-                    raise WorldLost(f"klab: process {rank} of {size} did not come within {JOIN_SECONDS:.0f} s")
+                    raise ProcessGroupLost(
+                        f"klab: process {rank} of {size} did not come within {RENDEZVOUS_SECONDS:.0f} s"
+                    )
                 time.sleep(0.02)
     except BaseException:
         meeting.unlink(missing_ok=True)
@@ -80,9 +82,9 @@ def _lead(size: int, meeting: Path, address: str, deadline: float, watch: Callab
 def _follow(rank: int, size: int, meeting: Path, deadline: float) -> tuple[Any, str]:
     while not meeting.exists():
         if time.monotonic() > deadline:
-            raise WorldLost(f"klab: process 0 of {size} did not come within {JOIN_SECONDS:.0f} s")
+            raise ProcessGroupLost(f"klab: process 0 of {size} did not come within {RENDEZVOUS_SECONDS:.0f} s")
         time.sleep(0.02)
     address, port = meeting.read_text().split()
-    store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
+    store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
     store.set(f"process {rank}", "is here")
     return store, address

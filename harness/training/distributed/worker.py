@@ -11,72 +11,72 @@ from pathlib import Path
 
 from klab.harness.store import Run
 from klab.harness.training import checkpoint
-from klab.harness.training.checkpoint import State
-from klab.harness.training.distributed.commands import BEGIN, END, LEAVE, Orders
-from klab.harness.training.distributed.process_group import SharedFailure, World
+from klab.harness.training.checkpoint import CellState
+from klab.harness.training.distributed.commands import EXIT, FORGET_PACKS, START_PACK, CommandChannel
+from klab.harness.training.distributed.process_group import ProcessGroup, PropagatedError
 from klab.harness.training.pack import Pack, device
-from klab.harness.training.packed_cell import Member
-from klab.harness.training.runtime.torch_settings import settled
+from klab.harness.training.packed_cell import PackedCell
+from klab.harness.training.runtime.torch_settings import configure_torch
 from klab.tasks import load_task
 
 
-def begin(orders: Orders, members: Sequence[Member], states: Sequence[State]) -> Pack:
+def start_pack(channel: CommandChannel, members: Sequence[PackedCell], states: Sequence[CellState]) -> Pack:
     """A pack of these members in all processes, as their states left them; at their beginning without states."""
 
     def made() -> Pack:
-        return Pack.resumed(members, states, orders) if states else Pack(members, orders)
+        return Pack.resumed(members, states, channel) if states else Pack(members, channel)
 
     listed = [(member.id, str(member.start)) for member in members]
     arguments = {"members": listed, "update": states[0].update if states else None}
-    return orders.count(orders.carry_out(None, BEGIN, arguments, made))
+    return channel.register(channel.execute(None, START_PACK, arguments, made))
 
 
-def finish(world: World) -> None:
-    """Let the other processes go; each leaves the world then."""
-    Orders(world).dismiss(LEAVE)
+def release_workers(process_group: ProcessGroup) -> None:
+    """Let the other processes go; each leaves the process_group then."""
+    CommandChannel(process_group).shutdown(EXIT)
 
 
-def follow(run_path: str | Path, world: World, threads: int = 1) -> None:
+def run_worker(run_path: str | Path, process_group: ProcessGroup, threads: int = 1) -> None:
     """Do what rank 0 does until it has nothing more to do. What fails is rank 0's to decide about.
 
     Raises:
-        WorldLost: when a process is gone or out of step.
+        ProcessGroupLost: when a process is gone or out of step.
     """
-    with settled(threads):
-        _follow(Run.open(Path(run_path)), world)
+    with configure_torch(threads):
+        _run(Run.open(Path(run_path)), process_group)
 
 
-def _follow(run: Run, world: World) -> None:
-    orders = Orders(world)
+def _run(run: Run, process_group: ProcessGroup) -> None:
+    channel = CommandChannel(process_group)
     while True:
         try:
-            order = orders.next()
-            if order.step == LEAVE:
+            command = channel.receive()
+            if command.step == EXIT:
                 return
-            if order.step == END:
-                orders = Orders(world)
-            elif order.step == BEGIN:
-                _copy(orders, run, **order.arguments)
+            if command.step == FORGET_PACKS:
+                channel = CommandChannel(process_group)
+            elif command.step == START_PACK:
+                _start_copy(channel, run, **command.arguments)
             else:
-                getattr(orders.packs[order.pack], order.step)(**order.arguments)
-        except SharedFailure:
+                getattr(channel.packs[command.pack], command.step)(**command.arguments)
+        except PropagatedError:
             continue
 
 
-def _copy(orders: Orders, run: Run, members: Sequence[tuple[str, str]], update: int | None) -> None:
+def _start_copy(channel: CommandChannel, run: Run, members: Sequence[tuple[str, str]], update: int | None) -> None:
     """This process's copy of the pack that rank 0 begins, from the same files."""
 
     def made() -> Pack:
         built = []
         for identity, start in members:
             cell = run.cell(identity).cell()
-            built.append(Member(cell, load_task(cell.task), Path(start)))
+            built.append(PackedCell(cell, load_task(cell.task), Path(start)))
         if update is None:
-            return Pack(built, orders)
+            return Pack(built, channel)
         states = [checkpoint.read(run.cell(m.id).checkpoint / checkpoint.FILE, m.id, device()) for m in built]
         if any(state.update != update for state in states):
             found = ", ".join(f"{state.cell} at {state.update}" for state in states)
             raise RuntimeError(f"the checkpoints are not those of update {update}: {found}")
-        return Pack.resumed(built, states, orders)
+        return Pack.resumed(built, states, channel)
 
-    orders.count(orders.carry_out(None, BEGIN, {}, made))
+    channel.register(channel.execute(None, START_PACK, {}, made))

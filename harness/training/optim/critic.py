@@ -15,16 +15,16 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.value_head import ValueHead
 from klab.harness.training.data.rollouts import Experience
-from klab.harness.training.distributed.process_group import ALONE, World
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
-from klab.harness.training.microbatch import WHOLE, Limit, by_turns
+from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
 from klab.harness.training.optim.optimizer import StackedAdamW, norm
 from klab.harness.training.optim.schedule import learning_rate
-from klab.harness.training.packed_cell import Member
+from klab.harness.training.packed_cell import PackedCell
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
+class CriticGradient:
     """Of one cell's critic, parameter by parameter, and its norm before clipping."""
 
     slices: list[Tensor]
@@ -32,14 +32,14 @@ class Gradient:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class ValueStats:
     """What one update measured about one cell's critic."""
 
     loss: float
     explained_variance: float
     clip_fraction: float
 
-    def row(self, gradient: Gradient) -> Row:
+    def row(self, gradient: CriticGradient) -> Row:
         """As columns of the update's row of metrics."""
         return {
             "value_loss": finite(self.loss),
@@ -48,7 +48,7 @@ class Lesson:
             "critic_gradient_norm": finite(gradient.norm),
         }
 
-    def sound(self, gradient: Gradient) -> bool:
+    def is_finite(self, gradient: CriticGradient) -> bool:
         """Whether the critic may take the step."""
         return math.isfinite(self.loss) and math.isfinite(gradient.norm)
 
@@ -62,7 +62,7 @@ class Critics:
         optimizer: of the heads, and of the trunk where it is the critics' own.
     """
 
-    def __init__(self, members: Sequence[Member], policy: Policy, trunk: Policy | None) -> None:
+    def __init__(self, members: Sequence[PackedCell], policy: Policy, trunk: Policy | None) -> None:
         critic = members[0].cell.training.critic
         assert critic is not None
         self.settings = critic
@@ -73,7 +73,7 @@ class Critics:
         self.optimizer = StackedAdamW({**below, **self.head.parameters}, [member.cell.training for member in members])
 
     @classmethod
-    def of(cls, members: Sequence[Member], policy: Policy, start: Callable[[], Policy]) -> Critics | None:
+    def of(cls, members: Sequence[PackedCell], policy: Policy, start: Callable[[], Policy]) -> Critics | None:
         """The critics that the members ask for; `start` makes a trainable copy of their starting policies."""
         critic = members[0].cell.training.critic
         if critic is None:
@@ -84,7 +84,7 @@ class Critics:
     def shares_trunk(self) -> bool:
         return self.trunk is None
 
-    def alone(self, number: int) -> bool:
+    def in_warmup(self, number: int) -> bool:
         """Whether only the critics learn at update `number` (1-based)."""
         return number <= self.settings.warmup_updates
 
@@ -100,8 +100,12 @@ class Critics:
         return [torch.where(rollout.mask, each, 0.0) for rollout, each in zip(rollouts, found, strict=True)]
 
     @torch.no_grad()
-    def appraise(
-        self, experiences: Sequence[Experience], policy: Policy, limit: Limit = WHOLE, world: World = ALONE
+    def compute_values(
+        self,
+        experiences: Sequence[Experience],
+        policy: Policy,
+        budget: MemoryBudget = UNLIMITED,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """Write V_old into rollouts that were just drawn, within the limit at a time."""
 
@@ -111,7 +115,7 @@ class Critics:
                 states = [scores.states for scores in token_scores(policy, pieces, states=True)]
             return self.values(pieces, states)
 
-        found = by_turns([each.rollout for each in experiences], limit, values, world)
+        found = map_micro_batches([each.rollout for each in experiences], budget, values, process_group)
         for experience, each in zip(experiences, found, strict=True):
             experience.values = each
 
@@ -125,22 +129,22 @@ class Critics:
         return self.settings.coefficient * loss if self.shares_trunk else loss
 
     @torch.no_grad()
-    def lesson(self, values: Tensor, batch: TokenBatch, context: UpdateContext) -> Lesson:
+    def value_stats(self, values: Tensor, batch: TokenBatch, context: UpdateContext) -> ValueStats:
         """What a whole update says about a critic."""
         assert batch.values is not None
         assert context.value_targets is not None
         common = (values, batch.values, context.value_targets, batch.loss_mask)
         figures = value_metrics(*common, self.settings.clip)
         loss = float(value_loss(*common, context.totals, self.settings.clip))
-        return Lesson(loss, figures["explained_variance"], figures["value_clip_fraction"])
+        return ValueStats(loss, figures["explained_variance"], figures["value_clip_fraction"])
 
-    def gradients(self) -> list[Gradient]:
+    def gradients(self) -> list[CriticGradient]:
         """What backward left, cell by cell."""
         slices = self.optimizer.gradients()
         norms: list[float] = torch.stack([norm(each) for each in slices]).tolist()
-        return [Gradient(*pair) for pair in zip(slices, norms, strict=True)]
+        return [CriticGradient(*pair) for pair in zip(slices, norms, strict=True)]
 
-    def step(self, cell: int, gradient: Gradient, number: int) -> None:
+    def step(self, cell: int, gradient: CriticGradient, number: int) -> None:
         """Update number `number` (1-based) of one cell's critic."""
         lr = learning_rate(self.optimizer.settings[cell], number, self.settings.lr)
         self.optimizer.step(cell, gradient.slices, lr, gradient.norm)

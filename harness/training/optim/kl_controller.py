@@ -11,25 +11,25 @@ from dataclasses import replace
 from klab.grid.cell import Cell
 from klab.harness.objective import LossCoefficients
 from klab.harness.training.metrics import Row
-from klab.harness.training.optim.schedule import Timetable
+from klab.harness.training.optim.schedule import RolloutSchedule
 
-LARGEST_STEP = 0.2
+MAX_RELATIVE_ERROR = 0.2
 """Bound of the relative error that moves β (Ziegler et al. 2019)."""
 
-TOLERATED = 1.5
+KL_TOLERANCE = 1.5
 """A KL within this factor of the target leaves the trust region's coefficient as it is (Schulman et al. 2017)."""
 
-FURTHEST = 2.0**10
+MAX_TRUST_FACTOR = 2.0**10
 """How far the trust region's coefficient may go from its first value, so that it never overflows or vanishes."""
 
 
-def first(cell: Cell) -> LossCoefficients:
+def initial_coefficients(cell: Cell) -> LossCoefficients:
     """The coefficients of the first update."""
     trust = cell.training.trust_region
     return LossCoefficients(kl=1.0, trust=0.0 if trust is None else trust.coefficient)
 
 
-def figures(cell: Cell, coefficients: LossCoefficients) -> Row:
+def coefficient_metrics(cell: Cell, coefficients: LossCoefficients) -> Row:
     """Those coefficients that may move or are not the objective's, as columns of an update's row of metrics."""
     found: Row = {}
     if cell.training.beta_control is not None:
@@ -39,7 +39,7 @@ def figures(cell: Cell, coefficients: LossCoefficients) -> Row:
     return found
 
 
-def adapted(cell: Cell, coefficients: LossCoefficients, row: Row) -> LossCoefficients:
+def adapt_coefficients(cell: Cell, coefficients: LossCoefficients, row: Row) -> LossCoefficients:
     """The coefficients of the next update. An update that was skipped, or made by the critic alone, moves none."""
     training, number = cell.training, int(row["update"])
     if row["nonfinite"] or (training.critic is not None and number <= training.critic.warmup_updates):
@@ -47,12 +47,12 @@ def adapted(cell: Cell, coefficients: LossCoefficients, row: Row) -> LossCoeffic
     control, trust = training.beta_control, training.trust_region
     if control is not None and row["k3"] is not None:
         error = row["k3"] / control.target - 1.0
-        step = max(-LARGEST_STEP, min(LARGEST_STEP, error)) / control.horizon
+        step = max(-MAX_RELATIVE_ERROR, min(MAX_RELATIVE_ERROR, error)) / control.horizon
         coefficients = replace(coefficients, kl=coefficients.kl * (1.0 + step))
-    last = number % Timetable.of(training).span == 0
+    last = number % RolloutSchedule.of(training).updates_per_rollout == 0
     if trust is not None and trust.target is not None and last and row["kl_behaviour"] is not None:
-        factor = 2.0 if row["kl_behaviour"] > TOLERATED * trust.target else 1.0
-        factor = 0.5 if row["kl_behaviour"] < trust.target / TOLERATED else factor
-        bounds = trust.coefficient / FURTHEST, trust.coefficient * FURTHEST
+        factor = 2.0 if row["kl_behaviour"] > KL_TOLERANCE * trust.target else 1.0
+        factor = 0.5 if row["kl_behaviour"] < trust.target / KL_TOLERANCE else factor
+        bounds = trust.coefficient / MAX_TRUST_FACTOR, trust.coefficient * MAX_TRUST_FACTOR
         coefficients = replace(coefficients, trust=min(bounds[1], max(bounds[0], coefficients.trust * factor)))
     return coefficients

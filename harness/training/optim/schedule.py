@@ -33,7 +33,7 @@ def learning_rate(training: TrainingSection, update: int, peak: float | None = N
 
 
 @dataclass(frozen=True, slots=True)
-class Timetable:
+class RolloutSchedule:
     """Which rollout serves which update. Rollouts and updates done are counted from 0."""
 
     updates: int
@@ -42,26 +42,26 @@ class Timetable:
     lag: int
 
     @classmethod
-    def of(cls, training: TrainingSection) -> Timetable:
+    def of(cls, training: TrainingSection) -> RolloutSchedule:
         lag = 0 if training.behaviour == "reference" else training.lag  # the reference never ages
         return cls(training.updates, training.updates_per_rollout, training.minibatches, lag)
 
     @property
-    def span(self) -> int:
+    def updates_per_rollout(self) -> int:
         """Updates served by one rollout."""
         return self.epochs * self.minibatches
 
     @property
     def rollouts(self) -> int:
         """Rollouts needed in all; the last may be cut short by `updates`."""
-        return -(-self.updates // self.span)
+        return -(-self.updates // self.updates_per_rollout)
 
-    def place(self, done: int) -> tuple[int, int, int]:
+    def position(self, done: int) -> tuple[int, int, int]:
         """(rollout, epoch, minibatch) of the update that follows `done` updates."""
-        rollout, rest = divmod(done, self.span)
+        rollout, rest = divmod(done, self.updates_per_rollout)
         epoch, part = divmod(rest, self.minibatches)
         return rollout, epoch, part
 
-    def drawn(self, done: int) -> int:
+    def rollouts_needed(self, done: int) -> int:
         """How many rollouts have been drawn once the policy, `done` updates old, is about to make another."""
-        return min(self.rollouts, (done + self.lag) // self.span + 1)
+        return min(self.rollouts, (done + self.lag) // self.updates_per_rollout + 1)

@@ -12,7 +12,7 @@ from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
-def out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether this error, or the one it came from, says that memory did not suffice."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -38,16 +38,16 @@ class OutOfMemory(Exception):
         super().__init__(f"memory does not suffice for {cell.id} alone; {', or '.join(ways)}")
 
 
-def explained(error: Exception, cell: Cell, rows: int | None = None) -> Exception:
+def explain_oom(error: Exception, cell: Cell, rows: int | None = None) -> Exception:
     """The error, or, where memory did not suffice, one that says which settings need less of it."""
-    if not out_of_memory(error):
+    if not is_out_of_memory(error):
         return error
     explained = OutOfMemory(cell, rows)
     explained.__cause__ = error
     return explained
 
 
-def release() -> None:
+def free_memory() -> None:
     """Give back what nothing refers to any more, and what can be made again."""
     static_decoding.forget()
     gc.collect()

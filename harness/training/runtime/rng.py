@@ -25,7 +25,7 @@ def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(derived_seed(*parts))
 
 
-def choose(size: int, count: int, *parts: int | str) -> list[int]:
+def sample_indices(size: int, count: int, *parts: int | str) -> list[int]:
     """`count` indices below `size`, drawn without replacement; where count > size, whole passes come first."""
     if size < 1:
         raise ValueError("cannot choose from an empty split")

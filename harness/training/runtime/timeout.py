@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Overdue(Exception):
+class TimeLimitExceeded(Exception):
     """The call did not return in time."""
 
 
 @contextmanager
-def deadline(seconds: float) -> Iterator[Callable[[], None]]:
-    """Raises `Overdue` inside the block once it has taken `seconds`, counted anew from each call of what it yields.
+def time_limit(seconds: float) -> Iterator[Callable[[], None]]:
+    """Raise `TimeLimitExceeded` inside the block after `seconds`; calling the yielded function restarts the clock.
 
     Works in the main thread, between two bytecodes or in a system call that a signal interrupts (sleeping, waiting for
     a lock or a socket); elsewhere, and inside a library's own loops, there is no limit.
@@ -25,7 +25,7 @@ def deadline(seconds: float) -> Iterator[Callable[[], None]]:
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise Overdue(f"no answer within {seconds:g} s")
+        raise TimeLimitExceeded(f"no answer within {seconds:g} s")
 
     def restart() -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)

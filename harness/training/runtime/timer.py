@@ -9,13 +9,13 @@ from contextlib import contextmanager
 PHASES = ("rollout", "reward", "reference", "forward", "backward", "step")
 
 
-class Stopwatch:
+class PhaseTimer:
     """Adds up the seconds spent in each phase until `take` empties it.
 
-    >>> watch = Stopwatch()
-    >>> with watch("reward"):
+    >>> timer = PhaseTimer()
+    >>> with timer("reward"):
     ...     total = sum(range(10))
-    >>> sorted(watch.take(cells=1))
+    >>> sorted(timer.take(cells=1))
     ['seconds_backward', 'seconds_forward', 'seconds_reference', 'seconds_reward', 'seconds_rollout', 'seconds_step']
     """
 

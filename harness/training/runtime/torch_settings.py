@@ -14,7 +14,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @contextmanager
-def settled(threads: int) -> Iterator[None]:
+def configure_torch(threads: int) -> Iterator[None]:
     """Torch threads and kernels of this process; freed memory stays; numbers below float32's range (1.2e-38) are zero.
 
     Softmax weights and their gradients fall below that range all the time, and a product of matrices that hold such

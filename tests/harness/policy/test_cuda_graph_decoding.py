@@ -15,7 +15,7 @@ from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
 from klab.harness.policy.stacked.cuda_graph_decoding import StaticCacheDecoder
 from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.policy import StackedPolicy
-from klab.harness.training.runtime.oom import release
+from klab.harness.training.runtime.oom import free_memory
 from tests.support.tiny_policy import decoder, generators
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def test_samples_are_the_same_and_memory_is_used_again(monkeypatch: pytest.Monke
             for value in policy.parameters.values():
                 value.mul_(1.1)
     assert isinstance(policy.decoder(some_prompts(3), 1), StaticCacheDecoder)
-    release()
+    free_memory()
     assert policy not in static_decoding._tapes
 
 

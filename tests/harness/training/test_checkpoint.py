@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from klab.harness.training import checkpoint
-from klab.harness.training.checkpoint import State, UnusableCheckpoint
+from klab.harness.training.checkpoint import CellState, UnusableCheckpoint
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun
 
 CPU = torch.device("cpu")
 
 
-def states(make_run: MakeRun) -> list[State]:
+def states(make_run: MakeRun) -> list[CellState]:
     run = make_run(training={"lag": 2}, objectives=[{"advantage": "greedy_baseline"}], seeds=2)
-    pack = Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    pack = Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
     pack.advance()
     pack.streaks[1] = 4
     return [pack.state(0), pack.state(1)]
@@ -40,7 +40,7 @@ def test_everything_comes_back(make_run: MakeRun, tmp_path: Path) -> None:
                 value = getattr(mine.rollout, field.name)
                 if isinstance(value, torch.Tensor):
                     assert torch.equal(value, getattr(theirs.rollout, field.name)), field.name
-            for name in ("rewards", "correct", "reference", "greedy"):
+            for name in ("rewards", "correct", "reference_logprobs", "greedy_rewards"):
                 assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
 
 

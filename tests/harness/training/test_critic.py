@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from klab.harness.training import checkpoint, run_cells
 from klab.harness.training.metrics import same_numbers
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 GAE: dict[str, Any] = {"advantage": "gae", "placement": "none"}
@@ -20,7 +20,7 @@ COLUMNS = {"value_loss", "explained_variance", "value_clip_fraction", "critic_gr
 
 
 def pack(run: Any) -> Pack:
-    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    return Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +84,7 @@ def test_a_pack_that_loses_a_member_keeps_the_others_critics_and_coefficients(ma
     trained = pack(make_run(training=training, objectives=[{"advantage": "gae"}, {"advantage": "gae", "lam": 0.5}]))
     for _ in range(2):
         trained.advance()
-    rest = trained.only([1])
+    rest = trained.select([1])
     left, right = rest.advance()[0], trained.advance()[1]
     assert same_numbers(left) == same_numbers(right)
     assert left["beta"] != 0.04
@@ -115,15 +115,15 @@ def test_values_are_those_of_the_critic_when_the_rollout_was_drawn(make_run: Mak
     trained = pack(make_run(training={"critic": {"kind": kind}, "lag": 2}, objectives=[GAE]))
     trained.advance()
     trained.advance()
-    trained.draw()
+    trained.collect_due_rollouts()
     drawn = [experience for (experience,) in trained.pending]
     assert trained.critics is not None
     assert [each.number for each in drawn] == [2, 3, 4]
     before = [each.values.clone() for each in drawn]  # type: ignore[union-attr]
     assert all(bool(each.any()) for each in before[1:])
-    trained.critics.appraise([drawn[-1]], trained.policy)
+    trained.critics.compute_values([drawn[-1]], trained.policy)
     assert torch.equal(drawn[-1].values, before[-1])  # type: ignore[arg-type]
-    trained.critics.appraise([drawn[0]], trained.policy)
+    trained.critics.compute_values([drawn[0]], trained.policy)
     assert not torch.equal(drawn[0].values, before[0]), "an older rollout has older values"  # type: ignore[arg-type]
     assert not bool(before[-1][~drawn[-1].rollout.mask].any())
 
@@ -235,9 +235,9 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
     assert trained.critics is not None
     rows = [trained.advance()[0] for _ in range(120)]
     fresh = pack(make_run("fresh", {"prompts": 8, "group_size": 64}, [GAE], task={"name": "letters_task:Word"}))
-    fresh.draw()
+    fresh.collect_due_rollouts()
     experience = fresh.pending[0][0]
-    trained.critics.appraise([experience], trained.policy)
+    trained.critics.compute_values([experience], trained.policy)
     rollout, rewards, found = experience.rollout, experience.rewards, experience.values
     truth, checked = exact_values(trained), 0
     assert found is not None

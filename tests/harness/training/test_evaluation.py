@@ -10,17 +10,17 @@ import torch
 
 import klab.harness.training.evaluation as module
 from klab.harness.policy.scores import token_scores
-from klab.harness.training.data.generate import draw
-from klab.harness.training.data.rollouts import training_examples
-from klab.harness.training.evaluation import divergence, held_out, pass_at
+from klab.harness.training.data.generate import generate
+from klab.harness.training.data.rollouts import rollout_prompts
+from klab.harness.training.evaluation import held_out, pass_at_k, sequence_divergence
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, finished, numbers
 
 
 def trained(make_run: MakeRun, updates: int = 3, **settings: Any) -> Pack:
     run = make_run(training={"lr": 0.03}, **settings)
-    pack = Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    pack = Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
     for _ in range(updates):
         pack.advance()
     return pack
@@ -31,12 +31,12 @@ def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(n: int) -> None:
     for correct in range(n + 1):
         for k in range(1, n + 1):
             draws = list(combinations([True] * correct + [False] * (n - correct), k))
-            assert pass_at(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+            assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_pass_at_more_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="k = 5"):
-        pass_at(4, 1, 5)
+        pass_at_k(4, 1, 5)
 
 
 def test_divergences_are_zero_before_the_first_update(make_run: MakeRun) -> None:
@@ -47,8 +47,8 @@ def test_divergences_are_zero_before_the_first_update(make_run: MakeRun) -> None
 
 def test_the_divergence_is_the_sum_of_exact_conditional_ones(make_run: MakeRun) -> None:
     pack = trained(make_run)
-    rollouts = draw(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
-    found, entropy = divergence(pack.policy, pack.reference, pack.members, rollouts)
+    rollouts = generate(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
+    found, entropy = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)
     p, q = (token_scores(each, rollouts, logits=True, plain=True)[0].logits for each in (pack.policy, pack.reference))
     assert p is not None
     assert q is not None
@@ -63,8 +63,8 @@ def test_the_divergence_is_the_sum_of_exact_conditional_ones(make_run: MakeRun) 
 def test_the_divergence_agrees_with_the_sampled_estimate(make_run: MakeRun) -> None:
     """k1 summed over own tokens has the same mean (Rao-Blackwell); 6,000 samples, five standard errors."""
     pack = trained(make_run)
-    rollouts = draw(pack.policy, pack.members, [held_out(pack.members[0])], 1000, ("test",))
-    exact = divergence(pack.policy, pack.reference, pack.members, rollouts)[0][0]
+    rollouts = generate(pack.policy, pack.members, [held_out(pack.members[0])], 1000, ("test",))
+    exact = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)[0][0]
     with torch.no_grad():
         mine, other = (token_scores(each, rollouts)[0].logp for each in (pack.policy, pack.reference))
     sampled = (mine - other).double().sum(1)
@@ -75,10 +75,10 @@ def test_the_divergence_agrees_with_the_sampled_estimate(make_run: MakeRun) -> N
 
 def test_chunks_do_not_change_the_divergence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = trained(make_run)
-    rollouts = draw(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
-    whole = divergence(pack.policy, pack.reference, pack.members, rollouts)
+    rollouts = generate(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
+    whole = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)
     monkeypatch.setattr(module, "_LOGITS", 200)
-    pieces = divergence(pack.policy, pack.reference, pack.members, rollouts)
+    pieces = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(other[0], one[0], rtol=1e-4, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_every_cell_is_examined_on_the_same_held_out_prompts(make_run: MakeRun) 
 
 def test_training_prompts_depend_on_seed_and_rollout(make_run: MakeRun) -> None:
     first, second = trained(make_run, updates=0, seeds=2).members
-    asked = [[e.prompt for e in training_examples(m, n)] for m, n in [(first, 0), (first, 0), (first, 1), (second, 0)]]
+    asked = [[e.prompt for e in rollout_prompts(m, n)] for m, n in [(first, 0), (first, 0), (first, 1), (second, 0)]]
     assert asked[0] == asked[1]
     assert asked[0] != asked[2]
     assert asked[0] != asked[3]

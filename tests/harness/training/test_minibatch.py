@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klab.harness.policy.rollout import Rollout
-from klab.harness.training.data.minibatch import minibatch, select
+from klab.harness.training.data.minibatch import minibatch_groups, select_groups
 from klab.harness.training.data.rollouts import Experience
-from klab.harness.training.microbatch import Limit, empty, micro_batches, turns
+from klab.harness.training.microbatch import MemoryBudget, is_padding, micro_batches, pack_micro_batches
 
 
 def experience(prompts: int, group_size: int) -> Experience:
@@ -32,13 +32,13 @@ def experience(prompts: int, group_size: int) -> Experience:
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9))
 def test_an_epoch_visits_every_group_once(parts: int, size: int, epoch: int) -> None:
     count = parts * size
-    seen = [group for part in range(parts) for group in minibatch(count, parts, part, 7, 0, epoch)]
+    seen = [group for part in range(parts) for group in minibatch_groups(count, parts, part, 7, 0, epoch)]
     assert sorted(seen) == list(range(count))
 
 
 def test_epochs_are_cut_differently_and_always_alike() -> None:
-    cuts = [minibatch(16, 4, 0, 7, 0, epoch) for epoch in range(3)]
-    assert cuts == [minibatch(16, 4, 0, 7, 0, epoch) for epoch in range(3)]
+    cuts = [minibatch_groups(16, 4, 0, 7, 0, epoch) for epoch in range(3)]
+    assert cuts == [minibatch_groups(16, 4, 0, 7, 0, epoch) for epoch in range(3)]
     assert cuts[0] != cuts[1] != cuts[2]
 
 
@@ -47,12 +47,12 @@ def test_an_epoch_visits_every_trajectory_once(parts: int, group_size: int) -> N
     whole = experience(parts * 2, group_size)
     seen = []
     for part in range(parts):
-        chosen = select(whole, minibatch(parts * 2, parts, part, 1))
+        chosen = select_groups(whole, minibatch_groups(parts * 2, parts, part, 1))
         tokens = chosen.rollout.tokens[:, 0].tolist()
         seen += tokens
-        assert chosen.rewards.tolist() == chosen.correct.tolist() == chosen.reference[:, 0].tolist() == tokens
-        assert chosen.greedy is not None
-        assert chosen.greedy.tolist() == tokens
+        assert chosen.rewards.tolist() == chosen.correct.tolist() == chosen.reference_logprobs[:, 0].tolist() == tokens
+        assert chosen.greedy_rewards is not None
+        assert chosen.greedy_rewards.tolist() == tokens
         prompts = [chosen.rollout.prompts[g][0] for g in chosen.rollout.groups.tolist()]
         assert prompts == [token // group_size for token in tokens]
     assert sorted(seen) == list(range(len(whole.rewards)))
@@ -62,7 +62,7 @@ def test_an_epoch_visits_every_trajectory_once(parts: int, group_size: int) -> N
 @given(st.integers(1, 5), st.integers(1, 7), st.one_of(st.none(), st.integers(1, 40)))
 def test_micro_batches_cover_every_row_once_in_order(prompts: int, group_size: int, limit: int | None) -> None:
     whole = experience(prompts, group_size).rollout
-    pieces = micro_batches(whole, Limit(limit))
+    pieces = micro_batches(whole, MemoryBudget(limit))
     assert [row for _, rows in pieces for row in range(rows.start, rows.stop)] == list(range(prompts * group_size))
     for piece, rows in pieces:
         assert limit is None or len(piece.tokens) <= limit
@@ -76,7 +76,7 @@ def test_whole_groups_go_together_where_they_fit_and_others_are_cut() -> None:
     whole = experience(5, 4).rollout
 
     def bounds(limit: int) -> list[tuple[int, int]]:
-        return [(rows.start, rows.stop) for _, rows in micro_batches(whole, Limit(limit))]
+        return [(rows.start, rows.stop) for _, rows in micro_batches(whole, MemoryBudget(limit))]
 
     assert bounds(9) == [(0, 8), (8, 16), (16, 20)]
     assert bounds(3) == [(0, 3), (3, 4), (4, 7), (7, 8), (8, 11), (11, 12), (12, 15), (15, 16), (16, 19), (19, 20)]
@@ -87,11 +87,11 @@ def test_packs_take_turns_even_where_cells_have_unequally_many_groups(
     groups: list[int], size: int, limit: int | None
 ) -> None:
     rollouts = [experience(count, size).rollout for count in groups]
-    found = turns(rollouts, Limit(rows=limit))
+    found = pack_micro_batches(rollouts, MemoryBudget(rows=limit))
     for cell, rollout in enumerate(rollouts):
         pieces = [turn[cell] for turn in found]
-        own = [rows for piece, rows in pieces if not empty((piece, rows))]
+        own = [rows for piece, rows in pieces if not is_padding((piece, rows))]
         assert [row for rows in own for row in range(rows.start, rows.stop)] == list(range(len(rollout.tokens)))
-        alone = [rows for ((_, rows),) in turns([rollout], Limit(rows=limit))]
+        alone = [rows for ((_, rows),) in pack_micro_batches([rollout], MemoryBudget(rows=limit))]
         assert own == alone  # and then it waits for the others
-        assert len(found) == max(len(turns([each], Limit(rows=limit))) for each in rollouts)
+        assert len(found) == max(len(pack_micro_batches([each], MemoryBudget(rows=limit))) for each in rollouts)

@@ -21,7 +21,7 @@ from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.random_checkpoints import checkpoint
 from tests.support.training_records import MakeRun, StopAfter, finished, numbers
 
@@ -85,7 +85,7 @@ def train(make_run: MakeRun, models: Callable[[str], Path], tmp_path: Path) -> C
 
 
 def pack_of(run: Run) -> Pack:
-    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    return Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -115,7 +115,7 @@ def test_trains_resumes_and_leaves_what_transformers_loads(
     kind = StackedPolicy if family in ("Qwen2", "Llama") else TransformersPolicy
     assert type(trained.policy) is kind
     trained.policy.load(folder.policy, 0)
-    trained.draw()
+    trained.collect_due_rollouts()
     rollout = trained.pending[0][0].rollout
     found = token_scores(trained.policy, [rollout])[0].logp.detach()
     model = (AutoModelForCausalLM if lora is None else AutoPeftModelForCausalLM).from_pretrained(folder.policy)
@@ -181,7 +181,7 @@ def test_a_chat_model_is_asked_in_its_template_and_ends_its_turns(train: Callabl
     tokenizer = pack.policy.tokenizer
     bar = tokenizer.convert_tokens_to_ids("|")
     assert pack.policy.eos_token_ids == {1, bar}
-    pack.draw()
+    pack.collect_due_rollouts()
     rollout = pack.pending[0][0].rollout
     texts = [tokenizer.decode(prompt) for prompt in rollout.prompts]
     assert all(text.startswith("[user]Tom has ") and text.endswith(" Answer: <end>[assistant]") for text in texts)
@@ -193,7 +193,7 @@ def test_a_chat_model_is_asked_in_its_template_and_ends_its_turns(train: Callabl
         assert "|" not in text
 
     pack = pack_of(train("plain", "Qwen2", chat_template="never"))
-    pack.draw()
+    pack.collect_due_rollouts()
     assert tokenizer.decode(pack.pending[0][0].rollout.prompts[0]).startswith("Tom has ")
 
 
@@ -209,7 +209,7 @@ def test_the_generation_configuration_goes_with_the_policy(
 def test_prompts_that_are_too_long_are_left_out(train: Callable[..., Run], family: str) -> None:
     run = train("some", family, {"max_prompt_tokens": 80, "prompts": 20})
     pack = pack_of(run)
-    pack.draw()
+    pack.collect_due_rollouts()
     lengths = {len(prompt) for prompt in pack.pending[0][0].rollout.prompts}
     member = pack.members[0]
     assert len(member.split("train")) == 8 < len(member.task.split("train")) == 12

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klab.grid.schema.sections import TrainingSection
-from klab.harness.training.optim.schedule import Timetable, learning_rate
+from klab.harness.training.optim.schedule import RolloutSchedule, learning_rate
 
 
 def rates(**settings: object) -> list[float]:
@@ -40,8 +40,8 @@ def test_warmup_longer_than_the_cell_never_reaches_the_full_rate() -> None:
 
 
 def test_an_update_knows_its_rollout_epoch_and_minibatch() -> None:
-    table = Timetable(updates=9, epochs=2, minibatches=2, lag=0)
-    assert [table.place(done) for done in range(9)] == [
+    table = RolloutSchedule(updates=9, epochs=2, minibatches=2, lag=0)
+    assert [table.position(done) for done in range(9)] == [
         (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1),
         (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1),
         (2, 0, 0),
@@ -53,14 +53,14 @@ def test_an_update_knows_its_rollout_epoch_and_minibatch() -> None:
 def test_a_rollout_is_drawn_when_the_policy_is_exactly_lag_updates_older_than_its_first_use(
     updates: int, epochs: int, minibatches: int, lag: int
 ) -> None:
-    table = Timetable(updates, epochs, minibatches, lag)
+    table = RolloutSchedule(updates, epochs, minibatches, lag)
     drawn_at: dict[int, int] = {}
     for done in range(updates):
-        for number in range(len(drawn_at), table.drawn(done)):
+        for number in range(len(drawn_at), table.rollouts_needed(done)):
             drawn_at[number] = done
-        assert table.place(done)[0] in drawn_at
-    assert drawn_at == {number: max(0, number * table.span - lag) for number in range(table.rollouts)}
+        assert table.position(done)[0] in drawn_at
+    assert drawn_at == {number: max(0, number * table.updates_per_rollout - lag) for number in range(table.rollouts)}
 
 
 def test_samples_of_the_reference_policy_never_lag() -> None:
-    assert Timetable.of(TrainingSection(behaviour="reference", lag=3)).lag == 0
+    assert RolloutSchedule.of(TrainingSection(behaviour="reference", lag=3)).lag == 0

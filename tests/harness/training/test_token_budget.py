@@ -15,16 +15,16 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import microbatch, run_cells
-from klab.harness.training.data.generate import draw
-from klab.harness.training.data.rollouts import training_examples
-from klab.harness.training.microbatch import SAMPLED, Limit, micro_batches
+from klab.harness.training.data.generate import generate
+from klab.harness.training.data.rollouts import rollout_prompts
+from klab.harness.training.microbatch import SAMPLING_FACTOR, MemoryBudget, micro_batches
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 
 def pack(run: Run) -> Pack:
-    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    return Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
 
 
 def laid_out(prompts: Sequence[int], group_size: int, lengths: Sequence[int]) -> Rollout:
@@ -58,7 +58,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
 @settings(max_examples=300, deadline=None)
 @given(rollouts(), st.integers(1, 60), st.one_of(st.none(), st.integers(1, 12)))
 def test_pieces_keep_within_both_limits_and_waste_neither(whole: Rollout, tokens: int, rows: int | None) -> None:
-    pieces = micro_batches(whole, Limit(rows, tokens))
+    pieces = micro_batches(whole, MemoryBudget(rows, tokens))
     assert [row for _, part in pieces for row in range(part.start, part.stop)] == list(range(len(whole.tokens)))
     for piece, part in pieces:
         assert len(piece.tokens) == 1 or size(piece) <= tokens
@@ -80,13 +80,13 @@ def test_pieces_keep_within_both_limits_and_waste_neither(whole: Rollout, tokens
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 30), st.integers(1, 99))
 def test_draws_cover_the_prompts_and_fit(lengths: list[int], group_size: int, longest: int, tokens: int) -> None:
-    parts = Limit(tokens=tokens).draws(lengths, group_size, longest)
+    parts = MemoryBudget(tokens=tokens).sampling_slices(lengths, group_size, longest)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(lengths)))
     for part in parts:
         held = (part.stop - part.start) * group_size * (max(lengths) + longest)
-        assert held <= SAMPLED * tokens or part.stop - part.start == 1
-    assert Limit(4).draws(lengths, group_size, longest) == [slice(0, len(lengths))]
-    halves = Limit().halved(8).draws(lengths, group_size, longest)
+        assert held <= SAMPLING_FACTOR * tokens or part.stop - part.start == 1
+    assert MemoryBudget(4).sampling_slices(lengths, group_size, longest) == [slice(0, len(lengths))]
+    halves = MemoryBudget().halved(8).sampling_slices(lengths, group_size, longest)
     assert len(halves) == min(2, len(lengths))
 
 
@@ -115,9 +115,9 @@ def test_the_gradient_is_that_of_the_whole(make_run: MakeRun, more: dict[str, An
 def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(microbatch, "SAMPLED", 1)
+    monkeypatch.setattr(microbatch, "SAMPLING_FACTOR", 1)
     trained = pack(make_run(policy=EXACT))
-    examples = [training_examples(trained.members[0], 0)]
+    examples = [rollout_prompts(trained.members[0], 0)]
     held: list[int] = []
     steps = StackedPolicy.decoder
 
@@ -127,8 +127,8 @@ def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
 
     monkeypatch.setattr(StackedPolicy, "steps", counted)
     whole, parts = (
-        draw(trained.policy, trained.members, examples, 4, ("test",), limit=limit)[0]
-        for limit in (Limit(), Limit(tokens=2 * 4 * (3 + 4)))
+        generate(trained.policy, trained.members, examples, 4, ("test",), budget=limit)[0]
+        for limit in (MemoryBudget(), MemoryBudget(tokens=2 * 4 * (3 + 4)))
     )
     assert held == [16, 8, 8]
     assert torch.equal(whole.tokens, parts.tokens)

@@ -14,11 +14,11 @@ from klab.harness.objective import TokenBatch, objective_loss
 from klab.harness.policy.scores import token_scores
 from klab.harness.store import Run
 from klab.harness.training import run_cells
-from klab.harness.training.data.dynamic_sampling import uneven
-from klab.harness.training.data.minibatch import select
-from klab.harness.training.data.overlong import charges
+from klab.harness.training.data.dynamic_sampling import nonzero_variance_groups
+from klab.harness.training.data.minibatch import select_groups
+from klab.harness.training.data.overlong import length_penalties
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 DROP: dict[str, Any] = {"equal_groups": "drop", "group_size": 2, "prompts": 6, "weight_decay": 0.1}
@@ -27,7 +27,7 @@ STEP = {"adam_eps": 1.0, "clip_norm": None, "lr": 0.3}
 
 
 def pack(run: Run) -> Pack:
-    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    return Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
 
 
 def copy_of(trained: Pack) -> dict[str, torch.Tensor]:
@@ -38,11 +38,11 @@ def gradient_of_loss(trained: Pack, groups: list[int] | None = None, **changes: 
     """The gradient of the pending rollout's loss, computed here from its parts; of some groups only where given."""
     member, experience = trained.members[0], trained.pending[0][0]
     if groups is not None:
-        experience = select(experience, groups)
+        experience = select_groups(experience, groups)
     rollout = experience.rollout
     logp = token_scores(trained.policy, [rollout])[0].logp
     batch = TokenBatch(
-        logp, logp.detach(), experience.reference, rollout.mask, experience.rewards, rollout.groups,
+        logp, logp.detach(), experience.reference_logprobs, rollout.mask, experience.rewards, rollout.groups,
         member.max_new_tokens,
     )  # fmt: skip
     loss = objective_loss(member.cell.objective, replace(batch, **changes)).loss
@@ -66,15 +66,15 @@ def assert_step(trained: Pack, expected: dict[str, torch.Tensor]) -> dict[str, A
 def test_denominators_count_the_groups_that_are_left(make_run: MakeRun, aggregation: str) -> None:
     objective = {"placement": "loss", "beta": 0.1, "aggregation": aggregation, "advantage": "group_center"}
     trained = pack(make_run(training={**DROP, **STEP, "weight_decay": 0.0}, objectives=[objective]))
-    trained.draw()
+    trained.collect_due_rollouts()
     experience = trained.pending[0][0]
-    left = uneven(experience.rewards, 2)
+    left = nonzero_variance_groups(experience.rewards, 2)
     assert 0 < len(left) < 6
     row = assert_step(trained, gradient_of_loss(trained, left))
     assert row["kept_groups"] == len(left)
     assert row["reward_mean"] == pytest.approx(float(experience.rewards.mean()))
     assert row["tokens"] == int(experience.rollout.mask.sum())
-    assert row["loss_tokens"] == int(select(experience, left).rollout.mask.sum()) < row["tokens"]
+    assert row["loss_tokens"] == int(select_groups(experience, left).rollout.mask.sum()) < row["tokens"]
 
 
 @pytest.mark.parametrize("critic", [None, {"kind": "head"}], ids=["alone", "with a critic"])
@@ -123,7 +123,7 @@ def test_micro_batches_have_the_gradient_of_what_is_left(make_run: MakeRun) -> N
 def test_truncated_trajectories_count_in_the_advantage_and_not_in_the_loss(make_run: MakeRun) -> None:
     objective = {"placement": "loss", "beta": 0.1, "aggregation": "token_mean"}
     trained = pack(make_run(training={**STEP, "truncated": "mask"}, objectives=[objective]))
-    trained.draw()
+    trained.collect_due_rollouts()
     rollout = trained.pending[0][0].rollout
     assert 0 < int(rollout.truncated.sum()) < len(rollout.truncated)
     row = assert_step(trained, gradient_of_loss(trained, excluded_from_loss=rollout.truncated))
@@ -135,7 +135,7 @@ def test_nothing_is_learnt_where_every_trajectory_is_truncated(make_run: MakeRun
     trained = pack(make_run(training={"truncated": "mask", "max_new_tokens": 1, "prompts": 1, "weight_decay": 0.1}))
     before = copy_of(trained)
     for _ in range(20):
-        trained.draw()
+        trained.collect_due_rollouts()
         all_of_it = bool(trained.pending[0][0].rollout.truncated.all())
         trained.advance()
         same = all(torch.equal(value, before[name]) for name, value in trained.policy.parameters.items())
@@ -149,20 +149,20 @@ def test_nothing_is_learnt_where_every_trajectory_is_truncated(make_run: MakeRun
 def test_the_soft_overlong_punishment_of_dapo(make_run: MakeRun) -> None:
     training = {"max_new_tokens": 20, "overlong_buffer": 5, "overlong_penalty": 2.0}
     trained = pack(make_run(training=training))
-    trained.draw()
+    trained.collect_due_rollouts()
     rollout = trained.pending[0][0].rollout
     lengths = torch.tensor([0, 1, 14, 15, 16, 17, 18, 19, 20])
     written = replace(rollout, mask=torch.arange(20) < lengths[:, None])
     # equation 13: 0 up to 15, then (15 − |y|)/5, then −1; times 2
     expected = torch.tensor([0, 0, 0, 0, 0.4, 0.8, 1.2, 1.6, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(charges(written, trained.members[0]), expected, rtol=0, atol=1e-15)
+    torch.testing.assert_close(length_penalties(written, trained.members[0]), expected, rtol=0, atol=1e-15)
 
 
 def test_the_punishment_is_learnt_from_and_the_tasks_reward_is_recorded(make_run: MakeRun) -> None:
     training = {**STEP, "overlong_buffer": 3}
     objective = {"placement": "none", "advantage": "group_center"}
     trained = pack(make_run(training=training, objectives=[objective]))
-    trained.draw()
+    trained.collect_due_rollouts()
     experience = trained.pending[0][0]
     lengths = experience.rollout.mask.sum(1)
     assert len(set(lengths.tolist())) == 4

@@ -12,11 +12,11 @@ from klab.grid import Objective
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
-from klab.harness.training.data.prompts import encode
-from klab.harness.training.data.rollouts import training_examples
-from klab.harness.training.optim.schedule import Timetable
+from klab.harness.training.data.prompts import encode_prompts
+from klab.harness.training.data.rollouts import rollout_prompts
+from klab.harness.training.optim.schedule import RolloutSchedule
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from klab.harness.training.runtime.rng import generator
 from klab.reports.schema import METRICS, METRICS_OF_SOME
 from tests.support.training_records import MakeRun, finished, numbers, weights
@@ -37,7 +37,7 @@ EVALUATION = [
 
 def pack(run: Run) -> Pack:
     """All cells of a run, in memory, before their first update."""
-    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    return Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
 
 
 def test_the_reward_rises(make_run: MakeRun) -> None:
@@ -120,15 +120,15 @@ def test_a_lagged_rollout_comes_from_the_policy_of_that_many_updates_ago(
     trained, past = pack(run), []
     for done in range(6):
         past.append({name: value.detach().clone() for name, value in trained.policy.parameters.items()})
-        number, epoch, _ = Timetable(6, epochs, 1, lag).place(done)
-        trained.draw()
+        number, epoch, _ = RolloutSchedule(6, epochs, 1, lag).position(done)
+        trained.collect_due_rollouts()
         if epoch == 0:
             member, experience = trained.members[0], trained.pending[0][0]
             old = StackedPolicy(trained.policy.config, trained.policy.tokenizer, past[max(0, done - lag)])
-            examples = training_examples(member, number)
+            examples = rollout_prompts(member, number)
             again = sample(
                 old,
-                [encode(old, member, examples)],
+                [encode_prompts(old, member, examples)],
                 group_size=4,
                 max_new_tokens=4,
                 generators=[generator("cpu", "rollout", number, member.cell.seed)],
@@ -143,34 +143,34 @@ def test_samples_of_the_reference_have_its_log_probabilities(make_run: MakeRun) 
     trained = pack(make_run(training={"behaviour": "reference"}))
     for _ in range(3):
         trained.advance()
-    trained.draw()
+    trained.collect_due_rollouts()
     experience = trained.pending[0][0]
-    torch.testing.assert_close(experience.rollout.logp, experience.reference, rtol=0, atol=1e-5)
+    torch.testing.assert_close(experience.rollout.logp, experience.reference_logprobs, rtol=0, atol=1e-5)
 
 
 def test_greedy_baseline_scores_one_greedy_completion_per_prompt(make_run: MakeRun) -> None:
     trained = pack(make_run(objectives=[{"advantage": "greedy_baseline"}]))
-    trained.draw()
+    trained.collect_due_rollouts()
     experience, member = trained.pending[0][0], trained.members[0]
-    examples = training_examples(member, 0)
+    examples = rollout_prompts(member, 0)
     greedy = sample(
         trained.policy,
-        [encode(trained.policy, member, examples)],
+        [encode_prompts(trained.policy, member, examples)],
         group_size=1,
         max_new_tokens=4,
         generators=[torch.Generator()],
         greedy=True,
     )[0]
     rewards = [member.task.score(e, text).reward for e, text in zip(examples, greedy.texts, strict=True)]
-    assert experience.greedy is not None
-    assert experience.greedy.tolist() == [reward for reward in rewards for _ in range(4)]
+    assert experience.greedy_rewards is not None
+    assert experience.greedy_rewards.tolist() == [reward for reward in rewards for _ in range(4)]
 
 
 def test_environment_tokens_are_nobodys_own(make_run: MakeRun) -> None:
     trained = pack(make_run(task={"name": "letters_task:Echo"}))
     rows = [trained.advance()[0] for _ in range(2)]
     assert not any(row["nonfinite"] for row in rows)
-    trained.draw()
+    trained.collect_due_rollouts()
     rollout = trained.pending[0][0].rollout
     assert bool((rollout.present & ~rollout.mask).any()), "no trajectory had a second turn"
     assert int(rollout.mask.sum(1).max()) <= 6

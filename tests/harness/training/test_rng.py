@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klab.harness.training.runtime.rng import choose, derived_seed, generator, permutation
+from klab.harness.training.runtime.rng import derived_seed, generator, permutation, sample_indices
 
 
 def test_a_derived_seed_is_the_same_on_every_machine() -> None:
@@ -25,19 +25,19 @@ def test_a_generator_starts_afresh_each_time() -> None:
 
 
 def test_choosing_is_without_replacement() -> None:
-    assert sorted(choose(10, 10, "p", 0)) == list(range(10))
-    assert len(set(choose(10**12, 50, "p", 0))) == 50
+    assert sorted(sample_indices(10, 10, "p", 0)) == list(range(10))
+    assert len(set(sample_indices(10**12, 50, "p", 0))) == 50
 
 
 def test_more_than_there_are_takes_whole_passes_first() -> None:
-    chosen = choose(3, 8, "p", 0)
+    chosen = sample_indices(3, 8, "p", 0)
     assert [chosen.count(index) for index in range(3)].count(3) == 2
     assert len(chosen) == 8
 
 
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ValueError, match="empty split"):
-        choose(0, 1, "p")
+        sample_indices(0, 1, "p")
 
 
 def test_a_permutation_holds_everything_once() -> None:

@@ -1,4 +1,4 @@
-"""A process that takes part in what the tests of `test_parallel.py` do together: `python peer.py RANK FOLDER`.
+"""A worker process of `test_data_parallel.py`: `python worker_process.py RANK FOLDER`.
 
 It waits for `FOLDER/<number>.json`, does its part as that rank, and waits for the next one; an empty one ends it.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from klab.harness.training.distributed.process_group import WorldLost
-from klab.harness.training.distributed.rendezvous import join
-from klab.harness.training.distributed.worker import follow
+from klab.harness.training.distributed.process_group import ProcessGroupLost
+from klab.harness.training.distributed.rendezvous import rendezvous
+from klab.harness.training.distributed.worker import run_worker
 
 
 def main(rank: int, folder: Path) -> None:
@@ -28,12 +28,12 @@ def main(rank: int, folder: Path) -> None:
             return
         sys.path[:0] = [path for path in what["path"] if path not in sys.path]
         if rank < what["size"]:
-            world = join(rank, what["size"], folder / f"{number}.meeting", device=torch.device("cpu"))
+            process_group = rendezvous(rank, what["size"], folder / f"{number}.meeting", device=torch.device("cpu"))
             try:
-                follow(what["run"], world)
-            except WorldLost as lost:
+                run_worker(what["run"], process_group)
+            except ProcessGroupLost as lost:
                 print(lost, file=sys.stderr)
-            world.leave()
+            process_group.close()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import torch
 TINY = """
 import sys
 import torch
-from klab.harness.training.runtime.torch_settings import settled
+from klab.harness.training.runtime.torch_settings import configure_torch
 small = torch.full((2**21,), 1e-30, requires_grad=True)
-with settled(int(sys.argv[1])):
+with configure_torch(int(sys.argv[1])):
     assert torch.get_num_threads() == int(sys.argv[1])
-    with settled(int(sys.argv[1])):
+    with configure_torch(int(sys.argv[1])):
         pass
     product = small * 1e-9
     product.backward(torch.full_like(small, 1e-30))

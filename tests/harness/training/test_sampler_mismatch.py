@@ -15,12 +15,12 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import run_cells
-from klab.harness.training.data.prompts import encode
-from klab.harness.training.data.rollouts import training_examples
-from klab.harness.training.data.sampler_mismatch import correction, mismatch
-from klab.harness.training.forward import Forward
+from klab.harness.training.data.prompts import encode_prompts
+from klab.harness.training.data.rollouts import rollout_prompts
+from klab.harness.training.data.sampler_mismatch import correction_weights, mismatch_metrics
+from klab.harness.training.forward import ForwardPass
 from klab.harness.training.pack import Pack
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from klab.harness.training.runtime.rng import generator
 from klab.harness.training.update import _batch
 from tests.harness.objective.enumeration import Enumeration
@@ -31,7 +31,7 @@ HOT = {"temperature": 1.5}
 
 
 def pack(run: Run) -> Pack:
-    return Pack([_prepared(run, run.cell(identity))[0] for identity in run.cells])
+    return Pack([prepare_cell(run, run.cell(identity))[0] for identity in run.cells])
 
 
 def logs(*values: float) -> torch.Tensor:
@@ -41,25 +41,25 @@ def logs(*values: float) -> torch.Tensor:
 def test_corrections_are_the_published_ones() -> None:
     old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)  # ratios 4.5, 1, 0.25, 1.5
     factors = {
-        kind: correction(Sampler(correction=kind, cap=2.0, low=0.5, high=5.0), old, sampled)
+        kind: correction_weights(Sampler(correction=kind, cap=2.0, low=0.5, high=5.0), old, sampled)
         for kind in ("tis", "icepop")
     }
     torch.testing.assert_close(factors["tis"], torch.tensor([[2.0, 1.0, 0.25, 1.5]]).double())
     torch.testing.assert_close(factors["icepop"], torch.tensor([[4.5, 1.0, 0.0, 1.5]]).double())
     for kind in ("none", "ratio"):
-        assert correction(Sampler(correction=kind), old, sampled) is None
+        assert correction_weights(Sampler(correction=kind), old, sampled) is None
 
 
 def test_the_mismatch_is_measured_over_own_tokens() -> None:
     old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)
     mask = torch.tensor([[True, True, True, False]])
-    found = mismatch(Sampler(correction="tis"), old, sampled, mask)
+    found = mismatch_metrics(Sampler(correction="tis"), old, sampled, mask)
     kl = sum(r - 1 - torch.tensor(r).double().log().item() for r in (4.5, 1.0, 0.25)) / 3
     assert found["sampler_kl"] == pytest.approx(kl)
     assert found["sampler_ess"] == pytest.approx(5.75**2 / (3 * (4.5**2 + 1 + 0.25**2)))
     assert found["correction_mean"] == pytest.approx((2.0 + 1.0 + 0.25) / 3)
-    assert mismatch(Sampler(), old, sampled, mask)["correction_mean"] == 1.0
-    assert set(mismatch(Sampler(), old, sampled, mask & False).values()) == {0.0}
+    assert mismatch_metrics(Sampler(), old, sampled, mask)["correction_mean"] == 1.0
+    assert set(mismatch_metrics(Sampler(), old, sampled, mask & False).values()) == {0.0}
 
 
 @pytest.mark.parametrize("sampler", [HOT, {"dtype": "bfloat16"}, {"dtype": "float64", "temperature": 0.5}])
@@ -68,14 +68,14 @@ def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
 ) -> None:
     trained = pack(make_run(training={"sampler": sampler, "temperature": 0.8}))
     trained.advance()
-    trained.draw()
+    trained.collect_due_rollouts()
     member, experience = trained.members[0], trained.pending[0][0]
     dtype = getattr(torch, sampler.get("dtype", "float32"))
     copies = {name: value.detach().to(dtype) for name, value in trained.policy.parameters.items()}
     mu = StackedPolicy(trained.policy.config, trained.policy.tokenizer, copies)
     again = sample(
         mu,
-        [encode(mu, member, training_examples(member, 1))],
+        [encode_prompts(mu, member, rollout_prompts(member, 1))],
         group_size=4,
         max_new_tokens=4,
         generators=[generator("cpu", "rollout", 1, 0)],
@@ -84,9 +84,9 @@ def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
     assert torch.equal(again.tokens, experience.rollout.tokens)
     assert torch.equal(again.logp, experience.rollout.logp)
     seen = token_scores(trained.policy, [experience.rollout], temperature=0.8)[0].logp
-    assert experience.recomputed is not None
-    assert torch.equal(experience.recomputed, seen.detach())
-    assert not torch.allclose(experience.recomputed, experience.rollout.logp.float(), rtol=0, atol=1e-4)
+    assert experience.old_logprobs is not None
+    assert torch.equal(experience.old_logprobs, seen.detach())
+    assert not torch.allclose(experience.old_logprobs, experience.rollout.logp.float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["none", "ratio", "tis", "icepop"])
@@ -96,19 +96,19 @@ def test_the_ratio_is_to_the_trainer_unless_it_is_asked_to_be_to_the_sampler(
 ) -> None:
     sampler = {**HOT, "correction": kind, "cap": 1.1, "low": 0.8, "high": 1.2}
     trained = pack(make_run(training={"sampler": sampler, "updates_per_rollout": epochs}))
-    trained.draw()
+    trained.collect_due_rollouts()
     member, experience = trained.members[0], trained.pending[0][0]
-    assert experience.recomputed is not None
-    now = experience.recomputed + 0.25
-    batch = _batch(member, experience, Forward(now, now))
+    assert experience.old_logprobs is not None
+    now = experience.old_logprobs + 0.25
+    batch = _batch(member, experience, ForwardPass(now, now))
     if kind == "ratio":
         assert torch.equal(batch.logp_behaviour, experience.rollout.logp)
     else:
-        assert torch.equal(batch.logp_behaviour, now if epochs == 1 else experience.recomputed)
+        assert torch.equal(batch.logp_behaviour, now if epochs == 1 else experience.old_logprobs)
     if kind in ("none", "ratio"):
         assert batch.correction is None
     else:
-        ratio = (experience.recomputed - experience.rollout.logp).exp()
+        ratio = (experience.old_logprobs - experience.rollout.logp).exp()
         inside = (ratio >= 0.8) & (ratio <= 1.2)
         expected = ratio.clamp(max=1.1) if kind == "tis" else torch.where(inside, ratio, 0.0)
         assert torch.equal(batch.correction, expected)
@@ -164,7 +164,7 @@ def corrected(space: Enumeration, objective: Objective, sampler: Sampler) -> tup
         rewards=rewards,
         groups=torch.zeros(number, dtype=torch.long),
         max_new_tokens=space.steps,
-        correction=correction(sampler, space.logp(old), here),
+        correction=correction_weights(sampler, space.logp(old), here),
     )
     coefficients = number * gradient(objective, batch)
     found = space.derivative(lambda z: (here.sum(1).exp() * (coefficients * space.logp(z)).sum(1)).sum(), policy)

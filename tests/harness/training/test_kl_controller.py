@@ -12,7 +12,7 @@ from klab.grid import Cell, Objective
 from klab.grid.schema.sections import AdditionTask, BetaControl, Critic, TinyPolicy, TrainingSection, TrustRegion
 from klab.harness.objective import LossCoefficients
 from klab.harness.training import run_cells
-from klab.harness.training.optim.kl_controller import adapted, figures, first
+from klab.harness.training.optim.kl_controller import adapt_coefficients, coefficient_metrics, initial_coefficients
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -33,19 +33,19 @@ def row(update: int = 1, k3: float | None = 0.0, kl: float | None = 0.0, nonfini
 def test_beta_follows_ziegler_by_hand() -> None:
     """Target 0.1, horizon 10: errors of +1 (clipped to 0.2), −0.1, −1 (clipped), 0, and one that is not finite."""
     controlled = cell(Objective(beta=0.5), beta_control=BetaControl(target=0.1))
-    at, betas = first(controlled), []
+    at, betas = initial_coefficients(controlled), []
     for update, k3 in enumerate((0.2, 0.09, 0.0, 0.1, None), start=1):
-        betas.append(figures(controlled, at)["beta"])
-        at = adapted(controlled, at, row(update, k3))
+        betas.append(coefficient_metrics(controlled, at)["beta"])
+        at = adapt_coefficients(controlled, at, row(update, k3))
     expected = [0.5, 0.5 * 1.02, 0.5 * 1.02 * 0.99, 0.5 * 1.02 * 0.99 * 0.98, 0.5 * 1.02 * 0.99 * 0.98]
     assert betas == pytest.approx(expected, rel=1e-15)
-    assert figures(controlled, at)["beta"] == betas[-1]
+    assert coefficient_metrics(controlled, at)["beta"] == betas[-1]
 
 
 @given(st.floats(0, 10), st.floats(1e-3, 10), st.floats(0.5, 100), st.floats(1e-3, 1e3))
 def test_beta_moves_towards_the_target_and_never_far(k3: float, target: float, horizon: float, kl: float) -> None:
     controlled = cell(beta_control=BetaControl(target=target, horizon=horizon))
-    after = adapted(controlled, LossCoefficients(kl=kl), row(k3=k3)).kl / kl
+    after = adapt_coefficients(controlled, LossCoefficients(kl=kl), row(k3=k3)).kl / kl
     assert (after > 1) <= (k3 > target)
     assert (after < 1) <= (k3 < target)
     assert abs(after - 1) <= 0.2 / horizon * (1 + 1e-12)
@@ -55,20 +55,20 @@ def test_the_trust_region_doubles_and_halves_once_per_rollout() -> None:
     """Two epochs of two minibatches; the KL of the fourth update decides, with a target of 0.1: above 0.15, below
     0.0667."""
     controlled = cell(updates_per_rollout=2, minibatches=2, trust_region=TrustRegion(coefficient=3.0, target=0.1))
-    at, found = first(controlled), []
+    at, found = initial_coefficients(controlled), []
     for last in (0.16, 0.14, 0.07, 0.06, None, 0.0):
         for place, kl in enumerate((0.0, 9.0, 9.0, last), start=1):
-            at = adapted(controlled, at, row(4 * len(found) + place, kl=kl))
-        found.append(figures(controlled, at)["trust_coefficient"])
+            at = adapt_coefficients(controlled, at, row(4 * len(found) + place, kl=kl))
+        found.append(coefficient_metrics(controlled, at)["trust_coefficient"])
     assert found == [6.0, 6.0, 6.0, 3.0, 3.0, 1.5]
 
 
 def test_the_trust_regions_coefficient_stays_within_a_thousandfold() -> None:
     controlled = cell(lag=1, trust_region=TrustRegion(coefficient=3.0, target=0.1))
     for kl, limit in ((1.0, 3.0 * 1024), (0.0, 3.0 / 1024)):
-        at = first(controlled)
+        at = initial_coefficients(controlled)
         for update in range(1, 30):
-            at = adapted(controlled, at, row(update, kl=kl))
+            at = adapt_coefficients(controlled, at, row(update, kl=kl))
         assert at.trust == limit
 
 
@@ -81,16 +81,18 @@ def test_updates_that_did_not_move_the_policy_move_no_coefficient(place: dict[st
         beta_control=BetaControl(target=0.1),
         trust_region=TrustRegion(target=0.1),
     )
-    at = first(controlled)
-    assert adapted(controlled, at, row(**{"update": 3, "k3": 1.0, "kl": 1.0} | place)) == at
-    assert adapted(controlled, at, row(3, 1.0, 1.0)) == LossCoefficients(kl=1.02, trust=2.0)
+    at = initial_coefficients(controlled)
+    assert adapt_coefficients(controlled, at, row(**{"update": 3, "k3": 1.0, "kl": 1.0} | place)) == at
+    assert adapt_coefficients(controlled, at, row(3, 1.0, 1.0)) == LossCoefficients(kl=1.02, trust=2.0)
 
 
 def test_without_controls_nothing_moves_and_no_column_appears(make_run: MakeRun) -> None:
-    assert figures(cell(), first(cell())) == {}
-    assert adapted(cell(), first(cell()), row(k3=9.0, kl=9.0)) == LossCoefficients(kl=1.0, trust=0.0)
+    assert coefficient_metrics(cell(), initial_coefficients(cell())) == {}
+    assert adapt_coefficients(cell(), initial_coefficients(cell()), row(k3=9.0, kl=9.0)) == LossCoefficients(
+        kl=1.0, trust=0.0
+    )
     fixed = cell(lag=1, trust_region=TrustRegion(coefficient=2.0))
-    assert adapted(fixed, first(fixed), row(kl=9.0)) == LossCoefficients(kl=1.0, trust=2.0)
+    assert adapt_coefficients(fixed, initial_coefficients(fixed), row(kl=9.0)) == LossCoefficients(kl=1.0, trust=2.0)
 
 
 @pytest.mark.parametrize("training", CONTROLS.values(), ids=CONTROLS.keys())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from klab.harness.policy.load import load_policy
 from klab.harness.training import checkpoint, run_cells
-from klab.harness.training.runner import _prepared
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
 POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}
@@ -88,6 +88,6 @@ def test_adapters_are_stacked_over_one_starting_policy_only(
     make_run: MakeRun, start: Path, tmp_path: Path, policy: dict[str, Any]
 ) -> None:
     run = make_run(policy=policy)
-    member, _ = _prepared(run, run.cell(run.cells[0]))
+    member, _ = prepare_cell(run, run.cell(run.cells[0]))
     elsewhere = replace(member, start=Path(shutil.copytree(start, tmp_path / "copy")))
     assert (elsewhere.shape() == member.shape()) == (policy == {})

@@ -17,9 +17,9 @@ import torch
 
 from klab.harness.store import Run
 from klab.harness.training import run_cells
-from klab.harness.training.distributed.process_group import WorldLost
-from klab.harness.training.distributed.rendezvous import join
-from klab.harness.training.distributed.worker import finish
+from klab.harness.training.distributed.process_group import ProcessGroupLost
+from klab.harness.training.distributed.rendezvous import rendezvous
+from klab.harness.training.distributed.worker import release_workers
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
 HERE = Path(__file__).parent
@@ -31,10 +31,11 @@ EXACT: dict[str, Any] = {"policy.dtype": "float64"}
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
     """`run_cells` in two or three processes, of which this one leads."""
-    folder = tmp_path_factory.mktemp("peers")
+    folder = tmp_path_factory.mktemp("workers")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    peers = [
-        subprocess.Popen([sys.executable, HERE / "peer.py", str(rank), str(folder)], env=environment) for rank in (1, 2)
+    workers = [
+        subprocess.Popen([sys.executable, HERE / "worker_process.py", str(rank), str(folder)], env=environment)
+        for rank in (1, 2)
     ]
     numbers = count()
 
@@ -46,17 +47,17 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
 
     def run_together(run: Run, size: int, cells: Sequence[str] = (), **options: Any) -> dict[str, str]:
         meeting = announce({"run": str(run.path), "size": size, "path": [str(HERE.parents[1] / "support")]})
-        world = join(0, size, meeting, device=torch.device("cpu"))
+        process_group = rendezvous(0, size, meeting, device=torch.device("cpu"))
         try:
-            states = run_cells(run.path, cells or run.cells, world=world, **options)
-            finish(world)
+            states = run_cells(run.path, cells or run.cells, process_group=process_group, **options)
+            release_workers(process_group)
         finally:
-            world.leave()
+            process_group.close()
         return states
 
     yield run_together
     announce({})
-    assert [peer.wait(30) for peer in peers] == [0, 0]
+    assert [worker.wait(30) for worker in workers] == [0, 0]
 
 
 def assert_close(left: Run, right: Run) -> None:
@@ -169,7 +170,7 @@ def test_what_one_process_cannot_do_fails_the_guilty_cell_and_no_other(make_run:
 def test_processes_whose_weights_differ_end_without_a_result(make_run: MakeRun, together: Together) -> None:
     """One process skips the steps that the other makes."""
     run = make_run("torn", {"updates": 2}, [{"weight": {"name": "letters_task:torn", "process": 1}}])
-    with pytest.raises(WorldLost, match="process 1 of 2 does not have the numbers of process 0 any more"):
+    with pytest.raises(ProcessGroupLost, match="process 1 of 2 does not have the numbers of process 0 any more"):
         together(run, 2)
     folder = run.cell(run.cells[0])
     assert (folder.result(), folder.error(), len(folder.metrics())) == (None, None, 1)

@@ -10,8 +10,8 @@ import torch
 
 from klab.harness.training import pack as pack_module
 from klab.harness.training import run_cells
-from klab.harness.training.runtime.oom import out_of_memory
-from klab.harness.training.runtime.timeout import Overdue, deadline
+from klab.harness.training.runtime.oom import is_out_of_memory
+from klab.harness.training.runtime.timeout import TimeLimitExceeded, time_limit
 from klab.harness.training.update import update
 from tests.support.training_records import MakeRun, finished, numbers
 
@@ -22,11 +22,11 @@ def spin() -> None:
 
 
 def test_a_deadline_interrupts_sleep_and_loops_and_leaves_no_alarm() -> None:
-    with pytest.raises(Overdue, match="no answer within"), deadline(0.05):
+    with pytest.raises(TimeLimitExceeded, match="no answer within"), time_limit(0.05):
         time.sleep(5)
-    with pytest.raises(Overdue), deadline(0.05):
+    with pytest.raises(TimeLimitExceeded), time_limit(0.05):
         spin()
-    with deadline(0.05):
+    with time_limit(0.05):
         pass
     time.sleep(0.1)
 
@@ -38,7 +38,7 @@ def test_a_reward_that_hangs_fails_its_cell(make_run: MakeRun, monkeypatch: pyte
     run = make_run(training={"reward_seconds": 0.1})
     monkeypatch.setattr(letters_task.Letters, "score", lambda *_: time.sleep(5))
     assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
-    assert "Overdue: no answer within 0.1 s (prompt" in str(run.cell(run.cells[0]).error())
+    assert "TimeLimitExceeded: no answer within 0.1 s (prompt" in str(run.cell(run.cells[0]).error())
 
 
 def test_the_time_limit_of_rewards_is_no_part_of_a_cells_identity(make_run: MakeRun) -> None:
@@ -101,6 +101,6 @@ def test_a_model_that_does_not_fit_fails_with_what_to_change(
 def test_what_counts_as_out_of_memory() -> None:
     wrapped = RuntimeError("the objective raised")
     wrapped.__cause__ = MemoryError()
-    assert out_of_memory(wrapped)
-    assert not out_of_memory(RuntimeError("shapes differ"))
-    assert not out_of_memory(None)
+    assert is_out_of_memory(wrapped)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(None)

@@ -26,7 +26,7 @@ def test_a_task_that_scores_many_at_once_is_asked_once_per_rollout(make_run: Mak
     ("trouble", "said"),
     [
         ("raise", "RuntimeError: the fourth is broken"),
-        ("hang", "Overdue: no answer within 0.2 s"),
+        ("hang", "TimeLimitExceeded: no answer within 0.2 s"),
         ("end", "StopIteration"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from klab.harness.training.summary import SPIKE, collapse, gradient_spikes, outcome, trailing_mean
+from klab.harness.training.summary import SPIKE, collapse, gradient_spikes, summarize, trailing_mean
 
 
 def row(update: int, reward: float | None, **more: Any) -> dict[str, Any]:
@@ -19,20 +19,20 @@ def evaluation(update: int, accuracy: float, kl: float | None) -> dict[str, Any]
 
 
 def test_final_reward_is_the_mean_of_the_last_tenth() -> None:
-    found = outcome(20, [row(u, u / 20) for u in range(1, 21)], [])
+    found = summarize(20, [row(u, u / 20) for u in range(1, 21)], [])
     assert found["reward_final"] == pytest.approx((19 / 20 + 1) / 2)
     assert found["gap"] == 0.0
 
 
 def test_the_gap_is_best_minus_final() -> None:
-    found = outcome(4, [row(1, 0.2), row(2, 0.8), row(3, 0.6), row(4, 0.5)], [])
+    found = summarize(4, [row(1, 0.2), row(2, 0.8), row(3, 0.6), row(4, 0.5)], [])
     assert (found["reward_best"], found["reward_final"]) == (0.8, 0.5)
     assert found["gap"] == pytest.approx(0.3)
 
 
 def test_counts_and_extremes() -> None:
     rows = [row(1, 0.5, ess=0.7), row(2, None, ess=None), row(3, 0.5, tokens=7)]
-    found = outcome(3, rows, [evaluation(0, 0.3, 0.0), evaluation(2, 0.6, 1.5), evaluation(3, 0.4, None)], True)
+    found = summarize(3, rows, [evaluation(0, 0.3, 0.0), evaluation(2, 0.6, 1.5), evaluation(3, 0.4, None)], True)
     assert found["state"] == "diverged"
     assert found["updates"] == 3
     assert found["nonfinite_updates"] == 1
@@ -45,7 +45,7 @@ def test_counts_and_extremes() -> None:
 
 
 def test_a_cell_whose_every_reward_is_nan_has_no_reward() -> None:
-    found = outcome(10, [row(u, None) for u in range(1, 11)], [])
+    found = summarize(10, [row(u, None) for u in range(1, 11)], [])
     assert found["state"] == "diverged"
     assert found["reward_final"] is None
     assert found["gap"] is None
@@ -65,8 +65,8 @@ def test_a_cell_whose_every_reward_is_nan_has_no_reward() -> None:
     ],
 )
 def test_a_cell_that_diverged_says_why(last: list[dict[str, Any]], why: str) -> None:
-    assert outcome(10, last, [], stopped=True)["reason"] == why
-    assert outcome(10, [row(1, 0.5)], [])["reason"] is None
+    assert summarize(10, last, [], stopped=True)["reason"] == why
+    assert summarize(10, [row(1, 0.5)], [])["reason"] is None
 
 
 def test_trailing_mean_skips_unknown_values() -> None:
