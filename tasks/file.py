@@ -14,6 +14,7 @@ from klab.tasks.rewards import Rewards
 from klab.tasks.splits import split_of
 from klab.tasks.task import Example, Score, SplitName
 from klab.tasks.values import is_text, text_of
+from klab.tasks.worker import MEMORY_GB
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
@@ -46,7 +47,7 @@ class File:
         config: the hub dataset's configuration.
         train, held_out: names of splits.
         held_out_path: another dataset of the same columns.
-        reward, reward_seconds: see `klab.tasks.rewards.Rewards`.
+        reward, reward_seconds, reward_memory_gb: see `klab.tasks.rewards.Rewards`.
         alphabet: the characters of all prompts and solutions, for a tiny policy.
         max_new_tokens: default budget of own tokens.
 
@@ -69,6 +70,7 @@ class File:
         held_out_path: str | None = None,
         reward: object = "exact",
         reward_seconds: float = 10.0,
+        reward_memory_gb: float | None = MEMORY_GB,
         alphabet: str | None = None,
         max_new_tokens: int = 256,
     ) -> None:
@@ -76,7 +78,7 @@ class File:
         self.alphabet, self.max_new_tokens = alphabet, max_new_tokens
         self._template, self._answer, self._solution = Template(prompt), answer, solution
         self._train, self._held_out, self._held_out_path = train, held_out, held_out_path
-        self._rewards = Rewards(reward, reward_seconds)
+        self._rewards = Rewards(reward, reward_seconds, reward_memory_gb)
 
     def split(self, name: SplitName) -> Sequence[Example]:
         return self._splits[name]
@@ -159,7 +161,7 @@ class File:
             solution = self._text(row, "solution", self._solution, number, path)
         solution = self.solution_of(solution)
         self._check_alphabet("solution", solution, number, path)
-        return Example(self._prompt(row, number, path), answer, solution)
+        return Example(self._prompt(row, number, path), answer, solution, row)
 
     def _text(self, row: Mapping[str, Any], setting: str, column: str, number: int, path: str) -> str:
         text = text_of(row[column])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from klab.tasks.file import File
+from klab.tasks.worker import MEMORY_GB
 
 HUB_ID, CONFIG = "openai/gsm8k", "main"
 PROMPT = "{question}\nThink step by step and end with #### and the answer.\n"
@@ -19,7 +20,8 @@ class Gsm8k(File):
     Args:
         path: see `klab.tasks.dataset.load_tables`.
         prompt: see `klab.tasks.file.Template`.
-        reward, reward_seconds: see `klab.tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
+        reward, reward_seconds, reward_memory_gb: see `klab.tasks.rewards.Rewards`; by default `math`, with `format`
+            reported beside it.
 
     Raises:
         UserError: see `klab.tasks.file.File`.
@@ -33,6 +35,7 @@ class Gsm8k(File):
         prompt: str = PROMPT,
         reward: object = ("math", {"name": "format", "weight": 0.0}),
         reward_seconds: float = 10.0,
+        reward_memory_gb: float | None = MEMORY_GB,
     ) -> None:
         super().__init__(
             path,
@@ -42,6 +45,7 @@ class Gsm8k(File):
             config=CONFIG if path == HUB_ID else None,
             reward=reward,
             reward_seconds=reward_seconds,
+            reward_memory_gb=reward_memory_gb,
             max_new_tokens=256,
         )
 

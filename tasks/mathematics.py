@@ -3,6 +3,7 @@ r"""MATH (Hendrycks et al. 2021): competition problems, with solutions that end 
 from __future__ import annotations
 
 from klab.tasks.file import File
+from klab.tasks.worker import MEMORY_GB
 
 HUB_ID, HELD_OUT_HUB_ID = "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"
 PROMPT = "{problem}\nThink step by step and put the answer in \\boxed{}.\n"
@@ -14,7 +15,8 @@ class Mathematics(File):
     Args:
         path: another dataset with columns `problem` and `solution`, split as it is; see `dataset.load_tables`.
         prompt: see `klab.tasks.file.Template`.
-        reward, reward_seconds: see `klab.tasks.rewards.Rewards`; by default `math`, with `format` reported beside it.
+        reward, reward_seconds, reward_memory_gb: see `klab.tasks.rewards.Rewards`; by default `math`, with `format`
+            reported beside it.
 
     Raises:
         UserError: see `klab.tasks.file.File`.
@@ -28,6 +30,7 @@ class Mathematics(File):
         prompt: str = PROMPT,
         reward: object = ("math", {"name": "format", "weight": 0.0}),
         reward_seconds: float = 10.0,
+        reward_memory_gb: float | None = MEMORY_GB,
     ) -> None:
         super().__init__(
             path or HUB_ID,
@@ -37,5 +40,6 @@ class Mathematics(File):
             held_out_path=None if path else HELD_OUT_HUB_ID,
             reward=reward,
             reward_seconds=reward_seconds,
+            reward_memory_gb=reward_memory_gb,
             max_new_tokens=1024,
         )

@@ -5,23 +5,24 @@ A term is one of
 * `exact`: 1 where the completion, or its marked final answer, is the ground truth;
 * `math`: 1 where its final answer has the same mathematical value (see `klab.tasks.verification`);
 * `format`: 1 where the completion marks a final answer (`#### …` or `\boxed{…}`), right or wrong;
-* `package.module:function`: the user's, called as `function(prompt, completion, answer)` in a process of its own; it
-  returns a number, or a `tasks.Score`;
+* `package.module:function`: the user's, in a process of its own, called by the names of its parameters, one completion
+  at a time or all at once as in TRL (see `tasks.signature`);
 * a sequence classifier (see `klab.tasks.reward_model`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from klab.grid.errors import UserError
 from klab.grid.schema.task import RewardTerm, reward_terms
 from klab.tasks.answers import final_answer
+from klab.tasks.signature import SIGNATURES, Calling
 from klab.tasks.task import Example, Score
 from klab.tasks.verdict import Verdict
-from klab.tasks.worker import CallOverdue, Worker
+from klab.tasks.worker import MEMORY_GB, CallFailed, CallOverdue, Worker
 
 Reward = Callable[[Example, str], Verdict]
 
@@ -42,25 +43,28 @@ class Rewards:
 
     Args:
         given: a term or several, as in the grid file: a name, or a mapping with `name` or `model`, and `weight`.
-        seconds: limit of one call of a user's function.
+        seconds: limit of one call of a user's function; of one that takes all completions at once, for each of them.
+        memory_gb: limit of the memory of a user's function.
 
     Raises:
         UserError: a term that is unknown, cannot be imported or loaded, or needs a package that is missing.
     """
 
-    def __init__(self, given: object, seconds: float = 10.0) -> None:
+    def __init__(self, given: object, seconds: float = 10.0, memory_gb: float | None = MEMORY_GB) -> None:
         terms = reward_terms(given)
         self.weights = [term.weight for term in terms]
         self.names = _distinct([_label(term) for term in terms])
-        self.terms = [_reward(term, seconds) for term in terms]
+        self.terms = [_reward(term, seconds, memory_gb) for term in terms]
 
     def score(self, example: Example, completion: str) -> Score:
-        """Σ weight·value. Parts: every term's value without its weight, and the parts of scores that functions return.
+        """Σ weight·value over the terms that have a value. Parts: each one's value without its weight, and the parts of
+        scores that functions return.
 
         Correct means that every term that judges correctness agrees; where none does, that the reward is positive.
 
         Raises:
-            UserError: a function that returns something else than a finite number, or takes too long.
+            UserError: a function that returns something else than a finite number, takes too long or too much memory,
+                or a completion for which no term has a value.
             CallFailed: a function that raises or ends its process.
         """
         return next(self.score_all([example], [completion]))
@@ -80,7 +84,16 @@ class Rewards:
 
     def _total(self, verdicts: Sequence[Verdict]) -> Score:
         total, parts, judged = 0.0, {}, []
+        if all(verdict.value is None for verdict in verdicts):
+            raise UserError(
+                "every term returned None for a completion, so it has no reward",
+                key="task.reward",
+                value=", ".join(self.names),
+                hint="Add a term that applies to every prompt.",
+            )
         for name, weight, verdict in zip(self.names, self.weights, verdicts, strict=True):
+            if verdict.value is None:
+                continue
             if not math.isfinite(verdict.value):
                 raise UserError("a reward must be finite", key=f"task.reward.{name}", value=verdict.value)
             total += weight * verdict.value
@@ -88,7 +101,8 @@ class Rewards:
             parts.update({f"{name}.{part}": value for part, value in verdict.parts.items()})
             if verdict.correct is not None:
                 judged.append(verdict.correct)
-        return Score(total, all(judged) if judged else total > 0, parts)
+        timeouts = sum(verdict.timeouts for verdict in verdicts)
+        return Score(total, all(judged) if judged else total > 0, parts, timeouts)
 
 
 def exact(example: Example, completion: str) -> Verdict:
@@ -100,10 +114,10 @@ def exact(example: Example, completion: str) -> Verdict:
 
 def mathematical(example: Example, completion: str) -> Verdict:
     """1 where the completion's final answer has the value of the ground truth."""
-    from klab.tasks.verification import same_value
+    from klab.tasks.verification import compared
 
-    same = same_value(example.answer, completion)
-    return Verdict(float(same), same)
+    found = compared(example.answer, completion)
+    return Verdict(float(found.same), found.same, timeouts=int(found.overdue))
 
 
 def marked(example: Example, completion: str) -> Verdict:
@@ -114,14 +128,30 @@ def marked(example: Example, completion: str) -> Verdict:
 class UserFunction:
     """A function of the user's in a worker of its own, started and imported at once so that a typo shows early."""
 
-    def __init__(self, path: str, seconds: float) -> None:
+    def __init__(self, path: str, seconds: float, memory_gb: float | None = MEMORY_GB) -> None:
         self.path = path
-        self.worker = Worker(path, seconds)
+        self.worker = Worker(path, seconds, memory_gb, caller=f"{Calling.__module__}:{Calling.__qualname__}")
         self.worker.start()
 
     def __call__(self, example: Example, completion: str) -> Verdict:
+        return self._called([example], [completion])[0]
+
+    def verdicts(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Verdict]:
+        """The verdict on each completion, in order; a function that takes one is called when it is due."""
+        if self.worker.batched:
+            yield from self._called(examples, completions)
+        else:
+            yield from map(self, examples, completions)
+
+    def _called(self, examples: Sequence[Example], completions: Sequence[str]) -> list[Verdict]:
         try:
-            reply = self.worker(example.prompt, completion, example.answer)
+            reply = self.worker(
+                [example.prompt for example in examples],
+                list(completions),
+                [example.answer for example in examples],
+                [dict(example.columns) for example in examples],
+                seconds=self.worker.seconds * len(completions),
+            )
         except CallOverdue as error:
             raise UserError(
                 f"{error}; its process was stopped",
@@ -129,19 +159,31 @@ class UserFunction:
                 value=self.path,
                 hint="Make it faster, or raise task.reward_seconds.",
             ) from None
-        if "type" in reply:
+        except CallFailed as error:
+            if "MemoryError" not in str(error):
+                raise
             raise UserError(
-                f"a reward function returns a number or a tasks.Score, this one returned {reply['type']}",
+                f"a call needed more than {self.worker.memory_gb:g} GB of memory",
                 key="task.reward",
                 value=self.path,
-            )
-        if "number" in reply:
-            return Verdict(reply["number"])
-        score = reply["score"]
-        return Verdict(score["reward"], score["correct"], score["parts"])
+                hint="Make it smaller, or raise task.reward_memory_gb.",
+            ) from None
+        return [self._verdict(value) for value in reply["values"]]
+
+    def _verdict(self, value: Mapping[str, Any]) -> Verdict:
+        if "number" in value:
+            return Verdict(value["number"])
+        if "score" in value:
+            score = value["score"]
+            return Verdict(score["reward"], score["correct"], score["parts"])
+        if value["type"] == "NoneType" and self.worker.batched:
+            return Verdict(None)
+        raise UserError(
+            f"a reward function returned {value['type']}; it is {SIGNATURES}", key="task.reward", value=self.path
+        )
 
 
-def _reward(term: RewardTerm, seconds: float) -> Reward:
+def _reward(term: RewardTerm, seconds: float, memory_gb: float | None) -> Reward:
     if term.model is not None:
         from klab.tasks.reward_model import reward_model
 
@@ -152,7 +194,7 @@ def _reward(term: RewardTerm, seconds: float) -> Reward:
 
         require_math_verify()
     known: dict[str, Reward] = {"exact": exact, "math": mathematical, "format": marked}
-    return known[term.name] if term.name in known else UserFunction(term.name, seconds)
+    return known[term.name] if term.name in known else UserFunction(term.name, seconds, memory_gb)
 
 
 def _label(term: RewardTerm) -> str:

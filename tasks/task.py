@@ -35,20 +35,30 @@ class Example:
         answer: the ground truth that `Task.score` compares with.
         solution: a reference completion (without the end token), for supervised warm-up; empty where there is none.
             Where the environment answers, the policy's turns, joined by `TURN_END`.
+        columns: everything that the dataset has of it, for reward functions; no part of what it is equal to.
     """
 
     prompt: str
     answer: str
     solution: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The reward of a completion, whether it is correct, and named parts of the reward for the record."""
+    """The reward of a completion.
+
+    Attributes:
+        reward: what the policy learns from.
+        correct: whether the completion is right.
+        parts: named parts of the reward for the record, those that this completion has.
+        timeouts: how many limits of time decided the reward: what ran into one counted as wrong.
+    """
 
     reward: float
     correct: bool
     parts: Mapping[str, float] = field(default_factory=dict)
+    timeouts: int = 0
 
 
 @runtime_checkable

@@ -2,20 +2,19 @@
 
 For code that is not ours: it may hang, crash, print, or eat memory without harm to the run. The process starts once
 and stays; after a call that was overdue or fatal it is killed, and the next call starts another. Requests and replies
-are lines of JSON over pipes, so nothing that the function returns is ever unpickled.
+are lines of JSON over pipes, so nothing that the function returns is ever unpickled. It dies with the process that
+started it, whatever it is doing and however that one ends: another process waits for the pipe between them to close.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import resource
 import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import weakref
@@ -25,6 +24,11 @@ from importlib import import_module
 from typing import Any
 
 from klab.grid.errors import UserError
+from klab.tasks.signature import Unfit
+from klab.tasks.values import text_of
+
+MEMORY_GB = 8.0
+"""The usual limit of a worker's memory: what it may write to (its data segment), not what it maps."""
 
 START_SECONDS = 120.0
 """For starting Python and importing the function's module, which may import torch."""
@@ -48,11 +52,15 @@ class Worker:
     Args:
         function: `package.module:function`, found along this process's `sys.path`.
         seconds: limit of one call.
-        memory_gb: limit of the process's address space; None for none.
+        memory_gb: limit of the memory that the process may write to; None for none.
+        caller: `package.module:Class` whose instance, made from the function, is called instead of it.
     """
 
-    def __init__(self, function: str, seconds: float, memory_gb: float | None = None) -> None:
-        self.function, self.seconds, self.memory_gb = function, seconds, memory_gb
+    def __init__(
+        self, function: str, seconds: float, memory_gb: float | None = MEMORY_GB, caller: str | None = None
+    ) -> None:
+        self.function, self.seconds, self.memory_gb, self.caller = function, seconds, memory_gb, caller
+        self.batched = False
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         self._stopping: weakref.finalize[..., Worker] | None = None
@@ -72,7 +80,7 @@ class Worker:
             [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         self._stopping = weakref.finalize(self, _kill, self._process)
-        header = {"function": self.function, "memory_gb": self.memory_gb}
+        header = {"function": self.function, "memory_gb": self.memory_gb, "caller": self.caller}
         reply = self._asked([sys.path, header], START_SECONDS)
         if "ready" not in reply:
             self.stop()
@@ -81,16 +89,23 @@ class Worker:
             raise UserError(reply["missing"], key="task.reward", value=value, allowed=reply.get("allowed", ()))
         if "raised" in reply:
             raise CallFailed(f"{self.function} cannot be imported:\n{reply['raised']}")
+        self.batched = bool(reply.get("batched"))
 
-    def __call__(self, *arguments: str) -> dict[str, Any]:
-        """The function's value for these arguments: `{"number": …}`, `{"score": {…}}`, or `{"type": …}` for the name of
-        a type that is neither.
+    def __call__(self, *arguments: object, seconds: float | None = None) -> dict[str, Any]:
+        """The function's value for these arguments, which JSON can carry: `{"number": …}`, `{"score": {…}}`, or
+        `{"type": …}` for the name of another type; with a `caller`, `{"values": […]}`, a list of such.
+
+        Args:
+            seconds: limit of this call; by default the worker's.
 
         Raises:
             CallOverdue, CallFailed: see there. The worker can be called again.
+            UserError: the function cannot be called so.
         """
         self.start()
-        reply = self._asked([arguments], self.seconds)
+        reply = self._asked([arguments], self.seconds if seconds is None else seconds)
+        if "unfit" in reply:
+            raise UserError(reply["unfit"], key="task.reward", value=self.function)
         if "raised" in reply:
             raise CallFailed(f"{self.function} raised:\n{reply['raised']}")
         return reply
@@ -116,7 +131,7 @@ class Worker:
         assert self._process.stdin is not None
         try:
             for message in messages:
-                self._process.stdin.write(json.dumps(message).encode() + b"\n")
+                self._process.stdin.write(json.dumps(message, default=text_of).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
@@ -158,30 +173,55 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve() -> None:
-    """The other process: read requests, answer each, and end as soon as the pipe is closed, whatever is running."""
+    """The other process: read requests, answer each, and end when the pipe is closed."""
+    _die_with_the_pipe()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints goes to the log
-    requests: queue.Queue[Any] = queue.Queue()
-    threading.Thread(target=_read, args=(requests,), daemon=True).start()
-    header = requests.get()
+    requests = map(json.loads, sys.stdin)
+    header = next(requests)
     if header["memory_gb"] is not None:
         limit = int(header["memory_gb"] * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    found, reply = _found(header["function"])
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    called, reply = _found(header["function"])
+    if called is not None and header["caller"] is not None:
+        called, reply = _wrapped(called, header["caller"])
     while True:
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
-        arguments = requests.get()
+        arguments = next(requests, None)
+        if arguments is None:
+            os._exit(0)
         try:
-            reply = _described(found(*arguments))
+            value = called(*arguments)
+            reply = _described(value) if header["caller"] is None else {"values": [_described(each) for each in value]}
+        except Unfit as error:
+            reply = {"unfit": str(error)}
         except BaseException:
             reply = {"raised": traceback.format_exc()}
 
 
-def _read(requests: queue.Queue[Any]) -> None:
-    for line in sys.stdin:
-        requests.put(json.loads(line))
-    os._exit(0)
+def _die_with_the_pipe() -> None:
+    """Fork a process that kills this one, and what it has started, once the other end of standard input is gone.
+
+    A thread could not: the function may hold the interpreter for as long as it likes.
+    """
+    group = os.getpid()  # a session's first process
+    if os.fork():
+        return
+    for descriptor in (1, 2):
+        os.close(descriptor)
+    poll = select.poll()
+    poll.register(0, 0)  # only its end is of interest
+    poll.poll()
+    os.killpg(group, signal.SIGKILL)
+
+
+def _wrapped(function: Any, caller: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        made = _found(caller)[0](function)
+    except Unfit as error:
+        return None, {"missing": str(error)}
+    return made, {"ready": True, "batched": made.batched}
 
 
 def _found(path: str) -> tuple[Any, dict[str, Any]]:

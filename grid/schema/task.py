@@ -140,10 +140,12 @@ def reward_terms(given: object) -> tuple[RewardTerm, ...]:
 
 
 class RewardedTask(Section):
-    """What tasks with chosen rewards have in common; ``reward_seconds`` limits each call of a reward function."""
+    """What tasks with chosen rewards have in common; ``reward_seconds`` limits each call of a reward function, and
+    ``reward_memory_gb`` the memory of its process (null: no limit)."""
 
     reward: tuple[RewardTerm, ...] = (RewardTerm(name="exact"),)
     reward_seconds: Positive = 10.0
+    reward_memory_gb: Positive | None = 8.0
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -173,7 +175,7 @@ class MathTask(RewardedTask):
 
 
 class FileTask(RewardedTask):
-    """A dataset of the user's own: a JSONL, JSON, CSV or Parquet file, a folder, or a hub id.
+    """A dataset of the user's own: a JSONL, JSON, CSV, TSV or Parquet file, a folder, or a hub id.
 
     ``prompt`` is a column, or a template with ``{column}``. ``train`` and ``held_out`` name splits; ``held_out_path``
     is another dataset to hold out.

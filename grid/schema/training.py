@@ -146,7 +146,7 @@ class TrainingSection(Section):
         return self.updates_per_rollout * self.minibatches
 
 
-NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds")
+NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds", "reward_memory_gb")
 """Training settings that cannot change any number of a cell, hence no part of its identity."""
 
 STACKABLE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,9 +147,93 @@ def test_an_interrupted_wait_leaves_no_late_answer(worker: Any) -> None:
 
 
 def test_the_process_ends_with_ours(worker: Any) -> None:
-    calling = worker("sleepy")
-    calling("", "", "")
-    process = calling._process
-    calling._send([["", "sleep", ""]])
-    process.stdin.close()  # what happens when this process is killed
-    assert process.wait(30) == 0
+    idle, busy = worker("sleepy"), worker("sleepy")
+    for each in (idle, busy):
+        each("", "", "")
+    busy._send([["", "sleep", ""]])
+    for each in (idle, busy):
+        process = each._process
+        process.stdin.close()  # what happens when this process ends
+        assert process.wait(30) in (0, -signal.SIGKILL)
+
+
+def test_a_function_that_holds_the_interpreter_dies_with_the_trainer(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    code = f"""
+from klab.tasks import Example
+from klab.tasks.rewards import Rewards
+Rewards({MODULE + ":backtracking"!r}, seconds=3600).score(Example({str(told)!r}, ""), "")
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        function = os.pidfd_open(int(told.read_text()))
+    finally:
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+    poll = select.poll()
+    poll.register(function, select.POLLIN)
+    ended = poll.poll(60_000)
+    os.close(function)
+    assert ended
+
+
+def test_memory_is_limited() -> None:
+    rewards = Rewards(f"{MODULE}:hungry", memory_gb=1.0)
+    with pytest.raises(UserError, match=r"more than 1 GB of memory.*raise task\.reward_memory_gb"):
+        rewards.score(EXAMPLE, "2")
+    assert rewards.score(EXAMPLE, "0").reward == 0.0
+    with pytest.raises(UserError, match=r"more than 8 GB of memory"):
+        Rewards(f"{MODULE}:hungry").score(EXAMPLE, "9")
+
+
+GRADED = [
+    Example(f"{n}+1=", str(n + 1), columns={"difficulty": level, "day": "2024-01-02", "answer": str(n + 1)})
+    for n, level in enumerate((3, None, 5))
+]
+
+
+def test_a_function_of_trl_gets_columns_and_says_what_is_not_its_own() -> None:
+    rewards = Rewards([f"{MODULE}:graded", {"name": f"{MODULE}:lengths", "weight": 0.5}])
+    scores = list(rewards.score_all(GRADED, ["1", "2", "x"]))
+    assert [score.reward for score in scores] == [3.5, 0.5, 0.5]
+    assert [dict(score.parts) for score in scores] == [
+        {"graded": 3.0, "lengths": 1.0},
+        {"lengths": 1.0},
+        {"graded": 0.0, "lengths": 1.0},
+    ]
+    assert [rewards.score(*pair).reward for pair in zip(GRADED, ["1", "2", "x"], strict=True)] == [3.5, 0.5, 0.5]
+
+
+def test_a_completion_without_any_value_is_a_mistake() -> None:
+    with pytest.raises(UserError, match=r"every term returned None.*never"):
+        Rewards(f"{MODULE}:never").score(EXAMPLE, "")
+    assert Rewards([f"{MODULE}:never", "exact"]).score(EXAMPLE, "2").parts == {"exact": 1.0}
+
+
+def test_a_function_asks_for_what_it_needs_by_name() -> None:
+    assert Rewards(f"{MODULE}:columns").score(GRADED[0], "ab").reward == 3 + 3 + 2 + 1
+    assert Rewards(f"{MODULE}:whatever").score(GRADED[0], "").reward == 5.0  # prompt, answer, example, difficulty, day
+    with pytest.raises(UserError, match=r"asks for 'dificulty', and the columns are day, difficulty; a reward"):
+        Rewards(f"{MODULE}:missing").score(GRADED[0], "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unrelated", r"takes \(p, c, a\); a reward function is f\(prompt, completion, answer, example, …\)"),
+        ("both", r"takes both completion and completions; .*f\(prompts, completions, \*\*columns\)"),
+    ],
+)
+def test_a_signature_that_fits_nothing_is_named_at_the_start(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Rewards(f"{MODULE}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("short", "returned 1 values for 2 completions"), ("alone", "returned float for 2 completions")],
+)
+def test_a_batch_has_a_value_for_each(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"task\.reward: {message}.*None where it does not apply"):
+        list(Rewards(f"{MODULE}:{name}").score_all([EXAMPLE] * 2, ["", ""]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from fractions import Fraction
@@ -70,3 +71,62 @@ def hanging(prompt: str, completion: str, answer: str) -> float:
 
 def undefined(prompt: str, completion: str, answer: str) -> float:
     return float("nan")
+
+
+def graded(prompts: list[str], completions: list[str], difficulty: list[int | None], **kwargs: Any) -> list[Any]:
+    """As TRL calls it: the difficulty of right answers; nothing to say where there is none."""
+    rows = zip(prompts, completions, kwargs["answer"], difficulty, strict=True)
+    return [
+        None if level is None else float(level * (prompt + given == prompt + answer))
+        for prompt, given, answer, level in rows
+    ]
+
+
+def lengths(completions: list[str]) -> Any:
+    import numpy as np
+
+    return np.array([float(len(completion)) for completion in completions])
+
+
+def columns(example: dict[str, Any], completion: str, day: str, *, difficulty: int = 7) -> float:
+    assert example["day"] == day
+    return float(example["difficulty"] + difficulty + len(completion) + isinstance(difficulty, int))
+
+
+def whatever(completion: str, **kwargs: Any) -> float:
+    return float(len(kwargs))
+
+
+def unrelated(p: str, c: str, a: str) -> float:
+    return 0.0
+
+
+def both(completion: str, completions: list[str]) -> float:
+    return 0.0
+
+
+def short(completions: list[str]) -> list[float]:
+    return [0.0]
+
+
+def alone(completions: list[str], **kwargs: Any) -> float:
+    return 0.0
+
+
+def missing(completion: str, dificulty: int) -> float:
+    return 0.0
+
+
+def never(completions: list[str], **kwargs: Any) -> list[None]:
+    return [None for _ in completions]
+
+
+def hungry(completion: str) -> float:
+    return float(len(bytearray(int(completion) * 2**30)))
+
+
+def backtracking(prompt: str) -> float:
+    """Tells its process to whoever reads the pipe at `prompt`, then holds the interpreter."""
+    with open(prompt, "w") as pipe:
+        pipe.write(str(os.getpid()))
+    return float(bool(re.match(r"(a+)+b", "a" * 60)))
