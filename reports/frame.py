@@ -21,7 +21,7 @@ import pandas as pd
 
 from klab.grid import UserError
 from klab.harness.store import CellFolder, Run
-from klab.harness.store.metrics_reader import Numbers, read_numbers
+from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
 from klab.reports.schema import EVALUATIONS, METRICS, RESULTS
 
@@ -95,7 +95,7 @@ def fingerprint(folder: CellFolder) -> str:
 
 def _alive(folder: CellFolder, updates: float) -> str:
     try:
-        if folder.claimed() is not None:
+        if folder.claim_holder() is not None:
             return "running"
     except UserError:
         return "damaged"
@@ -106,11 +106,11 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
     cells: list[dict[str, Any]] = []
     metrics, evaluations = Block(METRICS), Block(EVALUATIONS)
     samples: list[tuple[Any, ...]] = []
-    numbers: dict[str, Numbers] = {}
+    numbers: dict[str, MetricColumns] = {}
     for place, identity in enumerate(identities):
         if place % _TOGETHER == 0:
             some = [each for each in identities[place : place + _TOGETHER] if marks[each]]
-            numbers = read_numbers({each: run.cell(each).path / "metrics.jsonl" for each in some})
+            numbers = read_metric_columns({each: run.cell(each).path / "metrics.jsonl" for each in some})
         folder = run.cell(identity)
         row: dict[str, Any] = {"cell": identity, "mark": marks[identity], "state": "missing", "error": None}
         row.update(dict.fromkeys(RESULTS, np.nan))
@@ -118,7 +118,7 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         if not marks[identity]:
             continue
         try:
-            result, measured, evaluated = folder.measured(numbers.get(identity))
+            result, measured, evaluated = folder.read_measurements(numbers.get(identity))
             error = folder.error() if result is None else None
         except UserError as error:
             row.update(state="damaged", error=str(error))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from klab.harness.store.metrics_reader import Numbers
+from klab.harness.store.metrics_reader import MetricColumns
 
 _ROWS = 1 << 12
 
@@ -33,13 +33,13 @@ class Block:
         self._cells: list[str] = []
         self._rows = 0
 
-    def add(self, cell: str, rows: Sequence[dict[str, Any]] | Numbers) -> None:
+    def add(self, cell: str, rows: Sequence[dict[str, Any]] | MetricColumns) -> None:
         """The rows of a cell. Of records the first and the last tell which columns there are; what is no number is
         NaN.
         """
         if not len(rows):
             return
-        if isinstance(rows, Numbers):
+        if isinstance(rows, MetricColumns):
             room = self._room(cell, rows.updates, rows.names)
             room[:] = np.nan
             room[[self._places[name] for name in rows.names]] = rows.values
@@ -85,11 +85,11 @@ class Block:
                 self._places.setdefault(name, len(self._places))
 
 
-def last_update(rows: Sequence[dict[str, Any]] | Numbers) -> float:
+def last_update(rows: Sequence[dict[str, Any]] | MetricColumns) -> float:
     """The newest update of a cell, 0 where it has none."""
     if not len(rows):
         return 0.0
-    return float(rows.updates[-1] if isinstance(rows, Numbers) else rows[-1]["update"])
+    return float(rows.updates[-1] if isinstance(rows, MetricColumns) else rows[-1]["update"])
 
 
 def number(value: object) -> float:

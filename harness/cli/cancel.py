@@ -11,7 +11,7 @@ from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import show_json
 from klab.harness.dispatch.cancel import cancel as stop
-from klab.harness.dispatch.status import OVER, statuses
+from klab.harness.dispatch.status import FINAL_STATES, statuses
 
 
 def cancel(
@@ -26,7 +26,7 @@ def cancel(
     """Stop cells and take them out of the queue. What they measured stays; launching again takes them up."""
     opened = run_of(run, runs)
     named = {opened.cell(cell).id for cell in cells or []}
-    chosen = [row for row in statuses(opened) if row.state not in OVER and (not named or row.id in named)]
+    chosen = [row for row in statuses(opened) if row.state not in FINAL_STATES and (not named or row.id in named)]
     running = [row for row in chosen if row.state == "running"]
     if len(running) > 1 and not yes:
         if not sys.stdin.isatty():

@@ -195,7 +195,7 @@ def _keep(run: Run, rows: Rows, on_policy: set[str]) -> None:
         return 0 if wanted else 1
 
     run.report.mkdir(exist_ok=True)
-    files.replace(run.report / "gradients.json", files.seal({"rows": sorted(rows, key=distance)}))
+    files.replace(run.report / "gradients.json", files.encode_record({"rows": sorted(rows, key=distance)}))
 
 
 def _write_csv(file: Path, rows: Rows) -> None:

@@ -17,12 +17,12 @@ from klab.harness.cli.table import console, show_json
 from klab.harness.cli.tracking import Tracking, require_trackers
 from klab.harness.cli.watch import Board, watch
 from klab.harness.dispatch.backends import Executor, Pack
-from klab.harness.dispatch.launch import Launch, wanted
+from klab.harness.dispatch.launch import LaunchResult, should_submit
 from klab.harness.dispatch.launch import launch as submit
-from klab.harness.dispatch.local.backend import Local
-from klab.harness.dispatch.local.gpus import require
+from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.dispatch.local.gpus import require_gpu
 from klab.harness.dispatch.packing.packs import make_packs
-from klab.harness.dispatch.packing.step_times import Place, measured
+from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
 
@@ -129,9 +129,9 @@ def _backend(
     if on is Where.slurm:
         if choice is not None:
             raise UserError("is for this machine", key="--device", value=choice, hint="On Slurm, --gpus asks for GPUs.")
-        from klab.harness.dispatch.slurm.backend import Slurm
+        from klab.harness.dispatch.slurm.backend import SlurmExecutor
 
-        slurm = Slurm(flags, profile)
+        slurm = SlurmExecutor(flags, profile)
         resources = slurm.resources(study.resources)
         return slurm, resources.max_parallel or len(study.cells), study.resources  # it adds profile and flags itself
     for option in ("partition", "account", "qos", "constraint", "exclude", "nodes", "setup", "sbatch"):
@@ -139,14 +139,14 @@ def _backend(
             raise UserError("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
     resources = study.resources.model_copy(update=flags)
     if choice == "cuda":
-        require("--device", choice)
+        require_gpu("--device", choice)
     elif choice is None and resources.gpus:
-        require("resources.gpus", resources.gpus)
+        require_gpu("resources.gpus", resources.gpus)
     if on is Where.here:
-        from klab.harness.dispatch.local.inline import Here
+        from klab.harness.dispatch.local.inline import InlineExecutor
 
-        return Here(progress=board.tell if board else None, device=choice), 1, resources
-    local = Local(max_parallel=resources.max_parallel, device=choice)
+        return InlineExecutor(progress=board.tell if board else None, device=choice), 1, resources
+    local = LocalExecutor(max_parallel=resources.max_parallel, device=choice)
     return local, local.slots(resources.cpus, local.processes(resources)), resources
 
 
@@ -173,15 +173,15 @@ def _rehearse(
     run = Run(folder.resolve(), {"name": study.name, "cells": cells})
     if (folder / "manifest.json").exists():
         known = Run.open(folder)
-        taken = {row.id for row in statuses(known) if not wanted(row, executor.name, retry_failed)}
+        taken = {row.id for row in statuses(known) if not should_submit(row, executor.name, retry_failed)}
         cells = {identity: resolved for identity, resolved in cells.items() if identity not in taken}
-    place = Place.planned(executor.name, resources, getattr(executor, "device", None))
-    packs = make_packs(cells, size, workers, measured(folder.parent, place)).packs
+    place = HardwareKey.for_launch(executor.name, resources, getattr(executor, "device", None))
+    packs = make_packs(cells, size, workers, read_step_times(folder.parent, place)).packs
     text: str | None = None
     if executor.name == "slurm":
-        from klab.harness.dispatch.slurm.backend import Slurm
+        from klab.harness.dispatch.slurm.backend import SlurmExecutor
 
-        assert isinstance(executor, Slurm)
+        assert isinstance(executor, SlurmExecutor)
         text = "\n".join(executor.scripts(run, packs, study.resources))
     if as_json:
         show_json({"packs": [list(pack.cells) for pack in packs], "workers": workers, "script": text})
@@ -200,7 +200,7 @@ def _shortened(pack: Pack, shown: int = 4) -> Sequence[str]:
     return [*pack.cells[:shown], *([f"… {more} more"] if more > 0 else [])]
 
 
-def _announce(run: Run, done: Launch, on: Where, workers: int) -> None:
+def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
     submitted = sum(len(pack.cells) for pack in done.packs)
     left = {
         state: number for state, number in count(done.before).items() if state in ("finished", "diverged", "failed")

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from klab.grid import Grid
 from klab.harness.cli.table import console
-from klab.harness.dispatch.merging import Merged, merge_equal
+from klab.harness.dispatch.merging import MergedGrid, merge_equivalent
 from klab.harness.store import Run
 
 AT_ONCE = 200
@@ -21,7 +21,7 @@ MergeOption = Annotated[
 ]
 
 
-def merged_grid(study: Grid, folder: Path, *, at_most: int | None = None, quiet: bool = False) -> Merged:
+def merged_grid(study: Grid, folder: Path, *, at_most: int | None = None, quiet: bool = False) -> MergedGrid:
     """The study with equal algorithms merged; cells that the run in ``folder`` already has stay."""
     keep = Run.open(folder).cells if (folder / "manifest.json").exists() else []
     with Progress(
@@ -37,4 +37,4 @@ def merged_grid(study: Grid, folder: Path, *, at_most: int | None = None, quiet:
         def tell(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total, visible=True)
 
-        return merge_equal(study, keep=keep, at_most=at_most, progress=tell)
+        return merge_equivalent(study, keep=keep, at_most=at_most, progress=tell)

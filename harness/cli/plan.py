@@ -13,10 +13,10 @@ from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOptio
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
 from klab.harness.cli.table import console, duration, show, show_json
 from klab.harness.dispatch.backends import Pack
-from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.packing.estimate import Estimate, estimate
 from klab.harness.dispatch.packing.packs import Plan, make_packs
-from klab.harness.dispatch.packing.step_times import Place, measured
+from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.store import Run, scan
 
 _SHOWN = 40
@@ -53,9 +53,9 @@ def plan(
     resolved = {cell.id: cell.resolved() for cell in study.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
-    workers = max_parallel or study.resources.max_parallel or Local().slots()
-    place = Place.planned("local", study.resources)
-    planned = make_packs(left, cells_per_job or study.resources.cells_per_job, workers, measured(runs, place))
+    workers = max_parallel or study.resources.max_parallel or LocalExecutor().slots()
+    place = HardwareKey.for_launch("local", study.resources)
+    planned = make_packs(left, cells_per_job or study.resources.cells_per_job, workers, read_step_times(runs, place))
     packs = planned.packs
     times = estimate(left, packs, runs, workers)
     if as_json:

@@ -189,15 +189,15 @@ def _same_bits(old: object, new: object) -> bool:
 
 def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: bool) -> CellFolder:
     """Train the cell in a run folder of its own, with the original's starting policies."""
-    from klab.harness.dispatch.job import work
+    from klab.harness.dispatch.job import run_job
     from klab.harness.dispatch.local import gpus
-    from klab.harness.dispatch.local.backend import Local
+    from klab.harness.dispatch.local.backend import LocalExecutor
     from klab.harness.dispatch.threads import limit_threads
 
     if device is Device.cuda:
-        gpus.require("--device", device.value)
+        gpus.require_gpu("--device", device.value)
     elif device is Device.cpu:
-        gpus.leave_alone()
+        gpus.hide_gpus()
     place.mkdir(parents=True, exist_ok=True)
     policies = place / "policies"
     if origin.policies.is_dir() and not policies.exists():
@@ -206,8 +206,8 @@ def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: 
     processes, threads = _recorded(origin, cell, "processes"), min(_recorded(origin, cell, "threads"), machine.cores())
     limit_threads(threads)
     with _bar(cell, quiet) as tell:
-        devices = Local(device=device).gpus()[:processes]
-        work(
+        devices = LocalExecutor(device=device).gpus()[:processes]
+        run_job(
             scratch.path,
             (cell.id,),
             executor="here",

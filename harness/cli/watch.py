@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from klab.harness.cli.table import console, duration, state_text, table
-from klab.harness.dispatch.status import OVER, CellStatus, count, statuses
+from klab.harness.dispatch.status import FINAL_STATES, CellStatus, count, statuses
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Pace:
     def left(self, rows: Sequence[CellStatus]) -> float | None:
         """Seconds until the open cells are done at the pace so far; None before any progress."""
         done = sum(row.update for row in rows)
-        ahead = sum(max(0, row.updates - row.update) for row in rows if row.state not in OVER)
+        ahead = sum(max(0, row.updates - row.update) for row in rows if row.state not in FINAL_STATES)
         now = time.monotonic()
         if self._start is None:
             self._start = (now, done)

@@ -11,7 +11,7 @@ from klab.grid.schema.sections import Resources
 if TYPE_CHECKING:
     from klab.harness.store import Run
 
-SchedulerWord = Literal[
+JobState = Literal[
     "queued",  # accepted, not started
     "running",
     "preempted",  # interrupted by the scheduler and requeued by it
@@ -30,14 +30,14 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerState:
+class JobStatus:
     """What a scheduler says of the job that holds a cell.
 
     `reason` is the scheduler's own word ("Resources", "OUT_OF_MEMORY", "TIMEOUT", "NODE_FAIL"), `seconds_left` what
-    remains of the time limit. A cell of which the scheduler knows nothing has no `SchedulerState` at all.
+    remains of the time limit. A cell of which the scheduler knows nothing has no `JobStatus` at all.
     """
 
-    word: SchedulerWord
+    state: JobState
     job: str = ""
     reason: str = ""
     exit_code: int | None = None
@@ -55,7 +55,7 @@ class Executor(Protocol):
         """Hand the packs over and return. Called under the run's lock; safe to repeat after a crash at any point."""
         ...
 
-    def states(self, run: Run) -> dict[str, SchedulerState]:
+    def states(self, run: Run) -> dict[str, JobStatus]:
         """Cell id -> scheduler's word, for the cells it knows something about; one query for all."""
         ...
 

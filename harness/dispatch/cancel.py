@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from klab.harness.dispatch.backends import Executor
-from klab.harness.dispatch.status import backends
+from klab.harness.dispatch.status import executors_of
 from klab.harness.store import Run
 
 
@@ -19,7 +19,7 @@ def cancel(run: Run, cell_ids: Iterable[str], executors: Iterable[Executor] | No
     chosen = list(cell_ids)
     for identity in chosen:
         run.cell(identity).append_attempt({"event": "cancelled", "at": time.time()})
-    for executor in backends(run) if executors is None else executors:
+    for executor in executors_of(run) if executors is None else executors:
         executor.cancel(run, chosen)
     for identity in chosen:
-        run.cell(identity).evict()
+        run.cell(identity).revoke()

@@ -18,12 +18,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
-from klab.harness.dispatch.packing.step_times import Place, note
-from klab.harness.dispatch.processes import several
+from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
+from klab.harness.dispatch.processes import started_group
 from klab.harness.dispatch.threads import limit_threads
-from klab.harness.store import CellFolder, Held, Holder, Run
+from klab.harness.store import CellFolder, LockHeld, ProcessId, Run
 from klab.harness.store.kernels import kernels
-from klab.harness.store.lock import TOUCH_SECONDS
+from klab.harness.store.lock import REFRESH_SECONDS
 
 if TYPE_CHECKING:
     from klab.harness.training.distributed.process_group import ProcessGroup
@@ -51,17 +51,17 @@ class PackJob:
         limit_threads(self.threads)
         if self.gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
-        with Interruption() as interruption:
-            states = work(
+        with StopSignal() as stop_signal:
+            states = run_job(
                 self.run,
                 self.cells,
                 executor="local",
                 threads=self.threads,
-                stop=interruption.asked,
+                stop=stop_signal.requested,
                 processes=self.processes,
                 devices=self.gpu.split(",") if self.gpu else (),
             )
-        interruption.give_way()
+        stop_signal.requeue()
         return states
 
     def checkpoint(self) -> Any:
@@ -71,7 +71,7 @@ class PackJob:
         return DelayedSubmission(self)
 
 
-def work(
+def run_job(
     run_path: str | Path,
     cells: tuple[str, ...],
     *,
@@ -91,15 +91,15 @@ def work(
     """
     run = Run.open(run_path)
     size = processes if world is None else world.size
-    place = {"executor": executor, **_place(run), "processes": size, "threads": threads}
+    place = {"executor": executor, **_job_details(run), "processes": size, "threads": threads}
     claimed = [folder for folder in map(run.cell, cells) if _claim(folder, place)]
     states: dict[str, str] = {}
     try:
-        with _keep_touching(claimed):
+        with _keep_claims_fresh(claimed):
             try:
                 ids = [folder.id for folder in claimed]
                 if ids:
-                    with nullcontext(world) if world else several(run, processes, threads, devices) as together:
+                    with nullcontext(world) if world else started_group(run, processes, threads, devices) as together:
                         from klab.harness.training import run_cells
                         from klab.harness.training.pack import device
 
@@ -111,18 +111,18 @@ def work(
                         on_gpu, busy = device().type == "cuda", 1.0
                         if threads == 1 and not on_gpu:
                             busy = min(1.0, (time.process_time() - used) / (time.monotonic() - began))
-                        note(run, ids, Place.here(threads, on_gpu), busy)
+                        record_job(run, ids, HardwareKey.of_this_machine(threads, on_gpu), busy)
             except Exception:
                 for folder in claimed:
-                    _fail(folder, traceback.format_exc())
+                    _record_failure(folder, traceback.format_exc())
                 raise
     finally:
         for folder in claimed:
-            _leave(folder, states.get(folder.id, "failed" if folder.error() is not None else "interrupted"))
+            _record_end(folder, states.get(folder.id, "failed" if folder.error() is not None else "interrupted"))
     return states
 
 
-class Interruption:
+class StopSignal:
     """Turns a request to stop (SIGTERM, and submitit's SIGUSR2) into a flag that training looks at after every update.
 
     submitit's own handler requeues and exits at whatever point the signal finds the program; here it runs when the
@@ -136,10 +136,10 @@ class Interruption:
         self._requeue = False
         self._before: dict[int, Any] = {}
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self._asked.is_set()
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
                 self._before[number] = signal.signal(number, self._note)
@@ -149,7 +149,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def give_way(self) -> None:
+    def requeue(self) -> None:
         """After a SIGUSR2: let submitit requeue the job and end the process."""
         handler = self._before.get(signal.SIGUSR2)
         if self._requeue and callable(handler):
@@ -157,9 +157,9 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR2 and self._requeue:  # the second one, after the grace
-            self.give_way()
+            self.requeue()
             return
-        if number == signal.SIGINT and self.asked():  # the second Ctrl-C does not wait
+        if number == signal.SIGINT and self.requested():  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
         self._asked.set()
         if number == signal.SIGUSR2:
@@ -176,35 +176,35 @@ def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
             return False
         folder.claim(details=place)
         if folder.result() is not None:
-            folder.unclaim()
+            folder.release_claim()
             return False
         attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
-    except Held:
+    except LockHeld:
         return False
     except UserError as error:
-        _fail(folder, str(error))
-        folder.unclaim()
+        _record_failure(folder, str(error))
+        folder.release_claim()
         return False
-    holder = Holder.here()
+    holder = ProcessId.current()
     life = {"event": "started", "at": time.time(), "attempt": attempt, "host": holder.host, "pid": holder.pid}
     folder.append_attempt({**life, **place, "kernels": kernels()})
     return True
 
 
-def _leave(folder: CellFolder, state: str) -> None:
+def _record_end(folder: CellFolder, state: str) -> None:
     with suppress(OSError):
         if state != "cancelled" and (folder.last_attempt() or {}).get("event") != "cancelled":
             folder.append_attempt({"event": "ended", "at": time.time(), "state": state})
-    folder.unclaim()
+    folder.release_claim()
 
 
-def _fail(folder: CellFolder, text: str) -> None:
+def _record_failure(folder: CellFolder, text: str) -> None:
     with suppress(OSError, UserError):  # where even this cannot be written, the job's log has it
         if folder.result() is None and folder.error() is None:
-            folder.fail(text)
+            folder.record_failure(text)
 
 
-def _place(run: Run) -> dict[str, Any]:
+def _job_details(run: Run) -> dict[str, Any]:
     """Job id, log (relative to the run folder) and devices of this process."""
     place: dict[str, Any] = {"job": "", "log": "", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     if os.environ.get("SUBMITIT_FOLDER"):
@@ -218,14 +218,14 @@ def _place(run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def _keep_touching(folders: list[CellFolder]) -> Iterator[None]:
+def _keep_claims_fresh(folders: list[CellFolder]) -> Iterator[None]:
     """Show other machines that this process lives, however long an update takes."""
     over = threading.Event()
 
     def touch() -> None:
-        while not over.wait(TOUCH_SECONDS):
+        while not over.wait(REFRESH_SECONDS):
             for folder in folders:
-                folder.touch()
+                folder.refresh_claim()
 
     thread = threading.Thread(target=touch, daemon=True)
     thread.start()

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Executor, Pack
 from klab.harness.dispatch.packing.packs import make_packs
-from klab.harness.dispatch.packing.step_times import Place, measured
+from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class LaunchResult:
     """What a launch did: the packs handed over, and the states of all cells just before."""
 
     packs: tuple[Pack, ...]
@@ -31,7 +31,7 @@ def launch(
     cells_per_job: int | None = None,
     resources: Resources | None = None,
     others: Iterable[Executor] | None = None,
-) -> Launch:
+) -> LaunchResult:
     """Submit every cell that has no result, no worker and no place in a queue.
 
     Args:
@@ -43,22 +43,22 @@ def launch(
     """
     with run.lock("launching"):
         before = statuses(run, others)
-        chosen = [row for row in before if wanted(row, executor.name, retry_failed)]
+        chosen = [row for row in before if should_submit(row, executor.name, retry_failed)]
         for row in chosen:
             if row.state in ("failed", "cancelled"):
                 folder = run.cell(row.id)
-                folder.forgive()
+                folder.clear_failure()
                 folder.append_attempt({"event": "relaunched", "at": time.time(), "was": row.state})
         asked = resources or run.resources
         size = cells_per_job or asked.cells_per_job or run.resources.cells_per_job
-        place = Place.planned(executor.name, asked, getattr(executor, "device", None))
-        packs = plan(run, [row.id for row in chosen], workers, size, place)
+        place = HardwareKey.for_launch(executor.name, asked, getattr(executor, "device", None))
+        packs = plan_packs(run, [row.id for row in chosen], workers, size, place)
         if packs:
             executor.submit(run, packs, asked.model_copy(update={"cells_per_job": size}))
-    return Launch(tuple(packs), tuple(before))
+    return LaunchResult(tuple(packs), tuple(before))
 
 
-def wanted(row: CellStatus, executor: str, retry_failed: bool) -> bool:
+def should_submit(row: CellStatus, executor: str, retry_failed: bool) -> bool:
     """Whether a launch takes the cell up. It rebuilds the local queue, and leaves a scheduler's queue alone."""
     if row.state == "failed":
         return retry_failed
@@ -69,14 +69,14 @@ def wanted(row: CellStatus, executor: str, retry_failed: bool) -> bool:
     return row.state in ("waiting", "lost", "cancelled")
 
 
-def plan(
+def plan_packs(
     run: Run,
     cells: Iterable[str],
     workers: int,
     size: int | None = None,
-    place: Place | None = None,
+    place: HardwareKey | None = None,
     running: Collection[int] = (),
 ) -> Sequence[Pack]:
     """The packs for these cells, from the step times that were measured at this place; see `make_packs`."""
     resolved = {identity: run.resolved(identity) for identity in cells}
-    return make_packs(resolved, size, workers, measured(run.path.parent, place), running).packs
+    return make_packs(resolved, size, workers, read_step_times(run.path.parent, place), running).packs

@@ -20,16 +20,16 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedGrid:
     """A grid with one cell per algorithm, and how many objectives were left unmeasured."""
 
     grid: Grid
     unmeasured: int
 
 
-def merge_equal(
+def merge_equivalent(
     grid: Grid, *, keep: Collection[str] = (), at_most: int | None = None, progress: Progress | None = None
-) -> Merged:
+) -> MergedGrid:
     """The grid with equivalent cells merged into one, the baseline where it is among them, else the first.
 
     Objectives that were never measured on this machine are measured in a process of their own, so that this one stays
@@ -43,17 +43,17 @@ def merge_equal(
     """
     own = [cell for cell in grid.cells if not cell.objective.is_custom]
     if len({(cell.group, cell.training.on_policy) for cell in own}) < 2:
-        return Merged(grid, 0)
+        return MergedGrid(grid, 0)
     with tempfile.TemporaryDirectory(prefix="klab-") as scratch:
         cache = _writable(cache_folder(), Path(scratch))
         known, unknown = contested_fingerprints(own, cache=cache)
         if at_most is not None and len(unknown) > at_most:
-            return Merged(grid, len(unknown))
+            return MergedGrid(grid, len(unknown))
         if unknown:
             _measure(unknown, cache, progress)
         found = equivalence_classes(own, cache=cache, known=None if unknown else known)
         classes = [each.members for each in found if len(each.members) > 1]
-    return Merged(_with_one_of_each(grid, classes, keep), 0)
+    return MergedGrid(_with_one_of_each(grid, classes, keep), 0)
 
 
 def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Collection[str]) -> Grid:

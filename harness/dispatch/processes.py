@@ -28,7 +28,7 @@ _END_SECONDS = 20.0
 
 
 @contextmanager
-def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) -> Iterator[ProcessGroup | None]:
+def started_group(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) -> Iterator[ProcessGroup | None]:
     """A process_group of this process, which leads, and `size` - 1 others that are started here and end with the block.
 
     Args:
@@ -39,11 +39,11 @@ def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) 
         return
     run.jobs.mkdir(parents=True, exist_ok=True)
     meeting = run.jobs / f"meeting-{secrets.token_hex(6)}"
-    others = [_start(run, rank, size, threads, meeting, devices) for rank in range(1, size)]
+    others = [_start_follower(run, rank, size, threads, meeting, devices) for rank in range(1, size)]
     try:
         if devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
-        with leading(size, meeting, others=others) as process_group:
+        with leading_group(size, meeting, others=others) as process_group:
             yield process_group
         with suppress(subprocess.TimeoutExpired):
             for other in others:
@@ -55,7 +55,7 @@ def several(run: Run, size: int, threads: int = 1, devices: Sequence[str] = ()) 
 
 
 @contextmanager
-def leading(
+def leading_group(
     size: int, meeting: Path, address: str | None = None, others: Sequence[subprocess.Popen[bytes]] = ()
 ) -> Iterator[ProcessGroup]:
     """The process group that this process leads, once all have joined; the others are released after the block.
@@ -90,7 +90,7 @@ def leading(
         sys.exit(str(lost))
 
 
-def follow(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -> None:
+def follow_group(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -> None:
     """Be one of the others, until the first process is done.
 
     Raises:
@@ -113,7 +113,7 @@ def follow(run: str | Path, rank: int, size: int, threads: int, meeting: Path) -
         sys.exit(str(lost))
 
 
-def choose_gpu(local: int) -> None:
+def select_gpu(local: int) -> None:
     """Leave the `local`-th process of a node one of the GPUs that all of them see. Before torch looks for GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = [str(number) for number in range(len(machine.gpus()))] if visible is None else visible.split(",")
@@ -123,7 +123,7 @@ def choose_gpu(local: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = found[local]
 
 
-def _start(
+def _start_follower(
     run: Run, rank: int, size: int, threads: int, meeting: Path, devices: Sequence[str]
 ) -> subprocess.Popen[bytes]:
     """Start one of the others; it writes where this process writes, and no terminal signals it."""
@@ -142,4 +142,4 @@ def _start(
 
 if __name__ == "__main__":
     limit_threads(int(sys.argv[4]))
-    follow(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    follow_group(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))

@@ -46,7 +46,7 @@ def profiles(file: Path | None = None) -> dict[str, dict[str, Any]]:
     return {str(name): values for name, values in named.items()}
 
 
-def resolve(
+def resolve_resources(
     given: Resources, flags: Mapping[str, Any] | None = None, *, profile: str | None = None, file: Path | None = None
 ) -> Resources:
     """The resources of a launch.
@@ -75,15 +75,15 @@ def resolve(
                 allowed=list(known),
                 hint="A profile is a mapping with the keys of `resources`, below `profiles` in this file.",
             )
-        values = _over(values, known[chosen])
+        values = _override(values, known[chosen])
         values["profile"] = chosen
-    values = _over(values, {key: value for key, value in (flags or {}).items() if value is not None})
+    values = _override(values, {key: value for key, value in (flags or {}).items() if value is not None})
     resolved = load_section("resources", values)
     assert isinstance(resolved, Resources)
     return resolved
 
 
-def _over(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
+def _override(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**lower, **higher}
     if isinstance(lower.get("sbatch"), Mapping) and isinstance(higher.get("sbatch"), Mapping):
         merged["sbatch"] = {**lower["sbatch"], **higher["sbatch"]}

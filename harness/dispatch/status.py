@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from klab.harness.dispatch.backends import Executor, SchedulerState
+from klab.harness.dispatch.backends import Executor, JobStatus
 from klab.harness.store import Run, Snapshot, scan
 
 State = Literal[
@@ -29,7 +29,7 @@ STATES: tuple[State, ...] = (
 INTERRUPTIONS = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
 """Ends of a job that say nothing about its cells: a launch takes them up again."""
 
-OVER: tuple[State, ...] = ("finished", "diverged", "failed", "cancelled")
+FINAL_STATES: tuple[State, ...] = ("finished", "diverged", "failed", "cancelled")
 """States that nothing but a new launch changes."""
 
 
@@ -62,11 +62,11 @@ def statuses(
 ) -> list[CellStatus]:
     """The state of each cell, in the grid's order; every scheduler is asked at most once, and only about open cells."""
     snapshots = scan(run, cells)
-    words: dict[str, tuple[str, SchedulerState]] = {}
+    jobs: dict[str, tuple[str, JobStatus]] = {}
     if any(each.result is None for each in snapshots.values()):
-        for executor in backends(run) if executors is None else executors:
-            words.update({identity: (executor.name, word) for identity, word in executor.states(run).items()})
-    return [_status(run, each, *words.get(each.id, ("", None))) for each in snapshots.values()]
+        for executor in executors_of(run) if executors is None else executors:
+            jobs.update({identity: (executor.name, job) for identity, job in executor.states(run).items()})
+    return [_status(run, each, *jobs.get(each.id, ("", None))) for each in snapshots.values()]
 
 
 def count(rows: Iterable[CellStatus]) -> dict[State, int]:
@@ -75,26 +75,26 @@ def count(rows: Iterable[CellStatus]) -> dict[State, int]:
     return {state: found[state] for state in STATES if found[state]}
 
 
-def backends(run: Run) -> list[Executor]:
+def executors_of(run: Run) -> list[Executor]:
     """The backends that have something to say about this run."""
-    from klab.harness.dispatch.local.backend import Local
+    from klab.harness.dispatch.local.backend import LocalExecutor
 
-    found: list[Executor] = [Local()]
+    found: list[Executor] = [LocalExecutor()]
     if (run.jobs / "slurm").exists():
-        from klab.harness.dispatch.slurm.backend import Slurm
+        from klab.harness.dispatch.slurm.backend import SlurmExecutor
 
-        found.append(Slurm())
+        found.append(SlurmExecutor())
     return found
 
 
-def _status(run: Run, snapshot: Snapshot, executor: str, word: SchedulerState | None) -> CellStatus:
+def _status(run: Run, snapshot: Snapshot, executor: str, job: JobStatus | None) -> CellStatus:
     updates = _updates(run.resolved(snapshot.id))
     if snapshot.problem is not None:
         return CellStatus(snapshot.id, "failed", updates=updates, detail=snapshot.problem)
     if snapshot.result is not None:
-        return _over(snapshot, updates)
+        return _from_result(snapshot, updates)
     claim, beat = snapshot.claim or {}, snapshot.heartbeat or {}
-    state, detail = _state(run, snapshot, word)
+    state, detail = _state(run, snapshot, job)
     return CellStatus(
         snapshot.id,
         state,
@@ -103,13 +103,13 @@ def _status(run: Run, snapshot: Snapshot, executor: str, word: SchedulerState | 
         reward=_number(beat.get("reward")),
         detail=detail,
         executor=executor or str(claim.get("executor", "") if snapshot.alive else ""),
-        job=word.job if word else str(claim.get("job", "") if snapshot.alive else ""),
-        seconds_left=word.seconds_left if word else None,
+        job=job.job if job else str(claim.get("job", "") if snapshot.alive else ""),
+        seconds_left=job.seconds_left if job else None,
         since=max(0.0, time.time() - beat["at"]) if _number(beat.get("at")) is not None else None,
     )
 
 
-def _over(snapshot: Snapshot, updates: int) -> CellStatus:
+def _from_result(snapshot: Snapshot, updates: int) -> CellStatus:
     result = snapshot.result or {}
     return CellStatus(
         snapshot.id,
@@ -121,7 +121,7 @@ def _over(snapshot: Snapshot, updates: int) -> CellStatus:
     )
 
 
-def _state(run: Run, snapshot: Snapshot, word: SchedulerState | None) -> tuple[State, str]:
+def _state(run: Run, snapshot: Snapshot, job: JobStatus | None) -> tuple[State, str]:
     event = str((snapshot.event or {}).get("event", ""))
     if snapshot.alive:
         host = str((snapshot.claim or {}).get("host", ""))
@@ -132,8 +132,8 @@ def _state(run: Run, snapshot: Snapshot, word: SchedulerState | None) -> tuple[S
         return "cancelled", ""
     if snapshot.failed:
         return "failed", last_line(run.cell(snapshot.id).error() or "")
-    if word is not None:
-        return _by_scheduler(word, snapshot)
+    if job is not None:
+        return _from_scheduler(job, snapshot)
     if event == "started":
         return "lost", "its process is gone without a word; launch again to continue from the last checkpoint"
     if event == "ended" and (snapshot.event or {}).get("state") == "interrupted":
@@ -141,29 +141,29 @@ def _state(run: Run, snapshot: Snapshot, word: SchedulerState | None) -> tuple[S
     return "waiting", ""
 
 
-def _by_scheduler(word: SchedulerState, snapshot: Snapshot) -> tuple[State, str]:
-    if word.word in ("queued", "preempted"):
-        begun = snapshot.event is not None and word.word == "preempted"
-        return ("preempted" if begun else "queued"), word.reason
-    if word.word == "running":
-        return "running", word.reason or "starting"
-    if word.word == "unknown":
-        return "unknown", word.reason or "the scheduler does not answer"
-    if word.word == "cancelled":
-        return "cancelled", word.reason
-    if word.word == "failed" and word.reason in INTERRUPTIONS:
-        return "lost", f"{word.reason}; launch again to continue from the last checkpoint"
-    if word.word == "failed":
-        return "failed", _blame(word)
-    return ("lost" if snapshot.event is not None else "waiting"), word.reason
+def _from_scheduler(job: JobStatus, snapshot: Snapshot) -> tuple[State, str]:
+    if job.state in ("queued", "preempted"):
+        begun = snapshot.event is not None and job.state == "preempted"
+        return ("preempted" if begun else "queued"), job.reason
+    if job.state == "running":
+        return "running", job.reason or "starting"
+    if job.state == "unknown":
+        return "unknown", job.reason or "the scheduler does not answer"
+    if job.state == "cancelled":
+        return "cancelled", job.reason
+    if job.state == "failed" and job.reason in INTERRUPTIONS:
+        return "lost", f"{job.reason}; launch again to continue from the last checkpoint"
+    if job.state == "failed":
+        return "failed", _describe_failure(job)
+    return ("lost" if snapshot.event is not None else "waiting"), job.reason
 
 
-def _blame(word: SchedulerState) -> str:
-    parts = [word.reason] if word.reason else []
-    if word.signal:
-        parts.append(f"signal {word.signal}")
-    elif word.exit_code:
-        parts.append(f"exit code {word.exit_code}")
+def _describe_failure(job: JobStatus) -> str:
+    parts = [job.reason] if job.reason else []
+    if job.signal:
+        parts.append(f"signal {job.signal}")
+    elif job.exit_code:
+        parts.append(f"exit code {job.exit_code}")
     return ", ".join(parts) or "the job failed"
 
 

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
 from klab.harness.store import files
-from klab.harness.store.lock import Lock, read_lock, stale
-from klab.harness.store.process import Holder
+from klab.harness.store.lock import Lock, is_stale, read_lock
+from klab.harness.store.process import ProcessId
 
 if TYPE_CHECKING:
     from klab.grid import Cell
-    from klab.harness.store.metrics_reader import Numbers
+    from klab.harness.store.metrics_reader import MetricColumns
 
 STATES = ("finished", "diverged")
 _ROWS = "rows"
 """Key of result.json that counts the lines of the other records; nobody else's business."""
-_TOKENS: dict[Path, Lock] = {}
+_CLAIMS: dict[Path, Lock] = {}
 """The claims of this process: cell folder -> lock."""
 
 
-class Evicted(RuntimeError):
+class ClaimRevoked(RuntimeError):
     """The cell was cancelled, or taken over by another process: this one must not write to it any more."""
 
 
@@ -65,42 +65,42 @@ class CellFolder:
     # -- who writes -------------------------------------------------------------------------------------------------
 
     def claim(self, *, purpose: str = "training", details: dict[str, Any] | None = None) -> None:
-        """Become the cell's only writer until `unclaim`.
+        """Become the cell's only writer until `release_claim`.
 
         Raises:
-            Held: when a living process has it.
+            LockHeld: when a living process has it.
         """
         self._make()
         lock = Lock(self.path / "claim", purpose=purpose, details=details)
         lock.acquire()
-        _TOKENS[self.path] = lock
-        files.sweep(self.path)
+        _CLAIMS[self.path] = lock
+        files.remove_temporaries(self.path)
 
-    def unclaim(self) -> None:
-        lock = _TOKENS.pop(self.path, None)
+    def release_claim(self) -> None:
+        lock = _CLAIMS.pop(self.path, None)
         if lock is not None:
             lock.release()
 
-    def touch(self) -> None:
+    def refresh_claim(self) -> None:
         """Show that this process, which holds the claim, lives."""
-        lock = _TOKENS.get(self.path)
+        lock = _CLAIMS.get(self.path)
         if lock is not None:
-            lock.touch()
+            lock.refresh()
 
-    def evict(self) -> None:
-        """Take the claim away from whoever has it; its next write raises `Evicted` there."""
+    def revoke(self) -> None:
+        """Take the claim away from whoever has it; its next write raises `ClaimRevoked` there."""
         (self.path / "claim").unlink(missing_ok=True)
 
-    def claimed(self) -> dict[str, Any] | None:
+    def claim_holder(self) -> dict[str, Any] | None:
         """The record of the living holder of the claim, None when there is none."""
         record = read_lock(self.path / "claim")
-        return record if record is not None and not stale(self.path / "claim", record) else None
+        return record if record is not None and not is_stale(self.path / "claim", record) else None
 
-    def guard(self) -> None:
-        """Raises `Evicted` when this process's claim was taken away; a process that never claimed passes."""
-        lock = _TOKENS.get(self.path)
-        if lock is not None and not lock.mine():
-            raise Evicted(f"cell {self.id} was cancelled or taken over by another process")
+    def assert_owner(self) -> None:
+        """Raises `ClaimRevoked` when this process's claim was taken away; a process that never claimed passes."""
+        lock = _CLAIMS.get(self.path)
+        if lock is not None and not lock.is_ours():
+            raise ClaimRevoked(f"cell {self.id} was cancelled or taken over by another process")
 
     # -- what it measured -------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class CellFolder:
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)
 
-    def keep_metrics(self, through_update: int) -> int:
+    def truncate_metrics(self, through_update: int) -> int:
         """Drop rows after `through_update` (and a torn last line); how many are left."""
         return self._keep("metrics.jsonl", through_update)
 
@@ -126,7 +126,7 @@ class CellFolder:
     def append_evaluations(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._append("evaluations.jsonl", rows)
 
-    def keep_evaluations(self, through_update: int) -> int:
+    def truncate_evaluations(self, through_update: int) -> int:
         """Drop rows after `through_update` (and a torn last line); how many are left."""
         return self._keep("evaluations.jsonl", through_update)
 
@@ -166,44 +166,43 @@ class CellFolder:
         except UserError:
             return None
 
-    def beat(self, progress: Mapping[str, Any]) -> None:
+    def write_heartbeat(self, progress: Mapping[str, Any]) -> None:
         """Replace the sign of life."""
-        self.guard()
+        self.assert_owner()
         self._make()
-        files.replace(
-            self.path / "heartbeat", files.seal({**progress, **Holder.here().record()}) + b"\n", durable=False
-        )
+        record = {**progress, **ProcessId.current().to_record()}
+        files.replace(self.path / "heartbeat", files.encode_record(record) + b"\n", durable=False)
 
     def result(self) -> dict[str, Any] | None:
         """How the cell ended, None before that."""
-        record = self._ended()
+        record = self._read_result()
         if record is not None:
             record.pop(_ROWS, None)
         return record
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, last of all: from then on the cell is never run again."""
         if result.get("state") not in STATES:
             raise ValueError(f"a result's state is finished or diverged, not {result.get('state')!r}")
-        self.guard()
+        self.assert_owner()
         self._make()
         self.sync()
         rows = {name: _lines(self.path / f"{name}.jsonl") for name in ("metrics", "evaluations")}
-        files.replace(self.path / "result.json", files.seal({**result, _ROWS: rows}, indent=2))
+        files.replace(self.path / "result.json", files.encode_record({**result, _ROWS: rows}, indent=2))
         (self.path / "error.txt").unlink(missing_ok=True)
 
-    def measured(
-        self, numbers: Numbers | None = None
-    ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | Numbers, list[dict[str, Any]]]:
+    def read_measurements(
+        self, numbers: MetricColumns | None = None
+    ) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | MetricColumns, list[dict[str, Any]]]:
         """The result, the metrics and the evaluations, each file read once.
 
         Args:
-            numbers: the metrics, where `read_numbers` could read them.
+            numbers: the metrics, where `read_metric_columns` could read them.
 
         Raises:
             UserError: where one of them is damaged, or rows are gone that were there when the result was written.
         """
-        record = self._ended()
+        record = self._read_result()
         counts: dict[str, int] = dict((record or {}).pop(_ROWS, None) or {})
         fits = numbers is not None and len(numbers) == counts.get("metrics", len(numbers))
         metrics = numbers if numbers is not None and fits else self.metrics()  # it may have ended in between
@@ -212,7 +211,7 @@ class CellFolder:
             for name, found in (("metrics", len(metrics)), ("evaluations", len(evaluations))):
                 if found != counts.get(name, found):
                     problem = f"has {found} rows of the {counts[name]} that belong to the result"
-                    raise files.damaged(self.path / f"{name}.jsonl", problem)
+                    raise files.damaged_file(self.path / f"{name}.jsonl", problem)
         return record, metrics, evaluations
 
     def error(self) -> str | None:
@@ -222,30 +221,30 @@ class CellFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except IsADirectoryError as error:
-            raise files.damaged(self.path / "error.txt", "is a folder, not a file") from error
+            raise files.damaged_file(self.path / "error.txt", "is a folder, not a file") from error
         first, _, rest = text.partition("\n")
         return rest if first.startswith("schema:") else text
 
-    def fail(self, text: str) -> None:
+    def record_failure(self, text: str) -> None:
         """Record why the cell failed. Says nothing when the cell is no longer this process's."""
         try:
-            self.guard()
-        except Evicted:
+            self.assert_owner()
+        except ClaimRevoked:
             return
         self._make()
         files.replace(self.path / "error.txt", f"schema: {files.SCHEMA}\n{text}".encode(errors="replace"))
 
-    def forgive(self) -> None:
+    def clear_failure(self) -> None:
         """Forget the failure, so that the cell may run again."""
         (self.path / "error.txt").unlink(missing_ok=True)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _ended(self) -> dict[str, Any] | None:
+    def _read_result(self) -> dict[str, Any] | None:
         path = self.path / "result.json"
         record = files.read_record(path)
         if record is not None and record.get("state") not in STATES:
-            raise files.damaged(path, f"has the state {record.get('state')!r} instead of finished or diverged")
+            raise files.damaged_file(path, f"has the state {record.get('state')!r} instead of finished or diverged")
         return record
 
     def _make(self) -> None:
@@ -259,16 +258,16 @@ class CellFolder:
         files.sync_folder(self.path.parent)
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        self.guard()
+        self.assert_owner()
         self._make()
         files.append_lines(self.path / name, rows)
 
     def _keep(self, name: str, through_update: int) -> int:
-        self.guard()
+        self.assert_owner()
         path = self.path / name
         rows = _checked(files.read_lines(path), path)
         kept = [row for row in rows if row["update"] <= through_update]
-        data = b"".join(files.seal(row) + b"\n" for row in kept)
+        data = b"".join(files.encode_record(row) + b"\n" for row in kept)
         if path.exists() and path.stat().st_size != len(data):
             files.replace(path, data)
         return len(kept)
@@ -286,7 +285,7 @@ def _checked(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         update = row.get("update")
         if type(update) is not int or update <= before:
-            raise files.damaged(f"{path} line {number}", f"has update {update!r} after update {before}")
+            raise files.damaged_file(f"{path} line {number}", f"has update {update!r} after update {before}")
         before = update
     return rows
 
@@ -294,5 +293,5 @@ def _checked(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
 def _check_event(row: dict[str, Any], where: Path | str) -> dict[str, Any]:
     at = row.get("at")
     if not isinstance(row.get("event"), str) or not isinstance(at, int | float) or not math.isfinite(at):
-        raise files.damaged(where, "is not an event with its time")
+        raise files.damaged_file(where, "is not an event with its time")
     return row

@@ -54,7 +54,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
+def remove_temporaries(folder: Path) -> None:
     """Remove temporaries that a killed writer left in `folder`; the caller must be its only writer."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -62,7 +62,7 @@ def sweep(folder: Path) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
-def seal(record: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+def encode_record(record: Mapping[str, Any], *, indent: int | None = None) -> bytes:
     """`record` as JSON text with its schema first and its checksum last. NaN and infinities are written as such."""
     full = {"schema": SCHEMA, **record}
     full.pop("crc", None)
@@ -73,8 +73,8 @@ def seal(record: Mapping[str, Any], *, indent: int | None = None) -> bytes:
     return f'{body},\n{" " * indent}"crc": "{checksum(body)}"\n}}\n'.encode()
 
 
-def unseal(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[str, Any]:
-    """The record that `seal` wrote.
+def decode_record(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[str, Any]:
+    """The record that `encode_record` wrote.
 
     Raises:
         UserError: when the text is not such a record, was damaged, or has another schema.
@@ -82,19 +82,19 @@ def unseal(data: bytes, file: Path | str, *, keep_schema: bool = False) -> dict[
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise damaged(file, "is not valid JSON") from error
+        raise damaged_file(file, "is not valid JSON") from error
     if not isinstance(record, dict):
-        raise damaged(file, "does not hold a JSON object")
+        raise damaged_file(file, "does not hold a JSON object")
     check_schema(record.get("schema"), file)
-    if not intact(data):
-        raise damaged(file, "was damaged or edited: its checksum does not fit")
+    if not checksum_matches(data):
+        raise damaged_file(file, "was damaged or edited: its checksum does not fit")
     del record["crc"]
     if not keep_schema:
         del record["schema"]
     return record
 
 
-def intact(data: bytes) -> bool:
+def checksum_matches(data: bytes) -> bool:
     """Whether the text ends with the checksum of what stands before it."""
     start = max(0, len(data) - _CRC_SPAN)
     found = _CRC.search(data[start:])
@@ -112,10 +112,10 @@ def check_schema(schema: object, file: Path | str) -> None:
             file=file,
             hint="Use that version of klab, or start a new run folder with --runs.",
         )
-    raise damaged(file, "does not say its schema")
+    raise damaged_file(file, "does not say its schema")
 
 
-def damaged(file: Path | str, problem: str) -> UserError:
+def damaged_file(file: Path | str, problem: str) -> UserError:
     """The mistake to raise for a stored file that cannot be what klab wrote."""
     return UserError(
         problem, file=file, hint="Restore this file from a copy, or delete its folder to run the cell again."
@@ -124,11 +124,11 @@ def damaged(file: Path | str, problem: str) -> UserError:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record stored in `path`, or None when there is no such file."""
-    data = read_whole(path)
-    return None if data is None else unseal(data, path)
+    data = read_bytes(path)
+    return None if data is None else decode_record(data, path)
 
 
-def read_whole(path: Path | str) -> bytes | None:
+def read_bytes(path: Path | str) -> bytes | None:
     """What stands in `path`, or None when there is no such file."""
     try:
         with open(path, "rb", buffering=0) as file:
@@ -136,12 +136,12 @@ def read_whole(path: Path | str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IsADirectoryError as error:
-        raise damaged(path, "is a folder, not a file") from error
+        raise damaged_file(path, "is a folder, not a file") from error
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
     """Append one line per record, all or none; a torn last line of an earlier writer is dropped first."""
-    data = b"".join(seal(record) + b"\n" for record in records)
+    data = b"".join(encode_record(record) + b"\n" for record in records)
     if not data:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -165,21 +165,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when a whole line is damaged (the message names it).
     """
-    lines = (read_whole(path) or b"").split(b"\n")[:-1]
+    lines = (read_bytes(path) or b"").split(b"\n")[:-1]
     try:
         return _unseal_lines(lines)
     except (ValueError, LookupError, TypeError, RecursionError):  # the plain way tells which line is wrong, and why
-        return [unseal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        return [decode_record(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
-def lines_intact(lines: list[bytes]) -> bool:
-    """Whether each line ends with the checksum of what stands before it, exactly as `seal` writes it."""
+def line_checksums_match(lines: list[bytes]) -> bool:
+    """Whether each line ends with the checksum of what stands before it, exactly as `encode_record` writes it."""
     return all(line[-_TAIL:] == b',"crc":"%08x"}' % crc32(line[:-_TAIL]) for line in lines)
 
 
 def _unseal_lines(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Many lines at once, each exactly as `seal` writes it."""
-    if not lines_intact(lines):
+    """Many lines at once, each exactly as `encode_record` writes it."""
+    if not line_checksums_match(lines):
         raise ValueError("a line's checksum does not fit")
     records: list[dict[str, Any]] = json.loads(f"[{b','.join(lines).decode()}]")
     if len(records) != len(lines):
@@ -203,11 +203,11 @@ def last_line(path: Path) -> dict[str, Any] | None:
                 tail = file.read(step) + tail
                 whole = tail[: tail.rfind(b"\n") + 1].rstrip(b"\n")
                 if whole and (b"\n" in whole or end == 0):
-                    return unseal(whole.rsplit(b"\n", 1)[-1], path)
+                    return decode_record(whole.rsplit(b"\n", 1)[-1], path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except IsADirectoryError as error:
-        raise damaged(path, "is a folder, not a file") from error
+        raise damaged_file(path, "is a folder, not a file") from error
     return None
 
 

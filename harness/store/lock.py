@@ -18,19 +18,19 @@ from types import TracebackType
 from typing import Any
 
 from klab.grid import UserError
-from klab.harness.store.files import seal, unseal
-from klab.harness.store.process import Holder
+from klab.harness.store.files import decode_record, encode_record
+from klab.harness.store.process import ProcessId
 
 STALE_SECONDS = 120.0
-TOUCH_SECONDS = 15.0
+REFRESH_SECONDS = 15.0
 _BREAKING_SECONDS = 30.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class Held(UserError):
+class LockHeld(UserError):
     """Somebody else holds the lock."""
 
-    def __init__(self, path: Path, holder: Holder | None, age: float, purpose: str) -> None:
+    def __init__(self, path: Path, holder: ProcessId | None, age: float, purpose: str) -> None:
         who = str(holder) if holder else "an unknown process"
         super().__init__(
             f"is held by {who} for {age:.0f} s{f' ({purpose})' if purpose else ''}",
@@ -57,34 +57,34 @@ class Lock:
         """Take the lock.
 
         Raises:
-            Held: when somebody else has it and does not give it back within `wait` seconds.
+            LockHeld: when somebody else has it and does not give it back within `wait` seconds.
         """
         deadline = time.monotonic() + self.wait
         while not self._link():
             record = read_lock(self.path)
             if record is None:
                 continue
-            if stale(self.path, record):
-                _break(self.path, record.get("token"))
+            if is_stale(self.path, record):
+                _break_stale(self.path, record.get("token"))
             elif time.monotonic() >= deadline:
-                holder = Holder.read(record)
+                holder = ProcessId.from_record(record)
                 age = max(0.0, time.time() - holder.at) if holder else 0.0
-                raise Held(self.path, holder, age, str(record.get("purpose", "")))
+                raise LockHeld(self.path, holder, age, str(record.get("purpose", "")))
             else:
                 time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
 
     def release(self) -> None:
         """Give the lock back, if it is still ours."""
         self._released.set()
-        if self.mine():
+        if self.is_ours():
             self.path.unlink(missing_ok=True)
 
-    def mine(self) -> bool:
+    def is_ours(self) -> bool:
         """Whether the file still carries this lock's token."""
         record = read_lock(self.path)
         return record is not None and record.get("token") == self.token
 
-    def touch(self) -> None:
+    def refresh(self) -> None:
         """Show that the holder lives."""
         with suppress(OSError):
             os.utime(self.path)
@@ -92,7 +92,7 @@ class Lock:
     def __enter__(self) -> Lock:
         self.acquire()
         self._released.clear()
-        threading.Thread(target=self._keep_touching, daemon=True).start()
+        threading.Thread(target=self._keep_fresh, daemon=True).start()
         return self
 
     def __exit__(
@@ -100,14 +100,14 @@ class Lock:
     ) -> None:
         self.release()
 
-    def _keep_touching(self) -> None:
-        while not self._released.wait(TOUCH_SECONDS):
-            self.touch()
+    def _keep_fresh(self) -> None:
+        while not self._released.wait(REFRESH_SECONDS):
+            self.refresh()
 
     def _link(self) -> bool:
-        record = {"token": self.token, "purpose": self.purpose, **self.details, **Holder.here().record()}
+        record = {"token": self.token, "purpose": self.purpose, **self.details, **ProcessId.current().to_record()}
         temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
-        data = seal(record)
+        data = encode_record(record)
         try:
             temporary.write_bytes(data)
             os.link(temporary, self.path)
@@ -138,17 +138,17 @@ def _create(path: Path, data: bytes) -> bool:
 def read_lock(path: Path) -> dict[str, Any] | None:
     """What the holder wrote; None when the lock is free, {} when its file is unreadable."""
     try:
-        return unseal(path.read_bytes(), path)
+        return decode_record(path.read_bytes(), path)
     except FileNotFoundError:
         return None
     except (UserError, IsADirectoryError):
         return {}
 
 
-def stale(path: Path, record: dict[str, Any]) -> bool:
+def is_stale(path: Path, record: dict[str, Any]) -> bool:
     """Whether a lock's holder is gone (see the module's text)."""
-    holder = Holder.read(record)
-    alive = holder.alive() if holder else None
+    holder = ProcessId.from_record(record)
+    alive = holder.is_alive() if holder else None
     return (not alive) if alive is not None else untouched_seconds(path) > STALE_SECONDS
 
 
@@ -173,7 +173,7 @@ def _clock(folder: Path) -> float:
         return time.time()
 
 
-def _break(path: Path, token: object) -> None:
+def _break_stale(path: Path, token: object) -> None:
     """Remove the stale lock that carries `token`. One breaker at a time, so that nobody removes a successor's lock."""
     breaking = path.with_name(f"{path.name}.breaking")
     try:
@@ -186,7 +186,7 @@ def _break(path: Path, token: object) -> None:
         return
     try:
         record = read_lock(path)
-        if record is not None and record.get("token") == token and stale(path, record):
+        if record is not None and record.get("token") == token and is_stale(path, record):
             path.unlink(missing_ok=True)
     finally:
         breaking.unlink(missing_ok=True)

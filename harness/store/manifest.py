@@ -1,6 +1,6 @@
 """A record with one large table, a row to a line, of which only the rows that are asked for are parsed.
 
-The file is an ordinary sealed record, which `files.unseal` reads as well; its checksum is verified whole.
+The file is an ordinary sealed record, which `files.decode_record` reads as well; its checksum is verified whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from klab.harness.store import files
 
 
-class Rows(Mapping[str, Any]):
+class LazyRows(Mapping[str, Any]):
     """The rows of a table by name, each parsed when it is asked for.
 
     Args:
@@ -58,7 +58,7 @@ class Rows(Mapping[str, Any]):
         try:
             return json.loads(self._data[begin:end])
         except (ValueError, RecursionError) as error:
-            raise files.damaged(self._file, f"does not describe {name}") from error
+            raise files.damaged_file(self._file, f"does not describe {name}") from error
 
     def _joined(self, begin: int, end: int) -> dict[str, Any]:
         """The row from its pieces; a `ValueError` where a cut went through a value, as brackets do not fit then."""
@@ -100,7 +100,7 @@ def _object(text: str) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def seal_table(head: Mapping[str, Any], key: str, rows: Mapping[str, Any]) -> bytes:
+def encode_table(head: Mapping[str, Any], key: str, rows: Mapping[str, Any]) -> bytes:
     """A record whose entry `key` is a table, written one row to a line."""
     text = json.dumps({"schema": files.SCHEMA, **head}, indent=2, ensure_ascii=False)[:-2]
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
@@ -109,18 +109,18 @@ def seal_table(head: Mapping[str, Any], key: str, rows: Mapping[str, Any]) -> by
 
 
 def read_table(path: Path, key: str, cuts: tuple[str, ...]) -> dict[str, Any] | None:
-    """The record in `path` with `Rows` for its entry `key`, or None when there is no such file.
+    """The record in `path` with `LazyRows` for its entry `key`, or None when there is no such file.
 
     Raises:
-        UserError: as `files.unseal` does.
+        UserError: as `files.decode_record` does.
     """
-    data = files.read_whole(path)
+    data = files.read_bytes(path)
     if data is None:
         return None
     try:
         return _split(data, key, cuts, path)
-    except ValueError:  # not as `seal_table` writes it: another layout, or damaged
-        return files.unseal(data, path)
+    except ValueError:  # not as `encode_table` writes it: another layout, or damaged
+        return files.decode_record(data, path)
 
 
 _CLOSING = "\n  }"
@@ -131,7 +131,7 @@ def _opening(key: str) -> str:
 
 
 def _split(data: bytes, key: str, cuts: tuple[str, ...], path: Path) -> dict[str, Any]:
-    if not files.intact(data):
+    if not files.checksum_matches(data):
         raise ValueError("its checksum does not fit")
     opening = _opening(key).encode()
     start = data.index(opening)
@@ -150,7 +150,7 @@ def _split(data: bytes, key: str, cuts: tuple[str, ...], path: Path) -> dict[str
             raise ValueError("not one row to a line, or a name that is written otherwise")
         spans[written] = row, last
         begin = end + 1
-    return {**record, key: Rows(data, spans, cuts, path)}
+    return {**record, key: LazyRows(data, spans, cuts, path)}
 
 
 _COMMA, _BRACE = b",}"

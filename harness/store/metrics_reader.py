@@ -24,7 +24,7 @@ _COMMAS = bytes.maketrans(b":", b",")
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class MetricColumns:
     """The rows of one file: `updates` [rows] and `values` [columns, rows], whose columns have `names`."""
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Numbers:
         return len(self.updates)
 
 
-def read_numbers(paths: Mapping[str, Path]) -> dict[str, Numbers]:
+def read_metric_columns(paths: Mapping[str, Path]) -> dict[str, MetricColumns]:
     """The rows of those files in which all lines have the same entries, all of them numbers or truth values (after the
     first line also null, which is NaN here), and a whole `update` that increases strictly.
     """
@@ -45,7 +45,7 @@ def read_numbers(paths: Mapping[str, Path]) -> dict[str, Numbers]:
         layout = _layout(data)
         if layout is not None:
             alike.setdefault(layout, {})[key] = data
-    found: dict[str, Numbers] = {}
+    found: dict[str, MetricColumns] = {}
     for layout, texts in alike.items():
         found.update(_alike(layout, texts))
     return found
@@ -53,11 +53,11 @@ def read_numbers(paths: Mapping[str, Path]) -> dict[str, Numbers]:
 
 def _intact_lines(path: Path) -> bytes:
     try:
-        data = files.read_whole(path) or b""
+        data = files.read_bytes(path) or b""
     except UserError:
         return b""
     data = data[: data.rfind(b"\n") + 1]
-    return data if len(data) < _LARGEST and files.lines_intact(data.split(b"\n")[:-1]) else b""
+    return data if len(data) < _LARGEST and files.line_checksums_match(data.split(b"\n")[:-1]) else b""
 
 
 def _layout(data: bytes) -> tuple[tuple[str, bool], ...] | None:
@@ -73,20 +73,20 @@ def _layout(data: bytes) -> tuple[tuple[str, bool], ...] | None:
     return tuple((name, isinstance(value, bool)) for name, value in first.items())
 
 
-def _alike(layout: tuple[tuple[str, bool], ...], texts: Mapping[str, bytes]) -> dict[str, Numbers]:
+def _alike(layout: tuple[tuple[str, bool], ...], texts: Mapping[str, bytes]) -> dict[str, MetricColumns]:
     """What is read of files whose first lines are alike: all at once, or else one by one."""
     try:
         return _parsed(layout, texts)
     except (ValueError, NotImplementedError):  # a line is not like the first: Arrow's errors are among these
         if len(texts) == 1:
             return {}
-    found: dict[str, Numbers] = {}
+    found: dict[str, MetricColumns] = {}
     for key, text in texts.items():
         found.update(_alike(layout, {key: text}))
     return found
 
 
-def _parsed(layout: tuple[tuple[str, bool], ...], texts: Mapping[str, bytes]) -> dict[str, Numbers]:
+def _parsed(layout: tuple[tuple[str, bool], ...], texts: Mapping[str, bytes]) -> dict[str, MetricColumns]:
     """Lines as comma-separated values: after every colon became a comma, names and values take turns."""
     kinds: dict[str, Any] = {}
     for place, (name, truth) in enumerate(layout):
@@ -118,7 +118,7 @@ def _parsed(layout: tuple[tuple[str, bool], ...], texts: Mapping[str, bytes]) ->
         begin, end = end, end + text.count(b"\n")
         steps = updates[begin:end]
         if steps[0] >= 0 and (steps[1:] > steps[:-1]).all():
-            found[key] = Numbers(tuple(columns), steps, values[:, begin:end])
+            found[key] = MetricColumns(tuple(columns), steps, values[:, begin:end])
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class ProcessId:
     """A process on a machine.
 
     `machine` is the boot id and the process namespace where the system tells them: process numbers mean something only
@@ -28,19 +28,19 @@ class Holder:
     at: float
 
     @classmethod
-    def here(cls) -> Holder:
+    def current(cls) -> ProcessId:
         """This process."""
         pid = os.getpid()
         return cls(socket.gethostname(), _machine(), pid, _start(pid) or 0.0, time.time())
 
     @classmethod
-    def of(cls, pid: int) -> Holder | None:
+    def of_pid(cls, pid: int) -> ProcessId | None:
         """A process of this machine, None where it does not run any more."""
         start = _start(pid)
         return None if start is None else cls(socket.gethostname(), _machine(), pid, start, time.time())
 
     @classmethod
-    def read(cls, record: Mapping[str, Any]) -> Holder | None:
+    def from_record(cls, record: Mapping[str, Any]) -> ProcessId | None:
         """The holder in a stored record, None when it does not name one."""
         host, machine, pid, start, at = (record.get(key) for key in ("host", "machine", "pid", "start", "at"))
         if not isinstance(host, str) or not isinstance(machine, str) or type(pid) is not int:
@@ -49,13 +49,10 @@ class Holder:
             return None
         return cls(host, machine, pid, float(start), float(at))
 
-    def record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         return asdict(self)
 
-    def same(self, other: Holder) -> bool:
-        return (self.machine, self.pid, self.start) == (other.machine, other.pid, other.start)
-
-    def alive(self) -> bool | None:
+    def is_alive(self) -> bool | None:
         """Whether the process still runs; None when it is on a machine that cannot be looked at from here."""
         if self.machine != _machine() or self.pid <= 0:
             return None if self.pid > 0 else False

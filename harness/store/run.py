@@ -12,7 +12,7 @@ from klab.grid import UserError
 from klab.harness.store import files, machine
 from klab.harness.store.cell_folder import CellFolder
 from klab.harness.store.lock import Lock
-from klab.harness.store.manifest import read_table, seal_table
+from klab.harness.store.manifest import encode_table, read_table
 
 if TYPE_CHECKING:
     from klab.grid import Grid
@@ -128,7 +128,7 @@ class Run:
         """All settings of a cell, as plain data."""
         record = self.manifest["cells"][identity]
         if not isinstance(record, dict):
-            raise files.damaged(self.path / "manifest.json", f"does not describe the cell {identity}")
+            raise files.damaged_file(self.path / "manifest.json", f"does not describe the cell {identity}")
         return record
 
     @property
@@ -233,16 +233,16 @@ def _flat(resolved: dict[str, Any]) -> dict[str, Any]:
 def _manifest_text(manifest: dict[str, Any]) -> bytes:
     """One line per cell, so that ten thousand of them stay readable and quick to load."""
     head = {key: value for key, value in manifest.items() if key != "cells"}
-    return seal_table(head, "cells", manifest["cells"])
+    return encode_table(head, "cells", manifest["cells"])
 
 
 def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
     for key, kind in _TYPES.items():
         if key not in manifest or not isinstance(manifest[key], kind):
-            raise files.damaged(file, f"has no valid {key!r}")
+            raise files.damaged_file(file, f"has no valid {key!r}")
     for identity in manifest["cells"]:
         if not _ID.fullmatch(identity):
-            raise files.damaged(file, f"names a cell {identity[:80]!r}, which cannot be a folder")
+            raise files.damaged_file(file, f"names a cell {identity[:80]!r}, which cannot be a folder")
 
 
 def _foreign(path: Path) -> bool:

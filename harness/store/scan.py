@@ -15,7 +15,7 @@ from typing import Any
 from klab.grid import UserError
 from klab.harness.store import files
 from klab.harness.store.cell_folder import STATES, CellFolder
-from klab.harness.store.lock import read_lock, stale
+from klab.harness.store.lock import is_stale, read_lock
 from klab.harness.store.run import Run
 
 _INDEX = "index.json"
@@ -63,7 +63,7 @@ def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]
             changed += 1
     if changed > 50:  # few results are read again sooner than the index is written
         with suppress(OSError):
-            files.replace(run.path / _INDEX, files.seal({"results": index}), durable=False)
+            files.replace(run.path / _INDEX, files.encode_record({"results": index}), durable=False)
     return found
 
 
@@ -88,7 +88,7 @@ def _look(folder: CellFolder) -> Snapshot:
             snapshot.event = folder.last_attempt()
         if "claim" in names:
             snapshot.claim = read_lock(folder.path / "claim")
-            snapshot.alive = snapshot.claim is not None and not stale(folder.path / "claim", snapshot.claim)
+            snapshot.alive = snapshot.claim is not None and not is_stale(folder.path / "claim", snapshot.claim)
         if "heartbeat" in names:
             snapshot.heartbeat = folder.heartbeat()
     except UserError as error:

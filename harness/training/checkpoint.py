@@ -86,7 +86,7 @@ def to_bytes(state: CellState) -> bytes:
 def write(folder: Path, state: CellState, durable: bool = True) -> None:
     """Replace the checkpoint in `folder`, atomically; with `durable` it also survives a power cut."""
     folder.mkdir(exist_ok=True)
-    files.sweep(folder)
+    files.remove_temporaries(folder)
     files.replace(folder / FILE, to_bytes(state), durable=durable)
 
 
@@ -133,12 +133,12 @@ def resume(folder: CellFolder, device: torch.device) -> CellState | None:
             state = read(file, folder.id, device)
         except UnusableCheckpoint as problem:
             print(f"{folder.id} starts again from its beginning: {problem}", file=sys.stderr)
-    if state is not None and folder.keep_metrics(state.update) == state.update:
+    if state is not None and folder.truncate_metrics(state.update) == state.update:
         every = folder.cell().training.evaluate_every
-        if folder.keep_evaluations(state.update) == state.update // every + 1:
+        if folder.truncate_evaluations(state.update) == state.update // every + 1:
             return state
-    folder.keep_metrics(0)
-    folder.keep_evaluations(-1)
+    folder.truncate_metrics(0)
+    folder.truncate_evaluations(-1)
     return None
 
 

@@ -21,7 +21,7 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
     Returns:
         the state in which the cell ends.
     """
-    folder.guard()
+    folder.assert_owner()
     partial = folder.path / "policy.partial"
     shutil.rmtree(partial, ignore_errors=True)
     pack.policy.save(partial, position)
@@ -30,7 +30,7 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
     partial.rename(folder.policy)
     planned = pack.members[position].cell.training.updates
     found = summarize(planned, folder.metrics(), folder.evaluations(), stopped)
-    folder.finish({**found, **_provenance(processes)})
+    folder.write_result({**found, **_provenance(processes)})
     shutil.rmtree(folder.checkpoint, ignore_errors=True)
     return str(found["state"])
 

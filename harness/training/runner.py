@@ -21,7 +21,7 @@ from pathlib import Path
 
 from klab.grid.errors import UserError
 from klab.harness.policy.init.initial_policy import initial_policy
-from klab.harness.store import CellFolder, Evicted, Run
+from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
 from klab.harness.training.data.overlong import check_overlong_buffer
@@ -90,7 +90,7 @@ def run_cells(
                 if result is not None:
                     runner.states[identity] = str(result["state"])
                     continue
-                folder.forgive()
+                folder.clear_failure()
                 try:
                     member, state = prepare_cell(run, folder, runner.report_warmup)
                 except _StopRequested:
@@ -237,7 +237,7 @@ class PackRunner:
 
     def _save(self, pack: Pack, durable: bool = True) -> Pack:
         def save(folder: CellFolder, c: int) -> None:
-            folder.guard()
+            folder.assert_owner()
             if durable:
                 folder.sync()
             checkpoint.write(folder.checkpoint, pack.state(c), durable=durable)
@@ -266,8 +266,8 @@ class PackRunner:
         self._last_heartbeat = time.monotonic()
         for member in pack.members:
             reward, updates = self._rewards.get(member.id), member.cell.training.updates
-            with suppress(OSError, Evicted):  # the next row of metrics will tell whether this matters
-                self._run.cell(member.id).beat({"update": pack.done, "updates": updates, "reward": reward})
+            with suppress(OSError, ClaimRevoked):  # the next row of metrics will tell whether this matters
+                self._run.cell(member.id).write_heartbeat({"update": pack.done, "updates": updates, "reward": reward})
 
     def _report_progress(self, member: PackedCell, update: int) -> None:
         self._progress(Progress(member.id, update, member.cell.training.updates, self._rewards.get(member.id)))
@@ -281,11 +281,11 @@ class PackRunner:
             self._fail(identity, error)
 
     def _fail(self, identity: str, error: Exception) -> None:
-        if isinstance(error, Evicted):
+        if isinstance(error, ClaimRevoked):
             self.states[identity] = "cancelled"
             return
         self.states[identity] = "failed"
         text = f"{error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         print(text, end="", file=sys.stderr)
         with suppress(OSError):  # a full disk: the job's log has the text
-            self._run.cell(identity).fail(text)
+            self._run.cell(identity).record_failure(text)

@@ -14,7 +14,7 @@ import pytest
 
 from klab.harness.dispatch.local.controller import lock_path
 from klab.harness.dispatch.status import statuses
-from klab.harness.store import Holder, Run, scan
+from klab.harness.store import ProcessId, Run, scan
 from klab.harness.store.lock import read_lock
 from tests.faults.conftest import MakeRun
 from tests.support.forked_runs import live, wait
@@ -92,10 +92,10 @@ def test_launchers_controllers_and_workers_killed(
 
 
 def _controllers(run: Run) -> list[int]:
-    holder = Holder.read(read_lock(lock_path(run)) or {})
-    return [holder.pid] if holder is not None and holder.alive() else []
+    holder = ProcessId.from_record(read_lock(lock_path(run)) or {})
+    return [holder.pid] if holder is not None and holder.is_alive() else []
 
 
 def _workers(run: Run) -> list[int]:
-    holders = (Holder.read(snapshot.claim or {}) for snapshot in scan(run).values())
-    return sorted({holder.pid for holder in holders if holder is not None and holder.alive()})
+    holders = (ProcessId.from_record(snapshot.claim or {}) for snapshot in scan(run).values())
+    return sorted({holder.pid for holder in holders if holder is not None and holder.is_alive()})

@@ -114,9 +114,9 @@ def _fill(
     folder.append_metrics(rows)
     folder.append_evaluations(evaluations)
     if outcome == "failed":
-        folder.fail('Traceback (most recent call last):\n  ...\nRuntimeError: <out of memory> & "quotes"\n')
+        folder.record_failure('Traceback (most recent call last):\n  ...\nRuntimeError: <out of memory> & "quotes"\n')
     elif outcome in ("finished", "diverged"):
-        folder.finish(_result(outcome, rows, evaluations, done, updates, generator))
+        folder.write_result(_result(outcome, rows, evaluations, done, updates, generator))
 
 
 def _metrics(cell: Cell, update: int, reward: float, kl: float, generator: np.random.Generator) -> dict[str, Any]:

@@ -53,8 +53,10 @@ def test_only_cells_that_changed_are_read_again(small: Small, monkeypatch: pytes
     last = run.cell(changed).metrics()[-1]
     run.cell(changed).append_metrics([{**last, "update": last["update"] + 1, "reward_mean": 0.123, "new_column": 7.0}])
     read: list[str] = []
-    original = CellFolder.measured
-    monkeypatch.setattr(CellFolder, "measured", lambda folder, *rest: read.append(folder.id) or original(folder, *rest))
+    original = CellFolder.read_measurements
+    monkeypatch.setattr(
+        CellFolder, "read_measurements", lambda folder, *rest: read.append(folder.id) or original(folder, *rest)
+    )
     after = read_frames(run)
     assert read == [changed]
     assert len(after.metrics) == len(before.metrics) + 1
@@ -108,7 +110,7 @@ def test_states_of_cells(small: Small) -> None:
         assert found["state"].tolist() == ["finished", "diverged", "failed", "stopped", "missing", "running"]
         assert np.isnan(found["reward_final"]).tolist() == [False, False, True, True, True, True]
     finally:
-        held.unclaim()
+        held.release_claim()
 
 
 def test_reading_many_cells_at_once_changes_nothing(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,7 @@ def test_reading_many_cells_at_once_changes_nothing(small: Small, monkeypatch: p
         run.cell(identity).append_metrics([{**last, "update": last["update"] + 1, **more}])
     monkeypatch.setattr("klab.reports.numeric_frame._ROWS", 2)
     together = read_frames(run, cache=False)
-    monkeypatch.setattr("klab.reports.frame.read_numbers", lambda paths: {})
+    monkeypatch.setattr("klab.reports.frame.read_metric_columns", lambda paths: {})
     plain = read_frames(run, cache=False)
     for name in ("cells", "metrics", "evaluations", "samples"):
         pd.testing.assert_frame_equal(getattr(together, name), getattr(plain, name), check_exact=True)

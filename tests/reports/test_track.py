@@ -38,7 +38,7 @@ def test_tensorboard_gets_every_number_once_also_when_a_cell_goes_on(small: Smal
     rows = cell.metrics()
     cell.append_metrics([{**rows[-1], "update": update, "reward_mean": update / 100} for update in (6, 7)])
     follow(run, "tensorboard")
-    cell.finish({"state": "finished", "updates": 7})
+    cell.write_result({"state": "finished", "updates": 7})
     follow(run, "tensorboard")
     events = _events(run.report / "tensorboard" / run.resolved(cell.id)["group"] / "seed-0")
     assert sorted(events) == [0, *range(1, 8)]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from klab.harness.dispatch.slurm.backend import Slurm
+from klab.harness.dispatch.slurm.backend import SlurmExecutor
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.dispatch.status import statuses
 from tests.slurm.conftest import ROOT, Lab, starts
@@ -144,7 +144,7 @@ def test_cancel_asks_before_it_stops_more_than_one(lab: Lab) -> None:
     lab.klab("cancel", run.path, "--yes")
     wait_for("the queue to be empty", lambda: not lab.tell("squeue", "-h"), 30)
     assert {row.state for row in statuses(run)} == {"cancelled"}
-    assert Slurm().states(run)[run.cells[0]].word == "cancelled"
+    assert SlurmExecutor().states(run)[run.cells[0]].state == "cancelled"
 
 
 def _plain(text: str) -> list[str]:

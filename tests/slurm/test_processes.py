@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from klab.grid import load_grid
-from klab.harness.dispatch.job import work
+from klab.harness.dispatch.job import run_job
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.store import Run
 from tests.slurm.conftest import Lab, starts
@@ -53,7 +53,7 @@ def test_two_processes_on_one_node_or_two_have_the_bits_of_two_here(lab: Lab, mo
     assert starts(pair) == starts(far) == [2]
     quiet = Run.create(lab.folder / "quiet" / "pair", load_grid(grid))
     monkeypatch.setenv("KLAB_TEST_HURRY", "1")
-    assert set(work(quiet.path, tuple(quiet.cells), executor="here", processes=2).values()) == {"finished"}
+    assert set(run_job(quiet.path, tuple(quiet.cells), executor="here", processes=2).values()) == {"finished"}
     assert_same(pair, quiet)
     assert_same(far, quiet)
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 
 import klab.harness.training.runner  # noqa: F401 - imported once, before the forks
-from klab.harness.dispatch.job import work
+from klab.harness.dispatch.job import run_job
 from klab.harness.store import Run
 
 
@@ -30,7 +30,7 @@ def live(run: Run, before: Callable[[], object] | None = None) -> int:
         cells = tuple(run.cells)
         if before is not None:
             before()
-        states = work(run.path, cells, executor="here")
+        states = run_job(run.path, cells, executor="here")
         code = (
             0 if all(states.get(cell) in ("finished", "diverged") or run.cell(cell).result() for cell in cells) else 2
         )

@@ -12,20 +12,20 @@ from typing import Any
 
 from klab.grid import UserError
 from klab.harness.dispatch.local.controller import lock_path
-from klab.harness.store import Holder, Run, scan
+from klab.harness.store import ProcessId, Run, scan
 from klab.harness.store.lock import read_lock
 
 
 def controllers(run: Run) -> list[int]:
     """The process that works the run's local queue off, if one lives."""
-    holder = Holder.read(read_lock(lock_path(run)) or {})
-    return [holder.pid] if holder is not None and holder.alive() else []
+    holder = ProcessId.from_record(read_lock(lock_path(run)) or {})
+    return [holder.pid] if holder is not None and holder.is_alive() else []
 
 
 def workers(run: Run) -> list[int]:
     """The living processes that hold cells."""
-    holders = (Holder.read(snapshot.claim or {}) for snapshot in scan(run).values())
-    return sorted({holder.pid for holder in holders if holder is not None and holder.alive()} - {os.getpid()})
+    holders = (ProcessId.from_record(snapshot.claim or {}) for snapshot in scan(run).values())
+    return sorted({holder.pid for holder in holders if holder is not None and holder.is_alive()} - {os.getpid()})
 
 
 def followers(run: Run) -> list[int]:

@@ -15,17 +15,17 @@ from typing import Any
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.backends import Pack, SchedulerState
+from klab.harness.dispatch.backends import JobStatus, Pack
 from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.local.controller import lock_path, request_path, state_path
-from klab.harness.dispatch.packing.step_times import Place
-from klab.harness.store import Holder, Run, files, machine, scan
-from klab.harness.store.lock import read_lock, stale
+from klab.harness.dispatch.packing.step_times import HardwareKey
+from klab.harness.store import ProcessId, Run, files, machine, scan
+from klab.harness.store.lock import is_stale, read_lock
 
 _START_SECONDS = 60.0
 
 
-class Local:
+class LocalExecutor:
     """The local pool as a backend.
 
     Args:
@@ -43,7 +43,7 @@ class Local:
         """The devices to hand out, as CUDA names them."""
         if self.device == "cpu":
             return []
-        found = gpus.visible()
+        found = gpus.visible_gpus()
         if self.device == "cuda" and not found:
             raise UserError("there is no NVIDIA GPU here", key="--device", value="cuda", allowed=["cpu"])
         return found
@@ -84,33 +84,33 @@ class Local:
             "processes": processes,
             "gpus": [gpus.HIDDEN] if self.device == "cpu" else self.gpus(),
         }
-        place = Place.planned(self.name, resources, self.device)
+        place = HardwareKey.for_launch(self.name, resources, self.device)
         if place is not None and resources.cells_per_job is None:
             request["place"] = asdict(place)
-        files.replace(request_path(run), files.seal(request))
-        if not controller_lives(run):
+        files.replace(request_path(run), files.encode_record(request))
+        if not controller_is_alive(run):
             start_controller(run)
 
-    def states(self, run: Run) -> dict[str, SchedulerState]:
+    def states(self, run: Run) -> dict[str, JobStatus]:
         """Cells in the controller's queue; running cells speak for themselves."""
-        if not controller_lives(run):
+        if not controller_is_alive(run):
             return {}
-        found: dict[str, SchedulerState] = {}
+        found: dict[str, JobStatus] = {}
         try:
             request = files.read_record(request_path(run)) or {}
             state = files.read_record(state_path(run)) or {}
         except UserError:
             return {}
         for cells in request.get("packs", []):  # what the controller has not looked at yet
-            found.update({cell: SchedulerState("queued", reason="waiting for a free worker") for cell in cells})
+            found.update({cell: JobStatus("queued", reason="waiting for a free worker") for cell in cells})
         if state.get("ticket") == request.get("ticket"):
             found = {
-                cell: SchedulerState("queued", reason="waiting for a free worker")
+                cell: JobStatus("queued", reason="waiting for a free worker")
                 for cells in state.get("waiting", [])
                 for cell in cells
             }
         for flight in state.get("flying", []):
-            found.update({cell: SchedulerState("queued", str(flight["job"]), "starting") for cell in flight["cells"]})
+            found.update({cell: JobStatus("queued", str(flight["job"]), "starting") for cell in flight["cells"]})
         return found
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
@@ -118,8 +118,8 @@ class Local:
         chosen = set(cell_ids)
         cells_of: dict[int, set[str]] = {}
         for snapshot in scan(run).values():
-            holder = Holder.read(snapshot.claim or {})
-            if snapshot.alive and holder is not None and holder.alive():
+            holder = ProcessId.from_record(snapshot.claim or {})
+            if snapshot.alive and holder is not None and holder.is_alive():
                 cells_of.setdefault(holder.pid, set()).add(snapshot.id)
         for pid, cells in cells_of.items():
             if cells <= chosen:
@@ -127,9 +127,9 @@ class Local:
                     os.kill(pid, signal.SIGTERM)
 
 
-def controller_lives(run: Run) -> bool:
+def controller_is_alive(run: Run) -> bool:
     record = read_lock(lock_path(run))
-    return record is not None and not stale(lock_path(run), record)
+    return record is not None and not is_stale(lock_path(run), record)
 
 
 def start_controller(run: Run) -> None:
@@ -148,7 +148,7 @@ def start_controller(run: Run) -> None:
             start_new_session=True,
         )
     deadline = time.monotonic() + _START_SECONDS
-    while not controller_lives(run) and time.monotonic() < deadline:
+    while not controller_is_alive(run) and time.monotonic() < deadline:
         code = process.poll()
         if code == 0:
             return  # nothing was left to do

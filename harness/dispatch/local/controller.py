@@ -15,8 +15,8 @@ from typing import Any
 from klab.grid import UserError
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local.pool import Pool
-from klab.harness.dispatch.packing.step_times import Place
-from klab.harness.store import Held, Lock, Run, files
+from klab.harness.dispatch.packing.step_times import HardwareKey
+from klab.harness.store import Lock, LockHeld, Run, files
 
 POLL_SECONDS = 0.2
 
@@ -33,14 +33,14 @@ def lock_path(run: Run) -> Path:
     return run.jobs / "controller"
 
 
-def control(run_path: str | Path) -> None:
+def run_controller(run_path: str | Path) -> None:
     """Work off the queue of the run; returns at once when another controller does so already."""
     run = Run.open(run_path)
     lock = Lock(lock_path(run), purpose="local controller")
     try:
         with lock:
             _loop(run, lock)
-    except Held:
+    except LockHeld:
         return
 
 
@@ -48,40 +48,40 @@ def _loop(run: Run, lock: Lock) -> None:
     pool = Pool(run)
     pool.adopt()
     ticket: object = None
-    while lock.mine():
+    while lock.is_ours():
         request = files.read_record(request_path(run)) or {}
         fresh = request.get("ticket") != ticket
         if fresh:
             ticket = request.get("ticket")
-            _obey(pool, request)
+            _apply_request(pool, request)
         if pool.step() or fresh:
-            _publish(run, pool, ticket)
-        if not pool.waiting and not pool.flying and _leave(run, lock, ticket):
+            _write_state(run, pool, ticket)
+        if not pool.waiting and not pool.running and _try_to_end(run, lock, ticket):
             return
         time.sleep(POLL_SECONDS)
 
 
-def _obey(pool: Pool, request: dict[str, Any]) -> None:
-    pool.renew(
+def _apply_request(pool: Pool, request: dict[str, Any]) -> None:
+    pool.replace_queue(
         [Pack(tuple(cells)) for cells in request.get("packs", [])],
         slots=max(1, int(request.get("slots", 1))),
         threads=max(1, int(request.get("threads", 1))),
         processes=max(1, int(request.get("processes", 1))),
         gpus=[str(device) for device in request.get("gpus", [])],
-        place=Place(**request["place"]) if request.get("place") else None,
+        place=HardwareKey(**request["place"]) if request.get("place") else None,
     )
 
 
-def _publish(run: Run, pool: Pool, ticket: object) -> None:
+def _write_state(run: Run, pool: Pool, ticket: object) -> None:
     files.replace(
         state_path(run),
-        files.seal(
+        files.encode_record(
             {
                 "ticket": ticket,
                 "waiting": [list(pack.cells) for pack in pool.waiting],
                 "flying": [
                     {"cells": list(flight.cells), "job": flight.job.job_id if flight.job else flight.pid}
-                    for flight in pool.flying
+                    for flight in pool.running
                 ],
             }
         ),
@@ -89,7 +89,7 @@ def _publish(run: Run, pool: Pool, ticket: object) -> None:
     )
 
 
-def _leave(run: Run, lock: Lock, ticket: object) -> bool:
+def _try_to_end(run: Run, lock: Lock, ticket: object) -> bool:
     """Whether the controller may end: no new request came in. Launchers write requests under the same lock."""
     try:
         with run.lock("ending the local controller", wait=5.0):
@@ -98,12 +98,12 @@ def _leave(run: Run, lock: Lock, ticket: object) -> bool:
                 return False
             lock.release()
             return True
-    except Held:
+    except LockHeld:
         return False
 
 
 if __name__ == "__main__":
     try:
-        control(sys.argv[1])
+        run_controller(sys.argv[1])
     except UserError as error:
         sys.exit(str(error))

@@ -21,19 +21,19 @@ from typing import Any
 from submitit.core.utils import JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
 
-from klab.harness.store import Holder
+from klab.harness.store import ProcessId
 from klab.harness.store.kernels import fix_kernels
 
 _PICKLE_SECONDS = 60.0
 
 
-class WarmParent:
+class ForkServer:
     """The parent as its user sees it: started on demand, and again when it is gone."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def fork(self, folder: Path) -> Fork | None:
+    def fork(self, folder: Path) -> ForkedProcess | None:
         """A process for the job that is about to be written to this submitit folder; None where none can be had."""
         for _ in range(2):
             process = self._running()
@@ -43,7 +43,7 @@ class WarmParent:
                 process.stdin.write(f"{folder}\n".encode())
                 answer = process.stdout.readline().strip()
                 if answer.isdigit():
-                    return Fork(int(answer))
+                    return ForkedProcess(int(answer))
             self.end()
         return None
 
@@ -62,16 +62,16 @@ class WarmParent:
         return self._process
 
 
-class Fork:
+class ForkedProcess:
     """A forked process, with as much of `subprocess.Popen` as submitit's local jobs ask for."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._holder = Holder.of(pid)
+        self._process = ProcessId.of_pid(pid)
 
     def poll(self) -> int | None:
         """None while it runs; how it ended is in its cells' folders."""
-        return None if self._holder is not None and self._holder.alive() else 0
+        return None if self._process is not None and self._process.is_alive() else 0
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -81,7 +81,7 @@ class Fork:
 class WarmExecutor(LocalExecutor):
     """submitit's local executor: the same folders, pickles, logs and jobs, by forks where they can be had."""
 
-    def __init__(self, folder: Path, parent: WarmParent) -> None:
+    def __init__(self, folder: Path, parent: ForkServer) -> None:
         super().__init__(folder)
         self._parent = parent
 

@@ -16,7 +16,7 @@ _ASKED = "import torch; print(torch.version.cuda or '', torch.cuda.device_count(
 _SECONDS = 180
 
 
-def visible() -> list[str]:
+def visible_gpus() -> list[str]:
     """The devices that this process may use, as CUDA names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
@@ -24,7 +24,7 @@ def visible() -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
-def require(key: str, value: object) -> None:
+def require_gpu(key: str, value: object) -> None:
     """See that torch can use a GPU here. It is asked in a process of its own, for loading it takes seconds.
 
     Args:
@@ -34,7 +34,7 @@ def require(key: str, value: object) -> None:
         UserError: there is none, or torch cannot use it.
     """
     hint = "--device cpu leaves GPUs alone." if key == "--device" else f"--device cpu, or {key}: 0, does without."
-    if not visible():
+    if not visible_gpus():
         raise UserError("there is no NVIDIA GPU here", key=key, value=value, hint=hint)
     done = subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, timeout=_SECONDS)
     words = done.stdout.split()
@@ -44,6 +44,6 @@ def require(key: str, value: object) -> None:
         raise UserError(f"torch cannot use the GPU: {found}", key=key, value=value, hint=f"See klab doctor. {hint}")
 
 
-def leave_alone() -> None:
+def hide_gpus() -> None:
     """Hide every GPU from this process, which must not have loaded torch yet, and from those that it starts."""
     os.environ["CUDA_VISIBLE_DEVICES"] = HIDDEN

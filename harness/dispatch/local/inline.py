@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.backends import Pack, SchedulerState
-from klab.harness.dispatch.job import Interruption, work
+from klab.harness.dispatch.backends import JobStatus, Pack
+from klab.harness.dispatch.job import StopSignal, run_job
 from klab.harness.dispatch.local import gpus
-from klab.harness.dispatch.local.backend import Local
+from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run, machine
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from klab.harness.training.runner import Progress
 
 
-class Here:
+class InlineExecutor:
     """This process as a backend. The first Ctrl-C saves after the current update and ends; the second ends at once.
 
     Args:
@@ -37,27 +37,27 @@ class Here:
         """Train all packs; returns when they are done, failed, or interrupted (then `interrupted` is set)."""
         threads = max(1, min(resources.cpus, machine.cores()))
         limit_threads(threads)
-        local = Local(device=self.device)
+        local = LocalExecutor(device=self.device)
         processes, devices = local.processes(resources), local.gpus()
         if self.device == "cpu":
-            gpus.leave_alone()
-        with Interruption(signal.SIGINT, signal.SIGTERM) as interruption:
+            gpus.hide_gpus()
+        with StopSignal(signal.SIGINT, signal.SIGTERM) as stop_signal:
             for pack in packs:
-                work(
+                run_job(
                     run.path,
                     pack.cells,
                     executor=self.name,
                     threads=threads,
                     progress=self.progress,
-                    stop=interruption.asked,
+                    stop=stop_signal.requested,
                     processes=processes,
                     devices=devices[:processes],
                 )
-                if interruption.asked():
+                if stop_signal.requested():
                     self.interrupted = True
                     return
 
-    def states(self, run: Run) -> dict[str, SchedulerState]:
+    def states(self, run: Run) -> dict[str, JobStatus]:
         return {}
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ NOISE = 1.1
 """Times that differ by less than this factor are alike."""
 
 
-def settled(measured: Mapping[int, float], usual: int) -> dict[int, float]:
+def without_noise(measured: Mapping[int, float], usual: int) -> dict[int, float]:
     """Seconds per update and cell by pack size, where what hardly differs from the usual size's does not differ: a
     machine is never so quiet that a smaller pack could be preferred for less."""
     known = measured.get(usual)
@@ -56,7 +56,7 @@ def _step_seconds(measured: Mapping[int, float], size: int) -> float:
     return low + (high - low) * (size - below) / (above - below)
 
 
-def divide(count: int, workers: int, seconds: Sequence[float], trial: int | None = None) -> list[int]:
+def pack_sizes(count: int, workers: int, seconds: Sequence[float], exploratory_size: int | None = None) -> list[int]:
     """Sizes of packs of `count` cells, in the order in which free workers should take them.
 
     Equal shares are best where more cells never take less time, so each worker's share of cells is cut into the packs
@@ -67,8 +67,8 @@ def divide(count: int, workers: int, seconds: Sequence[float], trial: int | None
         trial: a size to take first, in one pack; it must fit into a worker's share.
     """
     lists = []
-    for worker, share in enumerate(even(count, min(workers, count))):
-        first = [trial] if trial is not None and worker == 0 else []
+    for worker, share in enumerate(even_sizes(count, min(workers, count))):
+        first = [exploratory_size] if exploratory_size is not None and worker == 0 else []
         lists.append([*first, *_cut(share - sum(first), seconds)])
     starts = []
     for worker, sizes in enumerate(lists):
@@ -79,7 +79,7 @@ def divide(count: int, workers: int, seconds: Sequence[float], trial: int | None
     return [size for _, _, size in sorted(starts)]
 
 
-def trial(measured: Mapping[int, float], share: int, running: Collection[int] = ()) -> int | None:
+def exploratory_size(measured: Mapping[int, float], share: int, running: Collection[int] = ()) -> int | None:
     """A size whose step time is worth knowing: half or twice the best one, if nothing near it was measured or is
     `running`, and a worker's `share` of cells has room for a pack of it and one of the best size; for half the size,
     which gains less often, for four of the best."""
@@ -99,7 +99,7 @@ def makespan(lengths: Iterable[float], workers: int) -> float:
     return max(ends)
 
 
-def even(count: int, parts: int) -> list[int]:
+def even_sizes(count: int, parts: int) -> list[int]:
     """`count` in so many sizes that differ by one at most, larger ones first."""
     small, larger = divmod(count, parts)
     return [small + (part < larger) for part in range(parts)]
@@ -121,7 +121,7 @@ def _cut(count: int, seconds: Sequence[float]) -> list[int]:
         left -= last[left]
     if not sizes:
         return []
-    alike = even(count, len(sizes))
+    alike = even_sizes(count, len(sizes))
     if sum(seconds[size - 1] for size in alike) <= best[count] * (1 + 1e-9):
         return alike
     return sorted(sizes, reverse=True)

@@ -12,7 +12,7 @@ from typing import Any
 from klab.grid import UserError
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.packing.balance import START_SECONDS, makespan
-from klab.harness.dispatch.packing.packs import shape, shapes
+from klab.harness.dispatch.packing.packs import stacking_key, stacking_keys
 from klab.harness.store import Run, scan
 
 _RUNS = 12
@@ -32,7 +32,7 @@ def estimate(
     cells: Mapping[str, Mapping[str, Any]], packs: Sequence[Pack], runs: Path, workers: int
 ) -> Estimate | None:
     """The time for these packs on so many workers; None where no cell of some shape was measured under `runs`."""
-    forms = shapes(cells)
+    forms = stacking_keys(cells)
     distinct = set(forms.values())
     measured, source = _measured(distinct, runs)
     if not cells or not distinct <= measured.keys():
@@ -56,7 +56,7 @@ def _measured(wanted: set[str], runs: Path) -> tuple[dict[str, float], str]:
                 seconds = (snapshot.result or {}).get("seconds")
                 updates = (snapshot.result or {}).get("updates")
                 if isinstance(seconds, int | float) and isinstance(updates, int) and updates > 0 and seconds > 0:
-                    times.setdefault(shape(run.resolved(identity)), []).append(seconds / updates)
+                    times.setdefault(stacking_key(run.resolved(identity)), []).append(seconds / updates)
         except (UserError, OSError, KeyError):
             continue
         fresh = {each: median(values) for each, values in times.items() if each in wanted and each not in found}

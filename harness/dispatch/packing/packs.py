@@ -13,7 +13,15 @@ from typing import Any, Literal
 
 from klab.grid.schema.training import NUMERICALLY_IDLE, STACKABLE
 from klab.harness.dispatch.backends import Pack
-from klab.harness.dispatch.packing.balance import LARGEST, divide, even, makespan, pack_seconds, settled, trial
+from klab.harness.dispatch.packing.balance import (
+    LARGEST,
+    even_sizes,
+    exploratory_size,
+    makespan,
+    pack_seconds,
+    pack_sizes,
+    without_noise,
+)
 
 PACK_SIZE = 16
 """Cells per job at most, where no step time of their shape was measured and the grid file says nothing."""
@@ -27,25 +35,25 @@ _IDLE = ("updates", "evaluate_every", "evaluation_prompts", "evaluation_samples"
 """Training settings that do not change what an update takes."""
 
 
-def shape(resolved: Mapping[str, Any]) -> str:
+def stacking_key(resolved: Mapping[str, Any]) -> str:
     """Cells with equal shapes can be stacked; seeds, objectives and optimizer settings may differ."""
     training = {key: value for key, value in resolved["training"].items() if key not in STACKABLE}
     return json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
 
 
-def shapes(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def stacking_keys(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The shape of every cell; one that shares its sections with another cell is not worked out again."""
     known: dict[tuple[int, ...], str] = {}
     found: dict[str, str] = {}
     for identity, resolved in cells.items():
         key = tuple(id(resolved[name]) for name in ("task", "policy", "training"))
         if key not in known:
-            known[key] = shape(resolved)
+            known[key] = stacking_key(resolved)
         found[identity] = known[key]
     return found
 
 
-def kind(resolved: Mapping[str, Any]) -> str:
+def cost_key(resolved: Mapping[str, Any]) -> str:
     """Cells of one kind take equally long for an update; a short word for it."""
     training = {key: value for key, value in resolved["training"].items() if key not in (*STACKABLE, *_IDLE)}
     text = json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
@@ -77,7 +85,7 @@ def make_packs(
         size: cells per pack at most. None chooses so that the workers end together: from step times where they were
             measured, else at most `PACK_SIZE`, with packs of one for policies that are not small.
         workers: jobs that run at the same time.
-        step_times: `kind` -> pack size -> seconds per update and cell (`step_times.measured`).
+        step_times: `cost_key` -> pack size -> seconds per update and cell (`read_step_times`).
         running: sizes of packs that run now.
     """
     groups = _groups(cells, step_times or {})
@@ -89,13 +97,13 @@ def make_packs(
     packs: list[Pack] = []
     lengths: list[float] = []
     for group, weight in zip(groups, weights, strict=True):
-        own = share(weight, sum(weights), workers)
+        own = worker_share(weight, sum(weights), workers)
         sizes, seconds = group.sizes(own, size, running)
         bounds = [0, *accumulate(sizes)]
         packs += [Pack(tuple(group.members[begin:end])) for begin, end in pairwise(bounds)]
         lengths += [seconds[each - 1] if seconds else math.nan for each in sizes]
     if size is None and len(known) == len(groups) > 1:
-        packs = _ordered(packs, lengths, workers)
+        packs = _longest_first(packs, lengths, workers)
     if size is not None:
         return Plan(tuple(packs), "cells_per_job")
     if not known:
@@ -124,28 +132,28 @@ class _Group:
             return [min(most, count - start) for start in range(0, count, most)], []
         if not self.measured:
             rounds = math.ceil(count / (PACK_SIZE * workers))
-            return even(count, min(count, rounds * workers)), []
-        new = trial(self.measured, math.ceil(count / workers), running)
+            return even_sizes(count, min(count, rounds * workers)), []
+        new = exploratory_size(self.measured, math.ceil(count / workers), running)
         usual = max(PACK_SIZE, min(LARGEST, max(self.measured)))
         seconds = pack_seconds(self.measured, self.updates, max(usual, new or 1))
-        return divide(count, workers, seconds[:usual], new), seconds
+        return pack_sizes(count, workers, seconds[:usual], new), seconds
 
 
 def _groups(cells: Mapping[str, Mapping[str, Any]], step_times: Mapping[str, Mapping[int, float]]) -> list[_Group]:
     alike: dict[str, list[str]] = {}
-    for identity, form in shapes(cells).items():
+    for identity, form in stacking_keys(cells).items():
         alike.setdefault(form, []).append(identity)
     groups = []
     for members in alike.values():
         first = cells[members[0]]
-        small = _small(first["policy"])
-        times = step_times.get(kind(first), {}) if small and step_times else {}
+        small = _is_small(first["policy"])
+        times = step_times.get(cost_key(first), {}) if small and step_times else {}
         updates = int(first["training"].get("updates", 1))
-        groups.append(_Group(members, updates, small, settled(times, PACK_SIZE)))
+        groups.append(_Group(members, updates, small, without_noise(times, PACK_SIZE)))
     return groups
 
 
-def _ordered(packs: list[Pack], lengths: list[float], workers: int) -> list[Pack]:
+def _longest_first(packs: list[Pack], lengths: list[float], workers: int) -> list[Pack]:
     """Longest first, unless the workers would end later than with the packs as given."""
     longest = sorted(range(len(packs)), key=lambda at: -lengths[at])
     if makespan((lengths[at] for at in longest), workers) > makespan(lengths, workers):
@@ -153,7 +161,7 @@ def _ordered(packs: list[Pack], lengths: list[float], workers: int) -> list[Pack
     return [packs[at] for at in longest]
 
 
-def _small(policy: Mapping[str, Any]) -> bool:
+def _is_small(policy: Mapping[str, Any]) -> bool:
     """Whether a policy's weights are known to be small: a tiny policy's, or those in a folder of this machine."""
     if policy.get("name") != "hf":
         return True
@@ -163,6 +171,6 @@ def _small(policy: Mapping[str, Any]) -> bool:
     return sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern)) <= STACKED_BYTES
 
 
-def share(part: float, total: float, workers: int) -> int:
+def worker_share(part: float, total: float, workers: int) -> int:
     """How many of the workers a group with `part` of the `total` work keeps busy; at least one."""
     return max(1, round(workers * part / total))

@@ -19,7 +19,7 @@ from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.packing.balance import NOISE
-from klab.harness.dispatch.packing.packs import kind
+from klab.harness.dispatch.packing.packs import cost_key
 from klab.harness.store import Run, files, machine
 
 FILE = ".step-times.jsonl"
@@ -37,30 +37,30 @@ StepTimes = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class HardwareKey:
     """Where step times may be compared: the same processor or GPU, and as many threads."""
 
     hardware: str
     threads: int
 
     @classmethod
-    def here(cls, threads: int, on_gpu: bool) -> Place:
+    def of_this_machine(cls, threads: int, on_gpu: bool) -> HardwareKey:
         """This machine, or its GPUs."""
         found = machine.gpus() if on_gpu else []
         known = machine.hardware()
         return cls(found[0] if found else f"{known['processor']}, {known['cores']} cores", threads)
 
     @classmethod
-    def planned(cls, executor: str, resources: Resources, device: str | None = None) -> Place | None:
+    def for_launch(cls, executor: str, resources: Resources, device: str | None = None) -> HardwareKey | None:
         """Where jobs with these resources will run; None where nothing is measured: on other machines, and where
         several processes train a cell."""
-        on_gpu = device != "cpu" and bool(gpus.visible())
+        on_gpu = device != "cpu" and bool(gpus.visible_gpus())
         if executor == "slurm" or (resources.processes or 1) > 1 or (on_gpu and resources.gpus > 1):
             return None
-        return cls.here(min(resources.cpus, machine.cores()), on_gpu)
+        return cls.of_this_machine(min(resources.cpus, machine.cores()), on_gpu)
 
 
-def note(run: Run, cells: Sequence[str], place: Place, busy: float = 1.0) -> None:
+def record_job(run: Run, cells: Sequence[str], place: HardwareKey, busy: float = 1.0) -> None:
     """Write down what an update of these cells took, which one job trained together from beginning to end.
 
     The median over updates counts, without the first, for it pays for what is done once. Nothing is written for cells
@@ -76,11 +76,11 @@ def note(run: Run, cells: Sequence[str], place: Place, busy: float = 1.0) -> Non
         if any(count > 1 for count in begun) or len(rows) < _LEAST:
             return
         spent = [sum(value for key, value in row.items() if key.startswith("seconds")) for row in rows]
-        append(run.path.parent, place, kind(run.resolved(cells[0])), len(cells), busy * median(spent))
+        append_measurement(run.path.parent, place, cost_key(run.resolved(cells[0])), len(cells), busy * median(spent))
 
 
-def append(runs: Path, place: Place, word: str, size: int, seconds: float) -> None:
-    """Add a measurement: seconds per update and cell of this `kind`, in a pack of `size` cells."""
+def append_measurement(runs: Path, place: HardwareKey, word: str, size: int, seconds: float) -> None:
+    """Add a measurement: seconds per update and cell of this `cost_key`, in a pack of `size` cells."""
     path = runs / FILE
     record = {"at": time.time(), "hardware": place.hardware, "threads": place.threads, "kind": word}
     files.append_lines(path, [{**record, "size": size, "seconds": seconds}])
@@ -89,13 +89,13 @@ def append(runs: Path, place: Place, word: str, size: int, seconds: float) -> No
         files.replace(path, newest[newest.find(b"\n") + 1 :], durable=False)
 
 
-def measured(runs: Path, place: Place | None) -> StepTimes:
+def read_step_times(runs: Path, place: HardwareKey | None) -> StepTimes:
     """What was measured at this place; lines that cannot be read are left out."""
     found: dict[str, dict[int, list[float]]] = {}
     for line in _tail(runs / FILE).split(b"\n") if place is not None else ():
         try:
-            record = files.unseal(line, runs / FILE)
-            where = Place(record["hardware"], record["threads"])
+            record = files.decode_record(line, runs / FILE)
+            where = HardwareKey(record["hardware"], record["threads"])
             size, seconds = int(record["size"]), float(record["seconds"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
@@ -104,7 +104,7 @@ def measured(runs: Path, place: Place | None) -> StepTimes:
     return {each: {size: min(times[-LAST:]) for size, times in by_size.items()} for each, by_size in found.items()}
 
 
-def differ(new: StepTimes, old: StepTimes) -> bool:
+def have_changed(new: StepTimes, old: StepTimes) -> bool:
     """Whether there are sizes that were not measured before, or times that changed by more than noise."""
     for word, times in new.items():
         before = old.get(word, {})

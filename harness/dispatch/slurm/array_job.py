@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.slurm import client as scheduler
+from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.slurm.submission import folder, job_name
-from klab.harness.dispatch.slurm.task import ROUNDS, Task
+from klab.harness.dispatch.slurm.task import MAX_REQUEUES, ArrayTask
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-OURS = (
+RESERVED_OPTIONS = (
     *("array", "job-name", "output", "error", "open-mode", "signal", "chdir", "dependency", "requeue", "no-requeue"),
     *("nodes", "ntasks", "ntasks-per-node"),
 )
@@ -32,7 +32,7 @@ _SHIELD = 'trap "" USR2 TERM; exec "$@"'
 _FULL = ("submit limit", "MaxSubmit", "temporarily unable to accept job")
 
 
-class Refused(RuntimeError):
+class SubmissionRefused(RuntimeError):
     """Slurm does not take the job. `full`: it would take a smaller one."""
 
     def __init__(self, text: str) -> None:
@@ -41,7 +41,7 @@ class Refused(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ArrayJob:
     """One array: submission `number` of a run, whose task i trains `cells[i]`, `parallel` of them at a time.
 
     `after` is the job that has to end first.
@@ -60,46 +60,48 @@ class Order:
         return folder(self.run.jobs, self.number)
 
 
-def script(order: Order) -> str:
+def sbatch_script(job: ArrayJob) -> str:
     """The text for sbatch."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(order.folder))}"
-    elements = len(order.cells) if len(order.cells) > 1 else None
-    text: str = _make_sbatch_string(command, order.folder, map_count=elements, **parameters(order))
+    command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(job.folder))}"
+    elements = len(job.cells) if len(job.cells) > 1 else None
+    text: str = _make_sbatch_string(command, job.folder, map_count=elements, **submitit_parameters(job))
     return text
 
 
-def submit(order: Order) -> str:
+def submit(job: ArrayJob) -> str:
     """Hand the array to Slurm and return its job id.
 
     Raises:
         Refused: when Slurm does not take it; nothing is in its queue then.
-        NoAnswer: when it is not known whether Slurm took it.
+        SlurmUnavailable: when it is not known whether Slurm took it.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    executor = _executor(order)
-    grace = signal_delay(order.resources.minutes) / 2
-    wanted = order.resources
-    jobs_tasks = [Task(str(order.run.path), cells, wanted.cpus, grace, tasks(wanted)) for cells in order.cells]
+    executor = _executor(job)
+    grace = signal_delay(job.resources.minutes) / 2
+    wanted = job.resources
+    array_tasks = [
+        ArrayTask(str(job.run.path), cells, wanted.cpus, grace, tasks_per_job(wanted)) for cells in job.cells
+    ]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
-            jobs = executor.submit_array(jobs_tasks)
+            jobs = executor.submit_array(array_tasks)
     except (FailedJobError, FailedSubmissionError) as error:
-        job = scheduler.find([order.name]).get(order.name)  # a lost answer is not a refusal
-        if job is None:
-            raise Refused(_words(str(error))) from error
-        return job
+        identity = client.find_jobs([job.name]).get(job.name)  # a lost answer is not a refusal
+        if identity is None:
+            raise SubmissionRefused(_words(str(error))) from error
+        return identity
     return str(jobs[0].job_id).split("_")[0]
 
 
-def parameters(order: Order) -> dict[str, Any]:
-    """submitit's parameters for an order."""
-    wanted = order.resources
+def submitit_parameters(job: ArrayJob) -> dict[str, Any]:
+    """submitit's parameters for a job array."""
+    wanted = job.resources
     extra = {name.lstrip("-").replace("_", "-"): value for name, value in wanted.sbatch.items() if value is not False}
     given: dict[str, Any] = {
-        "job_name": order.name or job_name(order.run.name, order.number),
+        "job_name": job.name or job_name(job.run.name, job.number),
         "time": wanted.minutes,
         "nodes": wanted.nodes,
         "cpus_per_task": wanted.cpus,
@@ -110,19 +112,19 @@ def parameters(order: Order) -> dict[str, Any]:
         "qos": wanted.qos,
         "constraint": wanted.constraint,
         "exclude": wanted.exclude,
-        "dependency": f"afterany:{order.after}" if order.after else None,
+        "dependency": f"afterany:{job.after}" if job.after else None,
         "signal_delay_s": signal_delay(wanted.minutes),
-        "array_parallelism": order.parallel,
-        "setup": [*wanted.setup, *_repair(order)],
+        "array_parallelism": job.parallel,
+        "setup": [*wanted.setup, *_repair(job)],
         "additional_parameters": {"requeue": True, **extra},
         "wckey": None,
     }
-    if tasks(wanted) > 1:  # one that dies takes the others with it
+    if tasks_per_job(wanted) > 1:  # one that dies takes the others with it
         given |= {"ntasks_per_node": wanted.processes_per_node, "srun_args": ["--kill-on-bad-exit=1"]}
     return given
 
 
-def tasks(resources: Resources) -> int:
+def tasks_per_job(resources: Resources) -> int:
     """The processes of a job, over all of its nodes, which train together."""
     return resources.nodes * resources.processes_per_node
 
@@ -132,14 +134,14 @@ def signal_delay(minutes: int) -> int:
     return max(10, min(120, minutes * 15))
 
 
-def _executor(order: Order) -> SlurmExecutor:
+def _executor(job: ArrayJob) -> SlurmExecutor:
     from submitit import SlurmExecutor
 
     try:
-        executor = SlurmExecutor(order.folder, max_num_timeout=ROUNDS, python=_python())
+        executor = SlurmExecutor(job.folder, max_num_timeout=MAX_REQUEUES, python=_python())
     except RuntimeError as error:
         raise UserError("there is no srun here", hint="Launch on a login node, or choose --on local.") from error
-    executor.update_parameters(**parameters(order))
+    executor.update_parameters(**submitit_parameters(job))
     return executor
 
 
@@ -147,14 +149,14 @@ def _python() -> str:
     return shlex.join(["sh", "-c", _SHIELD, "klab", sys.executable])
 
 
-def _repair(order: Order) -> list[str]:
+def _repair(job: ArrayJob) -> list[str]:
     """Lines that make the job's pickle where its launcher died before it was in place."""
-    pickle = f"{shlex.quote(str(order.folder))}/$job'_submitted.pkl'"
-    python, run = shlex.quote(sys.executable), shlex.quote(str(order.run.path))
+    pickle = f"{shlex.quote(str(job.folder))}/$job'_submitted.pkl'"
+    python, run = shlex.quote(sys.executable), shlex.quote(str(job.run.path))
     return [
         "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
         f"rm -f {pickle}.save_tmp",
-        f"test -e {pickle} || {python} -m klab.harness.dispatch.slurm.task {run} {order.number}",
+        f"test -e {pickle} || {python} -m klab.harness.dispatch.slurm.task {run} {job.number}",
     ]
 
 

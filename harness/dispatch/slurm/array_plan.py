@@ -19,7 +19,7 @@ class Chunk:
     after: int | None = None
 
 
-def split(tasks: int, largest: int, cap: int | None = None) -> list[Chunk]:
+def split_into_arrays(tasks: int, largest: int, cap: int | None = None) -> list[Chunk]:
     """Arrays of nearly equal size, none above `largest`, that together run at most `cap` tasks at a time.
 
     Each array gets its share of the cap. Where there are more arrays than the cap, they form as many chains as the cap

@@ -9,19 +9,18 @@ from typing import Any
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.backends import Pack, SchedulerState
-from klab.harness.dispatch.profiles import resolve
-from klab.harness.dispatch.slurm import array_job as sbatch
-from klab.harness.dispatch.slurm import client as scheduler
-from klab.harness.dispatch.slurm.array_plan import Chunk, split
-from klab.harness.dispatch.slurm.client import NoAccounting, NoAnswer
-from klab.harness.dispatch.slurm.submission import Submission, intend, next_number, submissions
+from klab.harness.dispatch.backends import JobStatus, Pack
+from klab.harness.dispatch.profiles import resolve_resources
+from klab.harness.dispatch.slurm import array_job, client
+from klab.harness.dispatch.slurm.array_plan import Chunk, split_into_arrays
+from klab.harness.dispatch.slurm.client import NoAccounting, SlurmUnavailable
+from klab.harness.dispatch.slurm.submission import Submission, next_number, record_intent, submissions
 from klab.harness.store import Run, scan
 
 _LIVE = ("queued", "running", "preempted", "unknown")
 
 
-class Slurm:
+class SlurmExecutor:
     """Slurm as an `Executor`.
 
     Args:
@@ -41,9 +40,9 @@ class Slurm:
         Raises:
             UserError: when a value is not valid, there is no such profile, or an option belongs to klab.
         """
-        found = resolve(given, self.flags, profile=self.profile)
+        found = resolve_resources(given, self.flags, profile=self.profile)
         for option in found.sbatch:
-            if option.replace("_", "-").lstrip("-") in sbatch.OURS:
+            if option.replace("_", "-").lstrip("-") in array_job.RESERVED_OPTIONS:
                 raise UserError("is set by klab", key=f"resources.sbatch.{option}", value=found.sbatch[option])
         return found
 
@@ -54,13 +53,13 @@ class Slurm:
         """
         resources = self.resources(given)
         try:
-            largest = scheduler.limits().array
-        except NoAnswer:
-            largest = scheduler.DEFAULT_ARRAY
+            largest = client.cluster_limits().array
+        except SlurmUnavailable:
+            largest = client.DEFAULT_ARRAY
         first = next_number(run.jobs)
         return [
-            sbatch.script(
-                sbatch.Order(
+            array_job.sbatch_script(
+                array_job.ArrayJob(
                     run,
                     first + number,
                     tuple(pack.cells for pack in packs[chunk.first : chunk.first + chunk.count]),
@@ -69,7 +68,7 @@ class Slurm:
                     None if chunk.after is None else f"<job of script {chunk.after + 1}>",
                 )
             )
-            for number, chunk in enumerate(split(len(packs), largest, resources.max_parallel))
+            for number, chunk in enumerate(split_into_arrays(len(packs), largest, resources.max_parallel))
         ]
 
     def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
@@ -82,17 +81,17 @@ class Slurm:
         """
         resources = self.resources(resources)
         try:
-            limits = scheduler.limits()
+            limits = client.cluster_limits()
             packs = self._without_living(run, packs)
-        except NoAnswer as error:
-            raise _silent(error) from error
-        counter = _Counter(len(packs))
+        except SlurmUnavailable as error:
+            raise _unavailable(error) from error
+        counter = _Progress(len(packs))
         jobs: list[str] = []
-        for chunk in split(len(packs), limits.array, resources.max_parallel):
+        for chunk in split_into_arrays(len(packs), limits.array, resources.max_parallel):
             after = None if chunk.after is None else jobs[chunk.after]
             jobs.append(self._submit(run, packs, chunk, resources, after, limits.cluster, counter))
 
-    def states(self, run: Run) -> dict[str, SchedulerState]:
+    def states(self, run: Run) -> dict[str, JobStatus]:
         """What Slurm says about each cell's newest job: one squeue, and one sacct for what that has forgotten."""
         newest: dict[str, tuple[Submission, int]] = {}
         for each in submissions(run):
@@ -101,13 +100,13 @@ class Slurm:
         if not newest:
             return {}
         try:
-            queue = scheduler.queue({each.name for each, _ in newest.values()})
-        except NoAnswer as error:
-            return {cell: SchedulerState("unknown", each.job or "", str(error)) for cell, (each, _) in newest.items()}
+            queue = client.query_queue({each.name for each, _ in newest.values()})
+        except SlurmUnavailable as error:
+            return {cell: JobStatus("unknown", each.job or "", str(error)) for cell, (each, _) in newest.items()}
         for name in orphans.keys() & queue.jobs.keys():
             with suppress(OSError):  # it will be found by its name again
                 replace(orphans[name], job=queue.jobs[name]).write()
-        found: dict[str, SchedulerState] = {}
+        found: dict[str, JobStatus] = {}
         forgotten: dict[str, tuple[Submission, int]] = {}
         for cell, (each, index) in newest.items():
             known = replace(each, job=each.job or queue.jobs.get(each.name))
@@ -116,7 +115,7 @@ class Slurm:
                 found[cell] = state
             else:
                 forgotten[cell] = (known, index)
-        return {**found, **_remembered(run, forgotten)}
+        return {**found, **_from_accounting(run, forgotten)}
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
         """Take jobs out of the queue, or end them, whose cells are all cancelled or done; other jobs go on.
@@ -126,20 +125,20 @@ class Slurm:
         """
         chosen = set(cell_ids)
         states = self.states(run)
-        silent = [cell for cell in chosen if cell in states and states[cell].word == "unknown"]
+        silent = [cell for cell in chosen if cell in states and states[cell].state == "unknown"]
         if silent:
-            raise _silent(NoAnswer(states[silent[0]].reason))
-        jobs = {states[cell].job for cell in chosen if cell in states and states[cell].word in _LIVE}
+            raise _unavailable(SlurmUnavailable(states[silent[0]].reason))
+        jobs = {states[cell].job for cell in chosen if cell in states and states[cell].state in _LIVE}
         mates: dict[str, list[str]] = {job: [] for job in jobs if job}
         for cell, state in states.items():
             if state.job in mates:
                 mates[state.job].append(cell)
-        ends = [job for job, cells in mates.items() if not _others(run, cells, chosen)]
+        ends = [job for job, cells in mates.items() if not _has_other_open_cells(run, cells, chosen)]
         if ends:
             try:
-                scheduler.cancel(ends)
-            except NoAnswer as error:
-                raise _silent(error) from error
+                client.cancel_jobs(ends)
+            except SlurmUnavailable as error:
+                raise _unavailable(error) from error
 
     def _submit(
         self,
@@ -149,15 +148,17 @@ class Slurm:
         resources: Resources,
         after: str | None,
         cluster: str,
-        counter: _Counter,
+        counter: _Progress,
     ) -> str:
         """Submit one array; in halves, one after the other, where it exceeds what the user may have in the queue."""
         part = packs[chunk.first : chunk.first + chunk.count]
-        intent = intend(run, part, cluster=cluster, threads=resources.cpus, processes=sbatch.tasks(resources))
-        order = sbatch.Order(run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name)
+        intent = record_intent(
+            run, part, cluster=cluster, threads=resources.cpus, processes=array_job.tasks_per_job(resources)
+        )
+        order = array_job.ArrayJob(run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name)
         try:
-            job = sbatch.submit(order)
-        except sbatch.Refused as refusal:
+            job = array_job.submit(order)
+        except array_job.SubmissionRefused as refusal:
             intent.forget()
             if not refusal.full or chunk.count == 1:
                 raise counter.stopped(str(refusal)) from refusal
@@ -166,8 +167,8 @@ class Slurm:
             back = replace(chunk, first=chunk.first + half, count=chunk.count - half)
             after = self._submit(run, packs, front, resources, after, cluster, counter)
             return self._submit(run, packs, back, resources, after, cluster, counter)
-        except NoAnswer as error:
-            raise _silent(error) from error
+        except SlurmUnavailable as error:
+            raise _unavailable(error) from error
         replace(intent, job=job).write()
         counter.done += chunk.count
         return job
@@ -175,18 +176,18 @@ class Slurm:
     def _without_living(self, run: Run, packs: Sequence[Pack]) -> list[Pack]:
         """The packs without cells of living jobs; a job that nobody had written down is written down now."""
         open_ = [each for each in submissions(run) if each.job is None]
-        known = scheduler.find([each.name for each in open_]) if open_ else {}
+        known = client.find_jobs([each.name for each in open_]) if open_ else {}
         for each in open_:
             if each.name in known:
                 replace(each, job=known[each.name]).write()
             else:
                 each.forget()
-        busy = {cell for cell, state in self.states(run).items() if state.word in _LIVE}
+        busy = {cell for cell, state in self.states(run).items() if state.state in _LIVE}
         left = (tuple(cell for cell in pack.cells if cell not in busy) for pack in packs)
         return [Pack(cells) for cells in left if cells]
 
 
-class _Counter:
+class _Progress:
     """How many packs of a launch are submitted."""
 
     def __init__(self, all_: int) -> None:
@@ -198,17 +199,17 @@ class _Counter:
         return UserError(f"Slurm refused the job: {text}", hint=hint)
 
 
-def _remembered(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> dict[str, SchedulerState]:
+def _from_accounting(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> dict[str, JobStatus]:
     """States of cells without a result whose jobs squeue does not know."""
     results = scan(run, forgotten) if forgotten else {}
     wanted = {cell: place for cell, place in forgotten.items() if results[cell].result is None}
     jobs = sorted({each.job for each, _ in wanted.values() if each.job is not None})
     try:
-        accounts = scheduler.accounts(jobs)
+        accounts = client.sacct_states(jobs)
     except NoAccounting:
         return {}
-    except NoAnswer as error:
-        return {cell: SchedulerState("unknown", each.job or "", str(error)) for cell, (each, _) in wanted.items()}
+    except SlurmUnavailable as error:
+        return {cell: JobStatus("unknown", each.job or "", str(error)) for cell, (each, _) in wanted.items()}
     recorded = {element.split("_")[0] for element in accounts}
     found = {}
     for cell, (each, index) in wanted.items():
@@ -218,11 +219,11 @@ def _remembered(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> di
         if state is not None:
             found[cell] = state
         elif each.job in recorded:  # Slurm forgets a task that is cancelled while its array waits
-            found[cell] = SchedulerState("cancelled", each.element(index), "taken out of the queue")
+            found[cell] = JobStatus("cancelled", each.element(index), "taken out of the queue")
     return found
 
 
-def _others(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
+def _has_other_open_cells(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
     """Whether a job has cells that still want to run."""
     snapshots = scan(run, [cell for cell in cells if cell not in chosen])
     return any(
@@ -231,7 +232,7 @@ def _others(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
     )
 
 
-def _silent(error: NoAnswer) -> UserError:
+def _unavailable(error: SlurmUnavailable) -> UserError:
     return UserError(
         f"Slurm does not answer: {error}",
         hint="Nothing is lost: jobs in the queue go on, and launching again submits what is missing.",

@@ -1,6 +1,6 @@
 """What Slurm says about jobs: one `squeue` for all of them, one `sacct` for those that squeue has forgotten.
 
-A command that fails, or does not answer in time, is `NoAnswer`: never evidence that a job failed.
+A command that fails, or does not answer in time, is `SlurmUnavailable`: never evidence that a job failed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from klab.harness.dispatch.backends import SchedulerState, SchedulerWord
+from klab.harness.dispatch.backends import JobState, JobStatus
 
 ANSWER_SECONDS = 15.0
 DEFAULT_ARRAY = 1001
@@ -25,11 +25,11 @@ _COLUMNS = {"ArrayJobID": 20, "ArrayTaskID": 20, "State": 24, "Reason": 64, "Tim
 _COLUMNS |= {"RestartCnt": 10, "Name": 256}
 
 
-class NoAnswer(RuntimeError):
+class SlurmUnavailable(RuntimeError):
     """Slurm could not be asked."""
 
 
-class NoAccounting(NoAnswer):
+class NoAccounting(SlurmUnavailable):
     """There is nothing to ask: the cluster keeps no accounts."""
 
 
@@ -41,20 +41,22 @@ class Limits:
     cluster: str
 
 
-def limits() -> Limits:
+def cluster_limits() -> Limits:
     """What the cluster accepts.
 
     Raises:
-        NoAnswer: when the controller does not answer.
+        SlurmUnavailable: when the controller does not answer.
     """
-    settings = dict(line.split("=", 1) for line in tell("scontrol", "show", "config").splitlines() if "=" in line)
+    settings = dict(
+        line.split("=", 1) for line in run_command("scontrol", "show", "config").splitlines() if "=" in line
+    )
     settings = {name.strip(): value.strip() for name, value in settings.items()}
     array = int(settings.get("MaxArraySize", DEFAULT_ARRAY))
     tasks = re.search(r"max_array_tasks=(\d+)", settings.get("SchedulerParameters", ""))
     if tasks:
         array = min(array, int(tasks[1]))
     if array < 1:
-        raise NoAnswer("this cluster does not accept job arrays (MaxArraySize=0)")
+        raise SlurmUnavailable("this cluster does not accept job arrays (MaxArraySize=0)")
     return Limits(array, settings.get("ClusterName", ""))
 
 
@@ -62,32 +64,32 @@ def limits() -> Limits:
 class Queue:
     """squeue's answer: job or array element ("12", "12_3") -> state, and name -> job. Ended jobs stay a while."""
 
-    states: dict[str, SchedulerState]
+    states: dict[str, JobStatus]
     jobs: dict[str, str]
 
 
-def queue(names: Iterable[str]) -> Queue:
+def query_queue(names: Iterable[str]) -> Queue:
     """What squeue knows about the jobs of these names.
 
     Raises:
-        NoAnswer: when the controller does not answer.
+        SlurmUnavailable: when the controller does not answer.
     """
     rows = _rows(names)
     return Queue({row.element: row.state() for row in rows}, {row.name: row.job for row in rows})
 
 
-def find(names: Iterable[str]) -> dict[str, str]:
+def find_jobs(names: Iterable[str]) -> dict[str, str]:
     """Job name -> job id, of whatever squeue or sacct know under these names.
 
     Raises:
-        NoAnswer: when one of them does not answer (a cluster without accounting has only squeue).
+        SlurmUnavailable: when one of them does not answer (a cluster without accounting has only squeue).
     """
     wanted = list(names)
-    found = queue(wanted).jobs
+    found = query_queue(wanted).jobs
     missing = [name for name in wanted if name not in found]
     if missing:
         try:
-            text = tell(
+            text = run_command(
                 "sacct", "-n", "-P", "-X", "-S", "now-30days", f"--name={','.join(missing)}", "-o", "JobName,JobID"
             )
         except NoAccounting:
@@ -98,33 +100,33 @@ def find(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def accounts(jobs: Sequence[str]) -> dict[str, SchedulerState]:
+def sacct_states(jobs: Sequence[str]) -> dict[str, JobStatus]:
     """Job or array element -> its last record in the accounts.
 
     Raises:
         NoAccounting: when the cluster keeps none.
-        NoAnswer: when they cannot be asked now.
+        SlurmUnavailable: when they cannot be asked now.
     """
-    found: dict[str, SchedulerState] = {}
+    found: dict[str, JobStatus] = {}
     if not jobs:
         return found
-    text = tell("sacct", "-n", "-P", "-X", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,Reason")
+    text = run_command("sacct", "-n", "-P", "-X", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,Reason")
     for line in text.splitlines():
         if line.count("|") < 3:
             continue
         identity, word, code, reason = line.split("|", 3)
         exit_code, _, number = code.partition(":")
-        state = state_of(word, job=identity, reason=reason, exit_code=_number(exit_code), signal=_number(number))
-        for element in elements(identity):
+        state = job_status(word, job=identity, reason=reason, exit_code=_number(exit_code), signal=_number(number))
+        for element in expand_array_id(identity):
             found[element] = state
     return found
 
 
-def fate(job: str) -> str | None:
+def imminent_end(job: str) -> str | None:
     """What is about to happen to this running job: "preempted", "ended", "running"; None without an answer."""
     try:
-        text = tell("scontrol", "show", "job", "-o", job)
-    except NoAnswer:
+        text = run_command("scontrol", "show", "job", "-o", job)
+    except SlurmUnavailable:
         return None
     state = re.search(r"\bJobState=(\w+)", text)
     preempted = re.search(r"\bPreemptTime=(\S+)", text)
@@ -135,17 +137,17 @@ def fate(job: str) -> str | None:
     return "preempted" if preempted and preempted[1] not in ("None", "Unknown", "N/A") else "running"
 
 
-def cancel(jobs: Sequence[str]) -> None:
+def cancel_jobs(jobs: Sequence[str]) -> None:
     """Take jobs and array elements out of the queue, or end them.
 
     Raises:
-        NoAnswer: when the controller does not answer.
+        SlurmUnavailable: when the controller does not answer.
     """
     for start in range(0, len(jobs), 500):
-        tell("scancel", "--quiet", *jobs[start : start + 500])
+        run_command("scancel", "--quiet", *jobs[start : start + 500])
 
 
-def state_of(
+def job_status(
     word: str,
     *,
     job: str = "",
@@ -154,16 +156,16 @@ def state_of(
     signal: int | None = None,
     seconds_left: float | None = None,
     restarts: int = 0,
-) -> SchedulerState:
+) -> JobStatus:
     """Slurm's word for a job's state ("RUNNING", "CANCELLED by 1000", "OUT_OF_ME+") in ours."""
     plain = word.split()[0].rstrip("+") if word.split() else ""
     reason = "" if reason == "None" else reason
-    translated: SchedulerWord = "unknown"
+    translated: JobState = "unknown"
     if _is(plain, _WAITING):
         translated = "preempted" if restarts or plain.startswith("REQUEUE") else "queued"
-        return SchedulerState(translated, job, reason)
+        return JobStatus(translated, job, reason)
     if _is(plain, _RUNNING):
-        return SchedulerState("running", job, "" if plain == "RUNNING" else plain, seconds_left=seconds_left)
+        return JobStatus("running", job, "" if plain == "RUNNING" else plain, seconds_left=seconds_left)
     if _is(plain, ("COMPLETED",)):
         translated = "ended"
     elif _is(plain, ("CANCELLED",)):
@@ -171,10 +173,10 @@ def state_of(
     elif _is(plain, _ERRORS):
         translated = "failed"
         exit_code, signal = _ending(exit_code, signal)
-    return SchedulerState(translated, job, word.strip() if translated == "cancelled" else plain, exit_code, signal)
+    return JobStatus(translated, job, word.strip() if translated == "cancelled" else plain, exit_code, signal)
 
 
-def elements(identity: str) -> Iterator[str]:
+def expand_array_id(identity: str) -> Iterator[str]:
     """The elements that an id stands for: "12", "12_3", "12_[0-2,7%4]"."""
     found = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", identity)
     if found is None:
@@ -186,7 +188,7 @@ def elements(identity: str) -> Iterator[str]:
             yield f"{found[1]}_{number}"
 
 
-def seconds(text: str) -> float | None:
+def parse_duration(text: str) -> float | None:
     """A time in Slurm's notation ("2-03:04:05", "04:05", "UNLIMITED")."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)", text.strip())
     if found is None:
@@ -197,11 +199,11 @@ def seconds(text: str) -> float | None:
     return days * 86400 + first * 3600 + second * 60 + last
 
 
-def tell(*command: str) -> str:
+def run_command(*command: str) -> str:
     """Output of one of Slurm's commands.
 
     Raises:
-        NoAnswer: when it fails, does not end within `ANSWER_SECONDS`, or does not exist.
+        SlurmUnavailable: when it fails, does not end within `ANSWER_SECONDS`, or does not exist.
     """
     environment = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     for name in ("SQUEUE_FORMAT", "SQUEUE_FORMAT2", "SQUEUE_STATES", "SQUEUE_PARTITION", "SACCT_FORMAT"):
@@ -209,12 +211,12 @@ def tell(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment)
     except FileNotFoundError as error:
-        raise NoAnswer(f"there is no {command[0]} here: is this a login node of a Slurm cluster?") from error
+        raise SlurmUnavailable(f"there is no {command[0]} here: is this a login node of a Slurm cluster?") from error
     except subprocess.TimeoutExpired as error:
-        raise NoAnswer(f"{command[0]} did not answer within {ANSWER_SECONDS:.0f} s") from error
+        raise SlurmUnavailable(f"{command[0]} did not answer within {ANSWER_SECONDS:.0f} s") from error
     if done.returncode:
         text = done.stderr.strip() or done.stdout.strip() or f"{command[0]} failed with exit code {done.returncode}"
-        raise (NoAccounting if "accounting storage is disabled" in text else NoAnswer)(text)
+        raise (NoAccounting if "accounting storage is disabled" in text else SlurmUnavailable)(text)
     return done.stdout
 
 
@@ -235,15 +237,15 @@ class _Row:
     def element(self) -> str:
         return self.job if self.index in ("N/A", "") else f"{self.job}_{self.index}"
 
-    def state(self) -> SchedulerState:
+    def state(self) -> JobStatus:
         status = _number(self.status) or 0
-        return state_of(
+        return job_status(
             self.word,
             job=self.element,
             reason=self.reason,
             exit_code=status >> 8,
             signal=status & 0x7F,
-            seconds_left=seconds(self.left),
+            seconds_left=parse_duration(self.left),
             restarts=_number(self.restarts) or 0,
         )
 
@@ -253,7 +255,7 @@ def _rows(names: Iterable[str]) -> list[_Row]:
     if not wanted:
         return []
     format_ = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
-    text = tell("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), f"--name={wanted}", "-O", format_)
+    text = run_command("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), f"--name={wanted}", "-O", format_)
     return [_Row(*_cut(line)) for line in text.splitlines() if line.strip()]
 
 

@@ -48,7 +48,7 @@ class Submission:
         """Store the record, replacing the one there is."""
         record: dict[str, Any] = {"name": self.name, "at": self.at, "cluster": self.cluster, "threads": self.threads}
         record |= {"processes": self.processes, "job": self.job, "cells": [list(cells) for cells in self.cells]}
-        files.replace(self.folder / _RECORD, files.seal(record))
+        files.replace(self.folder / _RECORD, files.encode_record(record))
 
     def forget(self) -> None:
         """Remove the record and its folder: nothing was submitted."""
@@ -56,7 +56,7 @@ class Submission:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def intend(run: Run, packs: Sequence[Pack], *, cluster: str, threads: int, processes: int = 1) -> Submission:
+def record_intent(run: Run, packs: Sequence[Pack], *, cluster: str, threads: int, processes: int = 1) -> Submission:
     """Write down that these packs are about to be submitted. The caller holds the run's lock."""
     number = next_number(run.jobs)
     path = folder(run.jobs, number)
@@ -87,9 +87,9 @@ def read(path: Path) -> Submission | None:
     name, at, cells, job = (record.get(key) for key in ("name", "at", "cells", "job"))
     sound = isinstance(name, str) and isinstance(at, int | float) and isinstance(job, str | None)
     if not sound or not isinstance(cells, list) or not all(_is_pack(pack) for pack in cells) or not cells:
-        raise files.damaged(file, "does not describe a submission")
+        raise files.damaged_file(file, "does not describe a submission")
     if job is not None and not job.isdigit():
-        raise files.damaged(file, f"has the job {job[:40]!r}")
+        raise files.damaged_file(file, f"has the job {job[:40]!r}")
     threads, processes = record.get("threads"), record.get("processes")
     return Submission(
         path,

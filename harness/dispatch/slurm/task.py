@@ -21,24 +21,24 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from klab.harness.dispatch.job import Interruption, work
-from klab.harness.dispatch.processes import choose_gpu, follow, leading
-from klab.harness.dispatch.slurm import client as scheduler
+from klab.harness.dispatch.job import StopSignal, run_job
+from klab.harness.dispatch.processes import follow_group, leading_group, select_gpu
+from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
     from klab.harness.training.distributed.process_group import ProcessGroup
 
-ROUNDS = 1000
+MAX_REQUEUES = 1000
 """Requeues after which a job gives up: it would come back for ever without getting anywhere."""
 
-_PATIENCE = 60.0
+_ANSWER_SECONDS = 60.0
 """Seconds to wait for a controller that does not answer."""
 
 
 @dataclass(frozen=True)
-class Task:
+class ArrayTask:
     """The callable that submitit pickles: a run folder and the cells to train there.
 
     `grace`: seconds after a signal at which the job gives way even in the middle of an update. `processes`: tasks of
@@ -55,33 +55,33 @@ class Task:
         rank = int(os.environ.get("SLURM_PROCID", "0"))
         limit_threads(self.threads)
         if self.processes > 1:
-            choose_gpu(int(os.environ.get("SLURM_LOCALID", "0")))
+            select_gpu(int(os.environ.get("SLURM_LOCALID", "0")))
         if rank:
             if rank < self.processes:
-                follow(self.run, rank, self.processes, self.threads, _meeting())
+                follow_group(self.run, rank, self.processes, self.threads, _meeting())
             return {}
-        signal.signal(signal.SIGUSR2, _requeue)  # what `Interruption` falls back to; submitit's own until here
+        signal.signal(signal.SIGUSR2, _requeue)  # what `StopSignal` falls back to; submitit's own until here
         if self.processes == 1:
             return self._lead()
         alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
-        with leading(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
+        with leading_group(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
             return self._lead(world)
 
     def _lead(self, world: ProcessGroup | None = None) -> dict[str, str]:
         while True:
-            with Interruption(grace=self.grace) as interruption:
-                states = work(
+            with StopSignal(grace=self.grace) as stop_signal:
+                states = run_job(
                     self.run,
                     self.cells,
                     executor="slurm",
                     threads=self.threads,
-                    stop=interruption.asked,
+                    stop=stop_signal.requested,
                     world=world,
                 )
             if "interrupted" not in states.values():
                 return states
-            interruption.give_way()
-            what = _fate()
+            stop_signal.requeue()
+            what = _imminent_end()
             if what == "preempted":
                 _requeue()
             elif what == "ended":
@@ -102,10 +102,10 @@ def _meeting() -> Path:
     return Path(os.environ["SUBMITIT_FOLDER"]) / f"{JobEnvironment().job_id}_{life}.meeting"
 
 
-def _fate() -> str | None:
-    """What Slurm means to do with this job; None when it does not say so within `_PATIENCE`."""
-    deadline = time.monotonic() + _PATIENCE
-    while (found := scheduler.fate(os.environ["SLURM_JOB_ID"])) is None and time.monotonic() < deadline:
+def _imminent_end() -> str | None:
+    """What Slurm means to do with this job; None when it does not say so within `_ANSWER_SECONDS`."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while (found := client.imminent_end(os.environ["SLURM_JOB_ID"])) is None and time.monotonic() < deadline:
         time.sleep(2.0)
     return found
 
@@ -113,9 +113,9 @@ def _fate() -> str | None:
 def _requeue(number: int = 0, frame: FrameType | None = None) -> None:
     """Put this job back into the queue and end. Returns where Slurm refuses: then it is better to go on."""
     job = os.environ["SLURM_JOB_ID"]
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= ROUNDS:
-        sys.exit(f"klab: requeued {ROUNDS} times; giving up")
-    deadline = time.monotonic() + _PATIENCE
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= MAX_REQUEUES:
+        sys.exit(f"klab: requeued {MAX_REQUEUES} times; giving up")
+    deadline = time.monotonic() + _ANSWER_SECONDS
     while True:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if done.returncode == 0:
@@ -127,7 +127,7 @@ def _requeue(number: int = 0, frame: FrameType | None = None) -> None:
         time.sleep(2.0)
 
 
-def heal(run: str, number: int) -> None:
+def write_missing_pickle(run: str, number: int) -> None:
     """Write this job's pickle where its launcher died between `sbatch` and putting it in place."""
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.utils import DelayedSubmission, JobPaths
@@ -141,8 +141,9 @@ def heal(run: str, number: int) -> None:
     os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     environment = JobEnvironment()
     index = int(environment.array_task_id or 0)
-    delayed = DelayedSubmission(Task(run, submission.cells[index], submission.threads, processes=submission.processes))
-    delayed.set_timeout(ROUNDS, ROUNDS)
+    task = ArrayTask(run, submission.cells[index], submission.threads, processes=submission.processes)
+    delayed = DelayedSubmission(task)
+    delayed.set_timeout(MAX_REQUEUES, MAX_REQUEUES)
     target = JobPaths(path, job_id=environment.job_id).submitted_pickle
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     delayed.dump(temporary)
@@ -150,4 +151,4 @@ def heal(run: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    heal(sys.argv[1], int(sys.argv[2]))
+    write_missing_pickle(sys.argv[1], int(sys.argv[2]))

@@ -41,11 +41,11 @@ def run(make_grid: MakeGrid, place: Path) -> Run:
     """Four cells: finished, failed, lost, waiting."""
     run = Run.create(place / "runs/little", make_grid(seeds=4))
     finished, failed, lost, _ = (run.cell(identity) for identity in run.cells)
-    finished.finish({"state": "finished", "updates": 4, "reward_final": float("nan")})
+    finished.write_result({"state": "finished", "updates": 4, "reward_final": float("nan")})
     for folder in (failed, lost):
         folder.append_attempt({"event": "started", "at": time.time(), "pid": 1, "log": "jobs/local-1/7_0_log.err"})
-        folder.beat({"update": 2, "updates": 4, "reward": 0.5})
-    failed.fail("Traceback\nValueError: [red]no such thing[/red]")
+        folder.write_heartbeat({"update": 2, "updates": 4, "reward": 0.5})
+    failed.record_failure("Traceback\nValueError: [red]no such thing[/red]")
     (run.jobs / "local-1").mkdir(parents=True)
     (run.jobs / "local-1/7_0_log.err").write_text("first\nsecond [bold]line[/]\n")
     return run
@@ -67,7 +67,7 @@ def test_plan_tells_cells_spellings_and_packs(make_grid: MakeGrid, ask: Ask, pla
 def test_plan_estimates_from_cells_that_were_measured(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
     make_grid(seeds=4)
     run = Run.create(place / "runs/before", make_grid(name="before", seeds=1))
-    run.cell(run.cells[0]).finish({"state": "finished", "updates": 4, "seconds": 40.0})
+    run.cell(run.cells[0]).write_result({"state": "finished", "updates": 4, "seconds": 40.0})
     found = ask("plan", "little.yaml", "--json", "--max-parallel", "2")
     assert found["measured_in"] == "before"
     assert found["estimated_seconds"] == pytest.approx(1 + 2 * 40)
@@ -122,10 +122,10 @@ def test_cancel_asks_before_it_stops_two_running_cells(run: Run, ask: Ask) -> No
         folder.claim()
     try:
         assert "--yes" in ask("cancel", "little", code=2)
-        assert all(folder.claimed() for folder in folders)
+        assert all(folder.claim_holder() for folder in folders)
     finally:
         for folder in folders:
-            folder.unclaim()
+            folder.release_claim()
 
 
 def test_axes_lists_the_catalogue(ask: Ask) -> None:

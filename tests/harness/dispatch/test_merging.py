@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from klab.grid import parse_grid
-from klab.harness.dispatch.merging import merge_equal
+from klab.harness.dispatch.merging import merge_equivalent
 from klab.harness.store import Run
 
 STUDY = """
@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 def test_equal_algorithms_are_run_once_and_the_survivor_remembers_both_spellings():
     grid = parse_grid(STUDY, "twins.yaml")
     counted = []
-    merged = merge_equal(grid, progress=lambda done, total: counted.append((done, total))).grid
+    merged = merge_equivalent(grid, progress=lambda done, total: counted.append((done, total))).grid
     assert len(grid.cells) == 8
     assert len(merged.cells) == 6
     assert counted[-1] == (4, 4)
@@ -43,27 +43,27 @@ def test_equal_algorithms_are_run_once_and_the_survivor_remembers_both_spellings
 
 def test_off_policy_they_are_different_algorithms():
     grid = parse_grid(STUDY.replace("updates: 2", "updates: 2, updates_per_rollout: 2"), "twins.yaml")
-    assert len(merge_equal(grid).grid.cells) == 8
+    assert len(merge_equivalent(grid).grid.cells) == 8
 
 
 def test_too_many_unknown_objectives_are_left_unmeasured_and_known_ones_cost_nothing(cache):
     grid = parse_grid(STUDY, "twins.yaml")
-    assert merge_equal(grid, at_most=3).unmeasured == 4
-    assert len(merge_equal(grid, at_most=4).grid.cells) == 6
+    assert merge_equivalent(grid, at_most=3).unmeasured == 4
+    assert len(merge_equivalent(grid, at_most=4).grid.cells) == 6
     (known,) = (cache / "fingerprints").glob("*.jsonl")
     before = known.read_bytes()
-    assert len(merge_equal(grid, at_most=0).grid.cells) == 6
+    assert len(merge_equivalent(grid, at_most=0).grid.cells) == 6
     assert known.read_bytes() == before
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(cache):
     cache.write_text("a file where the folder should be")
-    assert len(merge_equal(parse_grid(STUDY, "twins.yaml")).grid.cells) == 6
+    assert len(merge_equivalent(parse_grid(STUDY, "twins.yaml")).grid.cells) == 6
 
 
 def test_cells_that_a_run_already_has_stay(tmp_path):
     grid = parse_grid(STUDY, "twins.yaml")
-    kept = merge_equal(grid, keep=[grid.cells[2].id]).grid
+    kept = merge_equivalent(grid, keep=[grid.cells[2].id]).grid
     assert len(kept.cells) == 7
     run = Run.create(tmp_path / "run", kept)
     assert grid.cells[2].id in run.cells
@@ -73,7 +73,7 @@ def test_cells_that_a_run_already_has_stay(tmp_path):
 def test_the_baseline_is_the_survivor():
     text = STUDY.replace("design: list", "objective: {estimator: k1, placement: advantage}\ndesign: list")
     grid = parse_grid(text, "twins.yaml")
-    merged = merge_equal(grid).grid
+    merged = merge_equivalent(grid).grid
     assert grid.baseline == grid.cells[2].group
     assert grid.baseline in merged.groups
 
@@ -117,7 +117,7 @@ def test_equal_gradients_do_not_make_equal_critics():
     """γ = λ = 1: a KL inside the returns or after them gives the same advantages from the same values, and other
     values."""
     grid = parse_grid(CRITIC, "critics.yaml")
-    merged = merge_equal(grid).grid
+    merged = merge_equivalent(grid).grid
     assert [equality.merged for equality in merged.equalities] == [(grid.cells[1].id,)]
     assert [cell.id for cell in merged.cells] == [cell.id for i, cell in enumerate(grid.cells) if i != 1]
 
@@ -135,11 +135,11 @@ def test_what_training_adds_makes_another_algorithm(settings):
         "cells": [{}, {f"training.{key}": value for key, value in settings.items()}],
     }
     grid = parse_grid(json.dumps(study), "added.yaml")
-    assert len(merge_equal(grid).grid.cells) == 2
+    assert len(merge_equivalent(grid).grid.cells) == 2
 
 
 def test_forms_that_share_no_surroundings_need_no_measurement(cache):
     study = {"name": "apart", "task": "addition", "training": {"updates_per_rollout": 2}, "design": "list"}
     grid = parse_grid(json.dumps(study | {"cells": [{"training.lr": 1e-3}, {"estimator": "k1"}]}), "apart.yaml")
-    assert merge_equal(grid, at_most=0).unmeasured == 0
+    assert merge_equivalent(grid, at_most=0).unmeasured == 0
     assert not (cache / "fingerprints").exists()

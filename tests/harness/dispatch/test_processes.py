@@ -13,10 +13,10 @@ import pytest
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources, load_section
 from klab.harness.dispatch.launch import launch
-from klab.harness.dispatch.local.backend import Local
-from klab.harness.dispatch.local.inline import Here
-from klab.harness.dispatch.local.pool import InFlight, Pool
-from klab.harness.dispatch.processes import choose_gpu
+from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.dispatch.local.inline import InlineExecutor
+from klab.harness.dispatch.local.pool import Pool, RunningJob
+from klab.harness.dispatch.processes import select_gpu
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
 from klab.harness.training.metrics import same_numbers
@@ -44,17 +44,17 @@ def test_a_killed_process_ends_its_job_and_the_next_one_has_the_bits_of_the_loca
     """A pack of two cells, undisturbed on the local pool, and here with a SIGKILL for one of the two processes."""
     grid = make_grid(seeds=2, updates=9, prompts=3, resources={"cells_per_job": 2, "processes": 2})
     pooled, broken = Run.create(place / "pooled", grid), Run.create(place / "broken", grid)
-    launch(pooled, Local(max_parallel=1), workers=1)
+    launch(pooled, LocalExecutor(max_parallel=1), workers=1)
 
     def disturb(told: Progress) -> None:
         if told.update == 5:
             kill(*followers(broken))
 
     with pytest.raises(SystemExit, match="process 0 of 2: a process of this job is gone"):
-        launch(broken, Here(progress=disturb), workers=1)
-    assert [broken.cell(identity).claimed() for identity in broken.cells] == [None, None]
+        launch(broken, InlineExecutor(progress=disturb), workers=1)
+    assert [broken.cell(identity).claim_holder() for identity in broken.cells] == [None, None]
     assert count(statuses(broken)).keys() <= {"waiting", "preempted", "lost"}
-    launch(broken, Here(), workers=1)
+    launch(broken, InlineExecutor(), workers=1)
     wait_for(lambda: count(statuses(pooled)) == {"finished": 2})
     assert numbers(broken) == numbers(pooled)
     for run, lives in ((pooled, 1), (broken, 2)):
@@ -70,9 +70,9 @@ def test_a_process_that_cannot_start_ends_the_job_at_once(
     run = Run.create(place / "run", make_grid(resources={"processes": 2}))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(SystemExit, match="process 1 of 2 ended at its start with code 1"):
-        launch(run, Here(), workers=1)
+        launch(run, InlineExecutor(), workers=1)
     assert [event["event"] for event in run.cell(run.cells[0]).attempts()] == ["started", "ended"]
-    assert run.cell(run.cells[0]).claimed() is None
+    assert run.cell(run.cells[0]).claim_holder() is None
 
 
 def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,21 +81,21 @@ def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, mon
     assert Resources(gpus=4).processes_per_node == 4
     assert (Resources().processes_per_node, Resources(processes=3).processes_per_node) == (1, 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    local = Local()
+    local = LocalExecutor()
     assert [local.processes(Resources(gpus=gpus)) for gpus in (0, 1, 2, 8)] == [1, 1, 2, 4]
-    assert (local.slots(1, 2), local.slots(1, 3), Local(device="cpu").processes(Resources(gpus=4))) == (2, 1, 1)
+    assert (local.slots(1, 2), local.slots(1, 3), LocalExecutor(device="cpu").processes(Resources(gpus=4))) == (2, 1, 1)
     with pytest.raises(UserError, match="there are 4 here"):
         local.processes(Resources(processes=5))
-    choose_gpu(2)
+    select_gpu(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
-    choose_gpu(1)  # a scheduler that hands out one per process leaves no choice
+    select_gpu(1)  # a scheduler that hands out one per process leaves no choice
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
     pool = Pool(Run.create(place / "run", make_grid()))
     assert pool.devices() is None
-    pool.renew([], slots=2, threads=1, gpus=["7", "9", "2", "1"], processes=2)
+    pool.replace_queue([], slots=2, threads=1, gpus=["7", "9", "2", "1"], processes=2)
     assert pool.devices() == "7,9"
-    pool.flying.append(InFlight(("one",), gpu="9,7"))
+    pool.running.append(RunningJob(("one",), gpu="9,7"))
     assert pool.devices() == "2,1"
-    pool.flying.append(InFlight(("other",), gpu="1"))
+    pool.running.append(RunningJob(("other",), gpu="1"))
     assert pool.devices() == "2,7"

@@ -8,7 +8,7 @@ import pytest
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.profiles import configuration_file, profiles, resolve
+from klab.harness.dispatch.profiles import configuration_file, profiles, resolve_resources
 
 TEXT = """
 profiles:
@@ -25,20 +25,20 @@ def file(tmp_path: Path) -> Path:
 
 def test_precedence(file: Path) -> None:
     given = Resources(minutes=10, cpus=3, partition="cpu", sbatch={"nice": 1, "comment": "x"}, profile="big")
-    found = resolve(given, {"minutes": 7, "gpus": None}, file=file)
+    found = resolve_resources(given, {"minutes": 7, "gpus": None}, file=file)
     assert (found.minutes, found.cpus, found.partition, found.gpus) == (7, 3, "gpu", 2)
     assert found.sbatch == {"nice": 5, "comment": "x", "mail-type": "END"}
     assert found.setup == ("module load cuda",)
 
 
 def test_a_flag_chooses_the_profile(file: Path) -> None:
-    assert resolve(Resources(), profile="big", file=file).partition == "gpu"
-    assert resolve(Resources(), file=file).partition is None
+    assert resolve_resources(Resources(), profile="big", file=file).partition == "gpu"
+    assert resolve_resources(Resources(), file=file).partition is None
 
 
 def test_an_unknown_profile_names_the_known_ones(file: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'big'"):
-        resolve(Resources(), profile="bgi", file=file)
+        resolve_resources(Resources(), profile="bgi", file=file)
 
 
 @pytest.mark.parametrize(

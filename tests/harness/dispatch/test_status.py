@@ -10,8 +10,8 @@ import pytest
 
 from klab.grid import Grid
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.backends import Pack, SchedulerState
-from klab.harness.dispatch.launch import wanted
+from klab.harness.dispatch.backends import JobStatus, Pack
+from klab.harness.dispatch.launch import should_submit
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import CellFolder, Run
 
@@ -21,7 +21,7 @@ class Scheduler:
 
     name = "slurm"
 
-    def __init__(self, word: SchedulerState | None) -> None:
+    def __init__(self, word: JobStatus | None) -> None:
         self.word = word
         self.asked = 0
 
@@ -31,7 +31,7 @@ class Scheduler:
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
         raise AssertionError("not called")
 
-    def states(self, run: Run) -> dict[str, SchedulerState]:
+    def states(self, run: Run) -> dict[str, JobStatus]:
         self.asked += 1
         return {} if self.word is None else dict.fromkeys(run.cells, self.word)
 
@@ -42,7 +42,7 @@ def untouched(folder: CellFolder) -> None:
 
 def started(folder: CellFolder) -> None:
     folder.append_attempt({"event": "started", "at": time.time()})
-    folder.beat({"update": 3, "updates": 4, "reward": 0.5})
+    folder.write_heartbeat({"update": 3, "updates": 4, "reward": 0.5})
 
 
 def interrupted(folder: CellFolder) -> None:
@@ -57,23 +57,23 @@ def cancelled(folder: CellFolder) -> None:
 
 def failed(folder: CellFolder) -> None:
     started(folder)
-    folder.fail("Traceback\n  …\nValueError: no such thing\n")
+    folder.record_failure("Traceback\n  …\nValueError: no such thing\n")
 
 
 def finished(folder: CellFolder) -> None:
     failed(folder)
-    folder.finish({"state": "finished", "updates": 4, "reward_final": 0.75})
+    folder.write_result({"state": "finished", "updates": 4, "reward_final": 0.75})
 
 
 def diverged(folder: CellFolder) -> None:
-    folder.finish({"state": "diverged", "updates": 2})
+    folder.write_result({"state": "diverged", "updates": 2})
 
 
-QUEUED = SchedulerState("queued", "12_3", "Resources")
-RUNNING = SchedulerState("running", "12_3", seconds_left=90.0)
-SILENT = SchedulerState("unknown", "12_3")
-KILLED = SchedulerState("failed", "12_3", "OUT_OF_MEMORY", signal=9)
-ENDED = SchedulerState("ended", "12_3", "COMPLETED", exit_code=0)
+QUEUED = JobStatus("queued", "12_3", "Resources")
+RUNNING = JobStatus("running", "12_3", seconds_left=90.0)
+SILENT = JobStatus("unknown", "12_3")
+KILLED = JobStatus("failed", "12_3", "OUT_OF_MEMORY", signal=9)
+ENDED = JobStatus("ended", "12_3", "COMPLETED", exit_code=0)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ ENDED = SchedulerState("ended", "12_3", "COMPLETED", exit_code=0)
         (untouched, KILLED, "failed"),
         (started, None, "lost"),
         (started, QUEUED, "queued"),
-        (started, SchedulerState("preempted", "12_3", "BeginTime"), "preempted"),
+        (started, JobStatus("preempted", "12_3", "BeginTime"), "preempted"),
         (started, RUNNING, "running"),
         (started, SILENT, "unknown"),
         (started, KILLED, "failed"),
@@ -106,7 +106,7 @@ def test_the_best_witness_decides(
     make_grid: Callable[..., Grid],
     place: Path,
     history: Callable[[CellFolder], None],
-    word: SchedulerState | None,
+    word: JobStatus | None,
     state: str,
 ) -> None:
     run = Run.create(place / "run", make_grid())
@@ -123,7 +123,7 @@ def test_a_living_worker_needs_no_scheduler(make_grid: Callable[..., Grid], plac
         started(folder)
         rows = statuses(run, [Scheduler(KILLED)])
     finally:
-        folder.unclaim()
+        folder.release_claim()
     assert (rows[0].state, rows[0].update, rows[0].updates, rows[0].reward) == ("running", 3, 4, 0.5)
     assert rows[1].detail == "OUT_OF_MEMORY, signal 9"
 
@@ -166,4 +166,4 @@ def test_the_errors_last_line_is_shown(make_grid: Callable[..., Grid], place: Pa
 )
 def test_what_a_launch_takes_up(state: str, executor: str, job: str, retry: bool, taken: bool) -> None:
     row = CellStatus("cell", state, executor=executor, job=job)  # type: ignore[arg-type]
-    assert wanted(row, "local", retry) is taken
+    assert should_submit(row, "local", retry) is taken

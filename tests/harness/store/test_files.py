@@ -37,22 +37,22 @@ def same(left: Any, right: Any) -> bool:
 @given(RECORDS, st.sampled_from([None, 2]))
 def test_a_sealed_record_comes_back_unchanged(record: dict[str, Any], indent: int | None) -> None:
     try:
-        text = files.seal(record, indent=indent)
+        text = files.encode_record(record, indent=indent)
     except UnicodeEncodeError:  # lone surrogates are not text
         return
-    assert same(files.unseal(text, "x"), record)
+    assert same(files.decode_record(text, "x"), record)
 
 
 @given(RECORDS.filter(bool), st.data())
 def test_one_changed_byte_is_never_believed(record: dict[str, Any], data: st.DataObject) -> None:
     try:
-        text = bytearray(files.seal(record))
+        text = bytearray(files.encode_record(record))
     except UnicodeEncodeError:
         return
     place = data.draw(st.integers(0, len(text) - 1))
     text[place] ^= data.draw(st.integers(1, 255))
     try:
-        found = files.unseal(bytes(text), "x")
+        found = files.decode_record(bytes(text), "x")
     except UserError:
         return
     assert same(found, record)  # only white space and the like may change unnoticed
@@ -61,13 +61,13 @@ def test_one_changed_byte_is_never_believed(record: dict[str, Any], data: st.Dat
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_record_or_a_mistake(data: bytes) -> None:
     with pytest.raises(UserError):
-        files.unseal(data, "x")
+        files.decode_record(data, "x")
 
 
 @pytest.mark.parametrize(("schema", "word"), [(0, "older"), (2, "newer")])
 def test_another_schema_is_refused_by_name(schema: int, word: str) -> None:
     with pytest.raises(UserError, match=rf"some\.json.*{word} klab \(schema {schema}"):
-        files.unseal(json.dumps({"schema": schema}).encode(), "some.json")
+        files.decode_record(json.dumps({"schema": schema}).encode(), "some.json")
 
 
 @settings(deadline=None, max_examples=40)
@@ -96,7 +96,7 @@ def test_a_torn_last_line_is_dropped_and_written_over(
 def test_lines_read_together_are_those_read_one_by_one(records: list[dict[str, Any]], data: st.DataObject) -> None:
     """Also where a line is written with spaces, and where one is wrong: then it is the one that is named."""
     try:
-        lines = [files.seal(record) for record in records]
+        lines = [files.encode_record(record) for record in records]
     except UnicodeEncodeError:
         return
     place = data.draw(st.integers(0, len(lines) - 1))
@@ -146,11 +146,11 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> No
         from klab.harness.store import files
         folder = Path(sys.argv[1])
         files.append_lines(folder / "rows.jsonl", [{"number": 1}])
-        files.replace(folder / "whole.json", files.seal({"number": 1}))
+        files.replace(folder / "whole.json", files.encode_record({"number": 1}))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         for work in (
             lambda: files.append_lines(folder / "rows.jsonl", [{"number": 2}, {"text": "x" * 5000}]),
-            lambda: files.replace(folder / "whole.json", files.seal({"text": "x" * 5000})),
+            lambda: files.replace(folder / "whole.json", files.encode_record({"text": "x" * 5000})),
         ):
             try:
                 work()
@@ -176,7 +176,8 @@ def test_a_killed_writer_never_leaves_half_a_file(tmp_path: Path) -> None:
         print("ready", flush=True)
         while True:
             number += 1
-            files.replace(folder / "whole.json", files.seal({"number": number, "fill": "x" * 20000}), durable=False)
+            files.replace(folder / "whole.json", files.encode_record({"number": number, "fill": "x" * 20000}),
+                          durable=False)
             files.append_lines(folder / "rows.jsonl", [{"number": number, "fill": "x" * 20000}])
     """
     for round_ in range(3):
@@ -195,5 +196,5 @@ def test_a_killed_writer_never_leaves_half_a_file(tmp_path: Path) -> None:
         starts = [place for place, number in enumerate(rows) if number == 1]
         for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
             assert rows[begin:end] == list(range(1, end - begin + 1))
-        files.sweep(tmp_path)
+        files.remove_temporaries(tmp_path)
         assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "whole.json"]

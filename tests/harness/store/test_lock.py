@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from klab.harness.store import Held, Holder, Lock, files
+from klab.harness.store import Lock, LockHeld, ProcessId, files
 from klab.harness.store.lock import STALE_SECONDS, read_lock
 
 
@@ -69,7 +69,7 @@ def test_contenders_for_a_dead_holders_lock_never_hold_it_together(tmp_path: Pat
 
 
 def test_a_living_holder_is_named_with_its_age(tmp_path: Path) -> None:
-    with Lock(tmp_path / "lock", purpose="launching"), pytest.raises(Held, match=r"launching") as caught:
+    with Lock(tmp_path / "lock", purpose="launching"), pytest.raises(LockHeld, match=r"launching") as caught:
         Lock(tmp_path / "lock").acquire()
     assert f"process {os.getpid()}" in str(caught.value)
     Lock(tmp_path / "lock").acquire()
@@ -89,31 +89,31 @@ def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(Held):
+    with pytest.raises(LockHeld):
         Lock(tmp_path / "lock").acquire()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     lock = Lock(tmp_path / "lock")
     lock.acquire()
-    assert lock.mine()
+    assert lock.is_ours()
 
 
 def test_a_reused_process_number_is_not_the_holder() -> None:
-    me = Holder.here()
-    assert me.alive()
-    earlier = Holder(me.host, me.machine, me.pid, me.start - 100, me.at)
-    assert earlier.alive() is False
+    me = ProcessId.current()
+    assert me.is_alive()
+    earlier = ProcessId(me.host, me.machine, me.pid, me.start - 100, me.at)
+    assert earlier.is_alive() is False
 
 
 def elsewhere(path: Path) -> None:
     """A lock as a process on another machine leaves it."""
     record = {"token": "t", "purpose": "training", "host": "n7", "machine": "other", "pid": 17, "start": 5, "at": 1e9}
-    path.write_bytes(files.seal(record))
+    path.write_bytes(files.encode_record(record))
 
 
 def test_another_machines_lock_holds_while_it_is_touched(tmp_path: Path) -> None:
     elsewhere(tmp_path / "lock")
-    with pytest.raises(Held, match="process 17 on n7"):
+    with pytest.raises(LockHeld, match="process 17 on n7"):
         Lock(tmp_path / "lock").acquire()
 
 
@@ -124,7 +124,7 @@ def test_another_machines_untouched_lock_is_stale_whatever_its_clock_says(tmp_pa
     os.utime(tmp_path / "lock", (then, then))
     lock = Lock(tmp_path / "lock")
     lock.acquire()
-    assert lock.mine()
+    assert lock.is_ours()
 
 
 def test_releasing_does_not_take_a_successors_lock(tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ def test_releasing_does_not_take_a_successors_lock(tmp_path: Path) -> None:
     second = Lock(tmp_path / "lock")
     second.acquire()
     first.release()
-    assert second.mine()
+    assert second.is_ours()
 
 
 def test_an_unreadable_lock_is_waited_for_then_broken(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("{")
-    with pytest.raises(Held, match="unknown process"):
+    with pytest.raises(LockHeld, match="unknown process"):
         Lock(tmp_path / "lock").acquire()
     os.utime(tmp_path / "lock", (1e9, 1e9))
     Lock(tmp_path / "lock").acquire()
@@ -151,4 +151,4 @@ def test_a_waiting_process_gets_the_lock_when_it_is_released(tmp_path: Path) -> 
     held.acquire()
     threading.Timer(0.2, held.release).start()
     with Lock(tmp_path / "lock", wait=20) as lock:
-        assert lock.mine()
+        assert lock.is_ours()

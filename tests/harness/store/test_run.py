@@ -37,7 +37,7 @@ def test_creating_it_again_changes_nothing(run: Run, make_run: MakeRun) -> None:
 
 
 def test_more_seeds_and_cells_are_added(run: Run, make_run: MakeRun) -> None:
-    run.cell(run.cells[0]).finish({"state": "finished", "updates": 8})
+    run.cell(run.cells[0]).write_result({"state": "finished", "updates": 8})
     grown = make_run(("seeds: 2", "seeds: 3"), ("[k1, k3]", "[k1, k2, k3]"))
     assert set(run.cells) < set(grown.cells)
     assert len(grown.cells) == 9
@@ -107,7 +107,7 @@ def test_a_cell_is_found_by_either_end_of_its_id(run: Run) -> None:
 
 def test_a_cells_settings_lie_beside_its_numbers_as_yaml(run: Run) -> None:
     folder = run.cell(run.cells[0])
-    folder.beat({"update": 1})
+    folder.write_heartbeat({"update": 1})
     settings_ = yaml.safe_load((folder.path / "cell.yaml").read_text())
     assert settings_["schema"] == 1
     assert settings_["training"]["updates"] == 8
@@ -117,7 +117,7 @@ def test_a_strangers_manifest_cannot_lead_out_of_the_folder(run: Run) -> None:
     manifest = files.read_record(run.path / "manifest.json")
     assert manifest is not None
     manifest["cells"]["../../outside"] = manifest["cells"][run.cells[0]]
-    files.replace(run.path / "manifest.json", files.seal(manifest))
+    files.replace(run.path / "manifest.json", files.encode_record(manifest))
     with pytest.raises(UserError, match="cannot be a folder"):
         Run.open(run.path)
 

@@ -16,15 +16,15 @@ from klab.harness.store import Run, files, scan
 
 def test_each_kind_of_cell_is_seen(run: Run) -> None:
     finished, failed, claimed, untouched = run.cells
-    run.cell(finished).finish({"state": "finished", "updates": 8, "reward_final": 0.5, "parts": {"long": 1}})
-    run.cell(failed).fail("ValueError: no")
+    run.cell(finished).write_result({"state": "finished", "updates": 8, "reward_final": 0.5, "parts": {"long": 1}})
+    run.cell(failed).record_failure("ValueError: no")
     run.cell(claimed).claim(details={"executor": "here"})
     run.cell(claimed).append_attempt({"event": "started", "at": time.time()})
-    run.cell(claimed).beat({"update": 4})
+    run.cell(claimed).write_heartbeat({"update": 4})
     try:
         found = scan(run)
     finally:
-        run.cell(claimed).unclaim()
+        run.cell(claimed).release_claim()
     assert found[finished].result == {"state": "finished", "updates": 8, "reward_final": 0.5}
     assert found[failed].failed
     assert found[claimed].alive
@@ -36,7 +36,7 @@ def test_each_kind_of_cell_is_seen(run: Run) -> None:
 
 def test_a_damaged_result_is_a_problem_of_that_cell_only(run: Run) -> None:
     for identity in run.cells:
-        run.cell(identity).finish({"state": "finished", "updates": 8})
+        run.cell(identity).write_result({"state": "finished", "updates": 8})
     (run.path / "cells" / run.cells[0] / "result.json").write_text("{}")
     found = scan(run)
     assert "result.json" in str(found[run.cells[0]].problem)
@@ -46,13 +46,13 @@ def test_a_damaged_result_is_a_problem_of_that_cell_only(run: Run) -> None:
 def test_the_index_is_not_believed_where_results_changed(make_run: object, tmp_path: Path) -> None:
     run = make_run(("seeds: 2", "seeds: 30"))  # type: ignore[operator]
     for identity in run.cells:
-        run.cell(identity).finish({"state": "finished", "updates": 8})
+        run.cell(identity).write_result({"state": "finished", "updates": 8})
     first = scan(run)
     assert (run.path / "index.json").exists()
     assert scan(Run.open(run.path)) == first
     changed = run.cells[5]
     result = run.path / "cells" / changed / "result.json"
-    result.write_bytes(files.seal({"state": "diverged", "updates": 2}, indent=2))
+    result.write_bytes(files.encode_record({"state": "diverged", "updates": 2}, indent=2))
     os.utime(result, (1e9, 1e9))
     again = scan(run)
     assert again[changed].result == {"state": "diverged", "updates": 2}
@@ -66,7 +66,7 @@ def ended(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     run = make_run(("seeds: 2", "seeds: 26"))
     for identity in run.cells:
-        run.cell(identity).finish({"state": "finished", "updates": 8, "reward_final": 0.5})
+        run.cell(identity).write_result({"state": "finished", "updates": 8, "reward_final": 0.5})
     scan(run)
     return run
 
@@ -76,7 +76,7 @@ def test_results_that_nobody_touched_come_from_the_index(ended: Run) -> None:
     assert index is not None
     told = ended.cells[7]
     index["results"][told][1]["reward_final"] = 0.25
-    files.replace(ended.path / "index.json", files.seal(index))
+    files.replace(ended.path / "index.json", files.encode_record(index))
     assert {identity for identity, each in scan(ended).items() if (each.result or {})["reward_final"] == 0.25} == {told}
 
 
@@ -95,13 +95,13 @@ def test_a_cell_that_is_opened_again_is_seen_beside_the_index(ended: Run) -> Non
     again = ended.cell(ended.cells[3])
     (again.path / "result.json").unlink()
     again.claim(details={"executor": "here"})
-    again.beat({"update": 2})
+    again.write_heartbeat({"update": 2})
     try:
         running = scan(ended)[again.id]
     finally:
-        again.unclaim()
+        again.release_claim()
     assert (running.result, running.alive, (running.heartbeat or {})["update"]) == (None, True, 2)
-    again.finish({"state": "diverged", "updates": 3})
+    again.write_result({"state": "diverged", "updates": 3})
     assert scan(ended)[again.id].result == {"state": "diverged", "updates": 3}
 
 

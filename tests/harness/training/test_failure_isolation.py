@@ -153,13 +153,13 @@ def test_a_cancelled_cell_writes_no_more(make_run: MakeRun) -> None:
 
     def cancel(progress: Any) -> None:
         if progress.cell == lost and progress.update == 2:
-            run.cell(lost).evict()
+            run.cell(lost).revoke()
 
     assert run_cells(run.path, run.cells, progress=cancel) == {lost: "cancelled", kept: "finished"}
     assert len(run.cell(lost).metrics()) == 2
     assert run.cell(lost).error() is None
     assert run.cell(lost).result() is None
-    run.cell(lost).unclaim()
+    run.cell(lost).release_claim()
 
 
 _LIFE = "import sys; from klab.harness.training import run_cells; print(run_cells(sys.argv[1], sys.argv[2:]))"

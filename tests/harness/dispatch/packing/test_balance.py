@@ -17,18 +17,33 @@ from klab.grid import Grid
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.launch import launch
-from klab.harness.dispatch.local.inline import Here
+from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.dispatch.local.pool import Pool
-from klab.harness.dispatch.packing.balance import START_SECONDS, divide, even, makespan, pack_seconds, settled, trial
-from klab.harness.dispatch.packing.packs import PACK_SIZE, kind, make_packs
-from klab.harness.dispatch.packing.step_times import FILE, Place, append, differ, measured, note
+from klab.harness.dispatch.packing.balance import (
+    START_SECONDS,
+    even_sizes,
+    exploratory_size,
+    makespan,
+    pack_seconds,
+    pack_sizes,
+    without_noise,
+)
+from klab.harness.dispatch.packing.packs import PACK_SIZE, cost_key, make_packs
+from klab.harness.dispatch.packing.step_times import (
+    FILE,
+    HardwareKey,
+    append_measurement,
+    have_changed,
+    read_step_times,
+    record_job,
+)
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
 from tests.support.run_processes import wait_for
 
 MakeGrid = Callable[..., Grid]
 
-PLACE = Place("a processor, 2 cores", 1)
+PLACE = HardwareKey("a processor, 2 cores", 1)
 
 
 def partitions(number: int, most: int) -> Iterator[list[int]]:
@@ -62,7 +77,7 @@ def cells(number: int, prompts: int = 4, updates: int = 100) -> dict[str, dict[s
 
 def sizes(number: int, times: dict[int, float], workers: int, **options: Any) -> list[int]:
     alike = cells(number)
-    planned = make_packs(alike, None, workers, {kind(alike["cell4-0"]): times}, **options)
+    planned = make_packs(alike, None, workers, {cost_key(alike["cell4-0"]): times}, **options)
     assert planned.sizes_from == "measured"
     assert sorted(cell for pack in planned.packs for cell in pack.cells) == sorted(alike)
     return [len(pack.cells) for pack in planned.packs]
@@ -80,7 +95,7 @@ def test_no_packs_let_the_workers_end_sooner(
 ) -> None:
     """By trying all, for any measured times."""
     seconds = pack_seconds(times, updates, most)
-    order = divide(number, workers, seconds)
+    order = pack_sizes(number, workers, seconds)
     assert sum(order) == number
     found = makespan([seconds[size - 1] for size in order], workers)
     assert found == pytest.approx(least_makespan(number, workers, seconds), rel=1e-8)
@@ -110,15 +125,15 @@ def test_sizes_differ_by_one_at_most_where_each_cell_adds_the_same(
 ) -> None:
     times = {size: each + fixed / size for size in (1, 2, 4, 8, 16, 32)}
     seconds = pack_seconds(times, 10, 32)
-    for share in even(number, min(workers, number)):
-        packs = divide(share, 1, seconds)
+    for share in even_sizes(number, min(workers, number)):
+        packs = pack_sizes(share, 1, seconds)
         assert max(packs) - min(packs) <= 1
         assert len(packs) == -(-share // 32)
 
 
 def test_what_was_asked_for_wins_and_nothing_measured_means_the_default() -> None:
     alike = cells(30)
-    times = {kind(alike["cell4-0"]): {2: 0.1, 8: 0.9}}
+    times = {cost_key(alike["cell4-0"]): {2: 0.1, 8: 0.9}}
     asked = make_packs(alike, 7, 2, times)
     assert ([len(pack.cells) for pack in asked.packs], asked.sizes_from) == ([7, 7, 7, 7, 2], "cells_per_job")
     for nothing in (None, {}, {"another kind": {2: 0.1}}):
@@ -129,82 +144,88 @@ def test_what_was_asked_for_wins_and_nothing_measured_means_the_default() -> Non
 
 def test_shapes_share_the_workers_by_their_time_and_the_longest_packs_come_first() -> None:
     short, long = cells(8, prompts=4), cells(8, prompts=64)
-    times = {kind(short["cell4-0"]): {4: 0.01, 8: 0.01}, kind(long["cell64-0"]): {4: 0.2, 8: 0.2}}
+    times = {cost_key(short["cell4-0"]): {4: 0.01, 8: 0.01}, cost_key(long["cell64-0"]): {4: 0.2, 8: 0.2}}
     planned = make_packs({**short, **long}, None, 4, times)
     assert [(pack.cells[0].split("-")[0], len(pack.cells)) for pack in planned.packs] == [
         *[("cell64", 2)] * 4,
         ("cell4", 8),
     ]
-    partly = make_packs({**short, **long}, None, 4, {kind(short["cell4-0"]): {8: 0.01}})
+    partly = make_packs({**short, **long}, None, 4, {cost_key(short["cell4-0"]): {8: 0.01}})
     assert partly.sizes_from == "partly measured"
 
 
 def test_one_pack_of_an_unknown_size_where_there_is_room_for_it() -> None:
-    assert trial({8: 0.1}, 24) == 16
-    assert trial({8: 0.1}, 23) is None
-    assert trial({8: 0.1, 16: 0.2}, 32) == trial({8: 0.1}, 32, running=[16]) == 4
-    assert trial({8: 0.1, 16: 0.2}, 31) is trial({8: 0.1}, 31, running=[16]) is None
-    assert trial({8: 0.1, 15: 0.2, 5: 0.2}, 100) is None
-    assert trial({32: 0.1, 16: 0.2}, 1000) is None
+    assert exploratory_size({8: 0.1}, 24) == 16
+    assert exploratory_size({8: 0.1}, 23) is None
+    assert exploratory_size({8: 0.1, 16: 0.2}, 32) == exploratory_size({8: 0.1}, 32, running=[16]) == 4
+    assert exploratory_size({8: 0.1, 16: 0.2}, 31) is exploratory_size({8: 0.1}, 31, running=[16]) is None
+    assert exploratory_size({8: 0.1, 15: 0.2, 5: 0.2}, 100) is None
+    assert exploratory_size({32: 0.1, 16: 0.2}, 1000) is None
     assert sizes(96, {16: 0.1}, 2) == [32, 16, 16, 16, 16]
     assert sizes(96, {16: 0.1}, 2, running=[32, 8]) == [16] * 6
 
 
 def test_sizes_are_not_chosen_for_what_may_be_noise() -> None:
-    assert settled({4: 0.95, 8: 1.0, 16: 1.09, 32: 1.11, 2: 0.9}, 8) == {4: 1.0, 8: 1.0, 16: 1.0, 32: 1.11, 2: 0.9}
-    assert settled({4: 0.95, 16: 1.0}, 8) == {4: 0.95, 16: 1.0}
+    assert without_noise({4: 0.95, 8: 1.0, 16: 1.09, 32: 1.11, 2: 0.9}, 8) == {
+        4: 1.0,
+        8: 1.0,
+        16: 1.0,
+        32: 1.11,
+        2: 0.9,
+    }
+    assert without_noise({4: 0.95, 16: 1.0}, 8) == {4: 0.95, 16: 1.0}
     assert sizes(64, {8: 1.0, 4: 0.92, 16: 0.98}, 2) == [16] * 4
     assert sizes(64, {8: 1.0, 4: 0.8, 16: 0.98}, 2, running=[2]) == [4] * 16
 
 
 def test_measurements_are_kept_by_place_and_survive_damage(tmp_path: Path) -> None:
-    assert measured(tmp_path, PLACE) == {}
+    assert read_step_times(tmp_path, PLACE) == {}
     for seconds in (9.0, 9.0, 9.0, 0.1, 0.3, 0.2, 0.2, 5.0):
-        append(tmp_path, PLACE, "kind", 8, seconds)
-    append(tmp_path, Place("a processor, 2 cores", 2), "kind", 8, 7.0)
+        append_measurement(tmp_path, PLACE, "kind", 8, seconds)
+    append_measurement(tmp_path, HardwareKey("a processor, 2 cores", 2), "kind", 8, 7.0)
     with (tmp_path / FILE).open("a") as file:
         file.write("no record\n" + json.dumps({"schema": 1, "size": 3}) + "\n")
-    append(tmp_path, PLACE, "kind", 1, 0.5)
-    assert measured(tmp_path, PLACE) == {"kind": {8: 0.1, 1: 0.5}}  # the least of the five newest
-    assert measured(tmp_path, None) == {}
+    append_measurement(tmp_path, PLACE, "kind", 1, 0.5)
+    assert read_step_times(tmp_path, PLACE) == {"kind": {8: 0.1, 1: 0.5}}  # the least of the five newest
+    assert read_step_times(tmp_path, None) == {}
 
 
 def test_the_file_stays_small(tmp_path: Path) -> None:
-    append(tmp_path, PLACE, "kind", 8, 1.0)
+    append_measurement(tmp_path, PLACE, "kind", 8, 1.0)
     line = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(line * (2 * 2**20 // len(line) + 1))
-    append(tmp_path, PLACE, "kind", 4, 0.5)
+    append_measurement(tmp_path, PLACE, "kind", 4, 0.5)
     assert (tmp_path / FILE).stat().st_size <= 2**20
-    assert measured(tmp_path, PLACE) == {"kind": {8: 1.0, 4: 0.5}}
+    assert read_step_times(tmp_path, PLACE) == {"kind": {8: 1.0, 4: 0.5}}
 
 
 def test_news_are_new_sizes_and_times_that_changed() -> None:
-    assert not differ({}, {})
-    assert differ({"a": {8: 1.0}}, {})
-    assert differ({"a": {8: 1.0, 4: 1.0}}, {"a": {8: 1.0}})
-    assert not differ({"a": {8: 1.09}}, {"a": {8: 1.0}})
-    assert differ({"a": {8: 1.2}}, {"a": {8: 1.0}})
-    assert differ({"a": {8: 1.0}}, {"a": {8: 1.2}})
+    assert not have_changed({}, {})
+    assert have_changed({"a": {8: 1.0}}, {})
+    assert have_changed({"a": {8: 1.0, 4: 1.0}}, {"a": {8: 1.0}})
+    assert not have_changed({"a": {8: 1.09}}, {"a": {8: 1.0}})
+    assert have_changed({"a": {8: 1.2}}, {"a": {8: 1.0}})
+    assert have_changed({"a": {8: 1.0}}, {"a": {8: 1.2}})
 
 
 def test_only_jobs_of_one_process_on_this_machine_are_measured() -> None:
-    assert Place.planned("local", Resources()) == Place.planned("here", Resources())
-    assert Place.planned("slurm", Resources()) is None
-    assert Place.planned("local", Resources(processes=2)) is None
+    assert HardwareKey.for_launch("local", Resources()) == HardwareKey.for_launch("here", Resources())
+    assert HardwareKey.for_launch("slurm", Resources()) is None
+    assert HardwareKey.for_launch("local", Resources(processes=2)) is None
 
 
 def test_a_run_measures_and_the_next_plan_uses_it(make_grid: MakeGrid, place: Path) -> None:
     first = Run.create(place / "runs/first", make_grid("first", seeds=2, updates=6))
-    launch(first, Here(), workers=1)
-    known = measured(place / "runs", Place.planned("local", Resources()))
-    word = kind(first.resolved(first.cells[0]))
+    launch(first, InlineExecutor(), workers=1)
+    known = read_step_times(place / "runs", HardwareKey.for_launch("local", Resources()))
+    word = cost_key(first.resolved(first.cells[0]))
     assert list(known) == [word]
     assert list(known[word]) == [2]
     rows = first.cell(first.cells[0]).metrics()[1:]
     spent = sorted(sum(value for key, value in row.items() if key.startswith("seconds")) for row in rows)
     assert 0 < known[word][2] <= spent[2]
-    note(first, first.cells, PLACE, busy=0.5)
-    assert measured(place / "runs", PLACE) == {word: {2: 0.5 * spent[2]}}
+    record_job(first, first.cells, PLACE, busy=0.5)
+    assert read_step_times(place / "runs", PLACE) == {word: {2: 0.5 * spent[2]}}
 
     second = make_grid("second", seeds=9, updates=9)
     resolved = {cell.id: cell.resolved() for cell in second.cells}
@@ -217,10 +238,10 @@ def test_what_waits_is_packed_anew_when_step_times_are_known(make_grid: MakeGrid
     """Packs of one cell, one after the other; when the first is measured others go together, with the same bits."""
     grid = make_grid(seeds=4, updates=6)
     alone, together = Run.create(place / "alone/little", grid), Run.create(place / "runs/little", grid)
-    launch(alone, Here(), workers=1, cells_per_job=1)
-    pool, where = Pool(together), Place.planned("local", Resources())
-    pool.renew([Pack((each,)) for each in together.cells], slots=1, threads=1, gpus=[], place=where)
-    wait_for(lambda: pool.step() and not pool.flying and not pool.waiting)
+    launch(alone, InlineExecutor(), workers=1, cells_per_job=1)
+    pool, where = Pool(together), HardwareKey.for_launch("local", Resources())
+    pool.replace_queue([Pack((each,)) for each in together.cells], slots=1, threads=1, gpus=[], place=where)
+    wait_for(lambda: pool.step() and not pool.running and not pool.waiting)
     assert count(statuses(together)) == {"finished": 4}
     processes = Counter(together.cell(each).attempts()[0]["pid"] for each in together.cells)
     assert sorted(processes.values()) == [1, 1, 2]  # two cells at once were worth trying

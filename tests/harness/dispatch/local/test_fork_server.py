@@ -22,12 +22,12 @@ def test_a_killed_parent_is_made_again_and_its_forks_go_on(make_grid: Callable[.
     grid = make_grid(seeds=2, updates=30, task={"name": "slow_tasks:Chore", "seconds": 0.01})
     run = Run.create(place / "runs/little", grid)
     pool = Pool(run)
-    pool.renew([Pack((identity,)) for identity in run.cells], slots=1, threads=1, gpus=[])
+    pool.replace_queue([Pack((identity,)) for identity in run.cells], slots=1, threads=1, gpus=[])
     (first,) = wait_for(lambda: [pool.step(), workers(run)][1])
     parent = parent_of(first)
     kill(parent)
     wait_for(lambda: parent_of(first) != parent)
-    wait_for(lambda: not pool.step() and not pool.flying and not pool.waiting)
+    wait_for(lambda: not pool.step() and not pool.running and not pool.waiting)
 
     assert count(statuses(run)) == {"finished": 2}
     started = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klab.harness.dispatch.slurm.array_plan import Chunk, split
+from klab.harness.dispatch.slurm.array_plan import Chunk, split_into_arrays
 
 
 @given(st.integers(0, 400), st.integers(1, 60), st.none() | st.integers(1, 80))
 def test_every_task_is_in_one_array_and_the_cap_is_shared(tasks: int, largest: int, cap: int | None) -> None:
-    chunks = split(tasks, largest, cap)
+    chunks = split_into_arrays(tasks, largest, cap)
     assert [n for chunk in chunks for n in range(chunk.first, chunk.first + chunk.count)] == list(range(tasks))
     assert all(1 <= chunk.count <= largest and 1 <= chunk.parallel <= chunk.count for chunk in chunks)
     chains: list[list[Chunk]] = []
@@ -26,12 +26,12 @@ def test_every_task_is_in_one_array_and_the_cap_is_shared(tasks: int, largest: i
 
 
 def test_two_arrays_share_a_cap_of_five() -> None:
-    assert split(12, 10, 5) == [Chunk(0, 6, 3), Chunk(6, 6, 2)]
+    assert split_into_arrays(12, 10, 5) == [Chunk(0, 6, 3), Chunk(6, 6, 2)]
 
 
 def test_more_arrays_than_the_cap_form_chains() -> None:
-    assert [chunk.after for chunk in split(9, 2, 2)] == [None, None, 0, 1, 2]
+    assert [chunk.after for chunk in split_into_arrays(9, 2, 2)] == [None, None, 0, 1, 2]
 
 
 def test_without_a_cap_nothing_waits() -> None:
-    assert split(4, 3) == [Chunk(0, 2, 2), Chunk(2, 2, 2)]
+    assert split_into_arrays(4, 3) == [Chunk(0, 2, 2), Chunk(2, 2, 2)]

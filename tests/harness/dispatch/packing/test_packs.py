@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klab.harness.dispatch.packing.packs import PACK_SIZE, STACKED_BYTES, make_packs, shape
+from klab.harness.dispatch.packing.packs import PACK_SIZE, STACKED_BYTES, make_packs, stacking_key
 
 
 def cells(shapes: list[int]) -> dict[str, dict[str, Any]]:
@@ -26,7 +26,7 @@ def test_every_cell_once_and_shapes_apart(shapes: list[int], size: int | None, w
     assert sorted(cell for pack in packs for cell in pack.cells) == sorted(given_cells)
     for pack in packs:
         assert 1 <= len(pack.cells) <= (size or PACK_SIZE)
-        assert len({shape(given_cells[cell]) for cell in pack.cells}) == 1
+        assert len({stacking_key(given_cells[cell]) for cell in pack.cells}) == 1
 
 
 @given(st.integers(1, 200), st.integers(1, 9))

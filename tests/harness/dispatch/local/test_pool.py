@@ -14,9 +14,9 @@ from klab.grid import Grid
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.cancel import cancel
 from klab.harness.dispatch.launch import launch
-from klab.harness.dispatch.local.backend import Local
-from klab.harness.dispatch.local.controller import control, request_path
-from klab.harness.dispatch.local.inline import Here
+from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.dispatch.local.controller import request_path, run_controller
+from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.dispatch.local.pool import Pool
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run, files, scan
@@ -67,7 +67,7 @@ def test_whoever_is_killed_the_numbers_are_those_of_an_undisturbed_run(make_grid
         resources={"cells_per_job": 2},
     )
     quiet = Run.create(place / "quiet", grid)
-    launch(quiet, Here(), workers=1)
+    launch(quiet, InlineExecutor(), workers=1)
 
     launcher = klab_launch()
     run = wait_for(lambda: (place / "runs/little/manifest.json").exists() and Run.open(place / "runs/little"))
@@ -83,7 +83,7 @@ def test_whoever_is_killed_the_numbers_are_those_of_an_undisturbed_run(make_grid
     wait_for(lambda: second not in workers(run))
     again = [klab_launch(), klab_launch()]  # two launchers at once
     (controller,) = wait_for(lambda: controllers(run))
-    control(run.path)  # a second controller leaves at once
+    run_controller(run.path)  # a second controller leaves at once
     assert controllers(run) in ([controller], [])
     assert [process.wait(timeout=100) for process in again] == [0, 0]
 
@@ -105,7 +105,7 @@ def test_a_cancelled_cell_leaves_its_pack_and_a_new_launch_takes_it_up(make_grid
         resources={"cells_per_job": 2},
     )
     run = Run.create(place / "runs/little", grid)
-    local = Local(max_parallel=1)
+    local = LocalExecutor(max_parallel=1)
     launch(run, local, workers=1)
     mate, stopped, queued = run.cells
     assert statuses(run)[2].state == "queued"
@@ -128,8 +128,8 @@ def test_a_cancelled_cell_leaves_its_pack_and_a_new_launch_takes_it_up(make_grid
 def test_a_process_that_keeps_vanishing_becomes_a_failure_with_a_reason(make_grid: MakeGrid, place: Path) -> None:
     run = Run.create(place / "runs/little", make_grid(task={"name": "slow_tasks:Chore", "die": 9}))
     pool = Pool(run, losses=2)
-    pool.renew([Pack(tuple(run.cells))], slots=1, threads=1, gpus=[])
-    wait_for(lambda: pool.step() and not pool.flying and not pool.waiting)
+    pool.replace_queue([Pack(tuple(run.cells))], slots=1, threads=1, gpus=[])
+    wait_for(lambda: pool.step() and not pool.running and not pool.waiting)
     (row,) = statuses(run)
     assert (row.state, Path("deaths").read_text()) == ("failed", "xx")
     assert "vanished 2 times" in row.detail
@@ -140,16 +140,16 @@ def test_at_most_so_many_jobs_at_a_time_and_one_gpu_each(make_grid: MakeGrid, pl
     grid = make_grid(seeds=3, updates=2, task={"name": "slow_tasks:Chore", "seconds": 0.05})
     run = Run.create(place / "runs/little", grid)
     pool = Pool(run)
-    pool.renew([Pack((identity,)) for identity in run.cells], slots=2, threads=1, gpus=["7", "9"])
+    pool.replace_queue([Pack((identity,)) for identity in run.cells], slots=2, threads=1, gpus=["7", "9"])
     most: list[int] = []
     gpus: set[tuple[str, ...]] = set()
 
     def step() -> bool:
         pool.step()
-        most.append(len(pool.flying))
+        most.append(len(pool.running))
         held = [str((each.claim or {}).get("gpu")) for each in scan(run).values() if each.alive]
         gpus.add(tuple(sorted(held)))
-        return not pool.flying and not pool.waiting
+        return not pool.running and not pool.waiting
 
     wait_for(step)
     assert max(most) == 2
@@ -161,13 +161,13 @@ def test_at_most_so_many_jobs_at_a_time_and_one_gpu_each(make_grid: MakeGrid, pl
 def test_a_failed_cell_waits_for_retry_failed(make_grid: MakeGrid, place: Path) -> None:
     grid = make_grid(seeds=2, task={"name": "slow_tasks:Chore", "fail_unless": str(place / "there")})
     run = Run.create(place / "runs/little", grid)
-    assert len(launch(run, Here(), workers=1).packs) == 1
+    assert len(launch(run, InlineExecutor(), workers=1).packs) == 1
     rows = statuses(run)
     assert [row.state for row in rows] == ["failed", "failed"]
     assert "the file is not there" in rows[0].detail
     (place / "there").touch()
-    assert launch(run, Here(), workers=1).packs == ()
-    launch(run, Here(), workers=1, retry_failed=True)
+    assert launch(run, InlineExecutor(), workers=1).packs == ()
+    launch(run, InlineExecutor(), workers=1, retry_failed=True)
     assert count(statuses(run)) == {"finished": 2}
     events = [event["event"] for event in run.cell(run.cells[0]).attempts()]
     assert events == ["started", "ended", "relaunched", "started", "ended"]
@@ -178,9 +178,9 @@ def test_launching_leaves_running_cells_alone(make_grid: MakeGrid, place: Path) 
     folder = run.cell(run.cells[0])
     folder.claim()
     try:
-        launched = launch(run, Here(), workers=1)
+        launched = launch(run, InlineExecutor(), workers=1)
     finally:
-        folder.unclaim()
+        folder.release_claim()
     assert [pack.cells for pack in launched.packs] == [(run.cells[1],)]
     assert not folder.metrics()
     before = time.time()
@@ -190,9 +190,9 @@ def test_launching_leaves_running_cells_alone(make_grid: MakeGrid, place: Path) 
 def test_a_damaged_cell_fails_alone_and_is_named(make_grid: MakeGrid, place: Path) -> None:
     run = Run.create(place / "runs/little", make_grid(seeds=3))
     for identity, name in zip(run.cells, ("result.json", "attempts.jsonl"), strict=False):
-        run.cell(identity).beat({"update": 1})
+        run.cell(identity).write_heartbeat({"update": 1})
         (run.cell(identity).path / name).write_text("{}\n")
-    launch(run, Here(), workers=1, retry_failed=True)
+    launch(run, InlineExecutor(), workers=1, retry_failed=True)
     rows = statuses(run)
     assert [row.state for row in rows] == ["failed", "failed", "finished"]
     assert ["result.json" in rows[0].detail, "attempts.jsonl" in rows[1].detail] == [True, True]

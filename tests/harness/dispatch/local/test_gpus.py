@@ -12,8 +12,8 @@ from klab.grid import Grid, UserError
 from klab.harness.cli.main import main
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local import gpus
-from klab.harness.dispatch.local.backend import Local
-from klab.harness.dispatch.local.inline import Here
+from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.store import Run
 from tests.support.run_processes import wait_for
 
@@ -23,17 +23,17 @@ from tests.support.run_processes import wait_for
 )
 def test_visible(monkeypatch: pytest.MonkeyPatch, named: str, found: list[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert gpus.visible() == found
-    assert Local().gpus() == found
-    assert Local(device="cpu").gpus() == []
+    assert gpus.visible_gpus() == found
+    assert LocalExecutor().gpus() == found
+    assert LocalExecutor(device="cpu").gpus() == []
 
 
 def test_a_gpu_is_required_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(UserError, match=r"--device: there is no NVIDIA GPU here \(got 'cuda'\).*--device cpu"):
-        gpus.require("--device", "cuda")
+        gpus.require_gpu("--device", "cuda")
     with pytest.raises(UserError, match=r"resources\.gpus: there is no NVIDIA GPU here \(got 2\).*resources\.gpus: 0"):
-        gpus.require("resources.gpus", 2)
+        gpus.require_gpu("resources.gpus", 2)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_torch_must_be_able_to_use_it(
     (tmp_path / "torch" / "cuda.py").write_text(f"def device_count():\n    return {count}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     if problem is None:
-        gpus.require("--device", "cuda")
+        gpus.require_gpu("--device", "cuda")
         return
     with pytest.raises(UserError, match=f"torch cannot use the GPU: {problem}"):
-        gpus.require("--device", "cuda")
+        gpus.require_gpu("--device", "cuda")
 
 
 def test_local_jobs_leave_gpus_alone_when_told_to(
@@ -61,7 +61,7 @@ def test_local_jobs_leave_gpus_alone_when_told_to(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     run = Run.create(place / "runs" / "some", make_grid())
-    Local(device="cpu").submit(run, [Pack(tuple(run.cells))], run.resources)
+    LocalExecutor(device="cpu").submit(run, [Pack(tuple(run.cells))], run.resources)
     folder = run.cell(run.cells[0])
     wait_for(lambda: folder.result() is not None)
     assert folder.attempts()[0]["gpu"] == ""
@@ -72,7 +72,7 @@ def test_training_here_leaves_gpus_alone_when_told_to(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     run = Run.create(place / "runs" / "some", make_grid())
-    Here(device="cpu").submit(run, [], run.resources)
+    InlineExecutor(device="cpu").submit(run, [], run.resources)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from klab.grid import UserError
 from klab.harness.store import files
-from klab.harness.store.manifest import Rows, read_table, seal_table
+from klab.harness.store.manifest import LazyRows, encode_table, read_table
 
 CUTS = ("task", "policy", "seed")
 WORDS = st.sampled_from(["id", "task", "policy", "seed", "other", ', "task": ', '": {', "}", '{"task": 1'])
@@ -37,7 +37,7 @@ def test_every_row_is_that_of_the_whole_record(rows: dict[str, Any]) -> None:
     head = {"name": "x", "deep": {"rows": {"a": {}}}}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "table.json"
-        files.replace(path, seal_table(head, "rows", rows), durable=False)
+        files.replace(path, encode_table(head, "rows", rows), durable=False)
         found = read_table(path, "rows", CUTS)
         whole = files.read_record(path)
     assert found is not None
@@ -53,13 +53,13 @@ def test_rows_wait_until_they_are_asked_for_and_share_what_is_equal(tmp_path: Pa
         name: {"id": name, "task": {"digits": 2}, "policy": {"name": name}, "seed": number}
         for number, name in enumerate("abc")
     }
-    text = seal_table({}, "rows", rows)
+    text = encode_table({}, "rows", rows)
     body = text[: text.rindex(b',\n  "crc"')].replace(b'{"id": "b"', b'{"id" ; "b"')
     path.write_bytes(body + f',\n  "crc": "{files.checksum(body.decode())}"\n}}\n'.encode())
     found = read_table(path, "rows", CUTS)
     assert found is not None
     table = found["rows"]
-    assert isinstance(table, Rows)
+    assert isinstance(table, LazyRows)
     assert (list(table), len(table), "b" in table, "d" in table) == (["a", "b", "c"], 3, True, False)
     assert (table["a"], table["c"]) == (rows["a"], rows["c"])
     assert table["a"]["task"] is table["c"]["task"]
@@ -71,7 +71,7 @@ def test_rows_wait_until_they_are_asked_for_and_share_what_is_equal(tmp_path: Pa
 def test_other_layouts_of_the_same_record_are_read_as_well(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "table.json"
     rows = {"a": {"task": {"digits": 2}, "policy": {}, "seed": 1}}
-    files.replace(path, files.seal({"rows": rows}, indent=indent))
+    files.replace(path, files.encode_record({"rows": rows}, indent=indent))
     assert read_table(path, "rows", CUTS) == {"rows": rows}
     assert read_table(tmp_path / "nothing.json", "rows", CUTS) is None
 
@@ -79,7 +79,7 @@ def test_other_layouts_of_the_same_record_are_read_as_well(tmp_path: Path, inden
 def test_a_table_of_a_newer_klab_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.json"
     monkeypatch.setattr(files, "SCHEMA", 2)
-    files.replace(path, seal_table({}, "rows", {}))
+    files.replace(path, encode_table({}, "rows", {}))
     monkeypatch.undo()
     with pytest.raises(UserError, match="newer klab"):
         read_table(path, "rows", CUTS)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klab.harness.store import Run, files
-from klab.harness.store.metrics_reader import read_numbers
+from klab.harness.store.metrics_reader import read_metric_columns
 
 NUMBERS = st.floats() | st.integers(-(2**70), 2**70) | st.booleans()
 ODD = st.none() | st.text(max_size=3) | st.sampled_from(["1", "true", "null", "nan", "a:b", "a,b"]) | st.just([1, 2])
@@ -41,7 +41,7 @@ def test_what_is_read_at_once_is_what_the_rows_say(texts: list[list[dict[str, An
         paths = {str(place): Path(folder) / f"{place}.jsonl" for place in range(len(texts))}
         for path, rows in zip(paths.values(), texts, strict=True):
             files.append_lines(path, rows)
-        for key, numbers in read_numbers(paths).items():
+        for key, numbers in read_metric_columns(paths).items():
             rows = files.read_lines(paths[key])
             assert numbers.updates.tolist() == [row["update"] for row in rows]
             assert all(type(row["update"]) is int for row in rows)
@@ -71,7 +71,7 @@ def test_numbers_are_found_beside_what_is_none(tmp_path: Path) -> None:
     paths["damaged"].write_bytes(paths["good"].read_bytes().replace(b"0.333", b"0.334"))
     with paths["again"].open("ab") as torn:
         torn.write(b'{"schema":1,"update":9,')
-    found = read_numbers(paths)
+    found = read_metric_columns(paths)
     assert {"good", "again", "wider"} <= set(found)
     assert not {"words", "backwards", "fractions", "nothing", "absent", "folder", "damaged"} & set(found)
     assert found["good"].values.tolist() == [[row["loss"] for row in good], [float(row["bad"]) for row in good]]
@@ -82,26 +82,26 @@ def test_a_line_of_another_schema_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     body = json.dumps({"schema": 2, "update": 1, "loss": 0.5}, separators=(",", ":"))[:-1]
     path.write_text(f'{body},"crc":"{files.checksum(body)}"}}\n')
-    assert read_numbers({"x": path}) == {}
+    assert read_metric_columns({"x": path}) == {}
 
 
 def test_rows_written_after_the_numbers_were_read_are_not_missed(run: Run) -> None:
     folder = run.cell(run.cells[0])
     rows = [{"update": update, "loss": 0.5} for update in range(1, 9)]
     folder.append_metrics(rows[:5])
-    numbers = read_numbers({"x": folder.path / "metrics.jsonl"})["x"]
-    assert folder.measured(numbers) == (None, numbers, [])
+    numbers = read_metric_columns({"x": folder.path / "metrics.jsonl"})["x"]
+    assert folder.read_measurements(numbers) == (None, numbers, [])
     folder.append_metrics(rows[5:])
-    folder.finish({"state": "finished", "updates": 8})
-    assert folder.measured(numbers) == ({"state": "finished", "updates": 8}, rows, [])
+    folder.write_result({"state": "finished", "updates": 8})
+    assert folder.read_measurements(numbers) == ({"state": "finished", "updates": 8}, rows, [])
 
 
 def test_rows_that_are_gone_are_missed(run: Run) -> None:
     folder = run.cell(run.cells[0])
     folder.append_metrics([{"update": update, "loss": 0.5} for update in range(1, 9)])
-    folder.finish({"state": "finished", "updates": 8})
+    folder.write_result({"state": "finished", "updates": 8})
     path = folder.path / "metrics.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    for numbers in (None, read_numbers({"x": path})["x"]):
+    for numbers in (None, read_metric_columns({"x": path})["x"]):
         with pytest.raises(ValueError, match=r"metrics\.jsonl.*7 rows of the 8"):
-            folder.measured(numbers)
+            folder.read_measurements(numbers)

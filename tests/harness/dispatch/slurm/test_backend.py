@@ -15,8 +15,8 @@ import pytest
 from klab.grid import UserError, load_grid
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.slurm import client as scheduler
-from klab.harness.dispatch.slurm.backend import Slurm
-from klab.harness.dispatch.slurm.submission import intend, submissions
+from klab.harness.dispatch.slurm.backend import SlurmExecutor
+from klab.harness.dispatch.slurm.submission import record_intent, submissions
 from klab.harness.store import Run
 
 COMMAND = """#!/bin/sh
@@ -99,12 +99,12 @@ def packs(run: Run, size: int = 1) -> list[Pack]:
 
 def submit(run: Run, **flags: Any) -> None:
     with run.lock():
-        Slurm(flags).submit(run, packs(run), run.resources)
+        SlurmExecutor(flags).submit(run, packs(run), run.resources)
 
 
 def words(run: Run) -> list[str]:
-    states = Slurm().states(run)
-    return [states[cell].word if cell in states else "none" for cell in run.cells]
+    states = SlurmExecutor().states(run)
+    return [states[cell].state if cell in states else "none" for cell in run.cells]
 
 
 def test_one_array_with_its_resources(fake: Fake, run: Run) -> None:
@@ -123,7 +123,7 @@ def test_a_dry_run_shows_the_very_script(fake: Fake, run: Run) -> None:
     def plain(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith("#SBATCH --job-name=klab-six-001-")]
 
-    shown = Slurm({"max_parallel": 2}).scripts(run, packs(run), run.resources)
+    shown = SlurmExecutor({"max_parallel": 2}).scripts(run, packs(run), run.resources)
     assert not fake.calls("sbatch")
     assert not run.jobs.exists()
     submit(run, max_parallel=2)
@@ -136,7 +136,7 @@ def test_arrays_stay_below_the_clusters_limit_and_share_the_cap(fake: Fake, run:
     assert ["--array=0-1%1" in fake.script(n) for n in (1, 2, 3)] == [True] * 3
     assert "#SBATCH --dependency=afterany:101\n" in fake.script(3)
     assert "dependency" not in fake.script(1) + fake.script(2)
-    shown = Slurm({"max_parallel": 2}).scripts(run, packs(run), run.resources)
+    shown = SlurmExecutor({"max_parallel": 2}).scripts(run, packs(run), run.resources)
     assert "afterany:<job of script 1>" in shown[2]
 
 
@@ -168,10 +168,10 @@ def test_states_of_all_cells_come_from_one_query(fake: Fake, run: Run) -> None:
     )
     fake.answers("sacct", "101_5|COMPLETED|0:0|None\n")
     before = len(fake.calls("squeue"))
-    states = Slurm().states(run)
+    states = SlurmExecutor().states(run)
     assert (len(fake.calls("squeue")) - before, len(fake.calls("sacct"))) == (1, 1)
     found = [states[cell] for cell in run.cells]
-    assert [state.word for state in found] == ["running", "queued", "preempted", "failed", "failed", "ended"]
+    assert [state.state for state in found] == ["running", "queued", "preempted", "failed", "failed", "ended"]
     assert found[0].seconds_left == 3600
     assert (found[1].reason, found[1].job) == ("Resources", "101_1")
     assert (found[3].exit_code, found[4].reason) == (3, "TIMEOUT")
@@ -206,7 +206,7 @@ def test_a_silent_query_takes_no_time(fake: Fake, run: Run, monkeypatch: pytest.
 
 
 def test_an_orphan_is_adopted_and_not_submitted_again(fake: Fake, run: Run) -> None:
-    intent = intend(run, packs(run)[:4], cluster="lab", threads=1)  # and then the launcher died, after sbatch
+    intent = record_intent(run, packs(run)[:4], cluster="lab", threads=1)  # and then the launcher died, after sbatch
     rows = [("77", str(n), "PENDING", "Priority", "1:00:00", "0", "0", intent.name) for n in range(4)]
     fake.queue(*rows)
     assert words(run) == ["queued"] * 4 + ["none"] * 2
@@ -215,7 +215,7 @@ def test_an_orphan_is_adopted_and_not_submitted_again(fake: Fake, run: Run) -> N
 
 
 def test_an_orphan_that_only_the_accounts_know_is_adopted(fake: Fake, run: Run) -> None:
-    intent = intend(run, packs(run), cluster="lab", threads=1)
+    intent = record_intent(run, packs(run), cluster="lab", threads=1)
     fake.answers("sacct-by-name", f"{intent.name}|77_0\n{intent.name}|77_1\n")
     fake.answers("sacct", "77_[0-5]|PENDING|0:0|Priority\n")
     submit(run)
@@ -223,13 +223,13 @@ def test_an_orphan_that_only_the_accounts_know_is_adopted(fake: Fake, run: Run) 
 
 
 def test_an_intent_without_a_job_is_dropped(fake: Fake, run: Run) -> None:
-    intend(run, packs(run), cluster="lab", threads=1)  # and then the launcher died, before sbatch
+    record_intent(run, packs(run), cluster="lab", threads=1)  # and then the launcher died, before sbatch
     submit(run)
     assert [each.job for each in submissions(run)] == ["101"]
 
 
 def test_nothing_is_submitted_while_slurm_is_silent(fake: Fake, run: Run) -> None:
-    intend(run, packs(run), cluster="lab", threads=1)
+    record_intent(run, packs(run), cluster="lab", threads=1)
     fake.fails("squeue", "Unable to contact slurm controller")
     with pytest.raises(UserError, match="Slurm does not answer"):
         submit(run)
@@ -247,10 +247,10 @@ def test_a_lost_answer_of_sbatch_keeps_the_intent(fake: Fake, run: Run) -> None:
 
 def test_cancel_ends_only_jobs_without_other_cells(fake: Fake, run: Run) -> None:
     with run.lock():
-        Slurm().submit(run, packs(run, 2), run.resources)
+        SlurmExecutor().submit(run, packs(run, 2), run.resources)
     name = submissions(run)[0].name
     fake.queue(*[("101", str(n), "RUNNING", "None", "1:00", "0", "0", name) for n in range(3)])
-    Slurm().cancel(run, [run.cells[0], run.cells[1], run.cells[2]])
+    SlurmExecutor().cancel(run, [run.cells[0], run.cells[1], run.cells[2]])
     assert [call.split()[2:] for call in fake.calls("scancel")] == [["101_0"]]
 
 
@@ -258,7 +258,7 @@ def test_cancel_says_when_slurm_is_silent(fake: Fake, run: Run) -> None:
     submit(run)
     fake.fails("squeue", "Unable to contact slurm controller")
     with pytest.raises(UserError, match="Slurm does not answer"):
-        Slurm().cancel(run, run.cells)
+        SlurmExecutor().cancel(run, run.cells)
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_a_damaged_record_is_a_mistake(fake: Fake, run: Run, record: str) -> Non
     submit(run)
     (submissions(run)[0].folder / "submission.json").write_text(record)
     with pytest.raises(UserError, match=r"submission\.json"):
-        Slurm().states(run)
+        SlurmExecutor().states(run)
 
 
 def test_klabs_own_options_are_refused(run: Run) -> None:
     with pytest.raises(UserError, match=r"resources\.sbatch\.array: is set by klab"):
-        Slurm({"sbatch": {"array": "0-3"}}).resources(run.resources)
+        SlurmExecutor({"sbatch": {"array": "0-3"}}).resources(run.resources)
 
 
 def test_without_slurm_it_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
