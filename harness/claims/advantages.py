@@ -48,7 +48,7 @@ def enumerated_factor(group: int, p: float, mode: str) -> float:
 
 
 @claim(
-    "C44", "T", "Dr. GRPO 2503.20783; RLOO 2402.14740; this book",
+    "C44", "T", "Liu et al. 2025b (Dr. GRPO); Ahmadian et al. 2024 (RLOO); this book",
     "RLOO is unbiased; the group-mean baseline shrinks by (G-1)/G; GRPO's std gives c_G(p) grad p, "
 "c_G(p) = E[sqrt(K(G-K))]/(G p(1-p)).",
 )  # fmt: skip
@@ -77,7 +77,7 @@ def group_baselines(evidence: Evidence) -> None:
 @claim(
     "C45",
     "T",
-    "DAPO 2503.14476; this book",
+    "Yu et al. 2025 (DAPO); this book",
     "A group is uninformative (all rewards equal) with probability p^G + (1-p)^G.",
 )
 def informative_groups(evidence: Evidence) -> None:
@@ -114,7 +114,7 @@ def positive_only_factors(p: float, samples: int) -> dict[str, float]:
 
 
 @claim(
-    "C46", "T", "this book, on RAFT++ 2504.11343",
+    "C46", "T", "this book, on Xiong et al. 2025 (RAFT++)",
     "On one prompt positive-only data are not biased: accepted / n is grad p, accepted / |accepted| is "
 "(1-(1-p)^n)/p grad p; "
     "dropping all-wrong groups changes scale and variance only.",
@@ -153,7 +153,7 @@ def length_normalised(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @claim(
     "C48",
     "T",
-    "Dr. GRPO 2503.20783; MiniRL 2512.01374",
+    "Liu et al. 2025b (Dr. GRPO); Zheng et al. 2025b (MiniRL)",
     "Averaging over each sequence's tokens is not proportional to grad J when lengths vary; sums are.",
 )
 def sequence_mean_turns(evidence: Evidence) -> None:
@@ -170,7 +170,7 @@ def sequence_mean_turns(evidence: Evidence) -> None:
 
 
 @claim(
-    "C49", "O", "OPO 2505.23585",
+    "C49", "O", "Hao et al. 2025 (OPO)",
     "The length-weighted baseline E[L r]/E[L] is the variance-optimal one (the optimum is E[|s|^2 r]/E[|s|^2]).",
 )  # fmt: skip
 def optimal_baseline(evidence: Evidence) -> None:

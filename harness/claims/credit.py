@@ -73,7 +73,7 @@ def on_policy_degeneracy(evidence: Evidence) -> None:
 @claim(
     "C40",
     "T",
-    "S1, step 5",
+    "Bai & Zhang 2026, step 5",
     "Causality: E[K_i s_j] = 0 for i < j, fixed length, on-policy: dropping past KL keeps the gradient "
     "and saves variance.",
 )
@@ -100,7 +100,7 @@ def causality(evidence: Evidence) -> None:
 
 
 def end_symbol_failure(seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Gradient of E[(1/H(tau)) log pi/ref] with an end symbol: the exact one, and S1's causal form with 1/H."""
+    """Gradient of E[(1/H(tau)) log pi/ref] with an end symbol: exact, and in Bai & Zhang's causal form with 1/H."""
     setting = Setting.random(3, 4, seed, scale=scale, end=2)
     exact = gradient_of(setting.policy, lambda moving: exact_kl(moving, setting.reference, scale="mean")).flatten()
     causal = setting.mean(to_go(setting.kappa) / setting.lengths[:, None])
@@ -110,7 +110,7 @@ def end_symbol_failure(seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 @claim(
     "C40b",
     "F",
-    "S1 (beta/H with trajectories of different length)",
+    "Bai & Zhang 2026 (beta/H with trajectories of different length)",
     "The causal form r_j = R - (beta/H) sum_{i>=j} K_i is the gradient of E[R - (beta/H) log pi/ref].",
 )
 def causality_with_variable_length(evidence: Evidence) -> None:
@@ -142,7 +142,7 @@ def causality_with_variable_length(evidence: Evidence) -> None:
 @claim(
     "C42",
     "T",
-    "S1 ('GAE implementation')",
+    "Bai & Zhang 2026 ('GAE implementation')",
     "GAE(1,1) with V = 0 on R at the end and -beta K/H at each step is r_j; gamma < 1 gives gamma^{H-j} "
     "R - (beta/H) sum gamma^{k-j} K_k.",
 )
@@ -179,7 +179,7 @@ def gae_identity(evidence: Evidence) -> None:
     evidence.stated("gamma = 1 is needed to give R the weight 1 everywhere", kept < 1)
 
 
-@claim("C43", "O", "S1", "Fusing the KL into the advantage gives a lower-variance advantage signal.")
+@claim("C43", "O", "Bai & Zhang 2026", "Fusing the KL into the advantage gives a lower-variance advantage signal.")
 def fused_advantage(evidence: Evidence) -> None:
     lower_advantage, lower_gradient = [], []
     for beta in (0.05, 0.3, 1.0):

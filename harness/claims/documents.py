@@ -1,4 +1,4 @@
-"""Claims C50-C54: statements of S0, S3 and S4 about references and log-ratios."""
+"""Claims C50-C54: statements of posts and notes about references and log-ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_reference(setting: Setting, reference: TabularPolicy) -> Setting:
 @claim(
     "C50",
     "F",
-    "S3, main claim 1",
+    "Jiosi 2026, main claim 1",
     "The reference policy does not contribute gradients: the regulariser's gradient is that of log pi alone.",
 )
 def reference_is_absent(evidence: Evidence) -> None:
@@ -62,7 +62,7 @@ def reference_is_absent(evidence: Evidence) -> None:
 
 
 @claim(
-    "C52", "T", "S3, claim 2 (s2.3)",
+    "C52", "T", "Jiosi 2026, claim 2 (section 2.3)",
     "Off-policy E_old[k3] is not KL(pi || ref) and no importance weight is applied; the first inner step is unbiased.",
 )  # fmt: skip
 def k3_off_policy(evidence: Evidence) -> None:
@@ -84,7 +84,7 @@ def k3_off_policy(evidence: Evidence) -> None:
     evidence.stated("unbiased at the first inner step", at_first < EXACT)
     evidence.stated("repaired by the prefix ratio", abs(corrected - true) < EXACT)
     evidence.remark(
-        f"What S3 misses: pi = ref stays a stationary point whatever the sampling distribution ({rest:.0e})."
+        f"What Jiosi misses: pi = ref stays a stationary point whatever the sampling distribution ({rest:.0e})."
     )
 
 
@@ -110,7 +110,7 @@ def log_ratio_runs(updates: int = 200, size: int = 16) -> tuple[list[Tensor], li
 
 
 @claim(
-    "C53", "F", "S4",
+    "C53", "F", "GRPO and Log-Ratio-Based Regularization",
     "The loss -r log(pi/ref) has built-in regularisation (small near the reference, cautious updates): "
 "no KL term is needed.",
 )  # fmt: skip
@@ -148,7 +148,7 @@ def log_ratio_regularises(evidence: Evidence) -> None:
     evidence.remark("come from the behaviour policy, not from the reference.")
 
 
-@claim("C54", "T", "S0", "E[k3] = KL, k3 >= 0, and k3 = x^2/2 + O(x^3) near the reference.")
+@claim("C54", "T", "Why GRPO Uses r − log r − 1", "E[k3] = KL, k3 >= 0, and k3 = x^2/2 + O(x^3) near the reference.")
 def algebra_of_k3(evidence: Evidence) -> None:
     x = torch.linspace(-5, 5, 10_001, dtype=torch.float64)
     lowest = evidence.number("smallest k3 over log-ratios in [-5, 5]", k3(x).min())
@@ -168,7 +168,7 @@ def algebra_of_k3(evidence: Evidence) -> None:
 @claim(
     "C54b",
     "F",
-    "S0 s3.1",
+    "Why GRPO Uses r − log r − 1, section 3.1",
     "Where pi < ref the log-ratio is negative, so -beta log(pi/ref) acts like a reward for decreasing "
     "pi on that token.",
 )

@@ -10,7 +10,7 @@ from klab.harness.claims.claim import Evidence, claim
 @claim(
     "C21",
     "E",
-    "Comedy 2025",
+    "Shah et al. 2025",
     "Training stability: k1-reward stable and best > k3-loss > k1-loss unstable > k3-reward collapses.",
 )
 def comedy_training(evidence: Evidence) -> None:
@@ -26,7 +26,7 @@ def comedy_training(evidence: Evidence) -> None:
 @claim(
     "C22",
     "E",
-    "Liu et al. 2025",
+    "Liu et al. 2025a",
     "GRPO, beta .5, mathematics: k2-loss regularises most, k3-loss less, k1-loss not at all and drifts late.",
 )
 def liu_training(evidence: Evidence) -> None:
@@ -40,7 +40,7 @@ def liu_training(evidence: Evidence) -> None:
 @claim(
     "C37",
     "E",
-    "RAFT++ 2504.11343, figure 2",
+    "Xiong et al. 2025, figure 2 (RAFT++)",
     "q = 1 without clipping trains worse than q = 0, which trains worse than clipping.",
 )
 def raft_ordering(evidence: Evidence) -> None:
@@ -49,7 +49,7 @@ def raft_ordering(evidence: Evidence) -> None:
         "ratio, power, ppo_clip on one task"
     )
     evidence.remark(
-        "with several updates per rollout and >= 5 seeds. S1's 'neither extreme of rho^q is optimal' "
+        "with several updates per rollout and >= 5 seeds. 'Neither extreme of rho^q is optimal' (Bai & Zhang) "
         "extrapolates: q in (0,1) was never run."
     )
 
@@ -57,7 +57,7 @@ def raft_ordering(evidence: Evidence) -> None:
 @claim(
     "C3E",
     "E",
-    "Qwen 2507.18071",
+    "Zheng et al. 2025a (GSPO)",
     "GSPO clips two orders of magnitude more tokens than GRPO and is still more efficient.",
 )
 def gspo_efficiency(evidence: Evidence) -> None:
@@ -70,7 +70,7 @@ def gspo_efficiency(evidence: Evidence) -> None:
 @claim(
     "C3F",
     "E",
-    "MiniRL 2512.01374",
+    "Zheng et al. 2025b (MiniRL)",
     "On-policy, token-weighted REINFORCE is best; off-policy with 2-8 updates, no clipping collapses.",
 )
 def minirl(evidence: Evidence) -> None:
@@ -83,7 +83,7 @@ def minirl(evidence: Evidence) -> None:
 @claim(
     "C3G",
     "E",
-    "GMPO 2507.20673",
+    "Zhao et al. 2025 (GMPO)",
     "The geometric mean of clipped token ratios gains 1-4 points over GRPO and does not collapse on Countdown.",
 )
 def gmpo(evidence: Evidence) -> None:
@@ -94,7 +94,10 @@ def gmpo(evidence: Evidence) -> None:
 
 
 @claim(
-    "C3H", "E", "MiniMax 2506.13585; ScaleRL 2510.13786", "CISPO needs half of DAPO's steps and has a higher asymptote."
+    "C3H",
+    "E",
+    "MiniMax 2025 (CISPO); Khatri et al. 2025 (ScaleRL)",
+    "CISPO needs half of DAPO's steps and has a higher asymptote.",
 )
 def cispo(evidence: Evidence) -> None:
     evidence.remark(
@@ -107,7 +110,7 @@ def cispo(evidence: Evidence) -> None:
 @claim(
     "C47",
     "E",
-    "RAFT++ 2504.11343, figure 4; Lite-PPO 2508.08221",
+    "Xiong et al. 2025, figure 4 (RAFT++); Liu et al. 2025c (Lite-PPO)",
     "Removing all-wrong groups helps most, the std little; Lite-PPO: group mean with batch std is best.",
 )
 def ablation_of_normalisation(evidence: Evidence) -> None:
@@ -121,7 +124,7 @@ def ablation_of_normalisation(evidence: Evidence) -> None:
 @claim(
     "C4A",
     "E",
-    "DAPO 2503.14476",
+    "Yu et al. 2025 (DAPO)",
     "GRPO 30 -> overlong filter 36 -> clip-higher 38 -> soft overlong 41 -> token loss 42 -> dynamic "
     "sampling 50 (AIME24).",
 )
@@ -131,7 +134,7 @@ def dapo_ladder(evidence: Evidence) -> None:
     )
 
 
-@claim("C63", "E", "Hochlehnert et al. 2504.07086", "Seed and decoding noise on AIME dominates most reported gains.")
+@claim("C63", "E", "Hochlehnert et al. 2025", "Seed and decoding noise on AIME dominates most reported gains.")
 def decoding_noise(evidence: Evidence) -> None:
     evidence.remark(
         "Empirical. Would decide it here: the spread over seeds of every cell's final accuracy beside the "

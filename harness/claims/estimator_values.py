@@ -22,7 +22,7 @@ from klab.harness.claims.instances import (
 from klab.harness.exact.gradients import exact_kl, gradient_of
 from klab.harness.exact.tabular import TabularPolicy
 
-SCHULMAN = "joschu.net/blog/kl-approx; S2"
+SCHULMAN = "Schulman 2020; From Estimation to Optimization"
 
 
 def gaussian_estimators(shift: float) -> dict[str, tuple[float, float]]:
@@ -73,7 +73,12 @@ def schulmans_table(evidence: Evidence) -> None:
             )
 
 
-@claim("C02", "O", "S0 s3.2; S2", "k3 has lower variance than k1: as an estimator it is the clear winner.")
+@claim(
+    "C02",
+    "O",
+    "Why GRPO Uses r − log r − 1, section 3.2; From Estimation to Optimization",
+    "k3 has lower variance than k1: as an estimator it is the clear winner.",
+)
 def k3_is_the_clear_winner(evidence: Evidence) -> None:
     meeting = evidence.headline("KL at which Var k3 = Var k1 (Gaussian shift)", crossing(), "0.628")
     grid = [0.01, 0.1, 0.5, 0.6, 0.66, 1.0, 2.0]
@@ -110,7 +115,7 @@ def k3_is_the_clear_winner(evidence: Evidence) -> None:
 @claim(
     "C03",
     "T*",
-    "Liu et al. 2025; S0 s2",
+    "Liu et al. 2025a; Why GRPO Uses r − log r − 1, section 2",
     "E[k3] = KL (given ref << pi, samples from pi, and tails that a finite sample can see).",
 )
 def k3_is_unbiased(evidence: Evidence) -> None:
@@ -167,7 +172,12 @@ def k3_is_unbiased(evidence: Evidence) -> None:
     )
 
 
-@claim("C04", "T", "Schulman; S2", "The bias of k2 is of third order: E[k2] - KL = -E[(log delta)^3]/6 - ...")
+@claim(
+    "C04",
+    "T",
+    "Schulman 2020; From Estimation to Optimization",
+    "The bias of k2 is of third order: E[k2] - KL = -E[(log delta)^3]/6 - ...",
+)
 def k2_bias_is_third_order(evidence: Evidence) -> None:
     setting = Setting.on_policy(bandit(CATEGORICAL), bandit(CATEGORICAL[::-1]))
     kappa, weights = setting.kappa[:, 0], setting.probabilities
@@ -190,7 +200,7 @@ def k2_bias_is_third_order(evidence: Evidence) -> None:
 
 
 @claim(
-    "C05", "T", "Schulman; Amini et al. 2025",
+    "C05", "T", "Schulman 2020; Amini et al. 2025",
     "k1 + lambda (delta - 1) is unbiased for every lambda; the lambda of least value variance is not 1, "
 "lambda only moves the "
     "baseline of the gradient, and the best value estimator is not the best gradient estimator.",

@@ -1,4 +1,7 @@
-"""The book's figures: what the claims say, drawn from the same numbers, and the two figures of S1 as still images."""
+"""The figures of the book of claims, drawn from the numbers that its claims measure.
+
+Two of them are the interactive figures of Bai & Zhang 2026 as still images.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,7 @@ def ratio_quality() -> Figure:
 
 
 def product_variance() -> Figure:
-    """S1's second interactive figure, still: products of valid ratios explode, geometric means do not (C32)."""
+    """Products of valid ratios explode, geometric means do not (C32); the second interactive figure of Bai & Zhang."""
     figure, (left, right) = _panels(1, 2, 7.0, 2.9)
     horizons = np.arange(1, 201)
     for sigma, style in ((0.1, "-"), (0.2, "--")):
@@ -168,7 +171,7 @@ def product_variance() -> Figure:
 
 
 def coverage() -> Figure:
-    """S1's first interactive figure, still: which tokens the return r_j and each ratio at j cover (C30, C31, C34)."""
+    """Which tokens the return r_j and each ratio at j cover (C30, C31, C34; first figure of Bai & Zhang)."""
     figure, panels = _panels(2, 4, 7.0, 3.6)
     horizon = 8
     token = np.arange(horizon)
@@ -179,7 +182,7 @@ def coverage() -> Figure:
         "token": diagonal,
         "future mean": future / (horizon - rows),
         "GSPO mean": every / horizon,
-        "future product (S1's ideal)": future,
+        "future product (the 'ideal' weight)": future,
         "prefix product": past,
         "full product (exact)": every,
         "what exactness needs": every,

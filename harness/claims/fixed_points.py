@@ -99,7 +99,7 @@ def threshold() -> float:
 
 
 @claim(
-    "C23", "T", "this book; Liu et al. 2025; Davis & Recht 2510.13651",
+    "C23", "T", "this book; Liu et al. 2025a; Davis & Recht 2025",
     "The placements have different fixed points: reverse-KL optimum logit p = logit p0 + 1/beta; "
 "k3-loss p(1-p) = beta(p-p0); with "
     "group std sqrt(p(1-p)) = beta(p-p0); k2-loss with group std has an interior one only for beta >= "
@@ -187,7 +187,7 @@ def noise_floors(
 @claim(
     "C41",
     "F",
-    "S1",
+    "Bai & Zhang 2026",
     "Both formulations (k3-loss GRPO, and KL fused into a normalised reward) converge to the same optimum.",
 )
 def same_optimum(evidence: Evidence) -> None:

@@ -52,7 +52,7 @@ def shared_bias(setting: Setting, shared: Tensor, reward: Tensor) -> float:
 
 
 @claim(
-    "C30", "F", "S1 ('When is the token-level rho exact?')",
+    "C30", "F", "Bai & Zhang 2026 ('When is the token-level rho exact?')",
     "For standard GRPO the token-level ratio is exact, because the advantage depends only on the trajectory's reward.",
 )  # fmt: skip
 def token_ratio_is_exact(evidence: Evidence) -> None:
@@ -109,7 +109,7 @@ def token_ratio_is_exact(evidence: Evidence) -> None:
 @claim(
     "C31",
     "F",
-    "S1 ('the ideal weight')",
+    "Bai & Zhang 2026 ('the ideal weight')",
     "The product of the future ratios prod_{k>=j} rho_k is the exact, unbiased weight.",
 )
 def future_product_is_exact(evidence: Evidence) -> None:
@@ -126,7 +126,7 @@ def future_product_is_exact(evidence: Evidence) -> None:
 
 
 @claim(
-    "C32", "T*", "S1 ('exponential variance')",
+    "C32", "T*", "Bai & Zhang 2026 ('exponential variance')",
     "With E[rho] = 1 and independent log-ratios of variance s^2, Var(prod) = e^{Hs^2} - 1, the "
 "effective sample size is e^{-Hs^2}, and "
     "the geometric mean has log-variance s^2/H.",
@@ -175,7 +175,7 @@ def product_variance_is_exponential(evidence: Evidence) -> None:
 
 
 @claim(
-    "C32b", "O", "S1, interactive figure",
+    "C32b", "O", "Bai & Zhang 2026, interactive figure",
     "The figure's ratios rho = e^X, X ~ N(0, s^2), show the variance of importance ratios; a product of "
 "H ratios fluctuates by 2^H.",
 )  # fmt: skip
@@ -201,7 +201,7 @@ def figure_ratios(evidence: Evidence) -> None:
 @claim(
     "C33",
     "T",
-    "Qwen 2507.18071; this book",
+    "Zheng et al. 2025a (GSPO); this book",
     "The GSPO ratio is systematically below 1: E_old[log s] = -(1/H) KL(old || pi) <= 0.",
 )
 def gspo_below_one(evidence: Evidence) -> None:
@@ -222,7 +222,7 @@ def gspo_below_one(evidence: Evidence) -> None:
 @claim(
     "C33b",
     "O",
-    "S1, summary of rho choices",
+    "Bai & Zhang 2026, summary of rho choices",
     "GSPO: lowest variance, highest bias; future mean between; token ratio: highest variance, lowest bias.",
 )
 def spectrum_of_ratios(evidence: Evidence) -> None:
@@ -249,7 +249,7 @@ def spectrum_of_ratios(evidence: Evidence) -> None:
 @claim(
     "C34",
     "T",
-    "S1",
+    "Bai & Zhang 2026",
     "The future mean equals the token ratio at the last token and the GSPO ratio at the first; it "
     "averages no past token.",
 )

@@ -68,7 +68,7 @@ def autograd_samples(setting: Setting, loss_of: str) -> Tensor:
 
 
 @claim(
-    "C11", "T", "S2; Liu et al. 2025, theorem 5.1",
+    "C11", "T", "From Estimation to Optimization; Liu et al. 2025a, theorem 5.1",
     "k2 as loss and k1 in reward have the same gradient, sample by sample, for the same event (a bandit "
 "or a whole sequence).",
 )  # fmt: skip
@@ -96,7 +96,7 @@ def decisive_first_action() -> Setting:
 
 
 @claim(
-    "C11b", "O", "S2; Liu et al. 2025 as usually implemented",
+    "C11b", "O", "From Estimation to Optimization; Liu et al. 2025a as usually implemented",
     "k2 as a per-token loss (summed over the tokens) is gradient-equivalent to k1 in the reward.",
 )  # fmt: skip
 def k2_per_token(evidence: Evidence) -> None:
@@ -130,7 +130,7 @@ def k2_per_token(evidence: Evidence) -> None:
 
 
 @claim(
-    "C12", "T", "S2; open-instruct #534; Comedy 2025",
+    "C12", "T", "From Estimation to Optimization; open-instruct #534; Shah et al. 2025",
     "k1 as loss has zero expected gradient on-policy and no reference in it; off-policy it pushes away "
 "from the behaviour policy.",
 )  # fmt: skip
@@ -156,7 +156,7 @@ def k1_loss_is_noise(evidence: Evidence) -> None:
 
 
 @claim(
-    "C13", "T", "Tang & Munos 2025; RPG 2505.17508",
+    "C13", "T", "Tang & Munos 2025; Zhang et al. 2025 (RPG)",
     "k3 as loss has the coefficient 1 - delta, and on-policy its expected gradient is exactly that of "
 "the *forward* KL(ref || pi).",
 )  # fmt: skip
@@ -203,7 +203,7 @@ def k3_loss_is_forward_kl(evidence: Evidence) -> None:
         "it is another direction than the reverse KL's", angle < 0.95 and float(expected[1] * reverse[1]) < 0
     )
     evidence.remark(
-        "S2's 'first-order biased approximation' is true near delta = 1 and understates it; '1 - delta "
+        "'First-order biased approximation' is true near delta = 1 and understates it; '1 - delta "
         "saturates, it cannot push"
     )
     evidence.remark(
@@ -212,7 +212,12 @@ def k3_loss_is_forward_kl(evidence: Evidence) -> None:
     )
 
 
-@claim("C13b", "F", "S0", "GRPO is not changing the KL objective; it is changing how the KL is estimated.")
+@claim(
+    "C13b",
+    "F",
+    "Why GRPO Uses r − log r − 1",
+    "GRPO is not changing the KL objective; it is changing how the KL is estimated.",
+)
 def grpo_keeps_the_objective(evidence: Evidence) -> None:
     setting = worked()
     expected, reverse = setting.mean(1 - (-setting.kappa).exp()), reverse_kl_gradient(setting)
@@ -223,9 +228,8 @@ def grpo_keeps_the_objective(evidence: Evidence) -> None:
 
 
 @claim(
-    "C14", "F", "S2", "-log delta = (delta-1) - (delta-1)^2/2 + ...; the middle step (delta-1) grad delta/delta + "
-"s gives "
-"(1-delta) s; "
+    "C14", "F", "From Estimation to Optimization",
+    "-log delta = (delta-1) - (delta-1)^2/2 + ...; the middle step (delta-1) grad delta/delta + s gives (1-delta) s; "
     "the direction of each sample's gradient is biased.",
 )  # fmt: skip
 def printed_expansion(evidence: Evidence) -> None:
@@ -235,7 +239,7 @@ def printed_expansion(evidence: Evidence) -> None:
     printed = gap - gap**2 / 2 + gap**3 / 3
     correct = -gap + gap**2 / 2 - gap**3 / 3
     evidence.number("delta = 1.1: -log delta", truth[1])
-    evidence.headline("delta = 1.1: S2's series", printed[1])
+    evidence.headline("delta = 1.1: the series as printed", printed[1])
     evidence.number("delta = 1.1: (1-delta) + (delta-1)^2/2 - (delta-1)^3/3", correct[1])
     middle = gap * -delta / delta + 1  # grad delta = -delta s
     evidence.number("delta = 1.2: coefficient of the middle step", middle[2], "0.8")
@@ -257,7 +261,12 @@ def printed_expansion(evidence: Evidence) -> None:
     )
 
 
-@claim("C15", "T", "S2", "The variance of the coefficient 1 - delta is the chi-squared divergence chi^2(ref || pi).")
+@claim(
+    "C15",
+    "T",
+    "From Estimation to Optimization",
+    "The variance of the coefficient 1 - delta is the chi-squared divergence chi^2(ref || pi).",
+)
 def chi_squared(evidence: Evidence) -> None:
     setting = worked()
     delta, weights = (-setting.kappa[:, 0]).exp(), setting.probabilities

@@ -1,4 +1,4 @@
-"""Claims C18-C21: KL terms when the data come from another policy; straight-through estimators; Comedy's check."""
+"""Claims C18-C21: KL terms when the data come from another policy; straight-through estimators."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def per_sample(setting: Setting, loss: Callable[[TabularPolicy], Tensor]) -> Ten
 
 
 @claim(
-    "C18", "T", "DeepSeek-V3.2; Liu et al. 2025; TRL 1.16 use_bias_correction_kl",
+    "C18", "T", "DeepSeek-AI 2025b (DeepSeek-V3.2); Liu et al. 2025a; TRL 1.16 use_bias_correction_kl",
     "rho k3 differentiated has the gradient -rho log(delta) s = sg(rho) grad k2 of each sample: the "
 "off-policy reverse-KL gradient. "
     "rho k1 is unbiased with extra noise, rho k2 is biased, and detaching rho turns k3 into the forward KL.",
@@ -120,7 +120,7 @@ def straight_through(evidence: Evidence) -> None:
 
 
 @claim(
-    "C20", "T", "RPG 2505.17508, table 1",
+    "C20", "T", "Zhang et al. 2025, table 1 (RPG)",
     "Off-policy losses for a KL to the behaviour policy: FKL (wR+b)s, UFKL (wR-b(w-1))s, RKL w(R-b(log "
 "w+1))s, URKL w(R-b log w)s; "
     "fully differentiable and REINFORCE-style losses have the same gradients.",
@@ -177,7 +177,7 @@ def expected_placement(setting: Setting, coefficient: Tensor, to_go: bool) -> Te
 
 
 @claim(
-    "C21b", "T", "Comedy 2025, synthetic check",
+    "C21b", "T", "Shah et al. 2025, synthetic check",
     "Binary autoregressive model: as an estimate of the reverse-KL gradient k1-reward is unbiased and "
 "k3-reward has the largest bias.",
 )  # fmt: skip

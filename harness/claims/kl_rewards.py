@@ -19,7 +19,7 @@ from klab.harness.claims.kl_gradients import (
 
 
 @claim(
-    "C10", "T", "S1; S2; Liu et al. 2025; Tang & Munos 2025",
+    "C10", "T", "Bai & Zhang 2026; From Estimation to Optimization; Liu et al. 2025a; Tang & Munos 2025",
     "k1 in the reward, as a return over all future KL, has the gradient of KL(pi || ref) in expectation (on-policy).",
 )  # fmt: skip
 def k1_in_reward(evidence: Evidence) -> None:
@@ -36,7 +36,7 @@ def k1_in_reward(evidence: Evidence) -> None:
 
 
 @claim(
-    "C16", "T", "Comedy 2025",
+    "C16", "T", "Shah et al. 2025",
     "k3 in the reward has the expected gradient grad KL(pi||ref) - grad KL(ref||pi): it can push away "
 "from the reference.",
 )  # fmt: skip
@@ -69,7 +69,7 @@ def k3_in_reward(evidence: Evidence) -> None:
 @claim(
     "C16b",
     "F",
-    "S0 s3.1",
+    "Why GRPO Uses r − log r − 1, section 3.1",
     "k3 is non-negative, so -beta k3 is always a pure penalty and harder to exploit than the log-ratio.",
 )
 def always_a_penalty(evidence: Evidence) -> None:
@@ -91,7 +91,7 @@ def always_a_penalty(evidence: Evidence) -> None:
 
 
 @claim(
-    "C17", "T", "Comedy 2025",
+    "C17", "T", "Shah et al. 2025",
     "Placing an unbiased estimator in both the reward and the loss gives the exact gradient of KL(pi || "
 "ref), for k1 and for k3.",
 )  # fmt: skip

@@ -72,7 +72,7 @@ def truncation_is_unbiased(evidence: Evidence) -> None:
 @claim(
     "C3Dc",
     "O",
-    "S1 ('The variance problem with PPO clipping')",
+    "Bai & Zhang 2026 ('The variance problem with PPO clipping')",
     "Upper clipping min(rho, 1 + eps) is symmetric, where PPO's clipping is asymmetric.",
 )
 def upper_clipping_is_symmetric(evidence: Evidence) -> None:
@@ -90,7 +90,7 @@ def upper_clipping_is_symmetric(evidence: Evidence) -> None:
 @claim(
     "C3Eb",
     "T",
-    "Qwen 2507.18071",
+    "Zheng et al. 2025a (GSPO)",
     "GSPO's clip (3e-4, 4e-4) zeroes a far larger share of tokens than GRPO's (.2, .27).",
 )
 def gspo_clips_more(evidence: Evidence) -> None:
@@ -115,7 +115,7 @@ def gspo_clips_more(evidence: Evidence) -> None:
 @claim(
     "C3I",
     "T",
-    "DeepSeek-V3.2; TRL off_policy_mask_threshold",
+    "DeepSeek-AI 2025b (DeepSeek-V3.2); TRL off_policy_mask_threshold",
     "OPSM is a one-sided mask on the geometric mean: mean log(old/pi) > d <=> geo < e^-d, only for A < 0.",
 )
 def opsm(evidence: Evidence) -> None:

@@ -33,7 +33,7 @@ def inner_steps(beta: float, steps: int = 20, rate: float = 0.5) -> list[float]:
 @claim(
     "C51",
     "F",
-    "S3, main claim 2",
+    "Jiosi 2026, main claim 2",
     "Up to a sign the k1 term acts as a forward-KL trust region, a cross-entropy that keeps pi near the "
     "behaviour policy.",
 )
@@ -53,7 +53,7 @@ def k1_is_a_trust_region(evidence: Evidence) -> None:
 
 
 @claim(
-    "C55", "T*", "S2",
+    "C55", "T*", "From Estimation to Optimization",
     "PPO's clipping approximates TRPO's constraint KL(old || pi) <= d; the KL of the reward is taken at "
 "the rollout, detached.",
 )  # fmt: skip
@@ -103,7 +103,7 @@ def clipping_as_trust_region(evidence: Evidence) -> None:
 
 
 @claim(
-    "C56", "O", "S3 ('Hessians & the trust-region interpretation', eq. 13)",
+    "C56", "O", "Jiosi 2026 ('Hessians & the trust-region interpretation', eq. 13)",
     "KL(old || pi) ~ dtheta' F dtheta / 2 is of second order, whereas GRPO's log-ratio term contributes "
 "a first-order term.",
 )  # fmt: skip

@@ -16,7 +16,7 @@ HALF = torch.tensor([0.5, 0.5], dtype=torch.float64)
 
 
 @claim(
-    "C35", "F", "S1 ('The power family')",
+    "C35", "F", "Bai & Zhang 2026 ('The power family')",
     "Var(rho A) >= Var(A): multiplying by rho can only increase the variance; q = 0 has the lowest, q = "
 "1 the highest variance.",
 )  # fmt: skip
@@ -48,7 +48,7 @@ def ratio_only_adds_variance(evidence: Evidence) -> None:
     evidence.remark("the one without variance. What does grow is E[rho^2] = 1 + chi^2(pi || old).")
 
 
-@claim("C36", "T*", "S1", "Var_old(rho^q) <= Var_old(rho) for q in [0, 1], given E_old[rho] = 1.")
+@claim("C36", "T*", "Bai & Zhang 2026", "Var_old(rho^q) <= Var_old(rho) for q in [0, 1], given E_old[rho] = 1.")
 def powers_have_less_variance(evidence: Evidence) -> None:
     powers = torch.linspace(0, 1, 21, dtype=torch.float64)
     worst = -math.inf
@@ -75,7 +75,7 @@ def _differentiated(surrogate: Callable[[Tensor], Tensor], rho: Tensor) -> Tenso
 @claim(
     "C38",
     "T",
-    "S1 ('PPO-style clipping as a choice of w')",
+    "Bai & Zhang 2026 ('PPO-style clipping as a choice of w')",
     "PPO's gradient is the weight rho 1[(rho - clip rho) A <= 0] on A s.",
 )
 def ppo_is_an_indicator(evidence: Evidence) -> None:
@@ -97,14 +97,14 @@ def ppo_is_an_indicator(evidence: Evidence) -> None:
             strict=True,
         )
     ):
-        evidence.number(f"S1's table: w {name}", indicator[row], weight)
+        evidence.number(f"the source's table: w {name}", indicator[row], weight)
     evidence.stated("equal everywhere off the tie", gap < 1e-14)
 
 
 @claim(
     "C39",
     "T",
-    "S1; Ye et al. 1912.09729",
+    "Bai & Zhang 2026; Ye et al. 2020",
     "PPO clipping is biased, and its weight is unbounded for A < 0, rho >> 1; dual clip or a cap bounds it.",
 )
 def clipping_is_a_filter(evidence: Evidence) -> None:
@@ -127,7 +127,7 @@ def clipping_is_a_filter(evidence: Evidence) -> None:
 
 
 @claim(
-    "C3A", "F", "S1 ('A general family of off-policy correction')",
+    "C3A", "F", "Bai & Zhang 2026 ('A general family of off-policy correction')",
     "Objectives f(rho) A with f between 1 and rho: f = 1 is policy improvement, f = 1 + log rho "
 "belongs, f = rho^q has the weight rho^q.",
 )  # fmt: skip
@@ -165,7 +165,10 @@ def family_of_objectives(evidence: Evidence) -> None:
 
 
 @claim(
-    "C3C", "T", "Kong 1992; S1", "The effective sample size share of sequence weights is 1 / (1 + chi^2(pi || old))."
+    "C3C",
+    "T",
+    "Kong 1992; Bai & Zhang 2026",
+    "The effective sample size share of sequence weights is 1 / (1 + chi^2(pi || old)).",
 )
 def effective_sample_size(evidence: Evidence) -> None:
     gaps = []

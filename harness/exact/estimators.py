@@ -13,7 +13,7 @@ from klab.grid import Objective
 from klab.harness.exact.tabular import Trajectories
 from klab.harness.exact.tabular_setting import Layout, Setting
 from klab.harness.exact.updates import Updates
-from klab.harness.objective import TokenBatch, objective_loss
+from klab.harness.objective import TokenBatch, axis_functions, objective_loss
 
 PER_TRAJECTORY = ("raw", "positive", "greedy_baseline", "gae")
 """Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` unless whitened)."""
@@ -63,7 +63,7 @@ def update_gradients(objective: Objective, setting: Setting, updates: Updates) -
     over trajectories is undone afterwards. Objectives with statistics over the update are mapped over updates
     (`torch.func.vmap`); the user's own functions are called update by update.
     """
-    with_logits = objective.estimator == "full" and objective.placement not in ("none", "log_ratio")
+    with_logits = "logits" in axis_functions(objective).needs
     if objective.is_custom:
         evaluate = _one_by_one
     elif couples_groups(objective, setting.fixed_length):

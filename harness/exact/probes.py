@@ -21,7 +21,7 @@ from torch import Tensor
 
 from klab.grid import Objective
 from klab.harness.exact.estimators import loss_gradients
-from klab.harness.objective import TokenBatch
+from klab.harness.objective import TokenBatch, axis_functions
 
 VOCABULARY, POSITIONS, GROUP_SIZE = 4, 6, 4
 PROJECTIONS = 3
@@ -130,7 +130,7 @@ def probe_gradient(objective: Objective, on_policy: bool) -> Tensor:
     """Gradient of the loss with respect to every logit of the probe, `[N, T, V]`."""
     lab = probe(on_policy)
     batch = lab.batch
-    if objective.estimator != "full":
+    if "logits" not in axis_functions(objective).needs:
         batch = batch.replace(logits=None, logits_reference=None)
     logp_gradient, logits_gradient, _ = loss_gradients(objective, batch)
     total = logp_gradient[..., None] * lab.scores

@@ -1,19 +1,20 @@
-"""Aggregations: from per-token terms to a number, with the denominators of the whole update.
+"""The aggregation axis: from per-token terms to one number, with the denominators of the whole update.
 
-Every function takes the terms `[N, T]` of some rows of the update, 0 off the own tokens, their mask, and the update's
-totals; the results of the micro-batches of an update add up to that of the whole.
+Every function takes the terms of some rows of the update, 0 off the own tokens, their mask, and the totals of the whole
+update; the results of the micro-batches of an update therefore add up to that of the whole.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.harness.objective.masking import lengths
 from klab.harness.objective.registry import Registry
 
-AGGREGATIONS = Registry("aggregation", "terms", "mask", "totals")
+AGGREGATIONS = Registry("aggregation")
 
 
 @dataclass(frozen=True)
@@ -22,34 +23,34 @@ class Totals:
 
     Attributes:
         trajectories: N, including trajectories without own tokens.
-        tokens: number of own tokens, an integer scalar.
+        tokens: number of own tokens.
         max_new_tokens: the completion budget.
     """
 
     trajectories: int
-    tokens: Tensor
+    tokens: Int[Tensor, ""]
     max_new_tokens: int
 
 
 @AGGREGATIONS.register("sequence_mean")
-def sequence_mean(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
-    """Mean over trajectories of the mean over own tokens (GRPO, S1)."""
+def sequence_mean(terms: Float[Tensor, "n T"], mask: Bool[Tensor, "n T"], totals: Totals) -> Float[Tensor, ""]:
+    """Mean over trajectories of the mean over own tokens (GRPO, Shao et al. 2024)."""
     return (terms / lengths(mask).clamp(min=1)).sum() / totals.trajectories
 
 
 @AGGREGATIONS.register("token_mean")
-def token_mean(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
-    """Mean over the update's own tokens (DAPO)."""
+def token_mean(terms: Float[Tensor, "n T"], mask: Bool[Tensor, "n T"], totals: Totals) -> Float[Tensor, ""]:
+    """Mean over the update's own tokens (DAPO, Yu et al. 2025)."""
     return terms.sum() / totals.tokens.clamp(min=1)
 
 
 @AGGREGATIONS.register("constant")
-def constant_length(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
-    """Sum over own tokens divided by N·max_new_tokens (Dr. GRPO)."""
+def constant_length(terms: Float[Tensor, "n T"], mask: Bool[Tensor, "n T"], totals: Totals) -> Float[Tensor, ""]:
+    """Sum over own tokens divided by N·max_new_tokens (Dr. GRPO, Liu et al. 2025b)."""
     return terms.sum() / (totals.trajectories * totals.max_new_tokens)
 
 
 @AGGREGATIONS.register("sequence_sum")
-def sequence_sum(terms: Tensor, mask: Tensor, totals: Totals) -> Tensor:
-    """Mean over trajectories of the sum over own tokens."""
+def sequence_sum(terms: Float[Tensor, "n T"], mask: Bool[Tensor, "n T"], totals: Totals) -> Float[Tensor, ""]:
+    """Mean over trajectories of the sum over own tokens (RLOO, Ahmadian et al. 2024)."""
     return terms.sum() / totals.trajectories

@@ -1,4 +1,4 @@
-"""What an update is computed from: tokens, their log-probabilities and the rewards of their trajectories."""
+"""The input of the objective: tokens' log-probabilities under three policies, and the rewards of trajectories."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.harness.objective.groups import Groups
@@ -14,48 +15,48 @@ from klab.harness.objective.groups import Groups
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """N trajectories of one cell, padded to T positions.
+    """N trajectories of one update, padded to T positions.
 
-    Own tokens are those that the policy produced; padding and environment tokens are not, and what the other tensors
-    hold there is never read.
+    Own tokens are those that the policy produced, as against padding and environment tokens. What the tensors hold off
+    the own tokens is never read.
 
     Attributes:
-        logp: float `[N, T]`, log-probability of each token under the current policy; carries the gradient.
-        logp_behaviour: float `[N, T]`, under the policy that sampled the tokens.
-        logp_reference: float `[N, T]`, under the reference policy.
-        mask: bool `[N, T]`, own tokens.
-        rewards: float `[N]`, the task's reward of each trajectory.
-        groups: int `[N]`, which prompt each trajectory answers.
+        logp: ℓ, log-probability of each token under the current policy; carries the gradient.
+        logp_behaviour: ℓ_old, under the policy that sampled the tokens.
+        logp_reference: ℓ_ref, under the reference policy.
+        mask: own tokens.
+        rewards: R, the task's reward of each trajectory.
+        groups: which prompt each trajectory answers.
         max_new_tokens: the completion budget, the denominator of the `constant` aggregation.
-        logits: float `[N, T, V]` of the current policy, carrying the gradient; for the estimator `full`.
-        logits_reference: float `[N, T, V]` of the reference policy; for the estimator `full`.
-        greedy_rewards: float `[N]`, reward of the greedy completion of the same prompt; for `greedy_baseline`.
-        values: float `[N, T]`, a critic's value of the state before each token; for `gae`, 0 when absent.
+        logits: of the current policy, carrying the gradient; for the estimator `full`.
+        logits_reference: of the reference policy; for the estimator `full`.
+        greedy_rewards: reward of the greedy completion of the same prompt; for `greedy_baseline`.
+        values: V, a critic's value of the state before each token; for `gae`, 0 when absent.
         n_groups: number of groups, when `groups` are known to be 0 … n_groups − 1; needed only where `groups` itself is
             mapped by `torch.func.vmap`.
-        correction: float `[N, T]`, a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
+        correction: a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
             sampler μ other than π_old drew the tokens. As in TRL and verl the KL term of the loss is not multiplied.
-        excluded_from_loss: bool `[N]`, trajectories whose rewards count in the statistics of the advantage, but none of
+        excluded_from_loss: trajectories whose rewards count in the statistics of the advantage, but none of
             whose tokens enter the loss (DAPO's overlong filtering). They still count in N, as in TRL and verl.
 
     Raises:
         ValueError: when shapes or types do not fit together.
     """
 
-    logp: Tensor
-    logp_behaviour: Tensor
-    logp_reference: Tensor
-    mask: Tensor
-    rewards: Tensor
-    groups: Tensor
+    logp: Float[Tensor, "N T"]
+    logp_behaviour: Float[Tensor, "N T"]
+    logp_reference: Float[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+    rewards: Float[Tensor, " N"]
+    groups: Int[Tensor, " N"]
     max_new_tokens: int
-    logits: Tensor | None = None
-    logits_reference: Tensor | None = None
-    greedy_rewards: Tensor | None = None
-    values: Tensor | None = None
+    logits: Float[Tensor, "N T V"] | None = None
+    logits_reference: Float[Tensor, "N T V"] | None = None
+    greedy_rewards: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, "N T"] | None = None
     n_groups: int | None = None
-    correction: Tensor | None = None
-    excluded_from_loss: Tensor | None = None
+    correction: Float[Tensor, "N T"] | None = None
+    excluded_from_loss: Bool[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         if self.logp.dim() != 2 or not self.logp.is_floating_point():
@@ -83,14 +84,14 @@ class TokenBatch:
         """The same batch with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def rows(self, index: Tensor | slice) -> TokenBatch:
+    def rows(self, index: Int[Tensor, " n"] | slice) -> TokenBatch:
         """The trajectories of `index` alone: a micro-batch."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return self.replace(**{name: value[index] for name, value in tensors.items()})
 
     @property
-    def loss_mask(self) -> Tensor:
-        """bool `[N, T]`: the own tokens that the loss is made of."""
+    def loss_mask(self) -> Bool[Tensor, "N T"]:
+        """The own tokens that enter the loss."""
         return self.mask if self.excluded_from_loss is None else self.mask & ~self.excluded_from_loss[:, None]
 
     def grouping(self) -> Groups:

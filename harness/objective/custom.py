@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from klab.grid import UserError
+from klab.grid.custom_values import Signature
 
 
 def load_function(path: str, axis: str) -> Callable[..., Any]:
@@ -37,26 +38,35 @@ def load_function(path: str, axis: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def optional_inputs(function: Callable[..., Any], signature: Signature) -> frozenset[str]:
+    """The optional inputs of an axis that `function` asks for by having parameters of their names."""
+    try:
+        return frozenset(signature.optional).intersection(inspect.signature(function).parameters)
+    except ValueError:  # a builtin without a signature
+        return frozenset()
+
+
 def check_parameters(
-    function: Callable[..., Any], path: str, axis: str, positional: tuple[str, ...], arguments: Mapping[str, Any]
+    function: Callable[..., Any], path: str, axis: str, signature: Signature, arguments: Mapping[str, Any]
 ) -> None:
-    """Make sure that `function` can be called with this axis's positional arguments and the given parameters.
+    """Make sure that `function` can be called with this axis's inputs and the given parameters.
 
     Raises:
         UserError: for a parameter that it does not take, or one without a default that is missing.
     """
     try:
-        signature = inspect.signature(function)
-    except ValueError:
+        called = inspect.signature(function)
+    except ValueError:  # a builtin without a signature
         return
-    taken = list(signature.parameters.values())[len(positional) :]
-    names = [parameter.name for parameter in taken if parameter.kind is not parameter.VAR_KEYWORD]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
-        for name in arguments:
-            if name not in names:
-                raise UserError(f"{path!r} has no such parameter", key=axis, value=name, allowed=names)
+    inputs, asked = list(signature.inputs), sorted(optional_inputs(function, signature))
+    taken = list(called.parameters.values())[len(inputs) :]
+    names = [p.name for p in taken if p.kind is not p.VAR_KEYWORD and p.name not in asked]
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in called.parameters.values())
+    for name in arguments:
+        if name in asked or not (anything or name in names):
+            raise UserError(f"{path!r} has no such parameter", key=axis, value=name, allowed=names)
     try:
-        signature.bind(*positional, **arguments)
+        called.bind(*inputs, **dict.fromkeys(asked), **arguments)
     except TypeError as error:
-        expected = f"It is called as {path.partition(':')[2]}({', '.join([*positional, *arguments])})."
+        expected = f"It is called as {path.partition(':')[2]}({', '.join([*inputs, *asked, *arguments])})."
         raise UserError(f"cannot be called: {error}", key=axis, value=path, hint=expected) from error

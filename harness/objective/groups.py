@@ -1,4 +1,4 @@
-"""Groups: the trajectories of one prompt, laid out side by side so that statistics are sums along an axis."""
+"""The groups of an update: the trajectories of each prompt, and statistics over them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -17,19 +18,19 @@ class Groups:
     on every device, unlike atomic additions.
 
     Attributes:
-        index: int `[N]`, the group of each trajectory, 0 … count − 1.
-        slot: int `[N]`, its place within the group.
+        index: the group of each trajectory, 0 … count − 1.
+        slot: the position of each trajectory within its group.
         count: number of groups.
         size: at least the number of trajectories of the largest group.
     """
 
-    index: Tensor
-    slot: Tensor
+    index: Int[Tensor, " N"]
+    slot: Int[Tensor, " N"]
     count: int
     size: int
 
     @classmethod
-    def from_labels(cls, labels: Tensor, count: int | None = None) -> Groups:
+    def from_labels(cls, labels: Int[Tensor, " N"], count: int | None = None) -> Groups:
         """Groups from one integer label per trajectory.
 
         With `count` the labels must be 0 … count − 1 and nothing is read back from the device: this form works where
@@ -49,37 +50,39 @@ class Groups:
     @staticmethod
     @lru_cache(maxsize=256)
     def equal_sized(count: int, size: int, device: torch.device) -> Groups:
-        """Groups of equal size one after the other, as in a rollout; made once."""
+        """Groups of equal size, one after the other, as in a rollout; cached."""
         index = torch.arange(count, device=device).repeat_interleave(size)
         return Groups(index, torch.arange(size, device=device).repeat(count), count, size)
 
     @cached_property
-    def _place(self) -> Tensor:
-        """int `[N, 1]`, each trajectory's row in the layout."""
+    def _flat_index(self) -> Int[Tensor, "N 1"]:
+        """Each trajectory's row in the flattened `[count · size, …]` layout."""
         return (self.index * self.size + self.slot)[:, None]
 
-    def to_groups(self, values: Tensor) -> Tensor:
-        """`[N, K]` as `[count, size, K]`, with 0 (False) where a group has fewer trajectories."""
+    def to_groups(self, values: Shaped[Tensor, "N K"]) -> Shaped[Tensor, "count size K"]:
+        """Rows laid out by group, with 0 (False) where a group has fewer trajectories."""
         width = values.shape[1]
         room = torch.zeros(self.count * self.size, width, dtype=values.dtype, device=values.device)
-        return room.scatter(0, self._place.expand(-1, width), values).view(self.count, self.size, width)
+        return room.scatter(0, self._flat_index.expand(-1, width), values).view(self.count, self.size, width)
 
-    def to_rows(self, statistics: Tensor) -> Tensor:
-        """A statistic of the groups, `[count, K]`, as one row per trajectory `[N, K]`."""
+    def to_rows(self, statistics: Shaped[Tensor, "count K"]) -> Shaped[Tensor, "N K"]:
+        """A statistic of each group, repeated for each of its trajectories."""
         return statistics.index_select(0, self.index)
 
 
-def mean_and_std(values: Tensor, valid: Tensor, std: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation along axis 1 of `[n, m, K]`, over the entries that are `valid`.
+def mean_and_std(
+    values: Float[Tensor, "n m K"], valid: Bool[Tensor, "n m _"], std: str
+) -> tuple[Float[Tensor, "n K"], Float[Tensor, "n K"]]:
+    """Mean and standard deviation along axis 1, over the entries that are `valid`.
 
-    Values are measured from the largest one, so that equal values have their own value as mean and exactly 0 as
-    standard deviation, whatever their number. Without valid entries both are 0; a single one has standard deviation 0.
+    The sums are of differences from the largest value, so that equal values have exactly their own value as mean and 0
+    as standard deviation. Without valid entries both are 0; a single one has standard deviation 0.
 
     Args:
         std: "population" (divisor n) or "sample" (n − 1).
 
     Returns:
-        mean and standard deviation, `[n, K]` each.
+        mean and standard deviation.
     """
     number = valid.sum(1)
     anchor = torch.where(number > 0, torch.where(valid, values, -torch.inf).amax(1), 0.0)

@@ -1,23 +1,67 @@
-"""KL estimators: φ, what one own token contributes to the divergence from the reference policy.
+"""The KL-estimator axis: φ, what one own token contributes to the divergence from the reference policy.
 
-κ = ℓ − ℓ_ref `[N, T]` is the log-ratio of the sampled token to the reference (0 off the own tokens). k1, k2, k3 after
-Schulman, "Approximating KL divergence" (2020), where his ratio is δ = e^{−κ}.
+κ = ℓ − ℓ_ref is the log-ratio of the sampled token to the reference, 0 off the own tokens. k1, k2 and k3 are those of
+Schulman 2020 ("Approximating KL Divergence"), who writes δ = e^{−κ} as r.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from klab.harness.objective.registry import Registry
 
-ESTIMATORS = Registry("estimator", "log_ratio")
-"""φ(κ); `full` alone reads `(logits, logits_reference)` instead."""
-
-FROM_LOGITS = "full"
+ESTIMATORS = Registry("estimator")
 
 
-def behaviour_kl(log_ratio: Tensor) -> Tensor:
+@ESTIMATORS.register("k1")
+def k1(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """κ: unbiased as a value. As a loss its expected gradient is 0 on-policy, and never contains the reference."""
+    return log_ratio
+
+
+@ESTIMATORS.register("k2")
+def k2(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """κ²/2, with the gradient κ·∇ℓ."""
+    return 0.5 * log_ratio.square()
+
+
+@ESTIMATORS.register("k3")
+def k3(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """e^{−κ} − 1 + κ, with the gradient (1 − e^{−κ})·∇ℓ (GRPO, Shao et al. 2024)."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+@ESTIMATORS.register("abs")
+def absolute(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """|κ|."""
+    return log_ratio.abs()
+
+
+@ESTIMATORS.register("k3_plus")
+def k3_plus(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """The value of k3 with the gradient of k2 (straight-through, as verl's `k3+`)."""
+    straight = k2(log_ratio)
+    return k3(log_ratio).detach() + (straight - straight.detach())
+
+
+@ESTIMATORS.register("full")
+def full(
+    log_ratio: Float[Tensor, "N T"], *, logits: Float[Tensor, "N T V"], logits_reference: Float[Tensor, "N T V"]
+) -> Float[Tensor, "N T"]:
+    """Σ_v π(v)·(log π(v) − log π_ref(v)): the exact conditional KL at each position (Rao-Blackwell; Amini et al. 2025).
+
+    The gradient runs through `logits`; `log_ratio` is not read. A token that the policy excludes (logit −∞)
+    contributes 0.
+    """
+    logp = logits.log_softmax(-1)
+    probability = logp.exp()
+    difference = torch.where(probability > 0, logp - logits_reference.log_softmax(-1), 0.0)
+    return (probability * difference).sum(-1)
+
+
+def behaviour_kl(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
     """e^λ − 1 − λ of λ = ℓ − ℓ_old at tokens drawn from π_old: an unbiased estimate ≥ 0 of KL(π_old‖π).
 
     At a state, E[e^λ] = Σ π_old·π/π_old = 1 and E[−λ] = KL(π_old‖π). The gradient is (e^λ − 1)·∇ℓ, whose expectation
@@ -25,53 +69,3 @@ def behaviour_kl(log_ratio: Tensor) -> Tensor:
     π_old whatever π is: summed over a trajectory, it is value and gradient of the KL of trajectories (the chain rule).
     """
     return k3(-log_ratio)
-
-
-@ESTIMATORS.register("k1")
-def k1(log_ratio: Tensor) -> Tensor:
-    """κ: unbiased as a value; its gradient has mean 0 and no reference in it."""
-    return log_ratio
-
-
-@ESTIMATORS.register("k2")
-def k2(log_ratio: Tensor) -> Tensor:
-    """κ²/2, with the gradient κ·∇ℓ."""
-    return 0.5 * log_ratio.square()
-
-
-@ESTIMATORS.register("k3")
-def k3(log_ratio: Tensor) -> Tensor:
-    """e^{−κ} − 1 + κ, with the gradient (1 − e^{−κ})·∇ℓ; GRPO's choice."""
-    return torch.expm1(-log_ratio) + log_ratio
-
-
-@ESTIMATORS.register("abs")
-def absolute(log_ratio: Tensor) -> Tensor:
-    """|κ|."""
-    return log_ratio.abs()
-
-
-@ESTIMATORS.register("k3_plus")
-def k3_plus(log_ratio: Tensor) -> Tensor:
-    """The value of k3 with the gradient of k2, as verl's `k3+`."""
-    straight = k2(log_ratio)
-    return k3(log_ratio).detach() + (straight - straight.detach())
-
-
-@ESTIMATORS.register("full")
-def full(logits: Tensor, logits_reference: Tensor) -> Tensor:
-    """Σ_v π(v)·(log π(v) − log π_ref(v)): the exact conditional KL at each position (Rao-Blackwell; Amini et al. 2025).
-
-    A symbol that the policy excludes (logit −∞) contributes 0. The gradient runs through `logits`.
-
-    Args:
-        logits: float `[N, T, V]` of the current policy.
-        logits_reference: float `[N, T, V]` of the reference policy.
-
-    Returns:
-        float `[N, T]`.
-    """
-    logp = logits.log_softmax(-1)
-    probability = logp.exp()
-    difference = torch.where(probability > 0, logp - logits_reference.log_softmax(-1), 0.0)
-    return (probability * difference).sum(-1)

@@ -1,4 +1,4 @@
-"""The composition of the axes: KL samples, returns, advantage, ratio, weight, surrogate, loss.
+"""The loss of an update: the axes composed in order, KL samples, returns, advantage, ratio, weight, surrogate, loss.
 
 >>> import torch
 >>> from klab.grid import Objective
@@ -20,6 +20,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from klab.grid import Objective
@@ -27,7 +28,7 @@ from klab.harness.objective.advantage import ADVANTAGES, Returns, value_targets
 from klab.harness.objective.aggregate import AGGREGATIONS, Totals
 from klab.harness.objective.batch import TokenBatch
 from klab.harness.objective.groups import Groups
-from klab.harness.objective.kl import ESTIMATORS, FROM_LOGITS, behaviour_kl
+from klab.harness.objective.kl import ESTIMATORS, behaviour_kl
 from klab.harness.objective.masking import last_token_mask, masked, suffix_sum
 from klab.harness.objective.metrics import TokenStats, update_metrics
 from klab.harness.objective.placement import PLACEMENTS, Placement
@@ -35,35 +36,47 @@ from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
 from klab.harness.objective.weight import SOLVERS, WEIGHTS
 
-PATHS = Registry("path", "logp", "log_rho")
+PATHS = Registry("path")
 
 
 @PATHS.register("score")
-def score_path(logp: Tensor, log_rho: Tensor) -> Tensor:
-    """w·A·∇ℓ."""
+def score_path(logp: Float[Tensor, "N T"], log_rho: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """The surrogate's gradient is w·A·∇ℓ."""
     return logp
 
 
 @PATHS.register("ratio")
-def ratio_path(logp: Tensor, log_rho: Tensor) -> Tensor:
-    """w·A·∇log ρ, through every token that enters ρ (GSPO)."""
+def ratio_path(logp: Float[Tensor, "N T"], log_rho: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """The surrogate's gradient is w·A·∇log ρ, through every token that enters ρ (GSPO, Zheng et al. 2025a)."""
     return log_rho
 
 
 @dataclass(frozen=True)
 class AxisFunctions:
-    """The functions that an objective chooses, with their parameters filled in."""
+    """The functions that an objective chooses, with their parameters filled in.
+
+    Attributes:
+        estimator_inputs, advantage_inputs: the fields of the batch that these functions are given as keywords.
+        solver: finds the parameters of a weight that depend on the whole update; None where there are none.
+        value_targets: R̂ of a critic.
+    """
 
     estimator: Callable[..., Tensor]
-    from_logits: bool
+    estimator_inputs: frozenset[str]
     placement: Placement
     ratio: Callable[..., Tensor]
     weight: Callable[..., Tensor]
     solver: Callable[..., dict[str, Tensor]] | None
     advantage: Callable[..., Tensor]
+    advantage_inputs: frozenset[str]
     value_targets: Callable[[Returns], Tensor]
     aggregation: Callable[..., Tensor]
     path: Callable[..., Tensor]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The optional fields of a `TokenBatch` that must be given: `logits`, `logits_reference`, `greedy_rewards`."""
+        return self.advantage_inputs | (self.estimator_inputs if self.placement.has_kl else frozenset())
 
 
 @lru_cache(maxsize=4096)
@@ -77,32 +90,33 @@ def axis_functions(objective: Objective) -> AxisFunctions:
     settings: Mapping[str, Any] = objective.arguments("weight")
     return AxisFunctions(
         estimator=ESTIMATORS.bound(objective.estimator, objective.arguments("estimator")),
-        from_logits=objective.estimator == FROM_LOGITS,
+        estimator_inputs=ESTIMATORS.needs(objective.estimator),
         placement=PLACEMENTS.bound(objective.placement, objective.arguments("placement"))(),
         ratio=RATIOS.bound(objective.ratio, objective.arguments("ratio")),
         weight=WEIGHTS.bound(objective.weight, {} if solver else settings),
         solver=(lambda log_rho, mask: solver(log_rho, mask, **settings)) if solver else None,
         advantage=ADVANTAGES.bound(objective.advantage, objective.arguments("advantage")),
+        advantage_inputs=ADVANTAGES.needs(objective.advantage),
         value_targets=_value_targets(objective),
         aggregation=AGGREGATIONS.bound(objective.aggregation, objective.arguments("aggregation")),
-        # without a ratio log ρ would be 0 and carry no gradient
+        # without a ratio log ρ is 0 and carries no gradient
         path=score_path if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
     )
 
 
 def _value_targets(objective: Objective) -> Callable[[Returns], Tensor]:
-    """R̂ with the γ and λ of `gae`; for advantages of the user's own, the plain returns."""
+    """R̂ with the γ and λ of `gae`; beside a custom advantage, the undiscounted returns."""
     gamma, lam = (objective.gamma, objective.lam) if objective.advantage == "gae" else (1.0, 1.0)
     return lambda returns: value_targets(returns, gamma, lam)
 
 
 @dataclass(frozen=True)
 class LossCoefficients:
-    """LossCoefficients that move during training and are no part of the objective.
+    """Coefficients that change during training and are therefore no part of the objective.
 
     Attributes:
-        kl: multiplies whatever the placement charges or adds to the loss, and so its β.
-        trust: of the trust region, trust·agg(e^λ − 1 − λ) in the loss.
+        kl: multiplies whatever the placement penalises or adds to the loss, and so its β.
+        trust: coefficient of the trust region, trust·agg(e^λ − 1 − λ) in the loss.
     """
 
     kl: float = 1.0
@@ -114,23 +128,23 @@ CONSTANT_COEFFICIENTS = LossCoefficients()
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """What belongs to the whole update and not to a micro-batch; without gradient.
+    """What is computed once for a whole update and shared by its micro-batches; without gradient.
 
     Attributes:
-        advantages: A `[N, T]`, 0 off the own tokens.
-        totals: the denominators.
+        advantages: A, 0 off the own tokens.
+        totals: the denominators of the aggregation.
         solved: parameters of the weight that were found for the whole update (the exponent of `adaptive`).
         coefficients: those of this update.
-        value_targets: R̂ `[N, T]` for the critic whose values the batch holds; None without one.
+        value_targets: R̂ for the critic whose values the batch holds; None without one.
     """
 
-    advantages: Tensor
+    advantages: Float[Tensor, "N T"]
     totals: Totals
-    solved: dict[str, Tensor] = field(default_factory=dict)
+    solved: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     coefficients: LossCoefficients = CONSTANT_COEFFICIENTS
-    value_targets: Tensor | None = None
+    value_targets: Float[Tensor, "N T"] | None = None
 
-    def rows(self, index: Tensor | slice) -> UpdateContext:
+    def rows(self, index: Int[Tensor, " n"] | slice) -> UpdateContext:
         """The context of the micro-batch `batch.rows(index)`."""
         targets = None if self.value_targets is None else self.value_targets[index]
         return replace(self, advantages=self.advantages[index], value_targets=targets)
@@ -138,23 +152,23 @@ class UpdateContext:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """The loss of an update or a micro-batch: what to minimise, its terms, and what was measured.
+    """The loss of an update or a micro-batch, with its terms and metrics.
 
     Attributes:
-        loss: scalar with gradient, policy_loss + kl_loss, and the trust region's term where there is one.
+        loss: to minimise, with gradient: policy_loss + kl_loss, and the trust region's term where there is one.
         policy_loss: −agg(surrogate).
         kl_loss: the KL term of the loss placements, β included; 0 for the others.
         token_stats: the per-token quantities behind the metrics.
     """
 
-    loss: Tensor
-    policy_loss: Tensor
-    kl_loss: Tensor
+    loss: Float[Tensor, ""]
+    policy_loss: Float[Tensor, ""]
+    kl_loss: Float[Tensor, ""]
     token_stats: TokenStats
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """Plain numbers over the rows given (see `klab.harness.objective.metrics`), computed when first read."""
+        """Numbers over the rows given (see `klab.harness.objective.metrics.update_metrics`), computed on first use."""
         return update_metrics(self.token_stats, loss=self.loss, policy_loss=self.policy_loss, kl_loss=self.kl_loss)
 
 
@@ -167,41 +181,46 @@ def update_context(
 ) -> UpdateContext:
     """Advantages, denominators, solved parameters and a critic's targets of a whole update.
 
-    Reads the current policy (`logp`, `logits`) only for `kl_at: current`, the estimator `full` and the weight
+    Reads the current policy (`logp`, `logits`) only for `kl_at: current`, estimators on logits and the weight
     `adaptive`.
 
     Args:
+        objective: the point on the axes.
+        batch: the whole update.
+        coefficients: those of this update.
         groups: the trajectories by prompt, where they are known; else they are found from `batch.groups`.
     """
-    chosen = axis_functions(objective)
+    functions = axis_functions(objective)
     mask, dtype = batch.mask, batch.logp.dtype
-    phi = _detached_kl(chosen, batch)
+    phi = _detached_kl(functions, batch)
     rewards = batch.rewards.to(dtype)
     token_rewards = torch.where(last_token_mask(mask), rewards[:, None], 0.0)
-    if chosen.placement.reward is not None and phi is not None:
-        token_rewards = masked(token_rewards - coefficients.kl * chosen.placement.reward(phi, mask), mask)
+    if functions.placement.reward is not None and phi is not None:
+        token_rewards = masked(token_rewards - coefficients.kl * functions.placement.reward(phi, mask), mask)
     returns = Returns(
         returns=suffix_sum(token_rewards),
         token_rewards=token_rewards,
         rewards=rewards,
         mask=mask,
         groups=batch.grouping() if groups is None else groups,
-        greedy_rewards=None if batch.greedy_rewards is None else batch.greedy_rewards.to(dtype),
         values=None if batch.values is None else masked(batch.values.to(dtype), mask),
     )
-    advantages = masked(chosen.advantage(returns), mask)
-    if chosen.placement.advantage is not None and phi is not None:
-        advantages = masked(advantages - coefficients.kl * chosen.placement.advantage(phi, mask), mask)
+    inputs = {name: value.to(dtype) for name, value in _inputs(batch, functions.advantage_inputs).items()}
+    advantages = masked(functions.advantage(returns, **inputs), mask)
+    if functions.placement.advantage is not None and phi is not None:
+        advantages = masked(advantages - coefficients.kl * functions.placement.advantage(phi, mask), mask)
     totals = Totals(mask.shape[0], batch.loss_mask.sum(), batch.max_new_tokens)
-    solved = {} if chosen.solver is None else chosen.solver(_log_rho(chosen, batch)[1], batch.loss_mask)
-    targets = None if returns.values is None else chosen.value_targets(returns)
+    solved = {} if functions.solver is None else functions.solver(_log_rho(functions, batch)[1], batch.loss_mask)
+    targets = None if returns.values is None else functions.value_targets(returns)
     return UpdateContext(advantages, totals, solved, coefficients, targets)
 
 
-def loss_terms(objective: Objective, batch: TokenBatch, context: UpdateContext) -> tuple[Tensor, Tensor]:
-    """The objective's two terms of the loss, −agg(surrogate) and the KL term, as scalars with gradient.
+def loss_terms(
+    objective: Objective, batch: TokenBatch, context: UpdateContext
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The two terms of the loss, −agg(surrogate) and the KL term, with gradient.
 
-    A pure function of tensors without control flow that depends on their values: it works under `torch.func.grad` and
+    A pure function of tensors whose control flow does not depend on their values: it works under `torch.func.grad` and
     `vmap`, as do `update_context` and `objective_loss` (with `TokenBatch.n_groups` where the groups themselves are
     mapped).
     """
@@ -223,59 +242,72 @@ def objective_loss(objective: Objective, batch: TokenBatch, context: UpdateConte
     """
     if context is None:
         context = update_context(objective, batch)
-    chosen = axis_functions(objective)
-    policy_loss, kl_loss, token_stats = _terms(chosen, batch, context)
+    functions = axis_functions(objective)
+    policy_loss, kl_loss, token_stats = _terms(functions, batch, context)
     loss = policy_loss + kl_loss
     if context.coefficients.trust:
-        loss = loss + context.coefficients.trust * _trust_region(chosen, batch, context)
+        loss = loss + context.coefficients.trust * _trust_region(functions, batch, context)
     return LossOutput(loss, policy_loss, kl_loss, token_stats)
 
 
-def _trust_region(chosen: AxisFunctions, batch: TokenBatch, context: UpdateContext) -> Tensor:
+def _trust_region(functions: AxisFunctions, batch: TokenBatch, context: UpdateContext) -> Float[Tensor, ""]:
     """agg(e^λ − 1 − λ), an estimate of KL(π_old‖π)."""
-    log_ratio, _ = _log_rho(chosen, batch)
-    estimate: Tensor = chosen.aggregation(behaviour_kl(log_ratio), batch.loss_mask, context.totals)
+    log_ratio, _ = _log_rho(functions, batch)
+    estimate: Tensor = functions.aggregation(behaviour_kl(log_ratio), batch.loss_mask, context.totals)
     return estimate
 
 
-def _terms(chosen: AxisFunctions, batch: TokenBatch, context: UpdateContext) -> tuple[Tensor, Tensor, TokenStats]:
+def _terms(
+    functions: AxisFunctions, batch: TokenBatch, context: UpdateContext
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], TokenStats]:
     mask, advantages = batch.loss_mask, context.advantages
-    log_ratio, log_rho = _log_rho(chosen, batch)
+    log_ratio, log_rho = _log_rho(functions, batch)
     kappa = masked(batch.logp - batch.logp_reference, mask)
     rho = log_rho.detach().exp()
-    weight = chosen.weight(rho, advantages, **context.solved).detach()
+    weight = functions.weight(rho, advantages, **context.solved).detach()
     factor = weight if batch.correction is None else weight * batch.correction.detach()
-    follows = kappa if chosen.placement.log_ratio_surrogate else masked(batch.logp, mask)
-    terms = masked(factor * advantages * chosen.path(follows, log_rho), mask)
-    policy_loss = -chosen.aggregation(terms, mask, context.totals)
-    if chosen.placement.loss is None:
+    logp = kappa if functions.placement.log_ratio_surrogate else masked(batch.logp, mask)
+    surrogate = masked(factor * advantages * functions.path(logp, log_rho), mask)
+    policy_loss = -functions.aggregation(surrogate, mask, context.totals)
+    if functions.placement.loss is None:
         kl_loss = torch.zeros_like(policy_loss)
     else:
-        phi = masked(chosen.placement.loss(_kl(chosen, batch, kappa), log_rho), mask)
-        kl_loss = context.coefficients.kl * chosen.aggregation(phi, mask, context.totals)
+        phi = masked(functions.placement.loss(_kl(functions, batch, kappa), log_rho), mask)
+        kl_loss = context.coefficients.kl * functions.aggregation(phi, mask, context.totals)
     token_stats = TokenStats(log_ratio.detach(), kappa.detach(), rho, weight, advantages, mask, batch.groups)
     return policy_loss, kl_loss, token_stats
 
 
-def _log_rho(chosen: AxisFunctions, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def _log_rho(functions: AxisFunctions, batch: TokenBatch) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
     """λ and log ρ, 0 off the tokens of the loss."""
     mask = batch.loss_mask
     log_ratio = masked(batch.logp - batch.logp_behaviour, mask)
-    return log_ratio, masked(chosen.ratio(log_ratio, mask), mask)
+    return log_ratio, masked(functions.ratio(log_ratio, mask), mask)
 
 
-def _detached_kl(chosen: AxisFunctions, batch: TokenBatch) -> Tensor | None:
-    """φ for the placements in the reward and the advantage; None when there is none."""
-    if chosen.placement.reward is None and chosen.placement.advantage is None:
+def _detached_kl(functions: AxisFunctions, batch: TokenBatch) -> Float[Tensor, "N T"] | None:
+    """φ for the placements in the reward and the advantage; None where there is neither."""
+    if functions.placement.reward is None and functions.placement.advantage is None:
         return None
-    policy = batch.logp if chosen.placement.kl_at == "current" else batch.logp_behaviour
-    return _kl(chosen, batch, masked(policy - batch.logp_reference, batch.mask)).detach()
+    policy = batch.logp if functions.placement.kl_at == "current" else batch.logp_behaviour
+    return _kl(functions, batch, masked(policy - batch.logp_reference, batch.mask)).detach()
 
 
-def _kl(chosen: AxisFunctions, batch: TokenBatch, kappa: Tensor) -> Tensor:
-    if not chosen.from_logits:
-        return masked(chosen.estimator(kappa), batch.mask)
-    if batch.logits is None or batch.logits_reference is None:
-        raise ValueError("the estimator 'full' needs logits and logits_reference")
+def _kl(functions: AxisFunctions, batch: TokenBatch, kappa: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """φ at own tokens, 0 elsewhere."""
     inside = batch.mask[..., None]
-    return masked(chosen.estimator(masked(batch.logits, inside), masked(batch.logits_reference, inside)), batch.mask)
+    logits = {name: masked(value, inside) for name, value in _inputs(batch, functions.estimator_inputs).items()}
+    return masked(functions.estimator(kappa, **logits), batch.mask)
+
+
+def _inputs(batch: TokenBatch, names: frozenset[str]) -> dict[str, Tensor]:
+    """The optional fields of the batch that an axis value asks for.
+
+    Raises:
+        ValueError: where the batch has none.
+    """
+    found = {name: getattr(batch, name) for name in sorted(names)}
+    for name, value in found.items():
+        if value is None:
+            raise ValueError(f"this objective needs {name}, which the batch does not have")
+    return found

@@ -1,36 +1,37 @@
-"""Sums and layouts along a trajectory's own tokens.
+"""Masked sums and layouts along the own tokens of a trajectory.
 
-Every function takes `[N, T]` tensors whose entries at other positions (padding, environment tokens) are 0 or are masked
-here, so that gaps between own tokens never matter.
+Every function takes `[N, T]` tensors. Entries at other positions (padding, environment tokens) must be 0 or are masked
+here, so that gaps between own tokens make no difference.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
-def masked(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` at own tokens and 0 elsewhere; whatever stands elsewhere, NaN included, gets no gradient."""
+def masked(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*#shape"]) -> Float[Tensor, "*shape"]:
+    """`values` at own tokens and 0 elsewhere. What stands elsewhere gets no gradient, even where it is NaN."""
     return torch.where(mask, values, 0.0)
 
 
-def suffix_sum(values: Tensor) -> Tensor:
+def suffix_sum(values: Shaped[Tensor, "N T"]) -> Shaped[Tensor, "N T"]:
     """Σ_{i≥j} values_i along the last axis."""
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
-def lengths(mask: Tensor) -> Tensor:
-    """H `[N, 1]`: the number of own tokens of each trajectory, as integers."""
+def lengths(mask: Bool[Tensor, "N T"]) -> Int[Tensor, "N 1"]:
+    """H: the number of own tokens of each trajectory."""
     return mask.sum(1, keepdim=True)
 
 
-def last_token_mask(mask: Tensor) -> Tensor:
-    """bool `[N, T]`: true on the last own token of each trajectory that has one."""
+def last_token_mask(mask: Bool[Tensor, "N T"]) -> Bool[Tensor, "N T"]:
+    """True on the last own token of each trajectory that has one."""
     return mask & (mask.cumsum(1) == lengths(mask))
 
 
-def left_align(values: Tensor, mask: Tensor) -> Tensor:
+def left_align(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """Own tokens moved to the front in their order, 0 behind them: column j holds the (j+1)-th own token."""
     width = mask.shape[1]
     target = torch.where(mask, mask.cumsum(1) - 1, width)
@@ -38,6 +39,6 @@ def left_align(values: Tensor, mask: Tensor) -> Tensor:
     return room.scatter(1, target, values)[:, :width]
 
 
-def undo_left_align(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `left_align`: each own token reads its column; other positions read some column, to be masked."""
+def undo_left_align(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """The inverse of `left_align` at own tokens; entries elsewhere are arbitrary and must be masked."""
     return values.gather(1, (mask.cumsum(1) - 1).clamp(min=0))

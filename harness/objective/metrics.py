@@ -1,4 +1,4 @@
-"""What an update measures about itself, over its own tokens."""
+"""The metrics of an update: KL estimates, ratios, weights and advantages, summarised over its own tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.harness.objective.kl import behaviour_kl, k1, k2, k3
@@ -13,45 +14,45 @@ from klab.harness.objective.kl import behaviour_kl, k1, k2, k3
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Per-token quantities of an update, without gradient; `[N, T]` and 0 off the own tokens where not said otherwise.
+    """Per-token quantities of an update, without gradient and 0 off the own tokens where not said otherwise.
 
     Attributes:
         log_ratio: λ, to the behaviour policy.
         log_ratio_reference: κ, to the reference policy.
         ratio: ρ (1 off the own tokens).
-        weight: w (anything off the own tokens).
+        weight: w (arbitrary off the own tokens).
         advantage: A.
-        mask: own tokens, bool.
-        groups: int `[N]`.
+        mask: own tokens of the loss.
+        groups: which prompt each trajectory answers.
     """
 
-    log_ratio: Tensor
-    log_ratio_reference: Tensor
-    ratio: Tensor
-    weight: Tensor
-    advantage: Tensor
-    mask: Tensor
-    groups: Tensor
+    log_ratio: Float[Tensor, "N T"]
+    log_ratio_reference: Float[Tensor, "N T"]
+    ratio: Float[Tensor, "N T"]
+    weight: Float[Tensor, "N T"]
+    advantage: Float[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+    groups: Int[Tensor, " N"]
 
 
 @torch.no_grad()
-def update_metrics(seen: TokenStats, **losses: Tensor) -> dict[str, float]:
-    """The metrics of an update as plain numbers; all 0 without own tokens.
+def update_metrics(stats: TokenStats, **losses: Float[Tensor, ""]) -> dict[str, float]:
+    """The metrics of an update as plain numbers, over its own tokens; all 0 where it has none.
 
-    `k1`, `k2`, `k3`: mean estimate per own token of KL(π‖π_ref). `kl_behaviour`: of KL(π_old‖π), by k3 on tokens of
-    π_old. `ratio_mean`, `ratio_max`: of ρ. `ess`: (Σw)²/(n·Σw²), 0 when every weight is 0. `weight_mean`;
-    `clip_fraction`: share of weights that are 0. `informative_groups`: share of the groups with an advantage other than
-    0. `advantage_mean`, `advantage_std` (population).
+    * `k1`, `k2`, `k3`: mean estimate per token of KL(π‖π_ref), in nats; `kl_behaviour`: of KL(π_old‖π).
+    * `ratio_mean`, `ratio_max`: of ρ; `weight_mean`: of w; `clip_fraction`: share of the weights that are 0.
+    * `ess`: effective sample size as a share, (Σw)²/(n·Σw²); 0 when every weight is 0.
+    * `advantage_mean`, `advantage_std` (population); `informative_groups`: share of groups with a non-zero advantage.
 
     Args:
         losses: scalars to report beside them, by name.
     """
-    own = seen.mask.flatten().nonzero().squeeze(1)
-    if not own.numel():
+    at = stats.mask.flatten().nonzero().squeeze(1)
+    if not at.numel():
         return dict.fromkeys(_NAMES, 0.0) | {name: float(value) for name, value in losses.items()}
     log_ratio, kappa, ratio, weight, advantage = (
-        values.take(own)
-        for values in (seen.log_ratio, seen.log_ratio_reference, seen.ratio, seen.weight, seen.advantage)
+        values.take(at)
+        for values in (stats.log_ratio, stats.log_ratio_reference, stats.ratio, stats.weight, stats.advantage)
     )
     square = weight.square().sum() * weight.numel()
     means = {
@@ -68,17 +69,17 @@ def update_metrics(seen: TokenStats, **losses: Tensor) -> dict[str, float]:
         **losses,
         "ratio_max": ratio.max(),
         "ess": torch.where(square == 0, 0.0, weight.sum().square() / square),
-        "informative_groups": advantage.new_tensor(_informative(seen)),
+        "informative_groups": advantage.new_tensor(_informative_share(stats)),
         "advantage_std": advantage.std(correction=0),
     }
     figures = torch.cat([torch.stack([*means.values()]).mean(1), torch.stack([*others.values()])])
     return dict(zip([*means, *others], figures.double().tolist(), strict=True))
 
 
-def _informative(seen: TokenStats) -> float:
+def _informative_share(stats: TokenStats) -> float:
     """The share of the groups with an advantage other than 0."""
-    groups, told = seen.groups.tolist(), ((seen.advantage != 0) & seen.mask).any(1).tolist()
-    return len(set(compress(groups, told))) / len(set(groups))
+    groups, informative = stats.groups.tolist(), ((stats.advantage != 0) & stats.mask).any(1).tolist()
+    return len(set(compress(groups, informative))) / len(set(groups))
 
 
 _NAMES = (

@@ -1,4 +1,4 @@
-"""The functions behind an axis, by the names that the catalogue gives them."""
+"""The functions behind an axis, by the names that the catalogue gives them, and the way to a function of the user's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from klab.grid import UserError
-from klab.grid.catalogue import is_import_path
-from klab.harness.objective.custom import check_parameters, load_function
+from klab.grid.catalogue import is_import_path, value_of
+from klab.grid.custom_values import SIGNATURES
+from klab.harness.objective.custom import check_parameters, load_function, optional_inputs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,14 +17,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Registry(Mapping[str, Callable[..., Any]]):
     """The built-in values of one axis, as functions, and the way to a value of the user's own.
 
+    All of them are called with the inputs of `klab.grid.custom_values.SIGNATURES`, their parameters following as
+    keywords.
+
     Args:
         axis: the axis's name in the catalogue.
-        positional: what every value is called with, in order; its parameters follow as keywords.
     """
 
-    def __init__(self, axis: str, *positional: str) -> None:
+    def __init__(self, axis: str) -> None:
         self.axis = axis
-        self.positional = positional
+        self.signature = SIGNATURES[axis]
         self._values: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
@@ -44,17 +47,32 @@ class Registry(Mapping[str, Callable[..., Any]]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def function(self, name: str) -> Callable[..., Any]:
+        """The function of the value `name`, built in or an import path.
+
+        Raises:
+            UserError: for an unknown name, or a missing module or function.
+        """
+        if name in self._values:
+            return self._values[name]
+        if is_import_path(name):
+            return load_function(name, self.axis)
+        raise UserError(f"unknown {self.axis}", key=self.axis, value=name, allowed=self._values)
+
+    def needs(self, name: str) -> frozenset[str]:
+        """The optional inputs that the value `name` reads: of a built-in value by the catalogue, of the user's own
+        function by the names of its parameters."""
+        if name in self._values:
+            return frozenset(value_of(self.axis, name).needs)
+        return optional_inputs(self.function(name), self.signature)
+
     def bound(self, name: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-        """The value `name`, built in or an import path, with its parameters filled in.
+        """The value `name` with its parameters filled in.
 
         Raises:
             UserError: for an unknown name, a missing module or function, or parameters that do not fit.
         """
-        if name in self._values:
-            function = self._values[name]
-        elif is_import_path(name):
-            function = load_function(name, self.axis)
-            check_parameters(function, name, self.axis, self.positional, arguments)
-        else:
-            raise UserError(f"unknown {self.axis}", key=self.axis, value=name, allowed=self._values)
+        function = self.function(name)
+        if name not in self._values:
+            check_parameters(function, name, self.axis, self.signature, arguments)
         return partial(function, **arguments) if arguments else function

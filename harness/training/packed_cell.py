@@ -10,6 +10,7 @@ from pathlib import Path
 
 from klab.grid.cell import Cell
 from klab.grid.schema.training import STACKABLE
+from klab.harness.objective import axis_functions
 from klab.harness.policy.prompt import GENERATION
 from klab.harness.training.data.prompts import chat_template, prompts_that_fit
 from klab.harness.training.optim.schedule import RolloutSchedule
@@ -49,12 +50,13 @@ class PackedCell:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the objective compares whole distributions (estimator `full`), not just the sampled tokens."""
-        return self.cell.objective.estimator == "full" and self.cell.objective.placement not in ("none", "log_ratio")
+        """Whether the objective reads the logits of the whole vocabulary, not just of the sampled tokens."""
+        return "logits" in axis_functions(self.cell.objective).needs
 
     @property
     def needs_greedy(self) -> bool:
-        return self.cell.objective.advantage == "greedy_baseline"
+        """Whether the objective reads the reward of a greedy completion of each prompt."""
+        return "greedy_rewards" in axis_functions(self.cell.objective).needs
 
     def split(self, name: SplitName) -> Sequence[Example]:
         """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.fitting`."""

@@ -133,5 +133,5 @@ def test_gae_gets_a_whole_reward_kl_on_the_last_own_token() -> None:
 
 
 def test_greedy_baseline_says_what_it_needs() -> None:
-    with pytest.raises(ValueError, match="needs greedy_rewards"):
+    with pytest.raises(ValueError, match="needs greedy_rewards, which the batch does not have"):
         _advantages(tokens([[0.0]]), "greedy_baseline")

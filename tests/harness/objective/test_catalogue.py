@@ -28,7 +28,7 @@ def test_every_axis_has_the_values_and_parameters_of_the_catalogue(registry: Reg
     for name, function in registry.items():
         taken = inspect.signature(SOLVERS.get(name, function)).parameters.values()
         keywords = [parameter.name for parameter in taken if parameter.kind is parameter.KEYWORD_ONLY]
-        assert sorted(keywords) == sorted(values[name].parameters), name
+        assert sorted(keywords) == sorted((*values[name].parameters, *values[name].needs)), name
 
 
 def test_an_unknown_value_names_the_nearest() -> None:

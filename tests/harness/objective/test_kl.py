@@ -42,7 +42,7 @@ def test_full_is_the_kl_of_the_two_distributions_with_its_gradient() -> None:
     other = torch.tensor([[[1.0, 0.5, -0.2]]], dtype=torch.float64)
     p, q = logits.detach().softmax(-1), other.softmax(-1)
     divergence = (p * (p / q).log()).sum()
-    phi = ESTIMATORS["full"](logits, other)
+    phi = ESTIMATORS["full"](None, logits=logits, logits_reference=other)
     torch.testing.assert_close(phi.detach(), divergence.view(1, 1))
     (derivative,) = torch.autograd.grad(phi.sum(), logits)
     torch.testing.assert_close(derivative, p * ((p / q).log() - divergence))
@@ -51,11 +51,11 @@ def test_full_is_the_kl_of_the_two_distributions_with_its_gradient() -> None:
 def test_full_ignores_symbols_that_the_policy_excludes() -> None:
     logits = torch.tensor([[[0.0, 0.0, -math.inf]]], dtype=torch.float64, requires_grad=True)
     excluded_by_both = torch.tensor([[[1.0, 1.0, -math.inf]]], dtype=torch.float64)
-    phi = ESTIMATORS["full"](logits, excluded_by_both)
+    phi = ESTIMATORS["full"](None, logits=logits, logits_reference=excluded_by_both)
     assert phi.tolist() == [[0.0]]
     assert torch.autograd.grad(phi.sum(), logits)[0].isfinite().all()
     support_missing = torch.tensor([[[1.0, -math.inf, 1.0]]], dtype=torch.float64)
-    assert ESTIMATORS["full"](logits, support_missing).tolist() == [[math.inf]]
+    assert ESTIMATORS["full"](None, logits=logits, logits_reference=support_missing).tolist() == [[math.inf]]
 
 
 def test_full_in_a_detached_placement_is_taken_at_the_current_policy() -> None:
@@ -63,7 +63,7 @@ def test_full_in_a_detached_placement_is_taken_at_the_current_policy() -> None:
     reference = torch.tensor([[[0.0, 0.5]]], dtype=torch.float64)
     batch = tokens([[-0.5]], behaviour=[[-3.0]], logits=logits, logits_reference=reference)
     settings = {"estimator": "full", "placement": "advantage", "advantage": "raw", "beta": 1.0, "weight": "one"}
-    divergence = float(ESTIMATORS["full"](logits, reference).detach())
+    divergence = float(ESTIMATORS["full"](None, logits=logits, logits_reference=reference).detach())
     for kl_at in ("rollout", "current"):
         out = objective_loss(Objective(kl_at=kl_at, **settings), batch)
         out.loss.backward()
@@ -73,7 +73,7 @@ def test_full_in_a_detached_placement_is_taken_at_the_current_policy() -> None:
 
 
 def test_full_says_what_it_needs() -> None:
-    with pytest.raises(ValueError, match="needs logits and logits_reference"):
+    with pytest.raises(ValueError, match="needs logits, which the batch does not have"):
         gradient(Objective(estimator="full"), tokens([[0.0]]))
 
 

@@ -1,0 +1,108 @@
+"""The numbers and choices that axis values take: default, range and meaning of each, in one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from klab.grid.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A number, or one of some words, that an axis value takes.
+
+    Attributes:
+        name: its key in a grid file and its keyword in the value's function.
+        default: what it is when the grid file does not say.
+        meaning: one line for `klab axes` and the documentation.
+        low, high: inclusive bounds of a number; with ``open_low`` the lower one is exclusive.
+        choices: the allowed words; empty for a number.
+    """
+
+    name: str
+    default: float | str
+    meaning: str
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+
+    def validate(self, value: object) -> float | str:
+        """``value`` in this parameter's type.
+
+        Raises:
+            UserError: for a wrong type or a value out of range.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise UserError("unknown value", key=self.name, value=value, allowed=self.choices)
+            return str(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError("not a number", key=self.name, value=value)
+        number = float(value)
+        below = number <= self.low if self.open_low else number < self.low
+        if math.isnan(number) or below or number > self.high or number == -math.inf:
+            raise UserError(f"out of range, {self.range}", key=self.name, value=value)
+        return number
+
+    @property
+    def range(self) -> str:
+        """The valid values in words: ``≥ 0 and ≤ 1``, or ``mean | sum``."""
+        if self.choices:
+            return " | ".join(self.choices)
+        lower = f"{'>' if self.open_low else '≥'} {self.low:g}" if self.low > -math.inf else ""
+        upper = f"≤ {self.high:g}" if self.high < math.inf else ""
+        return " and ".join(bound for bound in (lower, upper) if bound) or "any number"
+
+
+_ALL = (
+    Parameter("beta", 0.04, "coefficient β of the KL term", low=0.0),
+    Parameter("eps_low", 0.2, "lower clipping width ε_low: ratios below 1 − ε_low are clipped", low=0.0),
+    Parameter("eps_high", 0.2, "upper clipping width ε_high: ratios above 1 + ε_high are clipped", low=0.0),
+    Parameter("q", 0.5, "exponent of the ratio", low=0.0, high=1.0),
+    Parameter("cap", 1.2, "largest weight", low=1.0),
+    Parameter("c", 3.0, "dual clip: where A < 0, ratios above c get weight 0", low=1.0),
+    Parameter("low", 0.5, "smallest ratio that is kept", low=0.0),
+    Parameter("high", 2.0, "largest ratio that is kept", low=0.0),
+    Parameter("tau_pos", 1.0, "temperature of the sigmoid gate where A > 0", low=0.0, open_low=True),
+    Parameter("tau_neg", 1.05, "temperature of the sigmoid gate where A ≤ 0", low=0.0, open_low=True),
+    Parameter(
+        "ess", 0.9, "target effective sample size, as a share of the own tokens", low=0.0, high=1.0, open_low=True
+    ),
+    Parameter("gamma", 1.0, "discount factor γ of the per-token rewards", low=0.0, high=1.0),
+    Parameter("lam", 1.0, "λ of generalised advantage estimation", low=0.0, high=1.0),
+    Parameter(
+        "whiten",
+        "none",
+        "whether GAE's advantages are standardised over the update to mean 0 and variance 1 (batch) or not (none)",
+        choices=("none", "batch"),
+    ),
+    Parameter(
+        "rejected",
+        0.0,
+        "advantage where R ≤ 0: 0 imitates accepted samples only (RAFT), −1 is REINFORCE on rewards of ±1",
+        low=-1.0,
+        high=0.0,
+    ),
+    Parameter("std", "population", "divisor of the variance: n or n − 1", choices=("population", "sample")),
+    Parameter("eps", 1e-6, "added to the standard deviation before dividing by it", low=0.0),
+    Parameter(
+        "kl_scale",
+        "mean",
+        "factor c of a KL inside the returns: 1/H (mean, Bai & Zhang 2026) or 1 (sum, Ouyang et al. 2022)",
+        choices=("mean", "sum"),
+    ),
+    Parameter(
+        "kl_at",
+        "rollout",
+        "policy whose log-probabilities a detached KL uses: the behaviour policy's (rollout, Ouyang et al. 2022) or "
+        "the current policy's (current, Bai & Zhang 2026)",
+        choices=("rollout", "current"),
+    ),
+)
+
+PARAMETERS: Mapping[str, Parameter] = MappingProxyType({parameter.name: parameter for parameter in _ALL})
+"""Every parameter by its name."""
