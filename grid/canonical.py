@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from klab.grid.catalogue import is_import_path
+from klab.grid.user_code import names_user_code
 
 _IN_RETURN = {"reward": "none", "reward_to_go": "none", "reward_and_loss": "loss"}
 _WITH_RATIO = ("loss_reweighted", "loss_corrected")
@@ -27,7 +27,7 @@ class CanonicalForm:
 
 def keeps_unit_ratio(weight: str, arguments: Mapping[str, Any]) -> bool:
     """Whether w(ρ = 1) = 1: true of every built-in weight but a mask that excludes 1."""
-    if is_import_path(weight):
+    if names_user_code(weight):
         return False
     return weight != "mask" or arguments["low"] <= 1.0 <= arguments["high"]
 
@@ -51,7 +51,7 @@ def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, A
         kept["placement"] = {}
     if value["placement"] in ("none", "log_ratio"):
         idle.setdefault("estimator", f"placement {value['placement']} has no KL term")
-    elif not is_import_path(value["placement"]):
+    elif not names_user_code(value["placement"]):
         _drop_idle_kl_parameters(value, kept, idle, on_policy)
 
     unweighted = value["weight"] == "one" and "ratio" in idle

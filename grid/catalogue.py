@@ -13,8 +13,9 @@ from typing import Literal
 
 from klab.grid.errors import UserError
 from klab.grid.parameters import PARAMETERS, Parameter
+from klab.grid.user_code import names_user_code
 
-__all__ = ["AXES", "PARAMETERS", "Axis", "Parameter", "Value", "is_import_path", "value_of"]
+__all__ = ["AXES", "PARAMETERS", "Axis", "Parameter", "Value", "value_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,14 +326,6 @@ AXES: Mapping[str, Axis] = MappingProxyType(
 """The seven axes of the objective in the order of its composition."""
 
 
-def is_import_path(name: object) -> bool:
-    """Whether an axis value or a task names the user's own code, as ``package.module:function``."""
-    if not isinstance(name, str) or ":" not in name or name.count(":") != 1:
-        return False
-    module, attribute = name.split(":")
-    return all(part.isidentifier() for part in module.split(".")) and attribute.isidentifier()
-
-
 def value_of(axis: str, name: object) -> Value:
     """The catalogue's entry of an axis value; an import path gives an entry without parameters.
 
@@ -342,6 +335,6 @@ def value_of(axis: str, name: object) -> Value:
     values = AXES[axis].values
     if isinstance(name, str) and name in values:
         return values[name]
-    if is_import_path(name):
+    if names_user_code(name):
         return Value(str(name), f"{name}(…)", "custom", str(name))
     raise UserError(f"unknown {AXES[axis].title}", key=axis, value=name, allowed=values)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from klab.grid.algorithms import load_algorithm
-from klab.grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
+from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.cell import Cell
 from klab.grid.errors import UserError
 from klab.grid.objective import Objective, split_value
 from klab.grid.schema.sections import Section, TrainingSection, load_section
+from klab.grid.user_code import names_user_code
 from klab.grid.variant import Variant
 
 _UNUSED = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
@@ -125,7 +126,7 @@ class CellBuilder:
             if key == "algorithm":
                 continue
             names = [key]
-            if isinstance(value, Mapping) and not is_import_path(value.get("name")):
+            if isinstance(value, Mapping) and not names_user_code(value.get("name")):
                 names += [name for name in value if name != "name"]
             for name in names:
                 if name in idle and getattr(objective, name) == NEUTRAL.get(name):
@@ -147,10 +148,10 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
         idle["overlong_penalty"] = "there is no overlong_buffer"
     if training.critic is None and training.beta_control is None and training.trust_region is None:
         return idle
-    if training.critic is not None and objective.advantage != "gae" and not is_import_path(objective.advantage):
+    if training.critic is not None and objective.advantage != "gae" and not names_user_code(objective.advantage):
         idle["critic"] = "only the advantage 'gae' reads a critic's values"
     canonical = objective.canonical_form(training.on_policy).canonical
-    has_beta = "placement.beta" in canonical or is_import_path(objective.placement)
+    has_beta = "placement.beta" in canonical or names_user_code(objective.placement)
     if training.beta_control is not None and not has_beta:
         idle["beta_control"] = "no KL term has a coefficient"
     if training.trust_region is not None and training.on_policy:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from klab.grid.canonical import CanonicalForm, canonicalize
-from klab.grid.catalogue import AXES, PARAMETERS, is_import_path, value_of
+from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.errors import UserError
+from klab.grid.user_code import names_user_code
 
 
 class Objective:
@@ -71,7 +72,7 @@ class Objective:
         for axis, value in written.items():
             name, extra = split_value(axis, value)
             written[axis] = name
-            if is_import_path(name):
+            if names_user_code(name):
                 arguments[axis] = extra
             else:
                 _take(given, extra, axis)
@@ -92,7 +93,7 @@ class Objective:
         attributes = self.__dict__
         attributes.update(written)
         for axis, values in arguments.items():
-            if not is_import_path(written[axis]):
+            if not names_user_code(written[axis]):
                 attributes.update(values)
         attributes["_arguments"] = arguments
         attributes["_key"] = repr([(written[axis], sorted(values.items())) for axis, values in arguments.items()])
@@ -107,17 +108,17 @@ class Objective:
         result: dict[str, Any] = {}
         for axis in AXES:
             name = getattr(self, axis)
-            extra = self._arguments[axis] if is_import_path(name) else {}
+            extra = self._arguments[axis] if names_user_code(name) else {}
             result[axis] = {"name": name, **extra} if extra else name
         for axis in AXES:
-            if not is_import_path(getattr(self, axis)):
+            if not names_user_code(getattr(self, axis)):
                 result.update(self._arguments[axis])
         return result
 
     @property
     def is_custom(self) -> bool:
         """Whether some axis value is the user's own function, about which nothing is assumed."""
-        return any(is_import_path(getattr(self, axis)) for axis in AXES)
+        return any(names_user_code(getattr(self, axis)) for axis in AXES)
 
     def canonical_form(self, on_policy: bool = False) -> CanonicalForm:
         """What of this objective is active, and why the rest is not (see `klab.grid.canonical`)."""
@@ -175,7 +176,7 @@ def split_value(axis: str, written: object) -> tuple[str, dict[str, Any]]:
     else:
         name, extra = written, {}
     entry = value_of(axis, name)
-    if not is_import_path(name):
+    if not names_user_code(name):
         for key in extra:
             if key not in entry.parameters:
                 raise UserError(f"{name!r} has no such parameter", key=axis, value=key, allowed=entry.parameters)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from klab.grid import Cell
-from klab.grid.catalogue import AXES, PARAMETERS, is_import_path
+from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.schema.sections import Section
+from klab.grid.user_code import names_user_code
 
 _NEUTRAL = ("none", "one")
 _OUTSIDE = ("task",)
@@ -37,7 +38,7 @@ def shown(value: Any) -> str:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
         return f"{value:g}"
-    if is_import_path(value):
+    if names_user_code(value):
         return str(value).rpartition(":")[2]
     if isinstance(value, Section):
         return _shown_section(value)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from klab.grid import user_code
 from klab.grid.errors import UserError
 
 SplitName = Literal["train", "held_out"]
@@ -102,15 +103,15 @@ def load_task(section: Any) -> Task:
 
     Args:
         section: has `name` and the task's parameters; a pydantic model (`model_dump`) or any object with attributes. A
-            name `package.module:Class` is imported and called with the parameters.
+            name `package.module:Class` or `./file.py:Class` is imported and called with the parameters.
 
     Raises:
         UserError: unknown task, or one that cannot be imported or constructed with these parameters.
     """
     parameters = _parameters(section)
     name = str(parameters.pop("name"))
-    if ":" in name:
-        return _imported(name, parameters)
+    if user_code.names_user_code(name):
+        return _users_task(name, parameters)
     if name not in TASKS:
         raise UserError("unknown task", key="task.name", value=name, allowed=TASKS)
     module, attribute = TASKS[name].split(":")
@@ -125,27 +126,12 @@ def _parameters(section: Any) -> dict[str, Any]:
     return dict(vars(section))
 
 
-def _imported(path: str, parameters: dict[str, Any]) -> Task:
-    module_name, _, attribute = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the module exists, something that it imports does not
-        raise UserError(f"no module named {error.name!r}", key="task.name", value=path) from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UserError(f"not in {module_name}", key="task.name", value=part, allowed=_public(found))
-        found = getattr(found, part)
-    task = _constructed(found, path, parameters)
+def _users_task(name: str, parameters: dict[str, Any]) -> Task:
+    task = _constructed(user_code.load(name, "task.name"), name, parameters)
     missing = [n for n in ("name", "alphabet", "max_new_tokens", "split", "score", "respond") if not hasattr(task, n)]
     if missing:
-        raise UserError(f"is not a task: it lacks {', '.join(missing)}", key="task.name", value=path)
+        raise UserError(f"is not a task: it lacks {', '.join(missing)}", key="task.name", value=name)
     return task
-
-
-def _public(module: Any) -> list[str]:
-    return [name for name in dir(module) if not name.startswith("_")]
 
 
 def _constructed(factory: Any, name: str, parameters: dict[str, Any]) -> Task:

@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 from klab.grid.errors import UserError
+from klab.grid.user_code import is_installed
 from klab.tasks.answers import Answer, conclusion, marked_answer, without_special_tokens
 from klab.tasks.numerals import Numeral, numeral
 from klab.tasks.task import Score
@@ -36,7 +36,7 @@ _CURRENCY = re.compile(r"\$\s*\d")
 
 def require_math_verify() -> None:
     """Raises a UserError where math-verify is not installed."""
-    if find_spec("math_verify") is None:
+    if not is_installed("math_verify"):
         raise UserError(
             "the reward `math` needs math-verify, which is not installed",
             key="task.reward",

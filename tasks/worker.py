@@ -20,9 +20,10 @@ import traceback
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from klab.grid import user_code
 from klab.grid.errors import UserError
 from klab.tasks.signature import Unfit
 from klab.tasks.values import text_of
@@ -50,7 +51,7 @@ class Worker:
     """Calls `function(*arguments)` in another process.
 
     Args:
-        function: `package.module:function`, found along this process's `sys.path`.
+        function: `package.module:function` or `./file.py:function`, found where this process finds it.
         seconds: limit of one call.
         memory_gb: limit of the memory that the process may write to; None for none.
         caller: `package.module:Class` whose instance, made from the function, is called instead of it.
@@ -69,24 +70,41 @@ class Worker:
         """Start the process and import the function; does nothing where that is done.
 
         Raises:
-            UserError: there is no such module or function.
+            UserError: there is no such file, module or function.
             CallFailed: the module raised while it was imported.
             CallOverdue: it took longer than `START_SECONDS`.
         """
         if self._process is not None:
             return
         self._buffer = b""
+        location = user_code.locate(self.function, "task.reward")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            user_code.python_command("-c", _CHILD),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self._stopping = weakref.finalize(self, _kill, self._process)
-        header = {"function": self.function, "memory_gb": self.memory_gb, "caller": self.caller}
+        header = {
+            "function": self.function,
+            "folder": str(location.folder) if location.folder else None,
+            "module": location.module,
+            "attribute": location.attribute,
+            "by_file": location.by_file,
+            "memory_gb": self.memory_gb,
+            "caller": self.caller,
+        }
         reply = self._asked([sys.path, header], START_SECONDS)
         if "ready" not in reply:
             self.stop()
         if "missing" in reply:
-            value = reply.get("value", self.function)
-            raise UserError(reply["missing"], key="task.reward", value=value, allowed=reply.get("allowed", ()))
+            raise UserError(
+                reply["missing"],
+                key="task.reward",
+                value=self.function,
+                allowed=reply.get("allowed", ()),
+                hint=reply.get("hint"),
+            )
         if "raised" in reply:
             raise CallFailed(f"{self.function} cannot be imported:\n{reply['raised']}")
         self.batched = bool(reply.get("batched"))
@@ -182,7 +200,7 @@ def serve() -> None:
     if header["memory_gb"] is not None:
         limit = int(header["memory_gb"] * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    called, reply = _found(header["function"])
+    called, reply = _found(header)
     if called is not None and header["caller"] is not None:
         called, reply = _wrapped(called, header["caller"])
     while True:
@@ -218,29 +236,23 @@ def _die_with_the_pipe() -> None:
 
 def _wrapped(function: Any, caller: str) -> tuple[Any, dict[str, Any]]:
     try:
-        made = _found(caller)[0](function)
+        made = user_code.load(caller)(function)
     except Unfit as error:
         return None, {"missing": str(error)}
     return made, {"ready": True, "batched": made.batched}
 
 
-def _found(path: str) -> tuple[Any, dict[str, Any]]:
-    module_name, _, attribute = path.partition(":")
+def _found(header: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    folder = Path(header["folder"]) if header["folder"] else None
+    location = user_code.Location(folder, header["module"], header["attribute"], header["by_file"])
     try:
-        found: Any = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            return None, {"raised": traceback.format_exc()}
-        return None, {"missing": f"no module named {error.name!r}"}
+        found = user_code.load_from(location, header["function"])
+    except UserError as mistake:
+        return None, {"missing": mistake.problem, "allowed": mistake.allowed, "hint": mistake.hint}
     except BaseException:
         return None, {"raised": traceback.format_exc()}
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name))]
-            return None, {"missing": f"not in {module_name}", "value": part, "allowed": names}
-        found = getattr(found, part)
     if not callable(found):
-        return None, {"missing": f"{attribute!r} of {module_name} is not a function"}
+        return None, {"missing": "is not a function", "allowed": (), "hint": None}
     return found, {"ready": True}
 
 

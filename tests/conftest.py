@@ -1,10 +1,17 @@
-"""What holds for every test: the kernels that klab computes with, and examples that may take as long as they take."""
+"""What holds for every test: the kernels that klab computes with, examples that may take as long as they take, and a
+klab that is installed.
+"""
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
+from pathlib import Path
+
+import pytest
 
 from klab.harness.store.kernels import fix_kernels
+from tests.support import wheel
 
 fix_kernels()
 
@@ -13,3 +20,17 @@ with suppress(ImportError):  # the parity environment has no hypothesis
 
     settings.register_profile("klab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("klab")
+
+
+@pytest.fixture(scope="session")
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """klab's wheel."""
+    return wheel.build(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session", params=["editable", "wheel"])
+def installed_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has klab: this one, from the repository, and one that has the wheel."""
+    if request.param == "editable":
+        return Path(sys.executable)
+    return wheel.install(request.getfixturevalue("built_wheel"), tmp_path_factory.mktemp("environment"))

@@ -7,7 +7,6 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError
 
-from klab.grid.catalogue import is_import_path
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
@@ -28,6 +27,7 @@ from klab.grid.schema.task import (
     check_table,
 )
 from klab.grid.schema.training import NUMERICALLY_IDLE, BetaControl, Critic, Sampler, TrainingSection, TrustRegion
+from klab.grid.user_code import names_user_code
 
 __all__ = [
     "NUMERICALLY_IDLE",
@@ -131,7 +131,7 @@ def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
     name = given.get("name")
     if name is None:
         raise UserError("the name is missing", key=f"{kind}.name", allowed=models)
-    if kind == "task" and is_import_path(name):
+    if kind == "task" and names_user_code(name):
         return CustomTask
     if not isinstance(name, str) or name not in models:
         raise UserError(f"unknown {kind}", key=f"{kind}.name", value=name, allowed=models)

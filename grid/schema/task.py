@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from klab.grid.catalogue import is_import_path
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Positive, Section
+from klab.grid.user_code import names_user_code
 
 REWARDS = ("exact", "math", "format")
 """Rewards that come with the package: the same text, the same mathematical value, a marked final answer."""
@@ -92,7 +92,7 @@ class RewardTerm(Section):
     def _one_source(self) -> RewardTerm:
         if (self.name is None) == (self.model is None):
             raise UserError("a reward has either a name or a model", key="reward", value=self.model_dump())
-        if self.name is not None and self.name not in REWARDS and not is_import_path(self.name):
+        if self.name is not None and self.name not in REWARDS and not names_user_code(self.name):
             raise UserError(
                 "unknown reward",
                 key="reward",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 import typer
 
 from klab.grid import UserError
+from klab.grid.user_code import python_command
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show, show_json
 from klab.harness.store import Lock, files, machine
@@ -67,7 +67,7 @@ def examine(runs: Path) -> Iterator[Finding]:
 def _torch() -> Finding:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True
+            python_command("-c", _TORCH), capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True
         )
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()

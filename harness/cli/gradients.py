@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from klab.grid import Cell, Objective, UserError
+from klab.grid import Cell, Objective, UserError, user_code
 from klab.harness.cli.arguments import STUDIES, JsonOption, grid_of, run_of
 from klab.harness.cli.table import show, show_json
 from klab.harness.store import Run, files
@@ -89,7 +90,8 @@ def gradients(
                 hint="--product FILE measures all combinations once, and continues where it stopped.",
             )
         sizes = {name: (objective, group_size or size) for name, (objective, size, _) in cells.items()}
-        rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples)
+        with _user_code(target, owner):
+            rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples)
         owner = run_of(run) if run is not None else owner
         if owner is not None:
             _keep(owner, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
@@ -117,9 +119,10 @@ def measure_run(run: Run, most: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    rows = _survey_rows(
-        {name: (objective, size) for name, (objective, size, _) in cells.items()}, 0, 3, 3, None, None, SAMPLES
-    )
+    with user_code.searching(known=run.user_code()):
+        rows = _survey_rows(
+            {name: (objective, size) for name, (objective, size, _) in cells.items()}, 0, 3, 3, None, None, SAMPLES
+        )
     _keep(run, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
 
 
@@ -139,6 +142,13 @@ def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | N
         "neither a file, a study, an algorithm nor a run", key="GRID|ALGORITHM|RUN", value=target,
         allowed=sorted({*algorithm_names(), *studies}),
     )  # fmt: skip
+
+
+def _user_code(target: str, run: Run | None) -> AbstractContextManager[None]:
+    """Find user code where the run has it, or relative to the grid file."""
+    if run is not None:
+        return user_code.searching(known=run.user_code())
+    return user_code.searching(Path(target).parent if Path(target).is_file() else None)
 
 
 def _by_group(cells: Sequence[Cell]) -> dict[str, tuple[Objective, int, bool]]:

@@ -43,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 fine, 1 some cells failed or the machine did, 2 the user's mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     fix_kernels()
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the user's own axis values and tasks
     try:
         _app(words)(words, prog_name="klab")
     except SystemExit as end:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from klab.grid import Cell, Grid, UserError, catalogue
+from klab.grid import Cell, Grid, UserError, catalogue, user_code
 from klab.grid.yaml_document import dump_yaml, parse_value
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console, show_json
@@ -47,7 +47,10 @@ def rerun(
     opened = run_of(run, runs)
     stored = opened.cell(cell)
     repeated = changed(stored, settings or [])
-    with tempfile.TemporaryDirectory(prefix="klab-rerun-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="klab-rerun-") as scratch,
+        user_code.searching(known=opened.user_code()),
+    ):
         folder = _repeat(opened, repeated, keep or Path(scratch) / "run", device, quiet=as_json)
         error = folder.error()
         difference = None if settings else compare(stored, folder)
@@ -238,7 +241,7 @@ def _alone(origin: Run, cell: Cell) -> Grid:
         baseline=None,
         resources=origin.resources,
         track=(),
-        file=str(origin.path / "grid.yaml"),
+        file="rerun.yaml",  # a file of user code given with --set is relative to the working folder
         text=dump_yaml(cell.resolved()),
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from importlib.util import find_spec
 
 from klab.grid import UserError
+from klab.grid.user_code import is_installed
 from klab.harness.store import Run
 
 EVERY_SECONDS = 20.0
@@ -36,5 +36,5 @@ class Tracking:
 def require_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers that are not installed, before anything is launched."""
     for name in names:
-        if find_spec(name) is None:
+        if not is_installed(name):
             raise UserError("is not installed", key="track", value=name, hint="pip install 'klab[track]'")

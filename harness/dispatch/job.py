@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from klab.grid import UserError
+from klab.grid import UserError, user_code
 from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
 from klab.harness.dispatch.processes import started_group
 from klab.harness.dispatch.threads import limit_threads
@@ -99,7 +99,10 @@ def run_job(
             try:
                 ids = [folder.id for folder in claimed]
                 if ids:
-                    with nullcontext(world) if world else started_group(run, processes, threads, devices) as together:
+                    with (
+                        user_code.searching(known=run.user_code()),
+                        nullcontext(world) if world else started_group(run, processes, threads, devices) as together,
+                    ):
                         from klab.harness.training import run_cells
                         from klab.harness.training.pack import device
 

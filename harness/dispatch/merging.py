@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from klab.grid import Cell, Grid, Objective
 from klab.grid.grid_file import Equality
+from klab.grid.user_code import python_command
 from klab.harness.exact.equivalence import contested_fingerprints, equivalence_classes
 from klab.harness.exact.fingerprints import cache_folder
 
@@ -77,7 +77,7 @@ def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Colle
 def _measure(unknown: Mapping[tuple[str, bool], Objective], cache: Path, progress: Progress | None) -> None:
     """Run `python -m klab.harness.exact.measure` on these objectives."""
     wanted = [json.dumps([objective.settings(), on_policy]) for (_, on_policy), objective in unknown.items()]
-    command = [sys.executable, "-m", "klab.harness.exact.measure", str(cache)]
+    command = python_command("-m", "klab.harness.exact.measure", str(cache))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None

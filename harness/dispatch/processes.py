@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from klab.grid import user_code
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run, machine
 
@@ -106,7 +107,8 @@ def follow_group(run: str | Path, rank: int, size: int, threads: int, meeting: P
     try:
         process_group = rendezvous(rank, size, meeting, device=device())
         try:
-            parallel.run_worker(run, process_group, threads)
+            with user_code.searching(known=Run.open(run).user_code()):
+                parallel.run_worker(run, process_group, threads)
         finally:
             process_group.close()
     except ProcessGroupLost as lost:
@@ -127,13 +129,12 @@ def _start_follower(
     run: Run, rank: int, size: int, threads: int, meeting: Path, devices: Sequence[str]
 ) -> subprocess.Popen[bytes]:
     """Start one of the others; it writes where this process writes, and no terminal signals it."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = dict(os.environ)
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
     words = [str(run.path), str(rank), str(size), str(threads), str(meeting)]
     return subprocess.Popen(
-        [sys.executable, "-m", "klab.harness.dispatch.processes", *words],
+        user_code.python_command("-m", "klab.harness.dispatch.processes", *words),
         env=environment,
         stdin=subprocess.DEVNULL,
         start_new_session=True,

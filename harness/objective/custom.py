@@ -1,40 +1,28 @@
-"""Axis values written by the user: functions named by an import path, `package.module:function`."""
+"""Axis values written by the user: functions, checked against the signature of the axis."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from klab.grid import UserError
+from klab.grid import UserError, user_code
 from klab.grid.custom_values import Signature
 
 
-def load_function(path: str, axis: str) -> Callable[..., Any]:
-    """The function that `path` names.
+def load_function(name: str, axis: str) -> Callable[..., Any]:
+    """The function of this name.
 
     Args:
-        path: `package.module:function`, importable from where the process runs.
+        name: `package.module:function` or `./file.py:function`; see `klab.grid.user_code`.
         axis: the axis it is a value of, for the message.
 
     Raises:
-        UserError: when there is no such module or function. An error raised by the module's own code propagates.
+        UserError: when there is no such file, module or function. An error raised by the module's own code propagates.
     """
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise
-        hint = "The folder that holds it must be on the import path: install the package, or set PYTHONPATH."
-        raise UserError(f"there is no module {error.name!r}", key=axis, value=path, hint=hint) from error
-    function = getattr(module, name, None)
-    if function is None:
-        offered = [f"{module_name}:{key}" for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise UserError(f"{module_name!r} has no function {name!r}", key=axis, value=path, allowed=offered)
+    function = user_code.load(name, axis)
     if not callable(function):
-        raise UserError("not a function", key=axis, value=path)
+        raise UserError("not a function", key=axis, value=name)
     return function  # type: ignore[no-any-return]
 
 
@@ -68,5 +56,5 @@ def check_parameters(
     try:
         called.bind(*inputs, **dict.fromkeys(asked), **arguments)
     except TypeError as error:
-        expected = f"It is called as {path.partition(':')[2]}({', '.join([*inputs, *asked, *arguments])})."
+        expected = f"It is called as {path.rpartition(':')[2]}({', '.join([*inputs, *asked, *arguments])})."
         raise UserError(f"cannot be called: {error}", key=axis, value=path, hint=expected) from error

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from klab.grid import UserError
-from klab.grid.catalogue import is_import_path, value_of
+from klab.grid.catalogue import value_of
 from klab.grid.custom_values import SIGNATURES
 from klab.harness.objective.custom import check_parameters, load_function, optional_inputs
 
@@ -55,7 +55,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """
         if name in self._values:
             return self._values[name]
-        if is_import_path(name):
+        if names_user_code(name):
             return load_function(name, self.axis)
         raise UserError(f"unknown {self.axis}", key=self.axis, value=name, allowed=self._values)
 

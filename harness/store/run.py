@@ -17,6 +17,7 @@ from klab.harness.store.manifest import encode_table, read_table
 if TYPE_CHECKING:
     from klab.grid import Grid
     from klab.grid.schema.sections import Resources
+    from klab.grid.user_code import Location
 
 _ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -131,6 +132,13 @@ class Run:
             raise files.damaged_file(self.path / "manifest.json", f"does not describe the cell {identity}")
         return record
 
+    def user_code(self) -> dict[str, Location]:
+        """Where each name of user code in the grid is to be loaded from; see `klab.harness.store.code`."""
+        from klab.harness.store import code
+
+        code.check(self.manifest.get("code", {}), self.path / "manifest.json")
+        return code.locations(self.manifest.get("code", {}), self.path)
+
     @property
     def policies(self) -> Path:
         """Shared starting policies, by content."""
@@ -159,11 +167,18 @@ class Run:
 
 
 def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[str, Any]:
+    from klab.grid import user_code
+    from klab.harness.store import code
+
     cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
+    known: dict[str, Any] = {}
     if existing is not None:
         _refuse_other(grid, existing, cells, path)
         if existing["cells"] == cells and existing["grid"] == grid.text:
             return existing
+        known = existing.get("code", {})
+    with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
+        used = code.record((name for name in code.names(grid.cells) if name not in known), path)
     return {
         "name": grid.name,
         "description": grid.description,
@@ -181,6 +196,7 @@ def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[s
             {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
         ],
         "grid": grid.text,
+        "code": {**known, **used},
         "cells": cells,
     }
 
@@ -247,6 +263,6 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
 
 def _foreign(path: Path) -> bool:
     return any(
-        entry.name not in ("lock", "grid.yaml", "policies") and not entry.name.startswith(".")
+        entry.name not in ("lock", "grid.yaml", "policies", "code") and not entry.name.startswith(".")
         for entry in path.iterdir()
     )

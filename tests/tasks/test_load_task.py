@@ -54,8 +54,8 @@ def test_an_import_path_gives_a_users_task() -> None:
     [
         ({"name": "adition"}, "did you mean 'addition'"),
         ({"name": "addition", "numbers": 3}, "numbers"),
-        ({"name": "no_such_module:Task"}, "no module named 'no_such_module'"),
-        ({"name": "tests.tasks.test_load_task:Copyin"}, "did you mean 'Copying'"),
+        ({"name": "no_such_module:Task"}, "there is no module 'no_such_module'"),
+        ({"name": "tests.tasks.test_load_task:Copyin"}, "did you mean 'tests.tasks.test_load_task:Copying'"),
         ({"name": "tests.tasks.test_load_task:Copying", "size": 1}, "size"),
         ({"name": "types:SimpleNamespace"}, "it lacks"),
     ],

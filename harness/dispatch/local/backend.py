@@ -6,7 +6,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
+from klab.grid.user_code import python_command
 from klab.harness.dispatch.backends import JobStatus, Pack
 from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.local.controller import lock_path, request_path, state_path
@@ -141,7 +141,7 @@ def start_controller(run: Run) -> None:
     path = run.jobs / "controller.log"
     with path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "klab.harness.dispatch.local.controller", str(run.path)],
+            python_command("-m", "klab.harness.dispatch.local.controller", str(run.path)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 from submitit.core.utils import JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
 
+from klab.grid.user_code import python_command
 from klab.harness.store import ProcessId
 from klab.harness.store.kernels import fix_kernels
 
@@ -57,7 +59,7 @@ class ForkServer:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            command = [sys.executable, "-m", "klab.harness.dispatch.local.fork_server"]
+            command = python_command("-m", "klab.harness.dispatch.local.fork_server")
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         return self._process
 
@@ -82,7 +84,7 @@ class WarmExecutor(LocalExecutor):
     """submitit's local executor: the same folders, pickles, logs and jobs, by forks where they can be had."""
 
     def __init__(self, folder: Path, parent: ForkServer) -> None:
-        super().__init__(folder)
+        super().__init__(folder, python=shlex.join(python_command()))
         self._parent = parent
 
     def _submit_command(self, command: str) -> Any:

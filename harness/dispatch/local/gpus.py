@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 from klab.grid import UserError
+from klab.grid.user_code import python_command
 from klab.harness.store import machine
 
 HIDDEN = ""
@@ -36,7 +36,7 @@ def require_gpu(key: str, value: object) -> None:
     hint = "--device cpu leaves GPUs alone." if key == "--device" else f"--device cpu, or {key}: 0, does without."
     if not visible_gpus():
         raise UserError("there is no NVIDIA GPU here", key=key, value=value, hint=hint)
-    done = subprocess.run([sys.executable, "-c", _ASKED], capture_output=True, text=True, timeout=_SECONDS)
+    done = subprocess.run(python_command("-c", _ASKED), capture_output=True, text=True, timeout=_SECONDS)
     words = done.stdout.split()
     if words[-1:] == ["0"] or done.returncode:
         last = [*done.stderr.strip().splitlines(), "it finds none"][-1]

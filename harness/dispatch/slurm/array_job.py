@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
+from klab.grid.user_code import python_command
 from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.slurm.submission import folder, job_name
 from klab.harness.dispatch.slurm.task import MAX_REQUEUES, ArrayTask
@@ -146,13 +146,13 @@ def _executor(job: ArrayJob) -> SlurmExecutor:
 
 
 def _python() -> str:
-    return shlex.join(["sh", "-c", _SHIELD, "klab", sys.executable])
+    return shlex.join(["sh", "-c", _SHIELD, "klab", *python_command()])
 
 
 def _repair(job: ArrayJob) -> list[str]:
     """Lines that make the job's pickle where its launcher died before it was in place."""
     pickle = f"{shlex.quote(str(job.folder))}/$job'_submitted.pkl'"
-    python, run = shlex.quote(sys.executable), shlex.quote(str(job.run.path))
+    python, run = shlex.join(python_command()), shlex.quote(str(job.run.path))
     return [
         "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
         f"rm -f {pickle}.save_tmp",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from klab.grid.errors import UserError
+from klab.grid.user_code import is_installed
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice, uniform_numbers
@@ -46,8 +46,8 @@ class Completion(Protocol):
 
 
 def require_vllm() -> None:
-    """Raises UserError where vllm is not installed."""
-    if find_spec("vllm") is None:
+    """Raises a UserError where vllm is not installed."""
+    if not is_installed("vllm"):
         raise UserError(
             "vllm is not installed",
             key="training.sampler.engine",
