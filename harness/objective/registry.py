@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from klab.grid import UserError
 from klab.grid.catalogue import value_of
 from klab.grid.custom_values import SIGNATURES
+from klab.grid.user_code import names_user_code
 from klab.harness.objective.custom import check_parameters, load_function, optional_inputs
 
 F = TypeVar("F", bound=Callable[..., Any])
