@@ -14,7 +14,7 @@ from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.yaml_document import dump_yaml
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show_json
-from klab.harness.export.peers import PEERS, Setting
+from klab.harness.export import PEERS, Setting
 from klab.harness.store import Run
 
 

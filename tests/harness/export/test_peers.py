@@ -12,7 +12,7 @@ from klab.grid import Objective, UserError, parse_grid
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.schema.sections import TrainingSection
 from klab.harness.cli.main import main
-from klab.harness.export.peers import PEERS, Setting
+from klab.harness.export import PEERS, Setting
 from klab.harness.store import Run
 
 OFF_POLICY = TrainingSection(updates_per_rollout=2)
