@@ -59,6 +59,13 @@ _ALL = (
         "blog post, 2 April 2026",
     ),
     Source(
+        "Chen et al. 2021",
+        "Mark Chen et al.",
+        "2021",
+        "Evaluating Large Language Models Trained on Code (pass@k)",
+        "arXiv:2107.03374",
+    ),
+    Source(
         "Colas et al. 2018",
         "Cédric Colas et al.",
         "2018",
@@ -203,6 +210,13 @@ _ALL = (
         "2026",
         "Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response Length Variation in RLVR",
         "arXiv:2602.05261",
+    ),
+    Source(
+        "Loshchilov & Hutter 2019",
+        "Ilya Loshchilov, Frank Hutter",
+        "2019",
+        "Decoupled Weight Decay Regularization (AdamW)",
+        "arXiv:1711.05101",
     ),
     Source(
         "MiniMax 2025",

@@ -40,3 +40,12 @@ def both(logp: Tensor, log_rho: Tensor) -> Tensor:
 
 def anything(ratio: Tensor, advantage: Tensor, **settings: float) -> Tensor:
     return ratio * settings.get("scale", 1.0)
+
+
+def whole_vocabulary(log_ratio: Tensor, logits: Tensor, logits_reference: Tensor) -> Tensor:
+    here, there = logits.log_softmax(-1), logits_reference.log_softmax(-1)
+    return (here.exp() * (here - there)).sum(-1)
+
+
+def against_greedy(returns: Returns, greedy_rewards: Tensor) -> Tensor:
+    return returns.returns - greedy_rewards[:, None]

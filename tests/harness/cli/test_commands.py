@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from klab.grid import Grid, catalogue
+from klab.grid.custom_values import SIGNATURES
+from klab.grid.glossary import GLOSSARY
+from klab.grid.sources import SOURCES
 from klab.harness.cli.main import COMMANDS, main
 from klab.harness.store import Run
 
@@ -134,6 +138,22 @@ def test_axes_lists_the_catalogue(ask: Ask) -> None:
         assert axis.name in text
         assert all(value in text for value in axis.values)
     assert list(ask("axes", "ratio", "--json")) == ["ratio"]
+
+
+@pytest.mark.parametrize("axis", catalogue.AXES)
+def test_axes_of_one_axis_prints_how_a_value_of_ones_own_is_written(ask: Ask, axis: str) -> None:
+    signature = SIGNATURES[axis]
+    text = ask("axes", axis)
+    assert signature.call(axis) in " ".join(text.split())
+    assert textwrap.indent(signature.example, "    ", lambda line: bool(line.strip())) in text + "\n"
+    assert signature.written in text
+
+
+def test_axes_explains_symbols_and_sources(ask: Ask) -> None:
+    assert all(symbol.symbol in ask("axes", "--symbols") for symbol in GLOSSARY)
+    assert "DeepSeek's GRPO Notation & Why It's Wrong" in ask("axes", "--sources")
+    assert [row["label"] for row in ask("axes", "--sources", "--json")] == list(SOURCES)
+    assert "choose one of" in ask("axes", "weight", "--symbols", code=2)
 
 
 def test_doctor_finds_this_machine_fit(ask: Ask, place: Path) -> None:

@@ -1,4 +1,4 @@
-"""The user's own axis values: called like the built-in ones, with their parameters; mistakes are named."""
+"""The user's own axis values are called like the built-in ones, with their parameters; what does not fit is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from klab.grid import Objective, UserError
-from klab.harness.objective import objective_loss, update_context
+from klab.grid.custom_values import SIGNATURES
+from klab.grid.yaml_document import parse_yaml
+from klab.harness.objective import axis_functions, objective_loss, update_context
 from tests.support.random_batches import gradient, random_batch
 
 HERE = "tests.support.custom_values"
@@ -76,3 +78,44 @@ def test_errors_of_the_users_own_module_propagate(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
         objective_loss(Objective(weight="klab_broken_weights:soft"), BATCH)
+
+
+@pytest.mark.parametrize("axis", SIGNATURES)
+def test_the_example_of_every_axis_runs_as_it_is_printed(
+    axis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signature = SIGNATURES[axis]
+    module = f"klab_example_of_{axis}"
+    (tmp_path / f"{module}.py").write_text(signature.example)
+    monkeypatch.syspath_prepend(tmp_path)
+    written = parse_yaml(signature.written.replace("mine:", f"{module}:"), "example")
+    others = {"ratio": "future_mean", "weight": "ratio", "advantage": "raw"}
+    custom, built_in = Objective(**{**others, **written}), Objective(**others)
+    batch = random_batch(random.Random(5), drift=0.3)
+    assert axis_functions(custom).needs <= set(signature.optional)
+    found = gradient(custom, batch)
+    assert bool(found.isfinite().all())
+    assert not torch.allclose(found, gradient(built_in, batch))
+
+
+def test_a_custom_function_is_given_the_optional_inputs_that_its_parameters_name() -> None:
+    batch = random_batch(random.Random(3), drift=0.2, garbage=0.0)
+    for custom, built_in in (
+        ({"estimator": f"{HERE}:whole_vocabulary", "placement": "loss"}, {"estimator": "full", "placement": "loss"}),
+        ({"advantage": f"{HERE}:against_greedy"}, {"advantage": "greedy_baseline"}),
+    ):
+        assert axis_functions(Objective(**custom)).needs == axis_functions(Objective(**built_in)).needs
+        losses = [objective_loss(Objective(**written), batch).loss.detach() for written in (custom, built_in)]
+        assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-12)
+
+
+def test_an_estimator_on_logits_needs_them_only_where_there_is_a_kl_term() -> None:
+    assert axis_functions(Objective(estimator="full", placement="reward")).needs == {"logits", "logits_reference"}
+    for placement in ("none", "log_ratio"):
+        assert not axis_functions(Objective(estimator="full", placement=placement)).needs
+        assert not axis_functions(Objective(estimator=f"{HERE}:whole_vocabulary", placement=placement)).needs
+
+
+def test_an_optional_input_is_no_parameter_of_the_grid_file() -> None:
+    with pytest.raises(UserError, match=r"no such parameter.*greedy_rewards"):
+        objective_loss(Objective(advantage=_own("against_greedy", greedy_rewards=1.0)), BATCH)
