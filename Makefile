@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu clean
+.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu clean
 
 help:
 	@echo "make demo          train the quickstart grid and write its report"
 	@echo "make test          the test suite"
+	@echo "make bits-test     the tests of equal bits, with narrower kernels than the processor's"
 	@echo "make check         formatting, lint, types, import rules"
 	@echo "make docs          tables in the READMEs that are made from the code"
 	@echo "make slurm-test    a private Slurm cluster and its suite (needs apt)"
@@ -38,6 +39,11 @@ test: $(VENV)/installed
 	mkdir -p .links/klab
 	for room in grid tasks harness reports; do ln -sfn ../../$$room .links/klab/$$room; done
 	touch $@
+
+# `make test` runs these with the widest kernels that the processor has. Here again with AVX2, and with the oldest ones.
+bits-test: $(VENV)/installed
+	MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -q -n 2 -m bits tests/harness
+	MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -q -n 2 -m bits tests/harness
 
 check: $(VENV)/installed .links
 	$(BIN)/ruff format --check .

@@ -34,6 +34,7 @@ from klab.harness.training.metrics import Row
 from klab.harness.training.pack import Pack, device
 from klab.harness.training.packed_cell import CellFailure, PackedCell
 from klab.harness.training.runtime.oom import explain_oom, free_memory, is_out_of_memory
+from klab.harness.training.runtime.pack_invariance import pack_invariant
 from klab.harness.training.runtime.torch_settings import configure_torch
 from klab.tasks import load_task
 
@@ -43,6 +44,10 @@ HEARTBEAT_SECONDS = 2.0
 DURABLE_SECONDS = 5.0
 """Waiting for the disk, so that a checkpoint survives a power cut, is done this often at most; every checkpoint
 survives the death of the process, and one that a power cut tore is noticed."""
+
+
+_Ready = tuple[PackedCell, CellState | None]
+"""A cell that is about to run, and where it goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ def run_cells(
 ) -> dict[str, str]:
     """Run cells of a run folder from where they are, in packs of equal shape and progress.
 
+    Where a pack would change its cells' bits on this processor (`pack_invariance`), they run one after another.
+
     Args:
         run_path: the run folder.
         cell_ids: cells to run; those with a result are left alone.
@@ -83,7 +90,7 @@ def run_cells(
     runner = PackRunner(run, progress or (lambda _: None), stop or (lambda: False), channel)
     with configure_torch(threads), _shutting_down(channel):
         folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
-        waiting: dict[tuple[str, int], list[tuple[PackedCell, CellState | None]]] = {}
+        waiting: dict[tuple[str, int], list[_Ready]] = {}
         for identity, folder in folders.items():
             with runner.isolate_failure(identity):
                 result = folder.result()
@@ -98,8 +105,17 @@ def run_cells(
                     continue
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():
-            runner.start([member for member, _ in alike], [state for _, state in alike if state is not None])
+            for together in _together(alike):
+                runner.start([member for member, _ in together], [state for _, state in together if state is not None])
     return {identity: runner.states[identity] for identity in folders}
+
+
+def _together(alike: list[_Ready]) -> list[list[_Ready]]:
+    """What is trained as one pack: all, or each alone where a pack on this processor would change their bits."""
+    if len(alike) == 1 or device().type != "cpu" or pack_invariant():
+        return [alike]
+    print(f"klab: {len(alike)} cells train one after another: a pack would change their bits here", file=sys.stderr)
+    return [[one] for one in alike]
 
 
 @contextmanager

@@ -18,7 +18,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.device.type != "cpu" and weight.stride(0) == 0:
         out = x @ weight[0]
         return out if bias is None else out + bias.unsqueeze(1)
+    if weight.device.type == "cpu" and 1 in weight.shape[1:]:
+        out = _thin_product(x, weight)
+        return out if bias is None else out + bias.unsqueeze(1)
     return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def _thin_product(x: Tensor, weight: Tensor) -> Tensor:
+    """[A, M, in] times [A, in, out] where `in` or `out` is 1 (adapters of rank 1), as sums.
+
+    torch hands a single matrix times a vector to another routine than a stack of them, with other bits.
+    """
+    if weight.shape[1] == 1:
+        return x * weight
+    return (x * weight.transpose(1, 2)).sum(-1, keepdim=True)
 
 
 def embedded(table: Tensor, tokens: Tensor) -> Tensor:

@@ -133,9 +133,11 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> None:
         assert checked == len(policy.parameters) // 2
 
 
-def life(section: Lora, seeds: list[int], checkpointing: bool = False) -> list[tuple[Rollout, Tensor, list[Tensor]]]:
+def life(
+    section: Lora, seeds: list[int], checkpointing: bool = False, family: str = "llama"
+) -> list[tuple[Rollout, Tensor, list[Tensor]]]:
     """Rollout, scores and gradients of every cell of a pack."""
-    pack = adapted(section, seeds, num_key_value_heads=2)
+    pack = adapted(section, seeds, family, num_key_value_heads=2)
     pack.gradient_checkpointing = checkpointing
     prompts = [[[3 + seed, 4, 5][: 1 + seed % 3], [6, 7]] for seed in seeds]
     rollouts = sample(pack, prompts, group_size=4, max_new_tokens=5, generators=generators(seeds))
@@ -147,11 +149,15 @@ def life(section: Lora, seeds: list[int], checkpointing: bool = False) -> list[t
     ]
 
 
+@pytest.mark.bits
+@pytest.mark.usefixtures("pack_invariant_kernels")
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("seeds", [[0, 1], [4, 0, 3], [1, 4, 7]])
-def test_bits_do_not_depend_on_the_pack(seeds: list[int]) -> None:
-    section = Lora(rank=4)
-    for seed, (rollout, logp, gradients) in zip(seeds, life(section, seeds), strict=True):
-        alone, alone_logp, alone_gradients = life(section, [seed])[0]
+def test_bits_do_not_depend_on_the_pack(seeds: list[int], family: str, rank: int) -> None:
+    section = Lora(rank=rank)
+    for seed, (rollout, logp, gradients) in zip(seeds, life(section, seeds, family=family), strict=True):
+        alone, alone_logp, alone_gradients = life(section, [seed], family=family)[0]
         assert torch.equal(rollout.tokens, alone.tokens)
         assert torch.equal(rollout.logp, alone.logp)
         assert torch.equal(logp, alone_logp)

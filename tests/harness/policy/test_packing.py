@@ -14,6 +14,8 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, generators
 
+pytestmark = pytest.mark.bits
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "short": {"budget": 5, "group_size": 4},
     "long": {"budget": 40, "group_size": 5},
@@ -57,6 +59,7 @@ def life(
     return found
 
 
+@pytest.mark.usefixtures("pack_invariant_kernels")
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_bits_do_not_depend_on_the_pack(setting: str, ragged: bool) -> None:

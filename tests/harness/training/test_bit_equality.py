@@ -9,6 +9,8 @@ import pytest
 from klab.harness.training import run_cells
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
+pytestmark = pytest.mark.bits
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "several updates per rollout": {"updates_per_rollout": 2, "minibatches": 2},

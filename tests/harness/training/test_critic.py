@@ -36,6 +36,7 @@ def test_interrupted_after_every_update_with_lagged_values_in_the_queue(make_run
     assert set(through.cell(identity).metrics()[0]) >= COLUMNS
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_is_alone(make_run: MakeRun, kind: str) -> None:
     objectives = [{**GAE, "lam": 0.5, "whiten": "batch"}, {"advantage": "gae", "placement": "reward_to_go"}]
@@ -128,6 +129,7 @@ def test_values_are_those_of_the_critic_when_the_rollout_was_drawn(make_run: Mak
     assert not bool(before[-1][~drawn[-1].rollout.mask].any())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun, kind: str) -> None:
     # a large adam_eps makes a small step proportional to its gradient

@@ -95,6 +95,7 @@ def test_without_controls_nothing_moves_and_no_column_appears(make_run: MakeRun)
     assert adapt_coefficients(fixed, initial_coefficients(fixed), row(kl=9.0)) == LossCoefficients(kl=1.0, trust=2.0)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("training", CONTROLS.values(), ids=CONTROLS.keys())
 def test_resumed_is_undisturbed_and_packed_is_alone(make_run: MakeRun, training: dict[str, Any]) -> None:
     objectives = [{"beta": 0.5}, {"estimator": "k1", "placement": "reward_to_go", "beta": 0.1}]
@@ -153,6 +154,7 @@ def test_a_stronger_trust_region_keeps_the_policy_nearer_to_its_sampler(make_run
     assert found[0] > 2 * found[2] > 0
 
 
+@pytest.mark.bits
 def test_micro_batches_have_the_gradient_of_the_whole(make_run: MakeRun) -> None:
     common = {
         "trust_region": {"coefficient": 2.0, "target": 1e-3}, "beta_control": {"target": 1e-3},

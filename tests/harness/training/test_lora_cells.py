@@ -17,6 +17,8 @@ from klab.harness.training import checkpoint, run_cells
 from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
 
+pytestmark = pytest.mark.bits
+
 POLICY: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}}
 NARROW: dict[str, Any] = {"dtype": "bfloat16"}
 OBJECTIVES: list[dict[str, Any]] = [

@@ -137,6 +137,7 @@ def test_the_stacked_decoder_and_transformers_train_alike(train: Callable[..., R
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_foreign_model_packed_is_alone(train: Callable[..., Run], lora: dict[str, Any] | None) -> None:
     packed, alone = (train(name, "GPT2", {"updates": 2}, seeds=2, lora=lora) for name in ("packed", "alone"))

@@ -45,6 +45,7 @@ def test_the_time_limit_of_rewards_is_no_part_of_a_cells_identity(make_run: Make
     assert make_run("a").cells == make_run("b", training={"reward_seconds": 3}).cells
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_is_tried_again_with_half_the_micro_batch(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, error: Exception, capsys: pytest.CaptureFixture[str]

@@ -137,6 +137,7 @@ def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
     torch.testing.assert_close(whole.logp, parts.logp, rtol=0, atol=1e-12)
 
 
+@pytest.mark.bits
 def test_packed_is_alone_and_resumed_is_undisturbed(make_run: MakeRun) -> None:
     training = {"token_budget": 25, "updates_per_rollout": 2}
     packed = finished(make_run("packed", training, seeds=3))
