@@ -1,4 +1,4 @@
-"""From what a user types to a grid file, a run folder, or a cell."""
+"""Command-line arguments that commands share, and the grid file, run or cell that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`klab claims`: the book of claims, examined."""
+"""`klab claims`: statements of papers and posts with their verdicts."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.merged import MergeOption, merged_grid
+from klab.harness.cli.progress import Board, follow
 from klab.harness.cli.table import console, show_json
 from klab.harness.cli.tracking import Tracking, require_trackers
-from klab.harness.cli.watch import Board, watch
 from klab.harness.dispatch.backends import Executor, Pack
 from klab.harness.dispatch.launch import LaunchResult, should_submit
 from klab.harness.dispatch.launch import launch as submit
@@ -107,7 +107,7 @@ def launch(
     done = submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
     if not as_json:
         _announce(run, done, on, workers)
-    if not detach and on is Where.local and not watch(run, quiet=as_json, each=tracking.tick):
+    if not detach and on is Where.local and not follow(run, quiet=as_json, each=tracking.tick):
         return
     if detach or on is Where.slurm:
         if as_json:

@@ -1,4 +1,4 @@
-"""`klab logs`: what happened to one cell."""
+"""`klab logs`: attempts, error and job output of one cell."""
 
 from __future__ import annotations
 

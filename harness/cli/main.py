@@ -1,4 +1,7 @@
-"""The command `klab`. A command's module is imported only when that command is called, so that help is instant."""
+"""The entry point `klab`: finds the command, runs it, and turns errors into messages and exit codes.
+
+Only the module of the command that is called is imported, so that help is instant.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,6 @@ COMMANDS = {
     "doctor": "Check versions, devices, Slurm, folders and disk space.",
 }
 """Name -> one line of help. The module `klab.harness.cli.<name>` holds a function of that name."""
-
-_ELSEWHERE = {"watch": "live"}
-"""Commands whose module has another name."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -95,9 +95,7 @@ def _version(on: bool) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(
-        importlib.import_module(f"klab.harness.cli.{_ELSEWHERE.get(name, name)}"), name
-    )
+    function: Callable[..., Any] = getattr(importlib.import_module(f"klab.harness.cli.{name}"), name)
     return function
 
 

@@ -1,4 +1,4 @@
-"""One cell per algorithm, for `klab plan` and `klab launch`."""
+"""Merging cells that are the same algorithm, with a progress bar, for `klab plan` and `klab launch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`klab plan`: what a grid file would run."""
+"""`klab plan`: cells, jobs and estimated time of a grid file, and what is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`klab report`: what came out."""
+"""`klab report`: tables, figures and one page about a run or several."""
 
 from __future__ import annotations
 

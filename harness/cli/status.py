@@ -26,7 +26,7 @@ def status(
 ) -> None:
     """Show the state of every cell of a run. Exit code 1 when cells failed."""
     if watch:
-        from klab.harness.cli.watch import watch as follow
+        from klab.harness.cli.progress import follow
 
         if not follow(run_of(run, runs), quiet=as_json):
             return

@@ -1,4 +1,4 @@
-"""What commands print: a table for people, or the same rows as JSON."""
+"""Output of commands: tables for people, JSON for programs, and text that is safe to print."""
 
 from __future__ import annotations
 

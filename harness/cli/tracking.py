@@ -1,4 +1,4 @@
-"""Sending a run's curves to the trackers that its grid file names, while somebody watches it."""
+"""Sends a run's curves to TensorBoard or Weights & Biases while `launch` or `watch` shows its progress."""
 
 from __future__ import annotations
 

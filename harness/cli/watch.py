@@ -1,177 +1,99 @@
-"""Live progress of a run: cells done, running and failed, the current reward, the time that is left."""
+"""`klab watch`: a live table of a run, with the curve of every cell that is shown."""
 
 from __future__ import annotations
 
-import sys
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Annotated
 
+import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.text import Text
 
-from klab.harness.cli.table import console, duration, state_text, table
-from klab.harness.dispatch.status import FINAL_STATES, CellStatus, count, statuses
+from klab.grid import UserError
+from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.progress import Pace, board, resting
+from klab.harness.cli.table import console, show_json, table
+from klab.harness.cli.tracking import Tracking
+from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
+from klab.reports.sparkline import sparkline
 
-if TYPE_CHECKING:
-    from klab.harness.training.runner import Progress
-
-POLL_SECONDS = 1.0
-PLAIN_SECONDS = 10.0
-"""Between two lines where standard output is not a terminal."""
-
-_SHOWN = 12
+_ORDER = ("running", "failed", "diverged", "lost", "preempted", "finished", "queued", "unknown", "waiting", "cancelled")
 
 
-class Pace:
-    """Updates per second since the first look, hence the time left."""
-
-    def __init__(self) -> None:
-        self._start: tuple[float, int] | None = None
-
-    def left(self, rows: Sequence[CellStatus]) -> float | None:
-        """Seconds until the open cells are done at the pace so far; None before any progress."""
-        done = sum(row.update for row in rows)
-        ahead = sum(max(0, row.updates - row.update) for row in rows if row.state not in FINAL_STATES)
-        now = time.monotonic()
-        if self._start is None:
-            self._start = (now, done)
-        began, before = self._start
-        return ahead * (now - began) / (done - before) if done > before else None
-
-
-def watch(run: Run, quiet: bool = False, each: Callable[[], None] = lambda: None) -> bool:
-    """Show progress until nothing runs or waits any more, or until Ctrl-C, which leaves the jobs alone.
-
-    Args:
-        run: the run.
-        quiet: show nothing.
-        each: called at every look.
-
-    Returns:
-        Whether the run came to rest; False after Ctrl-C.
+def watch(
+    run: RunArgument,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Cells to show.")] = 20,
+    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch a run until nothing runs any more: reward, KL and entropy of its cells as small curves. Ctrl-C leaves the
+    jobs alone.
     """
-    pace = Pace()
+    opened = run_of(run, runs)
+    if as_json:
+        show_json([curves(opened, row) for row in chosen(statuses(opened), rows)])
+        return
+    pace, tracking = Pace(), Tracking(opened)
+    if once:
+        console().print(screen(opened, statuses(opened), pace, rows))
+        return
     try:
-        if quiet or not sys.stdout.isatty():
-            _plainly(run, pace, quiet, each)
-        else:
-            with Live(console=console(), refresh_per_second=4) as live:
-                while True:
-                    began = time.monotonic()
-                    rows = statuses(run)
-                    each()
-                    live.update(board(run.name, rows, pace.left(rows)))
-                    if resting(rows):
-                        break
-                    _pause(time.monotonic() - began)
+        with Live(console=console(), refresh_per_second=4) as live:
+            while True:
+                found = statuses(opened)
+                live.update(screen(opened, found, pace, rows))
+                if resting(found):
+                    tracking.finish()
+                    return
+                tracking.tick()
+                time.sleep(every)
     except KeyboardInterrupt:
-        console().print(f"\nThe jobs go on. Watch them again: klab status --watch {run.path}")
-        return False
-    return True
+        console().print(f"\nThe jobs go on. Watch them again: klab watch {opened.path}")
 
 
-def resting(rows: Sequence[CellStatus]) -> bool:
-    """Whether no cell runs or stands in a queue."""
-    return not any(
-        row.state in ("running", "queued", "unknown") or (row.state == "preempted" and row.job) for row in rows
-    )
+def chosen(found: list[CellStatus], most: int) -> list[CellStatus]:
+    """The cells to show: those that run or went wrong first."""
+    return sorted(found, key=lambda row: _ORDER.index(row.state))[:most]
 
 
-def board(name: str, rows: Sequence[CellStatus], left: float | None) -> RenderableType:
-    """One bar over all updates, the number of cells in each state, and the running cells."""
-    done, whole = sum(row.update for row in rows), sum(row.updates for row in rows)
-    running = [row for row in rows if row.state == "running"]
-    states = "  ".join(f"{number} {state_text(state)}" for state, number in count(rows).items())
-    rewards = [row.reward for row in running if row.reward is not None]
-    reward = f"  reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
-    lines: list[RenderableType] = [
-        Text.from_markup(f"[bold]{name}[/]  {states}{reward}  {f'{duration(left)} left' if left is not None else ''}"),
-        ProgressBar(total=max(1, whole), completed=done, width=60),
-    ]
-    if running:
-        shown = [(row.id, f"{row.update}/{row.updates}", row.reward, row.detail) for row in running[:_SHOWN]]
-        lines.append(table(("running", "update", "reward", ""), shown))
-    if len(running) > _SHOWN:
-        lines.append(Text(f"… and {len(running) - _SHOWN} more"))
-    return Group(*lines)
+def curves(run: Run, row: CellStatus) -> dict[str, object]:
+    """What is known of a cell's way so far; a damaged file counts as no curve."""
+    try:
+        metrics = run.cell(row.id).metrics()
+    except UserError:
+        metrics = []
+    keys = ("reward_mean", "k3", "entropy")
+    series = {
+        key: [value if isinstance(value := line.get(key), int | float) else math.nan for line in metrics]
+        for key in keys
+    }
+    return {"id": row.id, "state": row.state, "update": row.update or len(metrics), "updates": row.updates, **series}
 
 
-class Board:
-    """Progress of cells that train in this very process."""
-
-    def __init__(self) -> None:
-        self._live: Live | None = None
-        self._rows: dict[str, CellStatus] = {}
-        self._name = ""
-        self._pace = Pace()
-        self._shown = 0.0
-
-    @contextmanager
-    def live(self, run: Run, retry_failed: bool = False) -> Iterator[None]:
-        """Show the board while the body runs."""
-        self._name = run.name
-        self._rows = {row.id: row for row in statuses(run, ())}
-        if not sys.stdout.isatty():
-            yield
-            return
-        with Live(console=console(), refresh_per_second=4) as self._live:
-            yield
-
-    def tell(self, progress: Progress) -> None:
-        """Called by training after every update of every cell."""
-        state = "finished" if progress.update >= progress.updates else "running"
-        self._rows[progress.cell] = CellStatus(
-            progress.cell,
-            "finished" if state == "finished" else "running",
-            update=progress.update,
-            updates=progress.updates,
-            reward=progress.reward,
+def screen(run: Run, found: list[CellStatus], pace: Pace, most: int) -> RenderableType:
+    """The progress board and, under it, one line per shown cell."""
+    lines = []
+    for row in chosen(found, most):
+        known = curves(run, row)
+        reward, kl, entropy = (list(known[key]) for key in ("reward_mean", "k3", "entropy"))  # type: ignore[call-overload]
+        lines.append(
+            (
+                row.id,
+                row.state,
+                f"{known['update']}/{row.updates}",
+                sparkline(reward, 24, 0.0 if min(reward, default=0.0) >= 0 else None),
+                reward[-1] if reward else row.reward,
+                sparkline(kl, 12),
+                kl[-1] if kl else None,
+                sparkline(entropy, 12),
+            )
         )
-        rows = list(self._rows.values())
-        left = self._pace.left(rows)
-        now = time.monotonic()
-        if self._live is not None:
-            if now - self._shown > 0.25:
-                self._shown = now
-                self._live.update(board(self._name, rows, left))
-        elif now - self._shown > PLAIN_SECONDS:
-            self._shown = now
-            print(plain_line(rows, left), flush=True)
-
-
-def plain_line(rows: Sequence[CellStatus], left: float | None) -> str:
-    """The board in one line, for logs."""
-    done, whole = sum(row.update for row in rows), sum(row.updates for row in rows)
-    rewards = [row.reward for row in rows if row.state == "running" and row.reward is not None]
-    parts = [", ".join(f"{number} {state}" for state, number in count(rows).items()), f"update {done} of {whole}"]
-    if rewards:
-        parts.append(f"reward {sum(rewards) / len(rewards):.3f}")
-    if left:
-        parts.append(f"{duration(left)} left")
-    return "; ".join(parts)
-
-
-def _plainly(run: Run, pace: Pace, quiet: bool, each: Callable[[], None]) -> None:
-    printed = -PLAIN_SECONDS
-    while True:
-        began = time.monotonic()
-        rows = statuses(run)
-        each()
-        left = pace.left(rows)
-        over = resting(rows)
-        if not quiet and (over or time.monotonic() - printed >= PLAIN_SECONDS):
-            printed = time.monotonic()
-            print(plain_line(rows, left), flush=True)
-        if over:
-            return
-        _pause(time.monotonic() - began)
-
-
-def _pause(spent: float) -> None:
-    """Wait until the next look; looking at a large run must not take the processor from training."""
-    time.sleep(max(POLL_SECONDS, 15 * spent))
+    parts: list[RenderableType] = [board(run.name, found, pace.left(found))]
+    parts.append(table(("cell", "state", "update", "reward", "", "KL per token", "", "entropy"), lines))
+    if len(found) > most:
+        parts.append(f"… and {len(found) - most} more (--rows)")
+    return Group(*parts)
