@@ -99,6 +99,15 @@ def test_bootstrap_covers_and_needs_five_runs_on_three_tasks() -> None:
     assert np.isnan(s.bootstrap_interval(X, s.interquartile_mean).low)
 
 
+def test_the_bootstrap_resamples_within_each_task_and_each_task_by_itself() -> None:
+    levels = np.tile([1.0, 2.0, 3.0], (5, 1))
+    found = s.bootstrap_interval(levels, lambda x: float(x.mean()), replicates=200)
+    assert (found.low, found.high) == (2.0, 2.0)  # one pool of all tasks would mix their levels
+    opposed = np.array([1.0, -1.0, 0.0]) * np.arange(5.0)[:, None]
+    found = s.bootstrap_interval(opposed, lambda x: float(x.mean()), replicates=200)
+    assert found.low < -0.1 < 0.1 < found.high  # the same runs of every task would cancel
+
+
 def test_performance_profile_is_the_share_of_runs_above() -> None:
     assert s.performance_profile(X, np.array([0.0, 0.4, 2.0])) == pytest.approx([1.0, 4 / 8, 0.0])
 
@@ -122,6 +131,28 @@ def test_critical_difference_is_tukeys_on_complete_blocks() -> None:
     expected = stats.studentized_range.ppf(0.95, 4, freedom) * np.sqrt(variance / 6)
     assert s.critical_difference(scores_cs) == pytest.approx(expected)
     assert np.isnan(s.critical_difference(scores_cs[:, :1]))
+
+
+def test_blocks_that_share_no_seed_have_fewer_degrees_of_freedom() -> None:
+    apart = np.array([[1.0, 2.0, np.nan, np.nan], [3.0, 5.0, np.nan, np.nan], [np.nan, np.nan, 1.0, 4.0]])
+    apart = np.vstack([apart, [np.nan, np.nan, 2.0, 2.0]])
+    variance, freedom = s.block_error(apart)
+    assert freedom == 2  # 8 scores, 4 cells, 2 seeds in each of two components: 8 - 4 - (4 - 2)
+    assert variance == pytest.approx(((1.0 - 2.0) ** 2 + (3.0 - 0.0) ** 2) / 4 / 2)
+
+
+def test_unequal_counts_enter_tukeys_test_by_their_harmonic_mean() -> None:
+    scores_cs = np.random.default_rng(6).normal(size=(3, 8))
+    scores_cs[0, 2:] = np.nan
+    variance, freedom = s.block_error(scores_cs)
+    per_mean = variance * (1 / 2 + 1 / 8 + 1 / 8) / 3
+    expected = stats.studentized_range.ppf(0.95, 3, freedom) * np.sqrt(per_mean)
+    assert s.critical_difference(scores_cs) == pytest.approx(expected)
+
+
+def test_a_sampled_p_counts_the_data_themselves() -> None:
+    """(hits + 1)/(draws + 1), Phipson and Smyth (2010): a Monte Carlo p is never 0."""
+    assert s.sign_flip_p(np.ones(40), draws=500) == pytest.approx(1 / 501)
 
 
 def test_critical_groups_are_maximal_runs_of_close_means() -> None:
