@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +19,17 @@ GENERATION = "generation_config.json"
 
 
 @lru_cache(maxsize=16384)
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTemplate = "auto") -> tuple[int, ...]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTemplate = "auto", now: float | None = None
+) -> tuple[int, ...]:
     """Token ids of a prompt.
 
     With a chat template it is the user's one message, and the assistant's turn is opened; the template brings its
     special tokens itself. Without one, the tokenizer adds those that open a text (Gemma's `<bos>`), none that ends it.
+
+    Args:
+        now: the time, in seconds since 1970 and shown in UTC, that templates which print the date are given; a run has
+            one for all its cells. None: the clock's.
 
     Raises:
         UserError: the template fails, or there is none and `chat` is `always`.
@@ -38,7 +46,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTempla
         return _opened(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}]
     try:
-        return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return tuple(_templated(tokenizer, messages, now, tokenize=True, add_generation_prompt=True))
     except Exception as error:  # a template is a program: it may raise anything
         raise UserError(
             f"the chat template of the tokenizer failed: {type(error).__name__}: {error}",
@@ -47,6 +55,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: ChatTempla
             value=chat,
             hint="chat_template: never takes prompts as they are.",
         ) from error
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], now: float | None, **settings: Any
+) -> Any:
+    """The chat template of some messages, with `strftime_now` at the time given."""
+    moment = datetime.fromtimestamp(time.time() if now is None else now, UTC)
+    return tokenizer.apply_chat_template(messages, return_dict=False, strftime_now=moment.strftime, **settings)
 
 
 def _opened(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, ...]:
@@ -78,13 +94,16 @@ def read_generation(folder: str | Path) -> dict[str, Any] | None:
 def end_tokens(
     tokenizer: PreTrainedTokenizerFast, generation: Mapping[str, Any] | None, vocabulary: int
 ) -> frozenset[int]:
-    """The tokens that end a turn: the tokenizer's end token, and those of the generation configuration.
+    """The tokens that end a turn: the tokenizer's end token, those of the generation configuration, and the special
+    token with which the chat template closes the assistant's turn (`<|im_end|>` of Qwen2.5's base models, whose end
+    token is another).
 
     Raises:
         UserError: there is none that the model can write.
     """
     listed = (generation or {}).get("eos_token_id")
-    ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    turn_end = _turn_end(tokenizer, tokenizer.chat_template)
+    ids = [tokenizer.eos_token_id, turn_end, *(listed if isinstance(listed, list) else [listed])]
     found = frozenset(int(token) for token in ids if token is not None and 0 <= int(token) < vocabulary)
     if not found:
         raise UserError(
@@ -93,6 +112,30 @@ def end_tokens(
             hint=f"Set eos_token in tokenizer_config.json, or eos_token_id in {GENERATION}.",
         )
     return found
+
+
+_ANSWER = "answer"
+
+
+@lru_cache(maxsize=64)
+def _turn_end(tokenizer: PreTrainedTokenizerFast, template: str | None) -> int | None:
+    """The special token that follows the assistant's message in the chat template; None where none does."""
+    if not template:
+        return None
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = _templated(tokenizer, messages, 0.0, tokenize=False)
+    except Exception:  # a template is a program: this one has no place for an answer
+        return None
+    after = str(text).rpartition(_ANSWER)[2].lstrip()
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    closing = [token for token in special if after.startswith(token)]
+    return special[max(closing, key=len)] if closing else None
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Special tokens that are no part of an answer when they stand at its end: all but the unknown token."""
+    return frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
 def write_generation(folder: Path, generation: Mapping[str, Any] | None) -> None:

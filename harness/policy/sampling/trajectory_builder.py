@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from klab.harness.policy.policy import Policy
+from klab.harness.policy.prompt import closing_tokens
 
 Environment = Callable[[int, int, str], str | None]
 """`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far
@@ -37,7 +38,7 @@ class TrajectoryBuilder:
     ) -> None:
         self.policy, self.cell, self.prompts, self.group_size = policy, cell, prompts, group_size
         self.budget, self.environment = budget, environment
-        self.eos_token_ids = policy.eos_token_ids
+        self.eos_token_ids, self.closing = policy.eos_token_ids, closing_tokens(policy.tokenizer)
         N = len(prompts) * group_size
         self.open = [True] * N
         self.spent = [0] * N
@@ -111,9 +112,12 @@ class TrajectoryBuilder:
         return True
 
     def text(self, row: int, own_only: bool) -> str:
-        """What was written, without end tokens."""
+        """What was written, without end tokens and without other special tokens at the end."""
         pairs = zip(self.written[row], self.own[row], strict=True)
         kept = tuple(token for token, own in pairs if token not in self.eos_token_ids and (own or not own_only))
         if kept not in self.decoded:
-            self.decoded[kept] = str(self.policy.tokenizer.decode(list(kept), skip_special_tokens=False))
+            shown = list(kept)
+            while shown and shown[-1] in self.closing:
+                shown.pop()
+            self.decoded[kept] = str(self.policy.tokenizer.decode(shown, skip_special_tokens=False))
         return self.decoded[kept]

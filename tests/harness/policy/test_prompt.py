@@ -16,6 +16,7 @@ from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.prompt import check_ids, end_tokens, prompt_ids
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 from klab.harness.policy.stacked.checkpoint import read_tokenizer
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import generators
@@ -79,6 +80,57 @@ def test_end_tokens() -> None:
     assert end_tokens(tokenizer, {"eos_token_id": [5]}, 18) == {5}
     with pytest.raises(UserError, match=r"the tokenizer has no end token.*eos_token_id in generation_config\.json"):
         end_tokens(tokenizer, {"eos_token_id": None}, 18)
+
+
+IM_END = "{% for m in messages %}[{{ m.role }}:{{ m.content }}<|im_end|>\n{% endfor %}["
+
+
+def turned(template: str, *special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with further special tokens and a chat template."""
+    tokenizer = character_tokenizer(LETTERS)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_the_token_that_closes_the_assistants_turn_ends_it() -> None:
+    tokenizer = turned(IM_END, "<|im_end|>", "<|im_end|>more")
+    (closing,) = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    assert end_tokens(tokenizer, None, 64) == {tokenizer.eos_token_id, closing}
+    assert end_tokens(tokenizer, None, closing) == {tokenizer.eos_token_id}  # a token that the model cannot write
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}",
+        "{{ messages[0].content }}",
+        "{% if messages|length > 1 %}{{ raise_exception('one message only') }}{% endif %}",
+        "{% for m in messages %}<|im_end|>{{ m.content }} .{% endfor %}",
+    ],
+)
+def test_a_template_that_closes_with_text_adds_no_end_token(template: str) -> None:
+    assert end_tokens(turned(template, "<|im_end|>"), None, 64) == {1}
+
+
+def test_special_tokens_at_the_end_are_no_part_of_the_answer(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer(LETTERS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    policy = load_policy(section(checkpoint(tmp_path, "GPT2", tokenizer)), tmp_path, 1, "cpu")
+    builder = TrajectoryBuilder(policy, 0, [[4]], 1, 8, None)
+    written = ["a", "<|im_end|>", "b", "<unk>", "<pad>", "<|im_end|>"]
+    builder.turn(0, list(tokenizer.convert_tokens_to_ids(written)), [0.0] * len(written))
+    assert builder.text(0, own_only=True) == "a<|im_end|>b<unk>"
+
+
+def test_templates_that_print_the_date_print_that_of_the_run() -> None:
+    tokenizer = turned("{{ strftime_now('%d %b %Y') }}[{{ messages[0].content }}")
+    tokenizer.backend_tokenizer.normalizer = None
+    first = prompt_ids(tokenizer, "abc", "auto", 0.0)
+    assert first == prompt_ids(tokenizer, "abc", "auto", 86_399.0)
+    assert first != prompt_ids(tokenizer, "abc", "auto", 86_400.0)
+    latest = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    assert prompt_ids(turned(latest), "x", "auto", 0.0) == prompt_ids(turned("01"), "x", "auto")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
