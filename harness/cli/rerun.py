@@ -205,7 +205,7 @@ def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: 
     policies = place / "policies"
     if origin.policies.is_dir() and not policies.exists():
         policies.symlink_to(origin.policies)
-    scratch = Run.create(place, _alone(origin, cell))
+    scratch = Run.create(place, _alone(origin, cell), origin.created)
     processes, threads = _recorded(origin, cell, "processes"), min(_recorded(origin, cell, "threads"), machine.cores())
     limit_threads(threads)
     with _bar(cell, quiet) as tell:

@@ -60,9 +60,23 @@ def prompt_ids(
 def _templated(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], now: float | None, **settings: Any
 ) -> Any:
-    """The chat template of some messages, with `strftime_now` at the time given."""
-    moment = datetime.fromtimestamp(time.time() if now is None else now, UTC)
-    return tokenizer.apply_chat_template(messages, return_dict=False, strftime_now=moment.strftime, **settings)
+    """The chat template of some messages; what it prints of the date is that of the time given."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _clock(time.time() if now is None else now) + template
+    return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False, **settings)
+
+
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+
+
+@lru_cache(maxsize=8)
+def _clock(now: float) -> str:
+    """A Jinja macro in place of transformers' function `strftime_now`, which reads the clock."""
+    moment = datetime.fromtimestamp(now, UTC)
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in _DIRECTIVES]
+    shown = "".join(f"|replace({word!r}, {moment.strftime(word)!r})" for word in directives)
+    return "{%- macro strftime_now(format) -%}{{ format" + shown + " }}{%- endmacro -%}"
 
 
 def _opened(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "axes": dict,
     "seeds": list,
     "resources": dict,
+    "created": (int, float),
     "versions": dict,
     "hardware": dict,
     "baseline": (str, type(None)),
@@ -45,8 +46,11 @@ class Run:
         self._folders = path / "cells"
 
     @classmethod
-    def create(cls, path: str | Path, grid: Grid) -> Run:
+    def create(cls, path: str | Path, grid: Grid, created: float | None = None) -> Run:
         """The run of `grid` in the folder `path`; an existing one is continued, and gets the grid's new cells.
+
+        Args:
+            created: the time to record as that of the creation, for a run that repeats another's cells; None: now.
 
         Raises:
             UserError: when the folder belongs to another grid (the message says how they differ), or is not klab's.
@@ -62,7 +66,7 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         with Lock(path / "lock", purpose="creating the run", wait=_LOCK_WAIT):
             existing = cls.open(path).manifest if (path / "manifest.json").exists() else None
-            manifest = _manifest(grid, existing, path)
+            manifest = _manifest(grid, existing, path, created)
             if manifest is not existing:
                 files.replace(path / "grid.yaml", grid.text.encode())
                 files.replace(path / "manifest.json", _manifest_text(manifest))
@@ -89,6 +93,11 @@ class Run:
     @property
     def name(self) -> str:
         return str(self.manifest["name"])
+
+    @property
+    def created(self) -> float:
+        """When the run was created, in seconds since 1970; also the date that chat templates print."""
+        return float(self.manifest["created"])
 
     @property
     def grid_text(self) -> str:
@@ -166,7 +175,7 @@ class Run:
         raise UserError(problem, file=self.path, key="cell", value=part, allowed=found or cells)
 
 
-def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[str, Any]:
+def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path, created: float | None = None) -> dict[str, Any]:
     from klab.grid import user_code
     from klab.harness.store import code
 
@@ -182,7 +191,7 @@ def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path) -> dict[s
     return {
         "name": grid.name,
         "description": grid.description,
-        "created": existing["created"] if existing else time.time(),
+        "created": existing["created"] if existing else time.time() if created is None else created,
         "versions": machine.versions(),
         "commit": machine.commit(Path.cwd()),
         "hardware": machine.hardware(),

@@ -30,11 +30,15 @@ class CellFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PackedCell:
-    """A cell, its task, and the folder of its starting policy (which is also its reference policy)."""
+    """A cell, its task, and the folder of its starting policy (which is also its reference policy).
+
+    ``now`` is the time, in seconds since 1970, that chat templates which print the date are given: the run's creation.
+    """
 
     cell: Cell
     task: Task
     start: Path
+    now: float | None = None
 
     @property
     def id(self) -> str:
@@ -60,7 +64,7 @@ class PackedCell:
 
     def split(self, name: SplitName) -> Sequence[Example]:
         """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.fitting`."""
-        return prompts_that_fit(self.task, name, self.cell, self.start, self.max_new_tokens)
+        return prompts_that_fit(self.task, name, self.cell, self.start, self.max_new_tokens, self.now)
 
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.

@@ -136,7 +136,7 @@ def prepare_cell(
     cell = folder.cell()
     task = load_task(cell.task)
     start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
-    member = PackedCell(cell, task, start)
+    member = PackedCell(cell, task, start, run.created)
     check_overlong_buffer(member)
     check_sampler(member)
     return member, checkpoint.resume(folder, device())

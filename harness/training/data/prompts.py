@@ -33,7 +33,7 @@ def encode_prompts(policy: Policy, member: PackedCell, examples: Sequence[Exampl
     chat, room = chat_template(member.cell), policy.context_length - member.max_new_tokens + 1
     found = []
     for example in examples:
-        ids = list(prompt_ids(policy.tokenizer, example.prompt, chat))
+        ids = list(prompt_ids(policy.tokenizer, example.prompt, chat, member.now))
         check_ids(ids, policy.tokenizer, policy.vocab_size)
         if len(ids) > room:
             raise _too_long(example, len(ids), policy.context_length, member.max_new_tokens)
@@ -47,7 +47,9 @@ def chat_template(cell: Cell) -> ChatTemplate:
     return chosen
 
 
-def prompts_that_fit(task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens: int) -> Sequence[Example]:
+def prompts_that_fit(
+    task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens: int, now: float | None = None
+) -> Sequence[Example]:
     """A split of a cell's task without the prompts that are longer than `training.max_prompt_tokens`.
 
     Every prompt is measured, so that one that is too long is found before the first update; those of a task with an
@@ -55,6 +57,7 @@ def prompts_that_fit(task: Task, name: SplitName, cell: Cell, start: Path, max_n
 
     Args:
         start: the folder of the starting policy, whose tokenizer counts.
+        now: the time that templates which print the date are given.
 
     Raises:
         UserError: no prompt is left; or one that is left would exceed the context with its completion.
@@ -62,7 +65,7 @@ def prompts_that_fit(task: Task, name: SplitName, cell: Cell, start: Path, max_n
     split, limit = task.split(name), cell.training.max_prompt_tokens
     if limit is None and task.alphabet is not None:
         return split
-    lengths = _measured(split, name, cell, start)
+    lengths = _measured(split, name, cell, start, now)
     kept = range(len(split)) if limit is None else [i for i, length in enumerate(lengths) if length <= limit]
     if not kept:
         raise UserError(
@@ -77,13 +80,13 @@ def prompts_that_fit(task: Task, name: SplitName, cell: Cell, start: Path, max_n
     return split if len(kept) == len(split) else [split[i] for i in kept]
 
 
-def _measured(split: Sequence[Example], name: str, cell: Cell, start: Path) -> list[int]:
+def _measured(split: Sequence[Example], name: str, cell: Cell, start: Path, now: float | None) -> list[int]:
     """Tokens of every prompt of a split; counted once for all cells of a process."""
     chat = chat_template(cell)
-    key = (str(start), chat, name, cell.task.model_dump_json())
+    key = (str(start), chat, name, cell.task.model_dump_json(), str(now))
     if len(_lengths.get(key, ())) != len(split):
         tokenizer = _tokenizer(str(start), _trusted(cell))
-        _lengths[key] = [len(prompt_ids(tokenizer, example.prompt, chat)) for example in split]
+        _lengths[key] = [len(prompt_ids(tokenizer, example.prompt, chat, now)) for example in split]
     return _lengths[key]
 
 

@@ -70,7 +70,7 @@ def _start_copy(channel: CommandChannel, run: Run, members: Sequence[tuple[str, 
         built = []
         for identity, start in members:
             cell = run.cell(identity).cell()
-            built.append(PackedCell(cell, load_task(cell.task), Path(start)))
+            built.append(PackedCell(cell, load_task(cell.task), Path(start), run.created))
         if update is None:
             return Pack(built, channel)
         states = [checkpoint.read(run.cell(m.id).checkpoint / checkpoint.FILE, m.id, device()) for m in built]

@@ -87,7 +87,7 @@ IM_END = "{% for m in messages %}[{{ m.role }}:{{ m.content }}<|im_end|>\n{% end
 
 def turned(template: str, *special: str) -> PreTrainedTokenizerFast:
     """A tokenizer with further special tokens and a chat template."""
-    tokenizer = character_tokenizer(LETTERS)
+    tokenizer = character_tokenizer(LETTERS + "0123456789")
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.chat_template = template
     return tokenizer
@@ -124,8 +124,7 @@ def test_special_tokens_at_the_end_are_no_part_of_the_answer(tmp_path: Path) -> 
 
 
 def test_templates_that_print_the_date_print_that_of_the_run() -> None:
-    tokenizer = turned("{{ strftime_now('%d %b %Y') }}[{{ messages[0].content }}")
-    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer = turned("{{ strftime_now('%d') }}[{{ messages[0].content }}")
     first = prompt_ids(tokenizer, "abc", "auto", 0.0)
     assert first == prompt_ids(tokenizer, "abc", "auto", 86_399.0)
     assert first != prompt_ids(tokenizer, "abc", "auto", 86_400.0)
