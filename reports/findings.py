@@ -56,7 +56,7 @@ def find(study: Study, comparison: Comparison) -> Findings:
         lost=_lost(study, comparison),
         lost_words=_lost_words(comparison),
         evidence=_evidence(study, comparison),
-        cautions=_cautions(comparison, axes),
+        cautions=_cautions(study, comparison, axes),
     )
 
 
@@ -169,8 +169,15 @@ def _evidence(study: Study, comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def _cautions(comparison: Comparison, axes: list[AxisFinding]) -> list[str]:
+def _cautions(study: Study, comparison: Comparison, axes: list[AxisFinding]) -> list[str]:
     found = []
+    cells = study.cells[study.cells["task"] == comparison.task]
+    if timeouts := int(np.nansum(cells["reward_timeouts"])):
+        runs = int((cells["reward_timeouts"] > 0).sum())
+        found.append(
+            f"{timeouts} reward{'s' * (timeouts > 1)} of {runs} run{'s' * (runs > 1)} counted as wrong because a time "
+            "limit was reached (reward_timeouts): they depend on the speed of the machine."
+        )
     pairs = int(comparison.table["pairs"].max()) if len(comparison.table) else 0
     if 1 < pairs <= 5:
         found.append(

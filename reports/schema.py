@@ -28,6 +28,7 @@ CELLS = {
     "ess_min": "smallest effective sample size of any update, as a share",
     "seconds": "wall-clock seconds of training on one worker",
     "tokens": "own tokens sampled",
+    "reward_timeouts": "uses of rewards that a time limit decided, in updates and evaluations",
     "error": "why it failed",
 }
 
@@ -75,6 +76,7 @@ METRICS_OF_SOME = {
     "unused_tokens": "own tokens drawn for the rollout that no update uses",
     "kept_groups": "groups left in the update (training.equal_groups: drop)",
     "loss_tokens": "own tokens in the loss (training.equal_groups: drop, training.truncated: mask)",
+    "reward_timeouts": "rewards of the update that a time limit decided (reward math)",
     "overlong": "mean charge for length (training.overlong_buffer)",
     "sampler_kl": "KL(sampler || trainer's behaviour policy), k3 on the sampled tokens (training.sampler)",
     "sampler_ess": "effective sample size of the trainer's probabilities over the sampler's, as a share",
@@ -118,6 +120,7 @@ LOWER_IS_BETTER = (
     "gradient_spikes",
     "seconds",
     "tokens",
+    "reward_timeouts",
 )
 
 SUMMARY = {

@@ -79,6 +79,7 @@ class File:
         self._template, self._answer, self._solution = Template(prompt), answer, solution
         self._train, self._held_out, self._held_out_path = train, held_out, held_out_path
         self._rewards = Rewards(reward, reward_seconds, reward_memory_gb)
+        self.has_reward_timeouts = self._rewards.has_timeouts
 
     def split(self, name: SplitName) -> Sequence[Example]:
         return self._splits[name]

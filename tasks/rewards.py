@@ -53,6 +53,7 @@ class Rewards:
     def __init__(self, given: object, seconds: float = 10.0, memory_gb: float | None = MEMORY_GB) -> None:
         terms = reward_terms(given)
         self.weights = [term.weight for term in terms]
+        self.has_timeouts = any(term.name == "math" for term in terms)
         self.names = _distinct([_label(term) for term in terms])
         self.terms = [_reward(term, seconds, memory_gb) for term in terms]
 

@@ -55,16 +55,19 @@ def rerun(
         error = folder.error()
         difference = None if settings else compare(stored, folder)
         results = {"stored": _main_numbers(stored), "repeated": _main_numbers(folder)}
+        timeouts = {"stored": timeouts_of(stored), "repeated": timeouts_of(folder)}
         lives = {"stored": kernels_of(stored), "repeated": kernels_of(folder)}
     same = error is None and difference is None
     if as_json:
         verdict = None if settings else same
         found = {"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results}
-        show_json({**found, "kernels": lives})
+        show_json({**found, "kernels": lives, "reward_timeouts": timeouts})
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
         if not settings and (other := other_kernels(**lives)):
             console().print(other, soft_wrap=True, highlight=False)
+        if not settings and any(timeouts.values()):
+            console().print(_say_timeouts(**timeouts), soft_wrap=True, highlight=False)
     if not same:
         raise typer.Exit(1)
 
@@ -136,6 +139,18 @@ def compare(stored: CellFolder, repeated: CellFolder) -> str | None:
     if stored.result() is not None and len(stored.metrics()) != len(repeated.metrics()):
         return f"metrics: {len(stored.metrics())} rows were stored, the repetition has {len(repeated.metrics())}"
     return None
+
+
+def timeouts_of(folder: CellFolder) -> int:
+    """How often a reward that a time limit decided was used, in the updates and evaluations of a cell."""
+    return sum(row.get("reward_timeouts") or 0 for row in (*folder.metrics(), *folder.evaluations()))
+
+
+def _say_timeouts(stored: int, repeated: int) -> str:
+    return (
+        f"Rewards that a time limit decided (reward_timeouts): {stored} in the stored cell, {repeated} here. "
+        "They depend on the speed of the machine, so numbers may differ for that."
+    )
 
 
 def kernels_of(folder: CellFolder) -> list[dict[str, str]]:

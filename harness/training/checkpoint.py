@@ -149,6 +149,7 @@ _STORED_NAMES = {
     "greedy": "greedy_rewards",
     "values": "values",
     "recomputed": "old_logprobs",
+    "timeouts": "timeouts",
 }
 """Name in the file -> field of `Experience`."""
 

@@ -140,6 +140,7 @@ def evaluate(
                 "entropy": finite(float(found.entropy.sum() / found.tokens.sum().clamp(min=1))),
                 "length": float(found.tokens.mean()),
                 "parts": _parts(scores),
+                **_timeouts(members[c], [*found.best, *scores]),
                 "samples": [
                     {
                         "prompt": examples[c][row // samples].prompt,
@@ -237,5 +238,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _parts(scores: Sequence[Score]) -> dict[str, float | None]:
+    """Each part's mean over the scores that have it."""
     names = sorted({name for s in scores for name in s.parts})
-    return {name: finite(_mean([float(s.parts.get(name, 0.0)) for s in scores])) for name in names}
+    return {name: finite(_mean([float(s.parts[name]) for s in scores if name in s.parts])) for name in names}
+
+
+def _timeouts(member: PackedCell, scores: Sequence[Score]) -> dict[str, int]:
+    """How many rewards of an evaluation a limit of time decided, where the task has such limits."""
+    if not getattr(member.task, "has_reward_timeouts", False):
+        return {}
+    return {"reward_timeouts": sum(score.timeouts for score in scores)}

@@ -56,6 +56,7 @@ def summarize(
         "seconds": _seconds(rows) + _seconds(evaluations),
         "tokens": sum(row["tokens"] for row in rows) + _unused(rows),
         "parts": evaluations[-1]["parts"] if evaluations else {},
+        **_timeouts([*rows, *evaluations]),
     }
 
 
@@ -71,6 +72,12 @@ def divergence_reason(rows: Sequence[Mapping[str, Any]]) -> str:
     found = next((words for name, words in culprits.items() if last.get(name, 0.0) is None), "the update")
     verb = "are" if found == "rewards" else "is"
     return f"{found} {verb} not finite (NaN or infinite), {streak} update{'s' * (streak > 1)} in a row"
+
+
+def _timeouts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many rewards a limit of time decided, where that was counted."""
+    counted = [row["reward_timeouts"] for row in rows if "reward_timeouts" in row]
+    return {"reward_timeouts": sum(counted)} if counted else {}
 
 
 def _unused(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from klab.grid import Cell
 from klab.harness.store import Run
-from klab.reports import Study, render
+from klab.reports import Study, load_run, render
 from tests.reports.conftest import HOSTILE
 from tests.reports.synthetic import write_run
 
@@ -264,3 +264,15 @@ def test_rows_of_the_exact_lab_that_are_not_its_own_are_left_out(small: Small, t
     run.report.mkdir(exist_ok=True)
     (run.report / "gradients.json").write_text('{"schema": 1, "rows": [{"group": "x", "bias": 1}]}')
     assert 'id="gradients-task"' not in _render(run, tmp_path)
+
+
+def test_rewards_that_a_time_limit_decided_are_told(small: Small, tmp_path: Path) -> None:
+    run = small()
+    folder = run.cell(run.cells[0])
+    result = {key: value for key, value in (folder.result() or {}).items() if key not in ("rows", "checksum")}
+    (folder.path / "result.json").unlink()
+    folder.write_result({**result, "reward_timeouts": 3})
+    study = load_run(run.path)
+    assert study.cells.set_index("cell")["reward_timeouts"].to_dict()[run.cells[0]] == 3
+    text = render(run.path, tmp_path / "report").read_text()
+    assert "3 rewards of 1 run counted as wrong because a time limit was reached (reward_timeouts)" in text

@@ -52,6 +52,21 @@ class Letters:
         return None
 
 
+class Overdue(Letters):
+    """A limit of time decides the reward of every completion that begins with an `a`; prompts with an `a` or `b` in
+    their middle have a part `early`, which is 1."""
+
+    has_reward_timeouts = True
+    overdue = 0
+    """How many such completions were scored in this process."""
+
+    def score(self, example: Example, completion: str) -> Score:
+        plain = super().score(example, completion)
+        parts = {**plain.parts, **({"early": 1.0} if example.prompt[1] in "ab" else {})}
+        Overdue.overdue += completion.startswith("a")
+        return Score(plain.reward, plain.correct, parts, timeouts=int(completion.startswith("a")))
+
+
 class Echo(Letters):
     """The environment repeats what the policy wrote, until it has written twice."""
 

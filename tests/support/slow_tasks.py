@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 from klab.grid import UserError
@@ -17,6 +18,7 @@ class Chore:
     Args:
         seconds: pause in every score.
         fail_unless: path of a file without which scoring raises.
+        overdue: a limit of time decides every reward.
         die: number of processes to kill, one per attempt; the file of this name counts them.
     """
 
@@ -24,10 +26,11 @@ class Chore:
     alphabet = "0123456789+="
     max_new_tokens = 3
 
-    def __init__(self, seconds: float = 0.0, fail_unless: str = "", die: int = 0) -> None:
+    def __init__(self, seconds: float = 0.0, fail_unless: str = "", die: int = 0, overdue: bool = False) -> None:
         from klab.grid.schema.sections import load_section
 
         self.addition: Any = load_task(load_section("task", {"name": "addition", "digits": 1}))
+        self.has_reward_timeouts = overdue
         self.seconds, self.fail_unless, self.die = seconds, fail_unless, die
 
     def split(self, name: Literal["train", "held_out"]) -> Any:
@@ -45,7 +48,7 @@ class Chore:
                     file.flush()
                     os.kill(os.getpid(), signal.SIGKILL)
         score: Score = self.addition.score(example, completion)
-        return score
+        return replace(score, timeouts=int(self.has_reward_timeouts))
 
     def respond(self, example: Example, transcript: str) -> str | None:
         return None

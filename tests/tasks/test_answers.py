@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klab.tasks import Example, Score, verification
 from klab.tasks.answers import final_answer, marked_answer
+from klab.tasks.rewards import Rewards
 from klab.tasks.verification import compared, same_value
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text("utf-8").splitlines()]
@@ -156,3 +158,22 @@ def test_any_text_is_read(text: str) -> None:
 )
 def test_long_texts_are_read(text: str, answer: str | None) -> None:
     assert final_answer(text) == answer  # in time that is quadratic in the length this would hang
+
+
+def test_math_verify_has_a_limit_of_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "STEP_SECONDS", 1e-4)
+    score = verification.verified(r"\boxed{x^2}", rf"\boxed{{{'x+' * 400}x}}", "")
+    assert (score.correct, score.parts["overdue"]) == (False, 1.0)
+    monkeypatch.undo()
+    assert verification.verified(r"\boxed{x^2}", r"\boxed{x \cdot x}", "") == Score(1.0, True, {"overdue": 0.0})
+
+
+def test_an_answer_that_a_limit_decided_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "CALL_SECONDS", 1e-3)  # not enough to import math-verify
+    verification._worker.cache_clear()
+    example = Example("?", r"\boxed{y^2 + \pi}")
+    score = Rewards(["math", "format"]).score(example, r"\boxed{\pi + y \cdot y}")
+    verification._worker.cache_clear()
+    assert (score.reward, score.correct, score.timeouts) == (1.0, False, 1)
+    assert Rewards(["math", "format"]).has_timeouts
+    assert not Rewards("format").has_timeouts

@@ -24,27 +24,35 @@ class SampledGroups:
         examples: P, what each group answers.
         rollout: their trajectories.
         rewards, correct: float [N].
+        timeouts: float [N], how many limits of time decided each reward; None where the task has no such limits.
     """
 
     examples: list[Example]
     rollout: Rollout
     rewards: Tensor
     correct: Tensor
+    timeouts: Tensor | None = None
 
     def groups(self, chosen: Sequence[int]) -> SampledGroups:
         """Some of the groups, in this order."""
         rows = group_rows(chosen, self.rollout.group_size).to(self.rewards.device)
         examples = [self.examples[g] for g in chosen]
-        return SampledGroups(examples, self.rollout.select_prompts(chosen), self.rewards[rows], self.correct[rows])
+        timeouts = None if self.timeouts is None else self.timeouts[rows]
+        return SampledGroups(
+            examples, self.rollout.select_prompts(chosen), self.rewards[rows], self.correct[rows], timeouts
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[SampledGroups]) -> SampledGroups:
         """The groups of several draws one after the other."""
+        known = [part.timeouts for part in parts if part.timeouts is not None]
+        timeouts = known if len(known) == len(parts) else None
         return cls(
             [example for part in parts for example in part.examples],
             Rollout.concatenate([part.rollout for part in parts]),
             torch.cat([part.rewards for part in parts]),
             torch.cat([part.correct for part in parts]),
+            None if timeouts is None else torch.cat(timeouts),
         )
 
 

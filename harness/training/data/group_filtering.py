@@ -53,6 +53,7 @@ def filtering_metrics(member: PackedCell, minibatch: Experience, used: Experienc
     those of the first draw of the rollout, since its groups were chosen for theirs; `sampled_groups` and
     `sampled_tokens` are what was drawn for the whole rollout, `unused_tokens` what of it the rollout does not have.
     `kept_groups`: left after `equal_groups: drop`.
+    `reward_timeouts`: rewards that a limit of time decided.
     `loss_tokens`: in the loss. `overlong`: mean charge for length. See `sampling.mismatch` for the sampler's.
     """
     training, row = member.cell.training, Row()
@@ -65,6 +66,8 @@ def filtering_metrics(member: PackedCell, minibatch: Experience, used: Experienc
         row["correct"] = drawn.correct
         row["sampled_groups"], row["sampled_tokens"] = drawn.groups, drawn.tokens
         row["unused_tokens"] = drawn.unused
+    if minibatch.timeouts is not None:
+        row["reward_timeouts"] = int(minibatch.timeouts.sum())
     if training.equal_groups == "drop" or training.truncated == "mask":
         row["loss_tokens"] = int(loss_mask(member, used).sum())
     if training.overlong_buffer is not None:

@@ -37,4 +37,5 @@ def select_groups(experience: Experience, groups: Sequence[int]) -> Experience:
         greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
         values=None if experience.values is None else experience.values[rows],
         old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[rows],
+        timeouts=None if experience.timeouts is None else experience.timeouts[rows],
     )

@@ -38,6 +38,8 @@ class Experience:
         old_logprobs: float [N, T], log π_old of the sampled tokens as the trainer computes it, where `training.sampler`
             draws them from another μ (whose log-probabilities `rollout` holds), else None.
         sampling_stats: with dynamic sampling, what was drawn to find these groups, else None.
+        timeouts: float [N], how many limits of time decided each reward (those of a prompt's greedy completion stand
+            with its first trajectory); None where the task has no rewards with such limits.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Experience:
     values: Tensor | None = None
     old_logprobs: Tensor | None = None
     sampling_stats: SamplingStats | None = None
+    timeouts: Tensor | None = None
 
 
 def collect_rollouts(
@@ -86,9 +89,10 @@ def collect_rollouts(
             each.rewards,
             each.correct,
             looked_up[c],
-            greedy_rewards=None if baselines is None else baselines[c],
+            greedy_rewards=None if baselines is None else baselines[c][0],
             old_logprobs=None if old_logprobs is None else old_logprobs[c],
             sampling_stats=sampling_stats[c],
+            timeouts=_timeouts(each, None if baselines is None else baselines[c][1]),
         )
         for c, each in enumerate(draws)
     ]
@@ -149,8 +153,8 @@ def _sample_and_score(
     if training.sampler is not None and training.sampler.temperature is not None:
         temperature = training.sampler.temperature
 
-    def drawn() -> list[tuple[Rollout, Tensor, Tensor]]:
-        """By cell, the trajectories of this process's share, their rewards and whether they are correct."""
+    def drawn() -> list[tuple[Rollout, Tensor, Tensor, Tensor]]:
+        """By cell, the trajectories of this process's share, their rewards, whether they are correct, and timeouts."""
         if not share:
             return []
         with timer("rollout"):
@@ -173,7 +177,12 @@ def _sample_and_score(
                 score_completions(members, c, listed[share.start : share.stop], rollout) for c, listed, rollout in asked
             ]
         return [
-            (rollout, _column(rollout, [s.reward for s in each]), _column(rollout, [float(s.correct) for s in each]))
+            (
+                rollout,
+                _column(rollout, [s.reward for s in each]),
+                _column(rollout, [float(s.correct) for s in each]),
+                _column(rollout, [float(s.timeouts) for s in each]),
+            )
             for rollout, each in zip(rollouts, scores, strict=True)
         ]
 
@@ -184,6 +193,7 @@ def _sample_and_score(
             Rollout.concatenate([part[c][0] for part in parts]),
             torch.cat([part[c][1] for part in parts]),
             torch.cat([part[c][2] for part in parts]),
+            torch.cat([part[c][3] for part in parts]) if _has_timeouts(members[positions[c]]) else None,
         )
         for c, listed in enumerate(examples)
     ]
@@ -196,18 +206,22 @@ def _greedy_rewards(
     timer: PhaseTimer,
     budget: MemoryBudget,
     process_group: ProcessGroup,
-) -> list[Tensor]:
-    """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt, and the
+    timeouts [P] of each prompt's."""
     examples = [each.examples for each in draws]
     share = process_group.shard(len(examples[0]))
 
-    def rewards() -> list[Tensor]:
+    def rewards() -> list[tuple[Tensor, Tensor]]:
         with timer("rollout"):
             rollouts = generate(behaviour, members, examples, 1, None, budget=budget, share=share)
         with timer("reward"):
             own = [listed[share.start : share.stop] for listed in examples]
             scores = [score_completions(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
-        return [_column(rollout, [s.reward for s in each]) for rollout, each in zip(rollouts, scores, strict=True)]
+        return [
+            (_column(rollout, [s.reward for s in each]), _column(rollout, [float(s.timeouts) for s in each]))
+            for rollout, each in zip(rollouts, scores, strict=True)
+        ]
 
     parts = [
         part
@@ -215,7 +229,23 @@ def _greedy_rewards(
         if part
     ]
     size = members[0].cell.training.group_size
-    return [torch.cat([part[c] for part in parts]).repeat_interleave(size) for c in range(len(members))]
+    columns = [
+        [torch.cat(each) for each in zip(*(part[c] for part in parts), strict=True)] for c in range(len(members))
+    ]
+    return [(scored.repeat_interleave(size), timeouts) for scored, timeouts in columns]
+
+
+def _timeouts(drawn: SampledGroups, greedy: Tensor | None) -> Tensor | None:
+    """Those of a draw, and of each prompt's greedy completion with the prompt's first trajectory."""
+    if drawn.timeouts is None or greedy is None:
+        return drawn.timeouts
+    found = drawn.timeouts.clone()
+    found[:: drawn.rollout.group_size] += greedy
+    return found
+
+
+def _has_timeouts(member: PackedCell) -> bool:
+    return bool(getattr(member.task, "has_reward_timeouts", False))
 
 
 @torch.no_grad()

@@ -184,6 +184,18 @@ def test_launch_here_then_rerun_finds_the_same_bits(make_grid: MakeGrid, ask: As
     assert found["difference"].startswith("metrics, update 3, loss: ")
 
 
+def test_rerun_says_which_rewards_a_time_limit_decided(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid(task={"name": "slow_tasks:Chore", "overdue": True})
+    ask("launch", "little.yaml", "--on", "here")
+    run = Run.open(place / "runs/little")
+    count = (run.cell(run.cells[0]).result() or {})["reward_timeouts"]
+    assert count > 0
+    found = ask("rerun", "little", run.cells[0], "--json")
+    assert found["reward_timeouts"] == {"stored": count, "repeated": count}
+    said = ask("rerun", "little", run.cells[0])
+    assert f"(reward_timeouts): {count} in the stored cell, {count} here" in said
+
+
 def test_rerun_refuses_settings_that_do_not_exist(run: Run, ask: Ask) -> None:
     assert "did you mean 'training.lr'" in ask("rerun", "little", run.cells[0], "--set", "training.lrr=1", code=2)
     assert "updates" in ask("rerun", "little", run.cells[0], "--set", "training.updates=-1", code=2)

@@ -202,6 +202,7 @@ def test_rows_of_some_cells_have_more_columns_that_the_report_knows(make_run: Ma
     ]
     more: set[str] = set()
     for number, settings in enumerate(training):
-        run = finished(make_run(f"run{number}", settings, [{"advantage": "gae"}]))
+        task = {"name": "letters_task:Overdue"}
+        run = finished(make_run(f"run{number}", settings, [{"advantage": "gae"}], task=task))
         more |= set(run.cell(run.cells[0]).metrics()[0]) - set(METRICS)
     assert more == set(METRICS_OF_SOME)
