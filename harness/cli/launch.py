@@ -17,10 +17,10 @@ from klab.harness.cli.progress import Board, follow
 from klab.harness.cli.table import console, show_json
 from klab.harness.cli.tracking import Tracking, require_trackers
 from klab.harness.dispatch.backends import Executor, Pack
+from klab.harness.dispatch.gpus import require_gpu
 from klab.harness.dispatch.launch import LaunchResult, should_submit
 from klab.harness.dispatch.launch import launch as submit
 from klab.harness.dispatch.local.backend import LocalExecutor
-from klab.harness.dispatch.local.gpus import require_gpu
 from klab.harness.dispatch.packing.packs import make_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.dispatch.status import count, statuses

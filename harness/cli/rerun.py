@@ -207,8 +207,8 @@ def _same_bits(old: object, new: object) -> bool:
 
 def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: bool) -> CellFolder:
     """Train the cell in a run folder of its own, with the original's starting policies."""
+    from klab.harness.dispatch import gpus
     from klab.harness.dispatch.job import run_job
-    from klab.harness.dispatch.local import gpus
     from klab.harness.dispatch.local.backend import LocalExecutor
     from klab.harness.dispatch.threads import limit_threads
 

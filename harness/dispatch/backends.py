@@ -1,4 +1,4 @@
-"""What a backend (local pool, Slurm, this process) offers to `launch`, `status` and `cancel`."""
+"""The interface of an executor (local pool, Slurm, this process): what `launch`, `status` and `cancel` need of it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ if TYPE_CHECKING:
 
 JobState = Literal[
     "queued",  # accepted, not started
+    "held",  # accepted, but will not start before a user or an administrator releases it
     "running",
     "preempted",  # interrupted by the scheduler and requeued by it
-    "ended",  # the scheduler says the job is over without an error; the cell's own folder says how it went
+    "ended",  # over without an error; how training went is in the cell's own folder
     "failed",  # over with an error: exit code, signal, out of memory, time limit, node failure
     "cancelled",
-    "unknown",  # the scheduler was asked and gave no answer: never to be read as failed
+    "unknown",  # the scheduler was asked and did not answer: never evidence of a failure
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Cells that one job trains together, in order."""
+    """The cells that one job trains together, in order."""
 
     cells: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """What a scheduler says of the job that holds a cell.
+    """What a scheduler says of the job that holds a cell. A cell that the scheduler does not know has no `JobStatus`.
 
-    `reason` is the scheduler's own word ("Resources", "OUT_OF_MEMORY", "TIMEOUT", "NODE_FAIL"), `seconds_left` what
-    remains of the time limit. A cell of which the scheduler knows nothing has no `JobStatus` at all.
+    Attributes:
+        job: the scheduler's id of the job or array task.
+        reason: the scheduler's own word ("Resources", "OUT_OF_MEMORY", "TIMEOUT", "NODE_FAIL").
+        seconds_left: until the time limit.
     """
 
     state: JobState
@@ -46,19 +49,19 @@ class JobStatus:
 
 
 class Executor(Protocol):
-    """One backend. All of a run's cells are asked about at once; nothing here waits for training."""
+    """Where jobs run. A query is about all of a run's cells at once."""
 
     @property
     def name(self) -> str: ...
 
     def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
-        """Hand the packs over and return. Called under the run's lock; safe to repeat after a crash at any point."""
+        """Submit one job per pack. Called under the run's lock; safe to repeat after a crash at any point."""
         ...
 
     def states(self, run: Run) -> dict[str, JobStatus]:
-        """Cell id -> scheduler's word, for the cells it knows something about; one query for all."""
+        """Cell id -> status of its job, for the cells that this executor knows; one query for all."""
         ...
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
-        """Stop the cells' jobs, or take them out of the queue; pack mates that are not named go on."""
+        """Stop the cells' jobs, or take them out of the queue; other cells of the same jobs go on."""
         ...

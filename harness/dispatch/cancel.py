@@ -1,4 +1,4 @@
-"""Take cells out of the queue and out of the hands of running jobs."""
+"""Cancelling cells: those that wait never start, those that run are stopped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from klab.harness.store import Run
 
 
 def cancel(run: Run, cell_ids: Iterable[str], executors: Iterable[Executor] | None = None) -> None:
-    """Cancel these cells. What they measured so far, and their checkpoints, stay; a new launch takes them up again.
+    """Cancel these cells until a new launch resumes them. Their measurements and checkpoints stay.
 
     Jobs all of whose cells are cancelled are ended; a job with other cells drops the cancelled ones after its current
-    update.
+    update. The cancellation is recorded before anything else, and a worker reads the record once more when it has
+    claimed a cell, so that no cell starts after this returned.
     """
     chosen = list(cell_ids)
     for identity in chosen:

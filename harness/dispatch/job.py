@@ -1,6 +1,6 @@
-"""What a job does: claim its cells, train them, and leave word of how each attempt ended.
+"""The work of a job: claim its cells, train them, and record how each attempt ended.
 
-The object that travels through submitit holds a path and ids only; everything else is read from the run folder.
+The object that submitit pickles holds a path and ids only; everything else is read from the run folder.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ if TYPE_CHECKING:
     from klab.harness.training.runner import Progress
 
 GRACE_SECONDS = 40.0
-"""How long a scheduler's signal waits for the end of an update before the job gives way without a fresh checkpoint."""
+"""How long after a scheduler's signal the current update may take; then the job requeues without a new checkpoint."""
 
 
 @dataclass(frozen=True)
 class PackJob:
     """The callable that submitit pickles for the local pool.
 
-    `gpu` is the device that the local pool handed out, or those of several processes with commas between them (None
-    leaves the environment as it is), `threads` the number of threads of each process.
+    Attributes:
+        threads: of each process.
+        gpu: the device that the pool handed out, for several processes separated by commas; None leaves the environment
+            as it is.
+        processes: how many train each cell together.
     """
 
     run: str
@@ -65,7 +68,7 @@ class PackJob:
         return states
 
     def checkpoint(self) -> Any:
-        """submitit calls this when it requeues the job: the same again, which finds the checkpoints."""
+        """Called by submitit when it requeues the job: the same callable, which resumes from the checkpoints."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -83,16 +86,18 @@ def run_job(
     devices: Sequence[str] = (),
     world: ProcessGroup | None = None,
 ) -> dict[str, str]:
-    """Train those of the cells that have no result and no other living worker; how each one ended.
+    """Train those of the cells that have no result and no other living worker; returns how each one ended.
 
     Args:
-        processes: how many train each cell together; the others are started here, on `devices`.
-        world: those that train together, where they have met already.
+        progress: called after every update of every cell.
+        stop: asked after every update whether to save and end.
+        processes: how many train each cell together; all but this one are started here, on `devices`.
+        world: the process group, where it exists already.
     """
     run = Run.open(run_path)
     size = processes if world is None else world.size
-    place = {"executor": executor, **_job_details(run), "processes": size, "threads": threads}
-    claimed = [folder for folder in map(run.cell, cells) if _claim(folder, place)]
+    details = {"executor": executor, **_job_details(run), "processes": size, "threads": threads}
+    claimed = [folder for folder in map(run.cell, cells) if _claim(folder, details)]
     states: dict[str, str] = {}
     try:
         with _keep_claims_fresh(claimed):
@@ -126,10 +131,10 @@ def run_job(
 
 
 class StopSignal:
-    """Turns a request to stop (SIGTERM, and submitit's SIGUSR2) into a flag that training looks at after every update.
+    """Turns a request to stop (SIGTERM, and submitit's SIGUSR2) into a flag that training reads after every update.
 
-    submitit's own handler requeues and exits at whatever point the signal finds the program; here it runs when the
-    update is done and saved, or after `grace` seconds, whichever is first.
+    submitit's own handler requeues and exits at any point of the program; here it runs when the current update is done
+    and saved, or after `grace` seconds, whichever comes first.
     """
 
     def __init__(self, *numbers: int, grace: float = GRACE_SECONDS) -> None:
@@ -153,7 +158,7 @@ class StopSignal:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def requeue(self) -> None:
-        """After a SIGUSR2: let submitit requeue the job and end the process."""
+        """Let submitit requeue the job and end this process, if a SIGUSR2 came; otherwise return."""
         handler = self._before.get(signal.SIGUSR2)
         if self._requeue and callable(handler):
             handler(signal.SIGUSR2, None)
@@ -172,13 +177,17 @@ class StopSignal:
             timer.start()
 
 
-def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
-    """Whether the cell is now this process's to train. A damaged file fails its cell, and only that one."""
+def _claim(folder: CellFolder, details: dict[str, Any]) -> bool:
+    """Whether this process now trains the cell. A damaged file fails its own cell only.
+
+    A cell that was cancelled while its job waited or started is left alone: `cancel` records the cancellation before it
+    looks for jobs, and it is read here after the start is recorded, so that one of the two sees the other.
+    """
     try:
         if folder.result() is not None:
             return False
-        folder.claim(details=place)
-        if folder.result() is not None:
+        folder.claim(details=details)
+        if folder.result() is not None or _is_cancelled(folder):
             folder.release_claim()
             return False
         attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
@@ -188,10 +197,20 @@ def _claim(folder: CellFolder, place: dict[str, Any]) -> bool:
         _record_failure(folder, str(error))
         folder.release_claim()
         return False
-    holder = ProcessId.current()
-    life = {"event": "started", "at": time.time(), "attempt": attempt, "host": holder.host, "pid": holder.pid}
-    folder.append_attempt({**life, **place, "kernels": kernels()})
+    process = ProcessId.current()
+    start = {"event": "started", "at": time.time(), "attempt": attempt, "host": process.host, "pid": process.pid}
+    folder.append_attempt({**start, **details, "kernels": kernels()})
+    if _is_cancelled(folder):  # in between: the newest event has to say so again
+        folder.append_attempt({"event": "cancelled", "at": time.time()})
+        folder.release_claim()
+        return False
     return True
+
+
+def _is_cancelled(folder: CellFolder) -> bool:
+    """Whether the cell was cancelled and not relaunched since."""
+    decisive = [event["event"] for event in folder.attempts() if event["event"] in ("cancelled", "relaunched")]
+    return decisive[-1:] == ["cancelled"]
 
 
 def _record_end(folder: CellFolder, state: str) -> None:
@@ -209,28 +228,28 @@ def _record_failure(folder: CellFolder, text: str) -> None:
 
 def _job_details(run: Run) -> dict[str, Any]:
     """Job id, log (relative to the run folder) and devices of this process."""
-    place: dict[str, Any] = {"job": "", "log": "", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    details: dict[str, Any] = {"job": "", "log": "", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     if os.environ.get("SUBMITIT_FOLDER"):
         from submitit import JobEnvironment
 
         environment = JobEnvironment()
-        place["job"] = environment.job_id
+        details["job"] = environment.job_id
         with suppress(ValueError):
-            place["log"] = str(environment.paths.stderr.resolve().relative_to(run.path))
-    return place
+            details["log"] = str(environment.paths.stderr.resolve().relative_to(run.path))
+    return details
 
 
 @contextmanager
 def _keep_claims_fresh(folders: list[CellFolder]) -> Iterator[None]:
-    """Show other machines that this process lives, however long an update takes."""
+    """Refresh the claims while an update may take long, so that other machines do not take this process for dead."""
     over = threading.Event()
 
-    def touch() -> None:
+    def refresh() -> None:
         while not over.wait(REFRESH_SECONDS):
             for folder in folders:
                 folder.refresh_claim()
 
-    thread = threading.Thread(target=touch, daemon=True)
+    thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
     try:
         yield

@@ -1,22 +1,22 @@
-"""From a run to submitted packs. Launching again continues: what is done stays, what runs is left alone."""
+"""Launching a run: submit the cells that need it. Repeating a launch keeps results and leaves running cells alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Executor, Pack
-from klab.harness.dispatch.packing.packs import make_packs
-from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
+from klab.harness.dispatch.packing.plan import plan_packs
+from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchResult:
-    """What a launch did: the packs handed over, and the states of all cells just before."""
+    """The packs that a launch submitted, and the states of all cells just before."""
 
     packs: tuple[Pack, ...]
     before: tuple[CellStatus, ...]
@@ -32,14 +32,14 @@ def launch(
     resources: Resources | None = None,
     others: Iterable[Executor] | None = None,
 ) -> LaunchResult:
-    """Submit every cell that has no result, no worker and no place in a queue.
+    """Submit every cell that has no result, is not running, and is in no queue.
 
     Args:
         workers: jobs that will run at the same time; decides how cells are packed.
-        retry_failed: also take up cells that failed.
+        retry_failed: also run failed cells again.
         cells_per_job: overrides the grid file's `resources.cells_per_job`.
         resources: what each job gets; None: what the grid file asks for.
-        others: backends to ask about queued cells; None: those of the run.
+        others: executors to ask about queued cells; None: those of the run.
     """
     with run.lock("launching"):
         before = statuses(run, others)
@@ -51,32 +51,19 @@ def launch(
                 folder.append_attempt({"event": "relaunched", "at": time.time(), "was": row.state})
         asked = resources or run.resources
         size = cells_per_job or asked.cells_per_job or run.resources.cells_per_job
-        place = HardwareKey.for_launch(executor.name, asked, getattr(executor, "device", None))
-        packs = plan_packs(run, [row.id for row in chosen], workers, size, place)
+        hardware = HardwareKey.for_launch(executor.name, asked, getattr(executor, "device", None))
+        packs = plan_packs(run, [row.id for row in chosen], workers, size, hardware)
         if packs:
             executor.submit(run, packs, asked.model_copy(update={"cells_per_job": size}))
     return LaunchResult(tuple(packs), tuple(before))
 
 
 def should_submit(row: CellStatus, executor: str, retry_failed: bool) -> bool:
-    """Whether a launch takes the cell up. It rebuilds the local queue, and leaves a scheduler's queue alone."""
+    """Whether a launch submits the cell. The local queue is built anew by each launch, a scheduler's is left alone."""
     if row.state == "failed":
         return retry_failed
     if row.state == "queued":
         return executor == "local" and row.executor == "local" and not row.job
     if row.state == "preempted":
-        return not row.job  # with a job it is in a scheduler's queue again
+        return not row.job  # otherwise a scheduler has requeued it
     return row.state in ("waiting", "lost", "cancelled")
-
-
-def plan_packs(
-    run: Run,
-    cells: Iterable[str],
-    workers: int,
-    size: int | None = None,
-    place: HardwareKey | None = None,
-    running: Collection[int] = (),
-) -> Sequence[Pack]:
-    """The packs for these cells, from the step times that were measured at this place; see `make_packs`."""
-    resolved = {identity: run.resolved(identity) for identity in cells}
-    return make_packs(resolved, size, workers, read_step_times(run.path.parent, place), running).packs

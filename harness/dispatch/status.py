@@ -1,4 +1,4 @@
-"""The state of every cell, from the best witness there is: result > living worker > scheduler > lost."""
+"""The state of every cell, from the most reliable source that knows it: result, living worker, scheduler, attempts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from klab.harness.dispatch.backends import Executor, JobStatus
+from klab.harness.dispatch.local.backend import LocalExecutor, abandoned_cells
+from klab.harness.dispatch.local.queue_files import log_path
 from klab.harness.store import Run, Snapshot, scan
 
 State = Literal[
-    "waiting", "queued", "running", "preempted", "finished", "diverged", "failed", "cancelled", "lost", "unknown"
+    "waiting",
+    "queued",
+    "held",
+    "running",
+    "preempted",
+    "finished",
+    "diverged",
+    "failed",
+    "cancelled",
+    "lost",
+    "unknown",
 ]
 STATES: tuple[State, ...] = (
     "finished",
     "diverged",
     "running",
     "queued",
+    "held",
     "waiting",
     "preempted",
     "unknown",
@@ -27,10 +40,10 @@ STATES: tuple[State, ...] = (
     "failed",
 )
 INTERRUPTIONS = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
-"""Ends of a job that say nothing about its cells: a launch takes them up again."""
+"""Slurm's states of jobs that ended for reasons outside of their cells: a launch continues these cells."""
 
 FINAL_STATES: tuple[State, ...] = ("finished", "diverged", "failed", "cancelled")
-"""States that nothing but a new launch changes."""
+"""States that only a new launch changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +51,11 @@ class CellStatus:
     """One line of the status table.
 
     Attributes:
-        update, updates: optimizer updates done, and all.
-        reward: the mean reward of the newest update, or of the last tenth for a cell with a result.
-        detail: the scheduler's reason, the error's last line, the host.
-        seconds_left: of the time limit, where a scheduler says so.
-        since: seconds since the newest sign of life, None where there was none.
+        update, updates: optimizer updates done, and planned.
+        reward: mean reward of the newest update; of a cell with a result, its final reward.
+        detail: the scheduler's reason, the line of the error that explains it, or the host.
+        seconds_left: until the time limit, where a scheduler reports it.
+        since: seconds since the newest heartbeat, None where there was none.
     """
 
     id: str
@@ -60,7 +73,7 @@ class CellStatus:
 def statuses(
     run: Run, executors: Iterable[Executor] | None = None, cells: Iterable[str] | None = None
 ) -> list[CellStatus]:
-    """The state of each cell, in the grid's order; every scheduler is asked at most once, and only about open cells."""
+    """The state of each cell, in the grid's order. A scheduler gets one query, and none when all cells have results."""
     snapshots = scan(run, cells)
     jobs: dict[str, tuple[str, JobStatus]] = {}
     if any(each.result is None for each in snapshots.values()):
@@ -76,15 +89,27 @@ def count(rows: Iterable[CellStatus]) -> dict[State, int]:
 
 
 def executors_of(run: Run) -> list[Executor]:
-    """The backends that have something to say about this run."""
-    from klab.harness.dispatch.local.backend import LocalExecutor
-
+    """The executors that may have jobs of this run."""
     found: list[Executor] = [LocalExecutor()]
     if (run.jobs / "slurm").exists():
         from klab.harness.dispatch.slurm.backend import SlurmExecutor
 
         found.append(SlurmExecutor())
     return found
+
+
+def controller_problem(run: Run, rows: Iterable[CellStatus]) -> str | None:
+    """One sentence when the controller of the local pool is gone and cells still wait in its queue, else None.
+
+    Args:
+        rows: the run's `statuses`.
+    """
+    waiting = {row.id for row in rows if row.state in ("waiting", "lost") or (row.state == "preempted" and not row.job)}
+    abandoned = waiting.intersection(abandoned_cells(run))
+    if not abandoned:
+        return None
+    cells = "1 cell" if len(abandoned) == 1 else f"{len(abandoned)} cells"
+    return f"the controller ended with {cells} in its queue; see {log_path(run)}. Launch again to continue."
 
 
 def _status(run: Run, snapshot: Snapshot, executor: str, job: JobStatus | None) -> CellStatus:
@@ -131,28 +156,31 @@ def _state(run: Run, snapshot: Snapshot, job: JobStatus | None) -> tuple[State, 
     if event == "cancelled":
         return "cancelled", ""
     if snapshot.failed:
-        return "failed", last_line(run.cell(snapshot.id).error() or "")
+        return "failed", explaining_line(run.cell(snapshot.id).error() or "")
     if job is not None:
         return _from_scheduler(job, snapshot)
     if event == "started":
-        return "lost", "its process is gone without a word; launch again to continue from the last checkpoint"
+        return "lost", "worker process died without a result; relaunch to resume from the last checkpoint"
     if event == "ended" and (snapshot.event or {}).get("state") == "interrupted":
-        return "preempted", "stopped with a checkpoint; launch again to continue"
+        return "preempted", "stopped with a checkpoint; relaunch to resume"
     return "waiting", ""
 
 
 def _from_scheduler(job: JobStatus, snapshot: Snapshot) -> tuple[State, str]:
-    if job.state in ("queued", "preempted"):
-        begun = snapshot.event is not None and job.state == "preempted"
-        return ("preempted" if begun else "queued"), job.reason
+    if job.state == "preempted" and snapshot.event is not None:
+        return "preempted", job.reason
+    if job.state in ("queued", "preempted"):  # requeued before it ever started: it only waits
+        return "queued", job.reason
+    if job.state == "held":
+        return "held", f"{job.reason or 'held'}; release with: scontrol release {job.job}"
     if job.state == "running":
         return "running", job.reason or "starting"
     if job.state == "unknown":
-        return "unknown", job.reason or "the scheduler does not answer"
+        return "unknown", job.reason or "no answer from the scheduler"
     if job.state == "cancelled":
         return "cancelled", job.reason
     if job.state == "failed" and job.reason in INTERRUPTIONS:
-        return "lost", f"{job.reason}; launch again to continue from the last checkpoint"
+        return "lost", f"{job.reason}; relaunch to resume from the last checkpoint"
     if job.state == "failed":
         return "failed", _describe_failure(job)
     return ("lost" if snapshot.event is not None else "waiting"), job.reason
@@ -167,10 +195,16 @@ def _describe_failure(job: JobStatus) -> str:
     return ", ".join(parts) or "the job failed"
 
 
-def last_line(text: str) -> str:
-    """The line of a traceback that says what went wrong."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def explaining_line(text: str) -> str:
+    """The line of a stored error that says what went wrong.
+
+    That is the first line of the exception's message, below the frames of the last traceback; lines that follow belong
+    to the same message. A text without a traceback is a message as a whole.
+    """
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    begin = max((number for number, line in enumerate(lines) if line.startswith("Traceback")), default=-1) + 1
+    message = (line.strip() for line in lines[begin:] if begin == 0 or not line.startswith(" "))
+    return next(message, lines[-1].strip() if lines else "")
 
 
 def _updates(resolved: Mapping[str, Any]) -> int:

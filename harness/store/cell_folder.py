@@ -254,7 +254,11 @@ class CellFolder:
 
         self.path.mkdir(parents=True, exist_ok=True)
         text = dump_yaml({"schema": files.SCHEMA, **self._resolved()})
-        files.replace(self.path / "cell.yaml", text.encode())
+        try:
+            files.replace(self.path / "cell.yaml", text.encode())
+        except FileNotFoundError:  # a process that claimed the cell meanwhile wrote the file and removed temporaries
+            if not (self.path / "cell.yaml").exists():
+                raise
         files.sync_folder(self.path.parent)
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Where every cell of a run stands, read quickly.
+"""A snapshot of every cell's state, read quickly.
 
 The cells' folders are the truth. The index beside them only saves reading results again: an entry counts as long as its
 result's file is the very one that it was read from, for which one `stat` per cell is enough.
@@ -38,6 +38,11 @@ class Snapshot:
     event: dict[str, Any] | None = None
     heartbeat: dict[str, Any] | None = None
     problem: str | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the newest event is a cancellation, which holds until a launch resumes the cell."""
+        return (self.event or {}).get("event") == "cancelled"
 
 
 def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]:

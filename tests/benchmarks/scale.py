@@ -45,10 +45,10 @@ from klab.harness.store import Run
 class Taker:
     name = "local"
     def submit(self, run, packs, resources):
-        from klab.harness.dispatch.local.backend import Local, request_path
+        from klab.harness.dispatch.local.backend import LocalExecutor
         import klab.harness.dispatch.local.backend as local
         local.start_controller = lambda run: None
-        Local(max_parallel=2).submit(run, packs, resources)
+        LocalExecutor(max_parallel=2).submit(run, packs, resources)
     def states(self, run):
         return {}
     def cancel(self, run, cells):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from klab.harness.dispatch.local.controller import lock_path
+from klab.harness.dispatch.local.queue_files import lock_path
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import ProcessId, Run, scan
 from klab.harness.store.lock import read_lock

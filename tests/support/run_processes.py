@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from klab.grid import UserError
-from klab.harness.dispatch.local.controller import lock_path
+from klab.harness.dispatch.local.queue_files import lock_path
 from klab.harness.store import ProcessId, Run, scan
 from klab.harness.store.lock import read_lock
 

@@ -1,4 +1,4 @@
-"""Jobs on this machine, through a detached controller that keeps a bounded number of them running."""
+"""The local pool as an executor: a background controller keeps a bounded number of jobs running on this machine."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from typing import Any
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.grid.user_code import python_command
+from klab.harness.dispatch import gpus
 from klab.harness.dispatch.backends import JobStatus, Pack
-from klab.harness.dispatch.local import gpus
-from klab.harness.dispatch.local.controller import lock_path, request_path, state_path
+from klab.harness.dispatch.local.queue_files import (
+    controller_is_alive,
+    log_path,
+    read_request,
+    read_state,
+    request_path,
+)
 from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.store import ProcessId, Run, files, machine, scan
-from klab.harness.store.lock import is_stale, read_lock
 
 _START_SECONDS = 60.0
+"""How long a controller may take to start."""
 
 
 class LocalExecutor:
-    """The local pool as a backend.
+    """Jobs on this machine, in the background.
 
     Args:
         max_parallel: jobs at a time; None: one per GPU where there are any, else one per core.
@@ -40,7 +46,11 @@ class LocalExecutor:
         self.device = device
 
     def gpus(self) -> list[str]:
-        """The devices to hand out, as CUDA names them."""
+        """The devices to hand out, as CUDA names them.
+
+        Raises:
+            UserError: when a GPU was asked for and there is none.
+        """
         if self.device == "cpu":
             return []
         found = gpus.visible_gpus()
@@ -49,10 +59,10 @@ class LocalExecutor:
         return found
 
     def processes(self, wanted: Resources) -> int:
-        """Processes per job. GPUs that the grid file wants of a larger machine are no reason to fail on this one.
+        """Processes per job; a grid file written for a machine with more GPUs gets as many as there are here.
 
         Raises:
-            UserError: more processes than GPUs.
+            UserError: when more processes were asked for than there are GPUs.
         """
         count = len(self.gpus())
         if wanted.processes is None:
@@ -67,12 +77,12 @@ class LocalExecutor:
         return wanted.processes
 
     def slots(self, threads: int = 1, processes: int = 1) -> int:
-        """Jobs at a time."""
-        places = len(self.gpus()) or machine.cores() // threads
-        return self.max_parallel or max(1, places // processes)
+        """Jobs at a time: as asked for, else one per GPU, or per `threads` cores, divided by the processes of a job."""
+        room = len(self.gpus()) or machine.cores() // threads
+        return self.max_parallel or max(1, room // processes)
 
     def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
-        """Make these packs the controller's queue and see that there is a controller."""
+        """Make these packs the controller's queue, and start a controller unless one is alive."""
         threads, processes = min(resources.cpus, machine.cores()), self.processes(resources)
         run.jobs.mkdir(parents=True, exist_ok=True)
         request: dict[str, Any] = {
@@ -84,24 +94,23 @@ class LocalExecutor:
             "processes": processes,
             "gpus": [gpus.HIDDEN] if self.device == "cpu" else self.gpus(),
         }
-        place = HardwareKey.for_launch(self.name, resources, self.device)
-        if place is not None and resources.cells_per_job is None:
-            request["place"] = asdict(place)
+        hardware = HardwareKey.for_launch(self.name, resources, self.device)
+        if hardware is not None and resources.cells_per_job is None:
+            request["place"] = asdict(hardware)
         files.replace(request_path(run), files.encode_record(request))
         if not controller_is_alive(run):
             start_controller(run)
 
     def states(self, run: Run) -> dict[str, JobStatus]:
-        """Cells in the controller's queue; running cells speak for themselves."""
+        """The cells in the controller's queue; the state of running cells is known from their own folders."""
         if not controller_is_alive(run):
             return {}
         found: dict[str, JobStatus] = {}
         try:
-            request = files.read_record(request_path(run)) or {}
-            state = files.read_record(state_path(run)) or {}
+            request, state = read_request(run), read_state(run)
         except UserError:
             return {}
-        for cells in request.get("packs", []):  # what the controller has not looked at yet
+        for cells in request.get("packs", []):  # what the controller has not read yet
             found.update({cell: JobStatus("queued", reason="waiting for a free worker") for cell in cells})
         if state.get("ticket") == request.get("ticket"):
             found = {
@@ -109,36 +118,54 @@ class LocalExecutor:
                 for cells in state.get("waiting", [])
                 for cell in cells
             }
-        for flight in state.get("flying", []):
-            found.update({cell: JobStatus("queued", str(flight["job"]), "starting") for cell in flight["cells"]})
+        for job in state.get("flying", []):
+            found.update({cell: JobStatus("queued", str(job["job"]), "starting") for cell in job["cells"]})
         return found
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
-        """End processes all of whose cells are cancelled; a process with other cells notices by itself."""
+        """End processes all of whose cells are cancelled; one with other cells drops the cancelled ones itself."""
         chosen = set(cell_ids)
         cells_of: dict[int, set[str]] = {}
         for snapshot in scan(run).values():
-            holder = ProcessId.from_record(snapshot.claim or {})
-            if snapshot.alive and holder is not None and holder.is_alive():
-                cells_of.setdefault(holder.pid, set()).add(snapshot.id)
+            process = ProcessId.from_record(snapshot.claim or {})
+            if snapshot.alive and process is not None and process.is_alive():
+                cells_of.setdefault(process.pid, set()).add(snapshot.id)
         for pid, cells in cells_of.items():
             if cells <= chosen:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM)
 
 
-def controller_is_alive(run: Run) -> bool:
-    record = read_lock(lock_path(run))
-    return record is not None and not is_stale(lock_path(run), record)
+def abandoned_cells(run: Run) -> list[str]:
+    """Cells that still wait in the queue of a controller that is gone: it was killed, or it failed.
+
+    A controller that ends by itself has an empty queue: all its cells have a result or a failure, or were cancelled.
+    """
+    if controller_is_alive(run):
+        return []
+    try:
+        request, state = read_request(run), read_state(run)
+    except UserError:
+        return []
+    waiting = request.get("packs", [])
+    if state.get("ticket") == request.get("ticket"):
+        waiting = [*state.get("waiting", []), *(job.get("cells", []) for job in state.get("flying", []))]
+    known = set(run.cells)
+    cells = [cell for pack in waiting for cell in pack if cell in known]
+    return [
+        each.id
+        for each in scan(run, cells).values()
+        if not (each.result or each.failed or each.problem or each.cancelled or each.alive)
+    ]
 
 
 def start_controller(run: Run) -> None:
-    """Start a controller that outlives this process and its terminal, and see that it takes over.
+    """Start a controller that outlives this process and its terminal; returns when it works on the queue.
 
     Raises:
-        OSError: when it ends at once; its log is named.
+        OSError: when it ends at once; the message names its log.
     """
-    path = run.jobs / "controller.log"
+    path = log_path(run)
     with path.open("ab") as log:
         process = subprocess.Popen(
             python_command("-m", "klab.harness.dispatch.local.controller", str(run.path)),

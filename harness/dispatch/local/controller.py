@@ -1,8 +1,9 @@
-"""The process behind `launch --on local`: works a run's queue off and ends.
+"""The background process behind `launch --on local`: it works through a run's queue and exits when that is empty.
 
 Run as `python -m klab.harness.dispatch.local.controller RUN`.
 
-It may be killed at any time: jobs go on without it, and the next launch starts another one, which adopts them.
+It may be killed at any time: its jobs go on without it, `status` reports that it ended, and the next launch starts
+another one, which adopts the running jobs.
 """
 
 from __future__ import annotations
@@ -15,26 +16,15 @@ from typing import Any
 from klab.grid import UserError
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local.pool import Pool
+from klab.harness.dispatch.local.queue_files import lock_path, read_request, state_path
 from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.store import Lock, LockHeld, Run, files
 
 POLL_SECONDS = 0.2
 
 
-def request_path(run: Run) -> Path:
-    return run.jobs / "local-request.json"
-
-
-def state_path(run: Run) -> Path:
-    return run.jobs / "local-state.json"
-
-
-def lock_path(run: Run) -> Path:
-    return run.jobs / "controller"
-
-
 def run_controller(run_path: str | Path) -> None:
-    """Work off the queue of the run; returns at once when another controller does so already."""
+    """Work through the run's queue; returns at once when another controller already does."""
     run = Run.open(run_path)
     lock = Lock(lock_path(run), purpose="local controller")
     try:
@@ -49,7 +39,7 @@ def _loop(run: Run, lock: Lock) -> None:
     pool.adopt()
     ticket: object = None
     while lock.is_ours():
-        request = files.read_record(request_path(run)) or {}
+        request = read_request(run)
         fresh = request.get("ticket") != ticket
         if fresh:
             ticket = request.get("ticket")
@@ -68,33 +58,26 @@ def _apply_request(pool: Pool, request: dict[str, Any]) -> None:
         threads=max(1, int(request.get("threads", 1))),
         processes=max(1, int(request.get("processes", 1))),
         gpus=[str(device) for device in request.get("gpus", [])],
-        place=HardwareKey(**request["place"]) if request.get("place") else None,
+        hardware=HardwareKey(**request["place"]) if request.get("place") else None,
     )
 
 
 def _write_state(run: Run, pool: Pool, ticket: object) -> None:
-    files.replace(
-        state_path(run),
-        files.encode_record(
-            {
-                "ticket": ticket,
-                "waiting": [list(pack.cells) for pack in pool.waiting],
-                "flying": [
-                    {"cells": list(flight.cells), "job": flight.job.job_id if flight.job else flight.pid}
-                    for flight in pool.running
-                ],
-            }
-        ),
-        durable=False,
-    )
+    record = {
+        "ticket": ticket,
+        "waiting": [list(pack.cells) for pack in pool.waiting],
+        "flying": [
+            {"cells": list(each.cells), "job": each.job.job_id if each.job else each.pid} for each in pool.running
+        ],
+    }
+    files.replace(state_path(run), files.encode_record(record), durable=False)
 
 
 def _try_to_end(run: Run, lock: Lock, ticket: object) -> bool:
-    """Whether the controller may end: no new request came in. Launchers write requests under the same lock."""
+    """Give the controller's lock back unless a new request came in; launches write requests under the run's lock."""
     try:
         with run.lock("ending the local controller", wait=5.0):
-            request = files.read_record(request_path(run)) or {}
-            if request.get("ticket") != ticket:
+            if read_request(run).get("ticket") != ticket:
                 return False
             lock.release()
             return True

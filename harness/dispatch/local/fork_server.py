@@ -1,9 +1,13 @@
-"""Jobs forked from a warm parent: a process that has imported torch, transformers and klab once, for all of them.
+"""A fork server for jobs of the local pool: it imports torch, transformers and klab once and forks a process per job.
 
-As a program this module imports, then reads submitit folders from standard input, one line each, forks for each
-a process that does what `submitit.core._submit` would do in a new one, and answers its number. It makes no
-tensor, starts no thread and never looks for a GPU, so that a fork may use as many threads and whatever device it was
-given. It ends when its standard input does; its forks go on.
+As a program this module imports, then reads submitit folders from standard input, one line each, forks for each a
+process that runs the job pickled there, and answers its process number. It makes no tensor, starts no thread and never
+initialises CUDA, so that a fork may use as many threads and whatever device it was given. It ends when its standard
+input does; its forks go on.
+
+`multiprocessing`'s forkserver does less here: it reports how a child ended through the server, so that all running jobs
+count as ended when the server is killed; a parent waits for its children when it exits, where a controller must be able
+to leave them; and a killed parent leaves its socket in the temporary folder.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import JobPaths
+from submitit.core.core import Job
+from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
 
 from klab.grid.user_code import python_command
@@ -27,16 +33,41 @@ from klab.harness.store import ProcessId
 from klab.harness.store.kernels import fix_kernels
 
 _PICKLE_SECONDS = 60.0
+"""How long a forked process waits for the pickle of its job."""
+
+_MINUTES = 60 * 24 * 365
+"""submitit insists on a time limit; a local job has none."""
 
 
 class ForkServer:
-    """The parent as its user sees it: started on demand, and again when it is gone."""
+    """Client of the fork server, which is started on demand, and again when it was killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
+    def submit(self, folder: Path, job: Callable[[], Any]) -> Job[Any]:
+        """Run a job in a forked process, as one of submitit's local jobs: its pickles and logs lie in `folder`.
+
+        Where no fork can be had, the job is submitted through submitit's own executor, which starts a new interpreter.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        forked = self.fork(folder)
+        if forked is None:
+            executor = LocalExecutor(folder, python=shlex.join(python_command()))
+            executor.update_parameters(timeout_min=_MINUTES, stderr_to_stdout=False)
+            return executor.submit(job)
+        process: Any = forked
+        submitted: Job[Any] = LocalJob(folder=folder, job_id=str(forked.pid), process=process)
+        pickle = submitted.paths.submitted_pickle
+        temporary = pickle.with_name(f".{pickle.name}.tmp")
+        delayed = DelayedSubmission(job)
+        delayed.set_timeout(_MINUTES, 3)
+        delayed.dump(temporary)
+        temporary.replace(pickle)
+        return submitted
+
     def fork(self, folder: Path) -> ForkedProcess | None:
-        """A process for the job that is about to be written to this submitit folder; None where none can be had."""
+        """A process for the job that is about to be pickled to this folder; None when the server cannot be started."""
         for _ in range(2):
             process = self._running()
             assert process.stdin is not None
@@ -50,7 +81,7 @@ class ForkServer:
         return None
 
     def end(self) -> None:
-        """End the parent, not its forks."""
+        """End the server, not its forks."""
         if self._process is not None:
             self._process.kill()
             with self._process:
@@ -80,21 +111,6 @@ class ForkedProcess:
             os.kill(self.pid, number)
 
 
-class WarmExecutor(LocalExecutor):
-    """submitit's local executor: the same folders, pickles, logs and jobs, by forks where they can be had."""
-
-    def __init__(self, folder: Path, parent: ForkServer) -> None:
-        super().__init__(folder, python=shlex.join(python_command()))
-        self._parent = parent
-
-    def _submit_command(self, command: str) -> Any:
-        fork = self._parent.fork(self.folder)
-        if fork is None:
-            return super()._submit_command(command)
-        process: Any = fork
-        return LocalJob(folder=self.folder, job_id=str(fork.pid), process=process)
-
-
 def main() -> None:
     """Fork for every line of standard input until it ends; in a fork, run its job."""
     fix_kernels()
@@ -115,6 +131,7 @@ def main() -> None:
 
 
 def _run(folder: Path) -> None:
+    """Run the job pickled in this folder for this process number, as submitit does in a new interpreter."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     job = str(os.getpid())
@@ -139,7 +156,7 @@ def _run(folder: Path) -> None:
 
 
 def _redirect(paths: JobPaths) -> None:
-    """Standard input from nowhere, both outputs to the job's logs."""
+    """Read nothing from standard input; send standard output and error to the job's logs."""
     with open(os.devnull) as nothing, paths.stdout.open("ab") as out, paths.stderr.open("ab") as errors:
         for file, descriptor in ((nothing, 0), (out, 1), (errors, 2)):
             os.dup2(file.fileno(), descriptor)

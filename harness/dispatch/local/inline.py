@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from klab.grid.schema.sections import Resources
+from klab.harness.dispatch import gpus
 from klab.harness.dispatch.backends import JobStatus, Pack
 from klab.harness.dispatch.job import StopSignal, run_job
-from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run, machine

@@ -17,7 +17,7 @@ from statistics import median
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
-from klab.harness.dispatch.local import gpus
+from klab.harness.dispatch import gpus
 from klab.harness.dispatch.packing.balance import NOISE
 from klab.harness.dispatch.packing.packs import cost_key
 from klab.harness.store import Run, files, machine

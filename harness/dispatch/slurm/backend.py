@@ -17,7 +17,8 @@ from klab.harness.dispatch.slurm.client import NoAccounting, SlurmUnavailable
 from klab.harness.dispatch.slurm.submission import Submission, next_number, record_intent, submissions
 from klab.harness.store import Run, scan
 
-_LIVE = ("queued", "running", "preempted", "unknown")
+_LIVE = ("queued", "held", "running", "preempted", "unknown")
+"""States of jobs that are still in Slurm's queue, or may be."""
 
 
 class SlurmExecutor:
@@ -226,10 +227,7 @@ def _from_accounting(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) 
 def _has_other_open_cells(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
     """Whether a job has cells that still want to run."""
     snapshots = scan(run, [cell for cell in cells if cell not in chosen])
-    return any(
-        each.result is None and not each.failed and str((each.event or {}).get("event")) != "cancelled"
-        for each in snapshots.values()
-    )
+    return any(each.result is None and not each.failed and not each.cancelled for each in snapshots.values())
 
 
 def _unavailable(error: SlurmUnavailable) -> UserError:

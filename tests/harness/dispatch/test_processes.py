@@ -92,10 +92,10 @@ def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, mon
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
     pool = Pool(Run.create(place / "run", make_grid()))
-    assert pool.devices() is None
+    assert pool.next_gpus() is None
     pool.replace_queue([], slots=2, threads=1, gpus=["7", "9", "2", "1"], processes=2)
-    assert pool.devices() == "7,9"
+    assert pool.next_gpus() == "7,9"
     pool.running.append(RunningJob(("one",), gpu="9,7"))
-    assert pool.devices() == "2,1"
+    assert pool.next_gpus() == "2,1"
     pool.running.append(RunningJob(("other",), gpu="1"))
-    assert pool.devices() == "2,7"
+    assert pool.next_gpus() == "2,7"

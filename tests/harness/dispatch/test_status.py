@@ -10,6 +10,7 @@ import pytest
 
 from klab.grid import Grid
 from klab.grid.schema.sections import Resources
+from klab.harness.cli.progress import resting
 from klab.harness.dispatch.backends import JobStatus, Pack
 from klab.harness.dispatch.launch import should_submit
 from klab.harness.dispatch.status import CellStatus, statuses
@@ -73,6 +74,7 @@ QUEUED = JobStatus("queued", "12_3", "Resources")
 RUNNING = JobStatus("running", "12_3", seconds_left=90.0)
 SILENT = JobStatus("unknown", "12_3")
 KILLED = JobStatus("failed", "12_3", "OUT_OF_MEMORY", signal=9)
+HELD = JobStatus("held", "12_3", "JobHeldUser")
 ENDED = JobStatus("ended", "12_3", "COMPLETED", exit_code=0)
 
 
@@ -81,6 +83,9 @@ ENDED = JobStatus("ended", "12_3", "COMPLETED", exit_code=0)
     [
         (untouched, None, "waiting"),
         (untouched, QUEUED, "queued"),
+        (untouched, JobStatus("preempted", "12_3", "BeginTime"), "queued"),  # requeued before it ever started
+        (untouched, HELD, "held"),
+        (started, HELD, "held"),
         (untouched, RUNNING, "running"),
         (untouched, SILENT, "unknown"),
         (untouched, ENDED, "waiting"),
@@ -91,6 +96,8 @@ ENDED = JobStatus("ended", "12_3", "COMPLETED", exit_code=0)
         (started, RUNNING, "running"),
         (started, SILENT, "unknown"),
         (started, KILLED, "failed"),
+        (started, JobStatus("failed", "12_3", "NODE_FAIL"), "lost"),
+        (started, JobStatus("failed", "12_3", "TIMEOUT", exit_code=1), "lost"),
         (started, ENDED, "lost"),
         (interrupted, None, "preempted"),
         (interrupted, QUEUED, "queued"),
@@ -139,10 +146,46 @@ def test_schedulers_are_asked_once_and_only_about_open_cells(make_grid: Callable
     assert scheduler.asked == 1
 
 
-def test_the_errors_last_line_is_shown(make_grid: Callable[..., Grid], place: Path) -> None:
+WRAPPED = """Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+    load()
+KeyError: 'x'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "b.py", line 2, in load
+    raise OutOfMemoryError(
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.
+GPU 0 has a total capacity of 79 GiB.
+See the documentation of memory management
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("Traceback\n  …\nValueError: no such thing\n", "ValueError: no such thing"),
+        (WRAPPED, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."),
+        ("grid.yaml: wrong weight\nChoose another one.", "grid.yaml: wrong weight"),
+        ("", ""),
+    ],
+)
+def test_a_failed_cell_shows_the_line_that_explains(
+    make_grid: Callable[..., Grid], place: Path, error: str, shown: str
+) -> None:
     run = Run.create(place / "run", make_grid())
-    failed(run.cell(run.cells[0]))
-    assert statuses(run, [])[0].detail == "ValueError: no such thing"
+    run.cell(run.cells[0]).record_failure(error)
+    assert statuses(run, [])[0].detail == shown
+
+
+def test_a_held_job_names_the_command_that_releases_it(make_grid: Callable[..., Grid], place: Path) -> None:
+    run = Run.create(place / "run", make_grid())
+    (row,) = statuses(run, [Scheduler(HELD)])
+    assert row.detail == "JobHeldUser; release with: scontrol release 12_3"
+    assert row.job == "12_3"
+    assert resting([row])
+    assert not should_submit(row, "slurm", retry_failed=True)
 
 
 @pytest.mark.parametrize(

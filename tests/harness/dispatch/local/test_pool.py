@@ -15,9 +15,10 @@ from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.cancel import cancel
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import LocalExecutor
-from klab.harness.dispatch.local.controller import request_path, run_controller
+from klab.harness.dispatch.local.controller import run_controller
 from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.dispatch.local.pool import Pool
+from klab.harness.dispatch.local.queue_files import request_path
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run, files, scan
 from tests.support.run_processes import controllers, kill, wait_for, workers
@@ -132,7 +133,7 @@ def test_a_process_that_keeps_vanishing_becomes_a_failure_with_a_reason(make_gri
     wait_for(lambda: pool.step() and not pool.running and not pool.waiting)
     (row,) = statuses(run)
     assert (row.state, Path("deaths").read_text()) == ("failed", "xx")
-    assert "vanished 2 times" in row.detail
+    assert "died 2 times" in row.detail
 
 
 def test_at_most_so_many_jobs_at_a_time_and_one_gpu_each(make_grid: MakeGrid, place: Path) -> None:

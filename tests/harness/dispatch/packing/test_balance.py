@@ -240,7 +240,7 @@ def test_what_waits_is_packed_anew_when_step_times_are_known(make_grid: MakeGrid
     alone, together = Run.create(place / "alone/little", grid), Run.create(place / "runs/little", grid)
     launch(alone, InlineExecutor(), workers=1, cells_per_job=1)
     pool, where = Pool(together), HardwareKey.for_launch("local", Resources())
-    pool.replace_queue([Pack((each,)) for each in together.cells], slots=1, threads=1, gpus=[], place=where)
+    pool.replace_queue([Pack((each,)) for each in together.cells], slots=1, threads=1, gpus=[], hardware=where)
     wait_for(lambda: pool.step() and not pool.running and not pool.waiting)
     assert count(statuses(together)) == {"finished": 4}
     processes = Counter(together.cell(each).attempts()[0]["pid"] for each in together.cells)

@@ -10,8 +10,8 @@ import pytest
 
 from klab.grid import Grid, UserError
 from klab.harness.cli.main import main
+from klab.harness.dispatch import gpus
 from klab.harness.dispatch.backends import Pack
-from klab.harness.dispatch.local import gpus
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.store import Run

@@ -1,0 +1,58 @@
+"""A job trains what it claims, and nothing that was cancelled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from klab.grid import Grid
+from klab.harness.dispatch.cancel import cancel
+from klab.harness.dispatch.job import run_job
+from klab.harness.dispatch.launch import launch
+from klab.harness.dispatch.local.inline import InlineExecutor
+from klab.harness.dispatch.status import count, statuses
+from klab.harness.store import Run
+
+
+def test_a_cell_that_was_cancelled_does_not_start_until_it_is_launched_again(
+    make_grid: Callable[..., Grid], place: Path
+) -> None:
+    run = Run.create(place / "runs/little", make_grid(seeds=2))
+    kept, stopped = run.cells
+    cancel(run, [stopped])
+    assert run_job(run.path, (kept, stopped), executor="local") == {kept: "finished"}
+    assert [event["event"] for event in run.cell(stopped).attempts()] == ["cancelled"]
+    assert run.cell(stopped).claim_holder() is None
+    launch(run, InlineExecutor(), workers=1)
+    assert count(statuses(run)) == {"finished": 2}
+
+
+def test_cancelling_while_a_job_starts_leaves_the_cell_cancelled_or_finished(
+    make_grid: Callable[..., Grid], place: Path
+) -> None:
+    """Many races between the worker's start and the cancellation: whoever is first, no third outcome exists."""
+    run = Run.create(place / "runs/little", make_grid(seeds=12, updates=3))
+    for number, identity in enumerate(run.cells):
+        worker = threading.Thread(target=run_job, args=(run.path, (identity,)), kwargs={"executor": "local"})
+        worker.start()
+        for _ in range(number * 200):  # from before the claim to far into training
+            run.cell(identity).claim_holder()
+        cancel(run, [identity], executors=())
+        rows = len(run.cell(identity).metrics())
+        worker.join()
+        (row,) = statuses(run, (), [identity])
+        assert row.state in ("cancelled", "finished")
+        if row.state == "cancelled":
+            assert len(run.cell(identity).metrics()) <= rows + 1
+
+
+def test_a_cancellation_between_claim_and_start_is_seen(make_grid: Callable[..., Grid], place: Path) -> None:
+    """The worker writes its start after the cancellation: the cell's newest event says cancelled even so."""
+    run = Run.create(place / "runs/little", make_grid())
+    folder = run.cell(run.cells[0])
+    folder.append_attempt({"event": "cancelled", "at": time.time()})
+    folder.append_attempt({"event": "started", "at": time.time()})
+    assert run_job(run.path, (folder.id,), executor="local") == {}
+    assert folder.metrics() == []
