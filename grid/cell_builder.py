@@ -61,12 +61,23 @@ class CellBuilder:
         spellings = (variant.spelling,)
         return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
-    def settings(self, variant: Variant) -> Mapping[str, Any]:
-        """All objective settings of a variant, as exclude rules see them."""
-        objective = self._objective(variant.sections["objective"]).objective
-        if objective not in self._settings:
-            self._settings[objective] = objective.settings()
-        return self._settings[objective]
+    def settings(self, variant: Variant, section: str) -> Mapping[str, Any]:
+        """The settings of a variant's section as exclude rules see them, the named algorithm's filled in.
+
+        In the objective, an axis is a mapping of its value's name and parameters, and every parameter also stands by
+        itself.
+        """
+        if section in ("task", "policy"):
+            return variant.sections[section]
+        chosen = self._objective(variant.sections["objective"])
+        if section == "training":
+            return self._written_training(variant, chosen.algorithm)
+        if chosen.objective not in self._settings:
+            values = {
+                axis: {"name": getattr(chosen.objective, axis), **chosen.objective.arguments(axis)} for axis in AXES
+            }
+            self._settings[chosen.objective] = {**chosen.objective.settings(), **values}
+        return {**self._settings[chosen.objective], "algorithm": variant.sections["objective"].get("algorithm")}
 
     def refuse_idle(self) -> None:
         """Raises UserError when a written setting acts in no cell at all: a silent no-op."""
@@ -87,6 +98,9 @@ class CellBuilder:
         return self._sections[key]
 
     def _training(self, variant: Variant, algorithm: str | None) -> TrainingSection:
+        return self._section("training", self._written_training(variant, algorithm))  # type: ignore[return-value]
+
+    def _written_training(self, variant: Variant, algorithm: str | None) -> Mapping[str, Any]:
         """The written training settings, on top of those that belong to the named algorithm."""
         written = variant.sections["training"]
         own = load_algorithm(algorithm).training if algorithm else {}
@@ -95,7 +109,7 @@ class CellBuilder:
             if known is None or known[0] is not written:
                 known = self._merged[algorithm, id(written)] = written, {**own, **written}
             written = known[1]
-        return self._section("training", written)  # type: ignore[return-value]
+        return written
 
     def _objective(self, written: Mapping[str, Any]) -> _Chosen:
         known = self._chosen.get(id(written))

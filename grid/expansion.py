@@ -7,22 +7,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from klab.grid.errors import UserError
-from klab.grid.schema.sections import TrainingSection
+from klab.grid.schema.sections import default_of
 from klab.grid.variant import SECTIONS, Change, Variant, VariantFactory, as_mapping, split_key
+
+Settings = Callable[[Variant, str], Mapping[str, Any]]
+"""A variant's settings in one section, as exclude rules see them."""
 
 DESIGNS = ("product", "one_at_a_time", "zip", "list")
 LARGEST = 1_000_000
 
 
 def expand(
-    baseline: Variant, data: Mapping[str, Any], settings: Callable[[Variant], Mapping[str, Any]]
+    baseline: Variant, data: Mapping[str, Any], settings: Settings
 ) -> tuple[list[Variant], dict[str, tuple[Any, ...]]]:
     """All variants of the design that no exclude rule removes, and the written values of every varied field.
 
     Args:
         baseline: the unchanged configuration.
         data: the grid file.
-        settings: the objective settings of a variant with its named algorithm filled in; exclude rules look at these.
+        settings: what exclude rules look at (`CellBuilder.settings`).
     """
     design = data.get("design", "list" if "cells" in data else "product")
     if design not in DESIGNS:
@@ -108,9 +111,7 @@ def _listed(cells: object) -> tuple[list[list[Change]], dict[str, tuple[Any, ...
     return changes, {key: tuple(values) for key, values in axes.items()}
 
 
-def _excluded(
-    variants: list[Variant], rules: object, settings: Callable[[Variant], Mapping[str, Any]]
-) -> list[Variant]:
+def _excluded(variants: list[Variant], rules: object, settings: Settings) -> list[Variant]:
     if not isinstance(rules, list):
         raise UserError("not a list of rules", key="exclude", value=rules)
     for index, rule in enumerate(rules):
@@ -125,23 +126,24 @@ def _excluded(
     return variants
 
 
-def _matches(
-    variant: Variant, settings: Callable[[Variant], Mapping[str, Any]], where: tuple[str, str | None], wanted: Any
-) -> bool:
+def _matches(variant: Variant, settings: Settings, where: tuple[str, str | None], wanted: Any) -> bool:
     section, field = where
-    fields = settings(variant) if section == "objective" and field != "algorithm" else variant.sections[section]
-    present: Any = fields
-    for part in field.split(".") if field else ():
-        present = present.get(part) if isinstance(present, Mapping) else None
-    if section == "training" and field in TrainingSection.model_fields and present is None:
-        present = TrainingSection.model_fields[field].default
-    options = wanted if isinstance(wanted, list) else [wanted]
-    return any(_same(present, option) for option in options)
+    present: Any = settings(variant, section)
+    if field is not None:
+        first, *inner = field.split(".")
+        present = present[first] if first in present else default_of(section, present, first)
+        for part in inner:
+            present = present.get(part) if isinstance(present, Mapping) else None
+    return _same(present, wanted)
 
 
 def _same(present: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Mapping) and isinstance(present, Mapping):
-        return all(present.get(key) == value for key, value in wanted.items())
+    """Whether a setting is what a rule asks for: a list asks for any of its entries, a mapping for some of the keys."""
+    if isinstance(wanted, list):
+        return any(_same(present, option) for option in wanted)
+    if isinstance(wanted, Mapping):
+        present = present if isinstance(present, Mapping) else {"name": present}
+        return all(_same(present.get(key), value) for key, value in wanted.items())
     if isinstance(present, Mapping):
         return bool(present.get("name") == wanted)
     return bool(present == wanted)

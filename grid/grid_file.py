@@ -16,21 +16,23 @@ from klab.grid.schema.sections import Resources, load_section
 from klab.grid.variant import Variant
 from klab.grid.yaml_document import parse_yaml, read_text
 
-_KEYS = (
-    "name",
-    "description",
-    "task",
-    "policy",
-    "training",
-    "objective",
-    "design",
-    "axes",
-    "cells",
-    "exclude",
-    "seeds",
-    "resources",
-    "track",
-)
+KEYS = {
+    "name": "name of the study, and of its folder under `runs/`: letters, digits, `-`, `_`, `.`; required",
+    "description": "a sentence for the report",
+    "task": "where rewards come from: a name, or a mapping with `name` and its settings; required",
+    "policy": "which model is trained: a name, or a mapping with `name` and its settings; default `tiny`",
+    "training": "how every cell is trained",
+    "objective": "the baseline: the name of an algorithm, or a mapping with `algorithm`, axis values and parameters",
+    "design": "how axes make cells: `product` (default), `one_at_a_time`, `zip` or `list`",
+    "axes": "the values to compare, by dotted key",
+    "cells": "with `design: list`, the changes of each cell by dotted key",
+    "exclude": "rules that remove cells",
+    "seeds": "a count (seeds 0, 1, …) or a list of seeds; default 1",
+    "resources": "what a job gets",
+    "track": "`tensorboard`, `wandb`, or a list of them",
+}
+"""The keys of a grid file, with their meaning."""
+
 _NAME_LIMIT = 80
 
 
@@ -106,8 +108,8 @@ def parse_grid(text: str, file: str | Path) -> Grid:
 
 def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     for key in data:
-        if key not in _KEYS:
-            raise UserError("unknown key", value=key, allowed=_KEYS)
+        if key not in KEYS:
+            raise UserError("unknown key", value=key, allowed=KEYS)
     name = _name(data.get("name"))
     description = data.get("description", "")
     if not isinstance(description, str):

@@ -55,34 +55,50 @@ __all__ = [
     "TinyPolicy",
     "TrainingSection",
     "TrustRegion",
+    "default_of",
     "load_section",
 ]
 
 
 class Resources(Section):
-    """What one job gets, and how many cells it runs; locally ``cells_per_job``, ``max_parallel``, ``cpus``, ``gpus``
-    and ``processes`` count.
+    """What one job gets, and how many cells it trains.
 
-    ``processes`` of each node train every cell of the job together, each with ``cpus`` threads and, where there are
-    GPUs, one of its own; None: one per GPU, or one. ``gpus`` and ``memory_gb`` are those of a node.
+    On this machine ``cells_per_job``, ``max_parallel``, ``cpus``, ``gpus`` and ``processes`` apply; the others are
+    Slurm's.
     """
 
     cells_per_job: Count | None = None
+    """Cells that one job trains, stacked where their shapes agree; null: planned from measured step times."""
     processes: Count | None = None
+    """Processes per node that train every cell of the job together; null: one per GPU, or one."""
     max_parallel: Count | None = None
+    """Most jobs at a time; null: as many as the machine or the cluster lets."""
     gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs per node."""
     cpus: Count = 1
+    """Threads per process."""
     memory_gb: Positive = 4.0
+    """Memory per node, in GB."""
     minutes: Minutes = 240
+    """Time limit of a job: minutes, `hours:minutes:seconds` or `days-hours:minutes:seconds`."""
     partition: str | None = None
+    """Slurm partition."""
     account: str | None = None
+    """Slurm account."""
     qos: str | None = None
+    """Slurm quality of service."""
     constraint: str | None = None
+    """Slurm node constraint."""
     nodes: Count = 1
+    """Nodes per job."""
     exclude: str | None = None
+    """Slurm nodes to avoid."""
     setup: tuple[str, ...] = ()
+    """Shell lines that run before the job (`module load …`)."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further sbatch options by name (`mail-type: END`)."""
     profile: str | None = None
+    """Name of a profile in the user's config file, whose settings override these."""
 
     @property
     def processes_per_node(self) -> int:
@@ -120,6 +136,15 @@ def load_section(kind: str, given: object) -> Section:
     if isinstance(section, RewardTable):
         check_table(section)
     return section
+
+
+def default_of(kind: str, given: Mapping[str, Any], field: str) -> Any:
+    """What a field of a section is where the grid file does not set it; None for one that has no default."""
+    models: Mapping[str, type[Section]] = {"training": TrainingSection}
+    model = {**TASKS, **POLICIES, **models}.get(kind if kind in models else str(given.get("name")))
+    if model is None or field not in model.model_fields or model.model_fields[field].is_required():
+        return None
+    return model.model_fields[field].default
 
 
 def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:

@@ -23,6 +23,7 @@ class AdditionTask(Section):
 
     name: Literal["addition"] = "addition"
     digits: Annotated[int, Field(ge=1, le=9)] = 2
+    """Digits of each number."""
 
 
 class CountdownTask(Section):
@@ -30,8 +31,11 @@ class CountdownTask(Section):
 
     name: Literal["countdown"] = "countdown"
     numbers: Annotated[int, Field(ge=2, le=6)] = 3
+    """Numbers that are given."""
     largest: Annotated[int, Field(ge=2, le=99)] = 9
+    """Largest of them."""
     target_max: Annotated[int, Field(ge=1, le=9999)] = 30
+    """Largest target."""
 
 
 class CalculatorTask(Section):
@@ -39,15 +43,19 @@ class CalculatorTask(Section):
 
     name: Literal["calculator"] = "calculator"
     digits: Annotated[int, Field(ge=2, le=4)] = 2
+    """Digits of each number."""
     calls: Annotated[int, Field(ge=1, le=8)] = 1
+    """Calculator calls per episode, at most."""
 
 
 class RewardTable(Section):
-    """What tables have in common: drawn from ``seed``, or listed."""
+    """A reward table, drawn from ``seed`` or listed."""
 
     name: str
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawn rewards."""
     rewards: tuple[float, ...] | None = None
+    """The rewards, one per entry; null: drawn from `seed`."""
 
     @property
     def size(self) -> int:
@@ -60,6 +68,7 @@ class BanditTask(RewardTable):
 
     name: Literal["bandit"] = "bandit"
     arms: Annotated[int, Field(ge=2, le=26)] = 4
+    """Number of arms."""
 
     @property
     def size(self) -> int:
@@ -71,7 +80,9 @@ class TabularTask(RewardTable):
 
     name: Literal["tabular"] = "tabular"
     symbols: Annotated[int, Field(ge=2, le=26)] = 3
+    """Letters of the alphabet, V."""
     horizon: Annotated[int, Field(ge=1, le=16)] = 2
+    """Tokens of a word, H; the table has V^H rewards."""
 
     @property
     def size(self) -> int:
@@ -79,14 +90,14 @@ class TabularTask(RewardTable):
 
 
 class RewardTerm(Section):
-    """One term of a reward: a function by name, or a sequence classifier by its checkpoint; and its weight.
-
-    A weight of 0 reports the term without rewarding it.
-    """
+    """One term of a reward: a function by its ``name`` or a sequence classifier as ``model``, and its weight."""
 
     name: str | None = None
+    """`exact`, `math`, `format`, or a function of your own (`my_package.rewards:score`, `./rewards.py:score`)."""
     model: str | None = None
+    """Hub id or folder of a sequence classifier with one output."""
     weight: float = 1.0
+    """Factor of the term; 0 reports it without rewarding it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardTerm:
@@ -140,12 +151,14 @@ def reward_terms(given: object) -> tuple[RewardTerm, ...]:
 
 
 class RewardedTask(Section):
-    """What tasks with chosen rewards have in common; ``reward_seconds`` limits each call of a reward function, and
-    ``reward_memory_gb`` the memory of its process (null: no limit)."""
+    """A task whose rewards are chosen in the grid file."""
 
     reward: tuple[RewardTerm, ...] = (RewardTerm(name="exact"),)
+    """Terms of the reward: a name, a term, or a list of them."""
     reward_seconds: Positive = 10.0
+    """Time limit of one call of a reward function, in seconds."""
     reward_memory_gb: Positive | None = 8.0
+    """Memory limit of the reward functions' process, in GB; null: none."""
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -161,7 +174,9 @@ class Gsm8kTask(RewardedTask):
 
     name: Literal["gsm8k"] = "gsm8k"
     path: str = "openai/gsm8k"
+    """Dataset with the columns `question` and `answer`."""
     prompt: str = "{question}\nThink step by step and end with #### and the answer.\n"
+    """Template of the prompt."""
     reward: tuple[RewardTerm, ...] = _MATH
 
 
@@ -170,28 +185,36 @@ class MathTask(RewardedTask):
 
     name: Literal["math"] = "math"
     path: str | None = None
+    """Dataset with the columns `problem` and `answer`; null: MATH, with MATH-500 held out."""
     prompt: str = "{problem}\nThink step by step and put the answer in \\boxed{}.\n"
+    """Template of the prompt."""
     reward: tuple[RewardTerm, ...] = _MATH
 
 
 class FileTask(RewardedTask):
-    """A dataset of the user's own: a JSONL, JSON, CSV, TSV or Parquet file, a folder, or a hub id.
-
-    ``prompt`` is a column, or a template with ``{column}``. ``train`` and ``held_out`` name splits; ``held_out_path``
-    is another dataset to hold out.
-    """
+    """A dataset of the user's own: a file, a folder, or a hub id."""
 
     name: Literal["file"] = "file"
     path: str
+    """File (JSONL, JSON, CSV, TSV, Parquet), folder or hub id."""
     prompt: str
+    """A column, or a template with `{column}`."""
     answer: str | None = None
+    """Column of the right answer."""
     solution: str | None = None
+    """Column of a worked solution, on which the tiny policy is warmed up."""
     config: str | None = None
+    """Configuration of a hub dataset."""
     train: str | None = None
+    """Split to train on; null: `train`."""
     held_out: str | None = None
+    """Split to evaluate on; null: the test or validation split, else a part that is set aside."""
     held_out_path: str | None = None
+    """Another dataset to evaluate on."""
     alphabet: str | None = None
+    """Characters of the tiny policy; null: those of the dataset."""
     max_new_tokens: Count = 256
+    """Completion budget."""
 
 
 class CustomTask(Section):
@@ -199,6 +222,7 @@ class CustomTask(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     name: str
+    """`package.module:Class` or `./file.py:Class`."""
 
 
 TaskSection = (

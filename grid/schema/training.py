@@ -14,32 +14,36 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 class Critic(Section):
     """A learned value function for the advantage `gae`; without one V = 0.
 
-    ``model``: a copy of the starting policy with a linear value head, trained apart; ``head``: a linear value head on
-    the policy's own trunk, into which the value loss flows with ``coefficient``. What is the critic's own (the head,
-    and the copy below it) has an optimizer of its own with the settings of the policy's, but for its ``lr``, if given.
-
-    The loss is ½·max((V − R̂)², (clip(V, V_old ± ``clip``) − R̂)²), a mean over the update's own tokens, with V_old as
-    the rollout was drawn and R̂ = A + V_old before whitening (the code of Schulman et al. 2017; verl); a null ``clip``
-    does not clip. During the first ``warmup_updates`` only the critic learns.
+    The critic's own weights (the head, and with ``kind: model`` the copy below it) have an optimizer of their own with
+    the policy's settings, except for ``lr``. The loss is ½·max((V − R̂)², (clip(V, V_old ± ``clip``) − R̂)²), a mean
+    over the update's own tokens, with V_old as the rollout was drawn and R̂ = A + V_old before whitening (the code of
+    Schulman et al. 2017; verl).
     """
 
     kind: Literal["model", "head"] = "model"
+    """`model`: a copy of the starting policy with a linear value head; `head`: a linear value head on the policy's own
+    trunk."""
     lr: NonNegative | None = None
+    """Learning rate of the critic; null: the policy's."""
     clip: Positive | None = 0.2
+    """Value clipping: how far V may move from V_old within a rollout; null does not clip."""
     coefficient: Positive = 0.5
+    """Of the value loss that flows into the trunk, with `kind: head`."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """First updates, in which only the critic learns."""
 
 
 class BetaControl(Section):
     """Adaptive β (Ziegler et al. 2019, section 2.2): after each update β ← β·(1 + clip(KL/target − 1, ±0.2)/horizon).
 
-    KL is the update's mean k3 per own token, to the reference, in nats. ``horizon`` is in updates: at 10, Ziegler's
-    K_β = 0.1, β moves by 2% at most. The objective's β is the first one. An update that was skipped, or in which only a
-    critic learned, leaves β as it is.
+    KL is the update's mean k3 to the reference. The objective's β is the first one. An update that was skipped, or in
+    which only a critic learned, leaves β as it is.
     """
 
     target: Positive
+    """KL to the reference that β steers towards, in nats per own token."""
     horizon: Positive = 10.0
+    """Updates over which β adapts: at 10 it moves by 2% at most in one update."""
 
 
 class TrustRegion(Section):
@@ -52,7 +56,9 @@ class TrustRegion(Section):
     """
 
     coefficient: Positive = 1.0
+    """Of the penalty; the first one where there is a `target`."""
     target: Positive | None = None
+    """KL(π_old‖π) per own token, in nats, that the coefficient adapts to; null keeps it fixed."""
 
 
 class Sampler(Section):
@@ -62,77 +68,118 @@ class Sampler(Section):
     given). The trainer computes π_old, the behaviour policy as it sees it, anew when the rollout is drawn; the
     importance ratio is to π_old. What to do about the difference to μ: ``none``: ignore it; ``ratio``: use μ as the
     behaviour policy of the importance ratio; ``tis``: multiply each token's surrogate by min(π_old/μ, cap), a constant
-    (Yao et al. 2025); ``icepop``: by π_old/μ inside [low, high], 0 outside (arXiv:2510.18855). As in TRL and verl, a
-    KL term of the loss is not multiplied.
+    (Yao et al. 2025); ``icepop``: by π_old/μ inside [low, high], 0 outside (Ling Team 2025). As in TRL and verl, a KL
+    term of the loss is not multiplied.
 
-    ``engine: vllm`` needs the extra ``vllm`` and a GPU. Its draws are not klab's, and not the same on every machine.
+    The draws of ``engine: vllm`` are not those of klab's engine, and not the same on every machine.
     """
 
     engine: Literal["klab", "vllm"] = "klab"
+    """What draws the rollouts; `vllm` needs the extra `vllm` and a GPU."""
     dtype: Dtype | None = None
+    """Precision of the sampler's weights; null: the trainer's."""
     temperature: Positive | None = None
+    """Temperature of the sampler; null: the trainer's."""
     correction: Literal["none", "ratio", "tis", "icepop"] = "none"
+    """What is done about the difference between sampler and trainer, see above."""
     cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """Largest factor of `tis`."""
     low: NonNegative = 0.5
+    """Smallest π_old/μ that `icepop` keeps."""
     high: Positive = 5.0
+    """Largest π_old/μ that `icepop` keeps."""
 
 
 class TrainingSection(Section):
     """How a cell is trained.
 
-    ``updates`` counts optimizer updates. A rollout of ``prompts`` × ``group_size`` trajectories serves
-    ``updates_per_rollout`` passes of ``minibatches`` updates each. One call of a task's reward may take
-    ``reward_seconds``.
+    A rollout of ``prompts`` × ``group_size`` trajectories serves ``updates_per_rollout`` passes of ``minibatches``
+    updates each.
 
-    ``equal_groups`` says what happens to groups whose rewards (the task's) are all equal: ``keep`` them, ``drop`` them
-    from the update with their KL term (Reinforce-Rej; denominators count what is left, and an update of which nothing
-    is left changes nothing), or ``refill`` with groups of new prompts, in at most ``refill_rounds`` further draws of
-    ``prompts`` (DAPO's dynamic sampling; what is still missing then is filled with equal groups of the first draw).
-    ``truncated: mask`` takes the tokens of trajectories that ran out of budget out of the loss, while their rewards
-    count in the statistics of the advantage (DAPO's overlong filtering). With ``overlong_buffer`` the last so many
-    tokens of the budget cost up to ``overlong_penalty`` of reward, linearly (DAPO's soft overlong punishment, eq. 13);
-    the reward that is recorded is the task's.
+    ``equal_groups: drop`` removes groups whose task rewards are all equal, and their KL term, from the update
+    (Reinforce-Rej, Xiong et al. 2025): denominators count what is left, and an update of which nothing is left changes
+    nothing. ``refill`` replaces them with groups of new prompts (dynamic sampling, Yu et al. 2025); what is still
+    missing after ``refill_rounds`` is filled with equal groups of the first draw.
 
-    ``micro_batch`` (trajectories) and ``token_budget`` (tokens, prompts included) limit one forward pass; neither
-    changes a gradient. Of tokens that are only sampled, 16 times the budget go together.
+    ``truncated: mask`` removes truncated trajectories from the loss while their rewards count in the statistics of the
+    advantage. With ``overlong_buffer`` the recorded reward stays the task's.
     """
 
     updates: Count = 100
+    """Optimizer updates in all."""
     prompts: Count = 16
+    """Prompts of a rollout."""
     group_size: Count = 8
+    """Completions per prompt, G."""
     updates_per_rollout: Count = 1
+    """Passes over each rollout."""
     minibatches: Count = 1
+    """Updates of one pass; each has `prompts / minibatches` whole groups."""
     lag: Annotated[int, Field(ge=0)] = 0
+    """Rollouts come from the policy of this many updates ago."""
     behaviour: Literal["policy", "reference"] = "policy"
+    """Which policy draws the rollouts: the one that is trained, or the reference policy."""
     sampler: Sampler | None = None
+    """Draw rollouts with another engine, precision or temperature than the trainer."""
     equal_groups: Literal["keep", "drop", "refill"] = "keep"
+    """What happens to groups whose rewards are all equal: `keep`, `drop` (Reinforce-Rej) or `refill` (dynamic
+    sampling, DAPO)."""
     refill_rounds: Count = 3
+    """Most further draws of `prompts` prompts with `equal_groups: refill`."""
     truncated: Literal["keep", "mask"] = "keep"
+    """Trajectories that ran out of budget: `keep` them, or `mask` their tokens out of the loss (overlong filtering,
+    DAPO)."""
     overlong_buffer: Count | None = None
+    """Last tokens of the budget that cost reward, linearly (soft overlong punishment, DAPO, eq. 13); null: none do."""
     overlong_penalty: Positive = 1.0
+    """Reward that a completion of the full budget loses with `overlong_buffer`."""
     critic: Critic | None = None
+    """A learned value function for the advantage `gae`; null: V = 0."""
     beta_control: BetaControl | None = None
+    """Let β follow a KL target; null: β is constant."""
     trust_region: TrustRegion | None = None
+    """A penalty on KL(π_old‖π) in the loss; null: none."""
     lr: NonNegative = 1e-4
+    """Learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 (linear, cosine) by the end of training."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly from 0."""
     weight_decay: NonNegative = 0.0
+    """Decoupled weight decay (Loshchilov & Hutter 2019)."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the second moment."""
     adam_eps: Positive = 1e-8
+    """Added to the root of the second moment."""
     clip_norm: Positive | None = 1.0
+    """Largest gradient norm; longer gradients are scaled down to it; null does not clip."""
     max_new_tokens: Count | None = None
+    """Completion budget; null: the task's."""
     max_prompt_tokens: Count | None = None
+    """Longer prompts are left out; null: none are."""
     temperature: Positive = 1.0
+    """Sampling temperature; log-probabilities of the policy are at this temperature too."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling; 1 samples from the whole vocabulary."""
     micro_batch: Count | None = None
+    """Most trajectories in one forward pass; changes memory and time, no gradient."""
     token_budget: Count | None = None
+    """Most tokens, prompts included, in one forward pass; changes memory and time, no gradient. Sampling uses 16 times
+    as many."""
     evaluate_every: Count = 10
+    """Updates between evaluations on held-out prompts."""
     evaluation_prompts: Count = 64
+    """Held-out prompts per evaluation."""
     evaluation_samples: Count = 4
+    """Completions per held-out prompt."""
     checkpoint_updates: Count = 1000
+    """Most updates between checkpoints."""
     checkpoint_seconds: Positive = 60.0
+    """Most seconds between checkpoints."""
     reward_seconds: Positive = 60.0
+    """Time limit of one call of a task's reward, in seconds."""
 
     @property
     def on_policy(self) -> bool:

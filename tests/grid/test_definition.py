@@ -82,6 +82,38 @@ def test_exclude_matches_partially_and_sees_the_algorithm():
     assert [cell.algorithm for cell in grid.cells] == ["grpo", "gspo"]
 
 
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ({"name": "power"}, ["one", "mask"]),
+        ("power", ["one", "mask"]),
+        ({"name": "power", "q": 0.25}, ["one", "power 0.5", "mask"]),
+        ({"name": "power", "q": [0.25, 0.5]}, ["one", "mask"]),
+        ({"q": 0.5}, ["one", "power 0.25", "mask"]),
+        (["one", {"name": "mask", "low": 0.5}], ["power 0.25", "power 0.5"]),
+    ],
+    ids=str,
+)
+def test_a_mapping_in_a_rule_matches_values_that_have_its_entries(rule, left):
+    weights = ["one", {"name": "power", "q": 0.25}, "power", {"name": "mask", "high": 3.0}]
+    grid = grid_of(axes={"weight": weights}, exclude=[{"weight": rule}])
+    found = [cell.objective for cell in grid.cells]
+    assert [f"power {each.q:g}" if each.weight == "power" else each.weight for each in found] == left
+
+
+def test_a_rule_sees_defaults_and_what_the_algorithm_brings():
+    rates = grid_of(axes={"training.lr": [1e-4, 3e-4], "beta": [0.1, 0.2]}, exclude=[{"training.lag": 0, "beta": 0.1}])
+    assert [cell.objective.beta for cell in rates.cells] == [0.2, 0.2]
+    clipped = grid_of(axes={"training.clip_norm": [None, 1.0, 2.0]}, exclude=[{"training.clip_norm": 1.0}])
+    assert [cell.training.clip_norm for cell in clipped.cells] == [None, 2.0]
+    drawn = grid_of(axes={"algorithm": ["grpo", "dapo"]}, exclude=[{"training.equal_groups": "refill"}])
+    assert [cell.algorithm for cell in drawn.cells] == ["grpo"]
+    tasks = grid_of(axes={"task": ["addition", "countdown"]}, exclude=[{"task.digits": 2}])
+    assert [cell.task.name for cell in tasks.cells] == ["countdown"]
+    named = grid_of(axes={"algorithm": ["grpo", {"name": "dapo", "eps_high": 0.3}]}, exclude=[{"algorithm": "dapo"}])
+    assert [cell.algorithm for cell in named.cells] == ["grpo"]
+
+
 def test_cells_of_one_canonical_form_are_one_cell_and_remember_their_spellings():
     grid = grid_of(axes={"placement": ["none", "loss"], "estimator": ["k1", "k2"]})
     assert spelled(grid)[0] == ("placement=none, estimator=k1", "placement=none, estimator=k2")

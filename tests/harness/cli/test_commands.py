@@ -151,7 +151,7 @@ def test_axes_of_one_axis_prints_how_a_value_of_ones_own_is_written(ask: Ask, ax
 
 def test_axes_explains_symbols_and_sources(ask: Ask) -> None:
     assert all(symbol.symbol in ask("axes", "--symbols") for symbol in GLOSSARY)
-    assert "DeepSeek's GRPO Notation & Why It's Wrong" in ask("axes", "--sources")
+    assert "arXiv:2507.18071" in ask("axes", "--sources")
     assert [row["label"] for row in ask("axes", "--sources", "--json")] == list(SOURCES)
     assert "choose one of" in ask("axes", "weight", "--symbols", code=2)
 
