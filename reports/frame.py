@@ -50,7 +50,7 @@ class Frames:
 def read_frames(run: Run, cache: bool = True) -> Frames:
     """The frames of a run, from the cache where that is current."""
     marks = {identity: fingerprint(run.cell(identity)) for identity in run.cells}
-    folder = run.report / "cache"
+    folder = run.output_folder("report", "cache")
     old = _load(folder) if cache else None
     known = dict(zip(old.cells["cell"], old.cells["mark"], strict=True)) if old is not None else {}
     changed = [identity for identity, mark in marks.items() if known.get(identity) != mark]

@@ -28,7 +28,7 @@ from klab.reports.methods import methods
 from klab.reports.provenance import provenance
 from klab.reports.schema import SUMMARY, TITLES
 from klab.reports.study import Study, load_runs
-from klab.reports.tables import write_tables
+from klab.reports.tables import csv, write_tables
 
 Progress = Callable[[str], None]
 
@@ -87,11 +87,11 @@ def render(
     gradients = gradients if gradients is not None else load_gradients(study)
     tell("comparing")
     comparisons = [compare(study, task, metric) for task in study.tasks]
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folders(folder)
     tell("tables")
     write_tables(study, comparisons, folder / "tables")
     if len(exact := gradient_table(comparisons, gradients)):
-        exact.to_csv(folder / "tables" / "gradients.csv", index=False)
+        (folder / "tables" / "gradients.csv").write_text(csv(exact), encoding="utf-8", errors="replace")
     sections = []
     for position, comparison in enumerate(comparisons):
         prefix = f"task{position + 1}-" if len(comparisons) > 1 else ""
@@ -196,19 +196,30 @@ def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _default_folder(study: Study) -> Path:
-    first = study.runs[0].report
+    first = study.runs[0].output_folder("report")
     if len(study.runs) == 1:
         return first
-    return first / ("with-" + "-".join(run.path.name for run in study.runs[1:]))[:120]
+    return study.runs[0].output_folder("report", ("with-" + "-".join(run.path.name for run in study.runs[1:]))[:120])
+
+
+def _make_folders(folder: Path) -> None:
+    """The report's folders, without links: what is written must not reach files elsewhere."""
+    for each in (folder, folder / "tables", folder / "figures"):
+        if each != folder and each.is_symlink():
+            each.unlink()
+        each.mkdir(parents=True, exist_ok=True)
+        for entry in each.iterdir():
+            if entry.is_symlink():
+                entry.unlink()
 
 
 def _asset(name: str) -> str:
-    return files("reports").joinpath("templates", name).read_text(encoding="utf-8")
+    return files("klab.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("reports", "templates"),
+        loader=PackageLoader("klab.reports", "templates"),
         autoescape=select_autoescape(["j2", "html"], default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,

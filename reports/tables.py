@@ -16,6 +16,7 @@ from klab.reports.frame import records
 from klab.reports.schema import SUMMARY, TITLES
 from klab.reports.study import Study
 
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 FORMATS = ("md", "latex", "csv", "json")
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -49,10 +50,29 @@ def formatted(comparisons: Sequence[Comparison], form: str) -> str:
     if form not in FORMATS:
         raise UserError("unknown format", key="format", value=form, allowed=FORMATS)
     if form == "csv":
-        return summary(comparisons).to_csv(index=False)
+        return csv(summary(comparisons))
     if form == "json":
         return to_json(comparisons)
     return "\n\n".join(markdown(c) if form == "md" else latex(c) for c in comparisons) + "\n"
+
+
+def csv(frame: pd.DataFrame) -> str:
+    """A frame as CSV in which no text is a formula to a spreadsheet: an apostrophe stands before such text."""
+    numeric = [pd.api.types.is_numeric_dtype(column) for _, column in frame.items()]
+    columns = zip(frame.items(), numeric, strict=True)
+    safe = {name: column if number else column.map(_as_text) for (name, column), number in columns}
+    return pd.DataFrame(safe).to_csv(index=False)
+
+
+def _as_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    marked = "'" + value if value.startswith(_FORMULA_STARTS) else value
+    return marked.replace("\r\n", "\n").replace("\r", "\n")  # pandas puts line feeds in quotes, and nothing else
+
+
+def _write_csv(frame: pd.DataFrame, path: Path) -> None:
+    path.write_text(csv(frame), encoding="utf-8", errors="replace")
 
 
 def summary(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -180,7 +200,7 @@ def write_tables(study: Study, comparisons: Sequence[Comparison], folder: Path) 
     for form in FORMATS:
         suffix = {"latex": "tex"}.get(form, form)
         (folder / f"summary.{suffix}").write_text(formatted(comparisons, form), encoding="utf-8", errors="replace")
-    study.cells.to_csv(folder / "cells.csv", index=False)
+    _write_csv(study.cells, folder / "cells.csv")
     effects = [
         {
             "task": c.task,
@@ -196,6 +216,6 @@ def write_tables(study: Study, comparisons: Sequence[Comparison], folder: Path) 
         for e in c.effects
         for level in e.levels
     ]
-    pd.DataFrame(effects).to_csv(folder / "effects.csv", index=False)
+    _write_csv(pd.DataFrame(effects), folder / "effects.csv")
     pairs = [{"task": c.task, **pair._asdict()} for c in comparisons for pair in c.interactions]
-    pd.DataFrame(pairs).to_csv(folder / "interactions.csv", index=False)
+    _write_csv(pd.DataFrame(pairs), folder / "interactions.csv")

@@ -42,7 +42,7 @@ def follow(run: Run, tracker: str) -> int:
     """
     if tracker not in TRACKERS:
         raise UserError("unknown tracker", key="track", value=tracker, allowed=TRACKERS)
-    folder = run.report / tracker
+    folder = run.output_folder("report", tracker)
     memory = folder / "sent.json"
     try:
         sent: dict[str, int] = json.loads(memory.read_text())["sent"]

@@ -204,8 +204,9 @@ def _keep(run: Run, rows: Rows, on_policy: set[str]) -> None:
         wanted = row["drift"] == "on-policy" if row["group"] in on_policy else str(row["drift"]).endswith("updates")
         return 0 if wanted else 1
 
-    run.report.mkdir(exist_ok=True)
-    files.replace(run.report / "gradients.json", files.encode_record({"rows": sorted(rows, key=distance)}))
+    folder = run.output_folder("report")
+    folder.mkdir(exist_ok=True)
+    files.replace(folder / "gradients.json", files.encode_record({"rows": sorted(rows, key=distance)}))
 
 
 def _write_csv(file: Path, rows: Rows) -> None:

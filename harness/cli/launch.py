@@ -97,7 +97,7 @@ def launch(
     require_trackers(study.track)
     _require_samplers(study)
     run = Run.create(runs / study.name, study)
-    tracking = Tracking(run)
+    tracking = Tracking(run, study.track)
     if board is not None:
         with board.live(run, retry_failed):
             submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
@@ -114,7 +114,8 @@ def launch(
             show_json({"run": str(run.path), "jobs": [list(pack.cells) for pack in done.packs]})
         elif tracking.names:
             console().print(
-                f"curves go to {' and '.join(tracking.names)} while somebody watches: klab watch {run.path}"
+                f"curves go to {' and '.join(tracking.names)} while somebody watches: klab watch {run.path} "
+                + " ".join(f"--track {name}" for name in tracking.names)
             )
         return
     tracking.finish()

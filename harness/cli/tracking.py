@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from klab.grid import UserError
 from klab.grid.user_code import is_installed
@@ -12,11 +13,14 @@ EVERY_SECONDS = 20.0
 
 
 class Tracking:
-    """Follows a run for TensorBoard or Weights & Biases; does nothing for runs that name neither."""
+    """Follows a run for the trackers named: those of the user's own grid file, or of `--track`.
 
-    def __init__(self, run: Run) -> None:
+    What a run folder says of trackers is never followed: it may come from a stranger, and sending is not reading.
+    """
+
+    def __init__(self, run: Run, names: Iterable[str]) -> None:
         self._run = run
-        self.names: tuple[str, ...] = tuple(run.manifest.get("track", ()))
+        self.names = tuple(names)
         self._sent = -EVERY_SECONDS
 
     def tick(self) -> None:

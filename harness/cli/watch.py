@@ -14,7 +14,7 @@ from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.progress import Pace, board, resting
 from klab.harness.cli.table import console, show_json, table
-from klab.harness.cli.tracking import Tracking
+from klab.harness.cli.tracking import Tracking, require_trackers
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
 from klab.reports.sparkline import sparkline
@@ -26,6 +26,9 @@ def watch(
     run: RunArgument,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Cells to show.")] = 20,
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between looks.")] = 2.0,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="Send the curves to this tracker: tensorboard or wandb.")
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
@@ -34,10 +37,11 @@ def watch(
     jobs alone.
     """
     opened = run_of(run, runs)
+    require_trackers(tuple(track or ()))
     if as_json:
         show_json([curves(opened, row) for row in chosen(statuses(opened), rows)])
         return
-    pace, tracking = Pace(), Tracking(opened)
+    pace, tracking = Pace(), Tracking(opened, track or ())
     if once:
         console().print(screen(opened, statuses(opened), pace, rows))
         return

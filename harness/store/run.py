@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from klab.grid.user_code import Location
 
 _ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
+_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "grid": str,
@@ -139,7 +140,23 @@ class Run:
         record = self.manifest["cells"][identity]
         if not isinstance(record, dict):
             raise files.damaged_file(self.path / "manifest.json", f"does not describe the cell {identity}")
+        group, seed = record.get("group"), record.get("seed")
+        if not isinstance(group, str) or not _ID.fullmatch(group) or not isinstance(seed, int):
+            raise files.damaged_file(self.path / "manifest.json", f"does not say which configuration {identity} has")
         return record
+
+    def output_folder(self, *names: str) -> Path:
+        """A folder in the run for what is written beside the cells, for example ``report``; it need not exist.
+
+        Raises:
+            UserError: it is a link, through which a run folder from elsewhere could have files written anywhere.
+        """
+        folder = self.path
+        for name in names:
+            folder = folder / name
+            if folder.is_symlink():
+                raise UserError("is a link: nothing is written through it", file=folder, hint="Remove it.")
+        return folder
 
     def user_code(self) -> dict[str, Location]:
         """Where each name of user code in the grid is to be loaded from; see `klab.harness.store.code`."""
@@ -265,6 +282,8 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
     for key, kind in _TYPES.items():
         if key not in manifest or not isinstance(manifest[key], kind):
             raise files.damaged_file(file, f"has no valid {key!r}")
+    if not _NAME.fullmatch(manifest["name"]):
+        raise files.damaged_file(file, f"has the name {manifest['name'][:80]!r}, which no grid file can have")
     for identity in manifest["cells"]:
         if not _ID.fullmatch(identity):
             raise files.damaged_file(file, f"names a cell {identity[:80]!r}, which cannot be a folder")

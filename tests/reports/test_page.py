@@ -276,3 +276,17 @@ def test_rewards_that_a_time_limit_decided_are_told(small: Small, tmp_path: Path
     assert study.cells.set_index("cell")["reward_timeouts"].to_dict()[run.cells[0]] == 3
     text = render(run.path, tmp_path / "report").read_text()
     assert "3 rewards of 1 run counted as wrong because a time limit was reached (reward_timeouts)" in text
+
+
+def test_a_report_is_not_written_through_links(run: Run, tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    (victim / "tables").mkdir(parents=True)
+    (out / "figures").mkdir(parents=True)
+    (victim / "notes").write_text("mine")
+    (out / "tables").symlink_to(victim / "tables")
+    for name in ("index.html", "figures/ranking.svg"):
+        (out / name).symlink_to(victim / "notes")
+    render(run.path, out)
+    assert (victim / "notes").read_text() == "mine"
+    assert not list((victim / "tables").iterdir())
+    assert (out / "tables" / "cells.csv").is_file()

@@ -7,12 +7,14 @@ import io
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from klab.grid import UserError
 from klab.reports import Study
 from klab.reports.comparison import Comparison, compare
 from klab.reports.schema import SUMMARY
+from klab.reports.tables import csv as safe_csv
 from klab.reports.tables import formatted
 
 
@@ -25,6 +27,14 @@ def test_csv_has_every_column_at_full_precision(comparison: Comparison) -> None:
     rows = list(csv.DictReader(io.StringIO(formatted([comparison], "csv"))))
     assert list(rows[0]) == ["group", *SUMMARY]
     assert [float(row["mean"]) for row in rows] == comparison.table["mean"].tolist()
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+A1", "-A1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_no_text_in_a_csv_is_a_formula(text: str) -> None:
+    frame = pd.DataFrame({"label": [text, "plain"], "difference": [-0.5, 0.25]})
+    rows = list(csv.DictReader(io.StringIO(safe_csv(frame), newline="")))
+    assert [row["label"] for row in rows] == ["'" + text.replace("\r", "\n"), "plain"]
+    assert [float(row["difference"]) for row in rows] == [-0.5, 0.25]
 
 
 def test_json_is_strict_and_has_null_for_what_is_missing(comparison: Comparison) -> None:

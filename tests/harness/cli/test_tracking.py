@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_launching_sends_every_update_of_every_seed_once(tmp_path: Path, monkeyp
     for file in files:
         steps = [event.step for event in loader.EventFileLoader(str(file)).Load() if event.HasField("summary")]
         assert steps == [0, 1, 2, 3]
+
+
+def test_watching_sends_nothing_that_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    monkeypatch.chdir(tmp_path)
+    Path("tracked.yaml").write_text(STUDY)
+    assert main(["launch", "tracked.yaml", "--on", "here"]) == 0
+    shutil.rmtree("runs/tracked/report")
+    assert main(["watch", "runs/tracked"]) == 0
+    assert not Path("runs/tracked/report/tensorboard").exists()
+    assert main(["watch", "runs/tracked", "--track", "tensorboard"]) == 0
+    assert len(list(Path("runs/tracked/report/tensorboard").rglob("events.*"))) == 2
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written() -> None:
