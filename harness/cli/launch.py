@@ -13,11 +13,11 @@ from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.merged import MergeOption, merged_grid
-from klab.harness.cli.progress import Board, follow
+from klab.harness.cli.progress import Board, follow, report_problem
 from klab.harness.cli.table import console, show_json
 from klab.harness.cli.tracking import Tracking, require_trackers
 from klab.harness.dispatch.backends import Executor, Pack
-from klab.harness.dispatch.gpus import require_gpu
+from klab.harness.dispatch.gpus import default_device, require_gpu
 from klab.harness.dispatch.launch import LaunchResult, should_submit
 from klab.harness.dispatch.launch import launch as submit
 from klab.harness.dispatch.local.backend import LocalExecutor
@@ -143,6 +143,7 @@ def _backend(
         require_gpu("--device", choice)
     elif choice is None and resources.gpus:
         require_gpu("resources.gpus", resources.gpus)
+    choice = choice or default_device((cell.policy.name for cell in study.cells), resources.gpus)
     if on is Where.here:
         from klab.harness.dispatch.local.inline import InlineExecutor
 
@@ -210,6 +211,8 @@ def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
     screen = console()
     screen.print(f"{submitted} cells in {len(done.packs)} jobs on {on.value}, {workers} at a time{known}")
     screen.print(f"run folder: {run.path}")
+    if not done.packs and left.get("failed"):
+        screen.print(f"nothing to do: {left['failed']} failed before; --retry-failed runs them again")
 
 
 def _end(run: Run, as_json: bool) -> None:
@@ -223,7 +226,7 @@ def _end(run: Run, as_json: bool) -> None:
         if states.get("failed"):
             screen.print("why cells failed: klab logs RUN CELL; run them again: klab launch … --retry-failed")
         screen.print(f"next: klab report {run.path}")
-    if states.get("failed"):
+    if report_problem(run, rows) or states.get("failed"):
         raise typer.Exit(1)
 
 

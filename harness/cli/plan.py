@@ -13,6 +13,7 @@ from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOptio
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
 from klab.harness.cli.table import console, duration, show, show_json
 from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.gpus import default_device
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.packing.estimate import Estimate, estimate
 from klab.harness.dispatch.packing.packs import Plan, make_packs
@@ -53,8 +54,9 @@ def plan(
     resolved = {cell.id: cell.resolved() for cell in study.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
-    workers = max_parallel or study.resources.max_parallel or LocalExecutor().slots()
-    place = HardwareKey.for_launch("local", study.resources)
+    device = default_device((cell.policy.name for cell in study.cells), study.resources.gpus)
+    workers = max_parallel or study.resources.max_parallel or LocalExecutor(device=device).slots()
+    place = HardwareKey.for_launch("local", study.resources, device)
     planned = make_packs(left, cells_per_job or study.resources.cells_per_job, workers, read_step_times(runs, place))
     packs = planned.packs
     times = estimate(left, packs, runs, workers)

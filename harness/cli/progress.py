@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from klab.harness.cli.table import console, duration, state_text, table
-from klab.harness.dispatch.status import FINAL_STATES, CellStatus, count, statuses
+from klab.harness.dispatch.status import FINAL_STATES, CellStatus, controller_problem, count, statuses
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
@@ -73,6 +73,14 @@ def follow(run: Run, quiet: bool = False, each: Callable[[], None] = lambda: Non
         console().print(f"\nThe jobs go on. Watch them again: klab status --watch {run.path}")
         return False
     return True
+
+
+def report_problem(run: Run, rows: Sequence[CellStatus]) -> str | None:
+    """Why waiting cells will not start, also printed on standard error: their controller is gone. None: they will."""
+    problem = controller_problem(run, rows)
+    if problem is not None:
+        print(f"klab: {problem}", file=sys.stderr)
+    return problem
 
 
 def resting(rows: Sequence[CellStatus]) -> bool:

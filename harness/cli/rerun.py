@@ -214,7 +214,8 @@ def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: 
 
     if device is Device.cuda:
         gpus.require_gpu("--device", device.value)
-    elif device is Device.cpu:
+    choice = device.value if device else gpus.default_device([cell.policy.name], origin.resources.gpus)
+    if choice == "cpu":
         gpus.hide_gpus()
     place.mkdir(parents=True, exist_ok=True)
     policies = place / "policies"
@@ -224,7 +225,7 @@ def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: 
     processes, threads = _recorded(origin, cell, "processes"), min(_recorded(origin, cell, "threads"), machine.cores())
     limit_threads(threads)
     with _bar(cell, quiet) as tell:
-        devices = LocalExecutor(device=device).gpus()[:processes]
+        devices = LocalExecutor(device=choice).gpus()[:processes]
         run_job(
             scratch.path,
             (cell.id,),

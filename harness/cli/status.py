@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.progress import follow, report_problem
 from klab.harness.cli.table import console, duration, show, show_json, state_text
-from klab.harness.dispatch.status import CellStatus, count, statuses
+from klab.harness.dispatch.status import CellStatus, controller_problem, count, statuses
 
 _SHOWN = 40
 
@@ -24,25 +25,25 @@ def status(
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the state of every cell of a run. Exit code 1 when cells failed."""
-    if watch:
-        from klab.harness.cli.progress import follow
-
-        if not follow(run_of(run, runs), quiet=as_json):
-            return
+    """Show the state of every cell of a run. Exit code 1 when cells failed, or wait for a controller that ended."""
+    if watch and not follow(run_of(run, runs), quiet=as_json):
+        return
     with _uncollected():
         opened = run_of(run, runs)
         rows = statuses(opened)
     states = count(rows)
     if as_json:
-        show_json({"run": str(opened.path), "states": states, "cells": [asdict(row) for row in rows]})
+        problem = controller_problem(opened, rows)
+        cells = [asdict(row) for row in rows]
+        show_json({"run": str(opened.path), "states": states, "cells": cells, "problem": problem})
     else:
         screen = console()
         screen.print(f"[bold]{opened.name}[/]: " + ", ".join(f"{n} {state_text(state)}" for state, n in states.items()))
         _list([row for row in rows if everything or row.state not in ("finished", "waiting")], everything)
         if states.get("lost") or states.get("preempted"):
             screen.print("Launching the same grid again continues lost and preempted cells.")
-    if states.get("failed"):
+        problem = report_problem(opened, rows)
+    if problem or states.get("failed"):
         raise typer.Exit(1)
 
 

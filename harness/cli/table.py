@@ -17,6 +17,7 @@ STYLES = {
     "diverged": "magenta",
     "running": "cyan",
     "queued": "blue",
+    "held": "yellow",
     "waiting": "dim",
     "preempted": "yellow",
     "unknown": "yellow",

@@ -12,14 +12,17 @@ from rich.live import Live
 
 from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from klab.harness.cli.progress import Pace, board, resting
+from klab.harness.cli.progress import Pace, board, report_problem, resting
 from klab.harness.cli.table import console, show_json, table
 from klab.harness.cli.tracking import Tracking, require_trackers
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
 from klab.reports.sparkline import sparkline
 
-_ORDER = ("running", "failed", "diverged", "lost", "preempted", "finished", "queued", "unknown", "waiting", "cancelled")
+_ORDER = (
+    *("running", "failed", "diverged", "lost", "held", "preempted", "finished"),
+    *("queued", "unknown", "waiting", "cancelled"),
+)
 
 
 def watch(
@@ -43,7 +46,10 @@ def watch(
         return
     pace, tracking = Pace(), Tracking(opened, track or ())
     if once:
-        console().print(screen(opened, statuses(opened), pace, rows))
+        found = statuses(opened)
+        console().print(screen(opened, found, pace, rows))
+        if report_problem(opened, found):
+            raise typer.Exit(1)
         return
     try:
         with Live(console=console(), refresh_per_second=4) as live:
@@ -52,11 +58,14 @@ def watch(
                 live.update(screen(opened, found, pace, rows))
                 if resting(found):
                     tracking.finish()
-                    return
+                    break
                 tracking.tick()
                 time.sleep(every)
     except KeyboardInterrupt:
         console().print(f"\nThe jobs go on. Watch them again: klab watch {opened.path}")
+        return
+    if report_problem(opened, found):
+        raise typer.Exit(1)
 
 
 def chosen(found: list[CellStatus], most: int) -> list[CellStatus]:

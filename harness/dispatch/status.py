@@ -105,7 +105,7 @@ def controller_problem(run: Run, rows: Iterable[CellStatus]) -> str | None:
         rows: the run's `statuses`.
     """
     waiting = {row.id for row in rows if row.state in ("waiting", "lost") or (row.state == "preempted" and not row.job)}
-    abandoned = waiting.intersection(abandoned_cells(run))
+    abandoned = waiting & abandoned_cells(run) if waiting else set()
     if not abandoned:
         return None
     cells = "1 cell" if len(abandoned) == 1 else f"{len(abandoned)} cells"

@@ -136,27 +136,20 @@ class LocalExecutor:
                     os.kill(pid, signal.SIGTERM)
 
 
-def abandoned_cells(run: Run) -> list[str]:
-    """Cells that still wait in the queue of a controller that is gone: it was killed, or it failed.
-
-    A controller that ends by itself has an empty queue: all its cells have a result or a failure, or were cancelled.
+def abandoned_cells(run: Run) -> set[str]:
+    """The cells in the queue of a controller that is gone: killed, or failed. Those of them that are still open wait
+    for nobody, since a controller that ends by itself leaves none: each has a result or a failure, or was cancelled.
     """
     if controller_is_alive(run):
-        return []
+        return set()
     try:
         request, state = read_request(run), read_state(run)
     except UserError:
-        return []
-    waiting = request.get("packs", [])
+        return set()
+    packs = request.get("packs", [])
     if state.get("ticket") == request.get("ticket"):
-        waiting = [*state.get("waiting", []), *(job.get("cells", []) for job in state.get("flying", []))]
-    known = set(run.cells)
-    cells = [cell for pack in waiting for cell in pack if cell in known]
-    return [
-        each.id
-        for each in scan(run, cells).values()
-        if not (each.result or each.failed or each.problem or each.cancelled or each.alive)
-    ]
+        packs = [*state.get("waiting", []), *(job.get("cells", []) for job in state.get("flying", []))]
+    return {cell for pack in packs for cell in pack}
 
 
 def start_controller(run: Run) -> None:

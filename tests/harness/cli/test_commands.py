@@ -18,7 +18,10 @@ from klab.grid.custom_values import SIGNATURES
 from klab.grid.glossary import GLOSSARY
 from klab.grid.sources import SOURCES
 from klab.harness.cli.main import COMMANDS, main
-from klab.harness.store import Run
+from klab.harness.dispatch.launch import launch
+from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.store import Run, machine
+from tests.support.run_processes import controllers, kill, wait_for, workers
 
 MakeGrid = Callable[..., Grid]
 Ask = Callable[..., Any]
@@ -287,3 +290,43 @@ def test_every_command_has_help_and_json(name: str, ask: Ask) -> None:
     text = ask(name, "--help")
     assert len(text.splitlines()) > 5
     assert "--json" in text
+
+
+def test_a_controller_that_was_killed_is_reported_until_the_next_launch(
+    make_grid: MakeGrid, ask: Ask, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = make_grid(seeds=2, updates=30, task={"name": "slow_tasks:Chore", "seconds": 0.01})
+    run = Run.create(place / "runs/little", grid)
+    launch(run, LocalExecutor(max_parallel=1), workers=2, cells_per_job=1)
+    (controller,) = wait_for(lambda: workers(run) and controllers(run))
+    assert ask("status", "little", "--json")["problem"] is None
+    kill(controller)
+    wait_for(lambda: not controllers(run))
+    for command in (("status", "little"), ("watch", "little", "--once")):
+        ask(*command, code=1)
+    wait_for(lambda: not workers(run))
+    assert main(["status", "little"]) == 1
+    message = capsys.readouterr().err
+    assert "the controller ended with 1 cell in its queue; see " in message
+    assert str(run.jobs / "controller.log") in message
+    ask("launch", "little.yaml", "--no-merge", "--max-parallel", "1")
+    assert ask("status", "little", "--json")["states"] == {"finished": 2}
+    wait_for(lambda: not controllers(run))
+
+
+def test_a_launch_with_nothing_to_do_but_failed_cells_names_the_option(run: Run, ask: Ask) -> None:
+    for identity in run.cells[2:]:
+        run.cell(identity).write_result({"state": "finished", "updates": 4})
+    text = ask("launch", "little.yaml", "--no-merge", "--detach")
+    assert "nothing to do: 1 failed before; --retry-failed runs them again" in text
+
+
+def test_tiny_policies_use_cores_on_a_machine_with_gpus(
+    make_grid: MakeGrid, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_grid(seeds=64, policy={"name": "tiny"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(str(number) for number in range(machine.cores() + 3)))
+    dry = ("launch", "little.yaml", "--no-merge", "--dry-run", "--json")
+    assert ask(*dry)["workers"] == machine.cores()
+    make_grid(seeds=64)  # a checkpoint of any size goes to the GPUs
+    assert ask(*dry)["workers"] == machine.cores() + 3
