@@ -23,6 +23,7 @@ from klab.harness.training.data.rollouts import score_completions
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, is_padding, pack_micro_batches
+from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runtime.rng import sample_indices
 from klab.tasks.task import Example, Score
@@ -75,6 +76,7 @@ class EvalOutputs:
 
 
 def prepare_eval_sets(
+    settings: PackSettings,
     members: Sequence[PackedCell],
     reference: Policy,
     budget: MemoryBudget = UNLIMITED,
@@ -82,11 +84,21 @@ def prepare_eval_sets(
 ) -> list[EvalSet]:
     """The held-out prompts of each cell, and the reference policy's completions of them."""
     examples = [held_out(member) for member in members]
-    samples, share = members[0].cell.training.evaluation_samples, process_group.shard(len(examples[0]))
+    samples, share = settings.evaluation_samples, process_group.shard(len(examples[0]))
     if not share:
         return [EvalSet(listed, None) for listed in examples]
     purpose = ("evaluation of the reference",)
-    drawn = generate(reference, members, examples, samples, purpose, seeded=False, budget=budget, share=share)
+    drawn = generate(
+        reference,
+        members,
+        examples,
+        samples,
+        purpose,
+        settings.max_new_tokens,
+        seeded=False,
+        budget=budget,
+        share=share,
+    )
     return [EvalSet(*pair) for pair in zip(examples, drawn, strict=True)]
 
 
@@ -100,6 +112,7 @@ def held_out(member: PackedCell) -> list[Example]:
 def evaluate(
     policy: Policy,
     reference: Policy,
+    settings: PackSettings,
     members: Sequence[PackedCell],
     eval_sets: Sequence[EvalSet],
     update: int,
@@ -115,12 +128,12 @@ def evaluate(
     Raises:
         CellFailure: where a cell's reward raises.
     """
-    samples = members[0].cell.training.evaluation_samples
+    samples = settings.evaluation_samples
     examples = [eval_set.examples for eval_set in eval_sets]
 
     def answered() -> list[EvalOutputs]:
         share = process_group.shard(len(examples[0]))
-        return _eval_outputs(policy, reference, members, eval_sets, update, budget, share) if share else []
+        return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share) if share else []
 
     parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
     rows = []
@@ -157,6 +170,7 @@ def evaluate(
 def _eval_outputs(
     policy: Policy,
     reference: Policy,
+    settings: PackSettings,
     members: Sequence[PackedCell],
     eval_sets: Sequence[EvalSet],
     update: int,
@@ -165,12 +179,14 @@ def _eval_outputs(
 ) -> list[EvalOutputs]:
     """Per cell, what a share of its prompts came to."""
     examples = [eval_set.examples for eval_set in eval_sets]
-    samples = members[0].cell.training.evaluation_samples
-    greedy = generate(policy, members, examples, 1, None, budget=budget, share=share)
-    fresh = generate(policy, members, examples, samples, ("evaluation", update), budget=budget, share=share)
+    samples = settings.evaluation_samples
+    greedy = generate(policy, members, examples, 1, None, settings.max_new_tokens, budget=budget, share=share)
+    fresh = generate(
+        policy, members, examples, samples, ("evaluation", update), settings.max_new_tokens, budget=budget, share=share
+    )
     kept = [eval_set.reference for eval_set in eval_sets if eval_set.reference is not None]
-    reverse, entropy = sequence_divergence(policy, reference, members, fresh, budget)
-    forward, _ = sequence_divergence(reference, policy, members, kept, budget)
+    reverse, entropy = sequence_divergence(policy, reference, fresh, settings.max_new_tokens, budget)
+    forward, _ = sequence_divergence(reference, policy, kept, settings.max_new_tokens, budget)
     own = [listed[share.start : share.stop] for listed in examples]
     return [
         EvalOutputs(
@@ -190,15 +206,15 @@ def _eval_outputs(
 def sequence_divergence(
     policy: Policy,
     other: Policy,
-    members: Sequence[PackedCell],
     rollouts: Sequence[Rollout],
+    max_new_tokens: int,
     budget: MemoryBudget = UNLIMITED,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per cell: KL(policy ‖ other) and the policy's entropy, each summed over a trajectory's own tokens, float64 [N].
 
     Both are exact at each position: Σ_v p(v)·(log p(v) − log q(v)) and −Σ_v p(v)·log p(v).
     """
-    rows = max(1, _LOGITS // (members[0].max_new_tokens * policy.vocab_size))
+    rows = max(1, _LOGITS // (max_new_tokens * policy.vocab_size))
     budget = replace(budget, rows=min(budget.rows or rows, rows))
     kl: list[list[Tensor]] = [[] for _ in rollouts]
     entropy: list[list[Tensor]] = [[] for _ in rollouts]

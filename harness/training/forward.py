@@ -12,7 +12,7 @@ from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.optim.critic import Critics
-from klab.harness.training.packed_cell import PackedCell
+from klab.harness.training.pack_settings import PackSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class ForwardPass:
 
 
 def forward_pass(
-    models: Models, members: Sequence[PackedCell], rollouts: Sequence[Rollout], critic_only: bool
+    models: Models, settings: PackSettings, rollouts: Sequence[Rollout], critic_only: bool
 ) -> list[ForwardPass]:
     """What the models say about some trajectories of every cell.
 
     Args:
         critic_only: the critics learn critic_only, so that no gradient of theirs goes into the policies.
     """
-    temperature, full = members[0].cell.training.temperature, members[0].needs_logits
+    temperature, full = settings.temperature, settings.needs_logits
     critics, listed = models.critics, list(rollouts)
     shared = critics is not None and critics.shares_trunk
     scores = token_scores(models.policy, listed, temperature=temperature, logits=full, entropy=True, states=shared)
@@ -69,6 +69,9 @@ def forward_pass(
 
 def concat_passes(passes: Sequence[ForwardPass]) -> ForwardPass:
     """The rows of several passes over one cell, one after the other."""
+
+    if len(passes) == 1:
+        return passes[0]
 
     def joined(values: Sequence[Tensor | None]) -> Tensor | None:
         present = [value for value in values if value is not None]

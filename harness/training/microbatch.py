@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klab.grid.schema.sections import TrainingSection
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -37,11 +36,6 @@ class MemoryBudget:
     rows: int | None = None
     tokens: int | None = None
     parts: int = 1
-
-    @classmethod
-    def of(cls, training: TrainingSection) -> MemoryBudget:
-        """As a cell's settings say."""
-        return cls(training.micro_batch, training.token_budget)
 
     def halved(self, rows: int) -> MemoryBudget:
         """Half of this, where a whole is `rows` trajectories."""

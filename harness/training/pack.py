@@ -24,10 +24,10 @@ from klab.harness.training.distributed.process_group import checksum
 from klab.harness.training.evaluation import EvalSet, evaluate, prepare_eval_sets
 from klab.harness.training.forward import Models
 from klab.harness.training.metrics import Row
-from klab.harness.training.microbatch import MemoryBudget
 from klab.harness.training.optim import kl_controller
 from klab.harness.training.optim.critic import Critics
 from klab.harness.training.optim.optimizer import StackedAdamW
+from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runtime.timer import PhaseTimer
 from klab.harness.training.summary import DIVERGED_AFTER
@@ -42,6 +42,7 @@ class Pack:
 
     Attributes:
         members: the cells.
+        settings: what they have in common.
         policy: their stacked policies, in training.
         reference: their starting policies, frozen.
         critics: what they learn beside it; None where no member asks for one.
@@ -57,18 +58,22 @@ class Pack:
     def __init__(self, members: Sequence[PackedCell], channel: CommandChannel | None = None) -> None:
         self.members = list(members)
         self.channel = channel or CommandChannel()
-        self.policy: Policy = _stack(self.members)
+        self.settings = PackSettings.of(self.members)
+        self.policy: Policy = _stack(self.settings, self.members)
         self.reference: Policy = self.policy.frozen_copy()
-        self.optimizer = StackedAdamW(self.policy.parameters, [member.cell.training for member in self.members])
-        self.critics = Critics.of(self.members, self.policy, lambda: _stack(self.members))
+        trainings = [member.cell.training for member in self.members]
+        self.optimizer = StackedAdamW(self.policy.parameters, trainings)
+        self.critics = Critics.of(
+            self.settings.critic, trainings, self.policy, lambda: _stack(self.settings, self.members)
+        )
         self.coefficients = [kl_controller.initial_coefficients(member.cell) for member in self.members]
         self.done = 0
         self.evaluated = -1
         self.pending: list[list[Experience]] = []
         self.streaks = [0] * len(self.members)
-        self.budget = MemoryBudget.of(self.members[0].cell.training)
+        self.budget = self.settings.budget
         self._halved = False
-        self._schedule = self.members[0].schedule
+        self._schedule = self.settings.schedule
         self._timer = PhaseTimer()
         self._eval_sets: list[EvalSet] = []
 
@@ -80,7 +85,7 @@ class Pack:
     @property
     def evaluation_due(self) -> bool:
         """Before the first update, every `evaluate_every` updates, and after the last."""
-        every = self.members[0].cell.training.evaluate_every
+        every = self.settings.evaluate_every
         return self.evaluated < self.done and (self.finished or self.done % every == 0)
 
     def advance(self) -> list[Row]:
@@ -94,19 +99,23 @@ class Pack:
     def _advance(self) -> list[Row]:
         number, epoch, part = self._schedule.position(self.done)
         self.collect_due_rollouts()
-        current = self.pending[0]
-        training = self.members[0].cell.training
-        chosen = [
+        minibatches = [
             select_groups(
                 experience,
-                minibatch_groups(training.prompts, training.minibatches, part, member.cell.seed, number, epoch),
+                minibatch_groups(
+                    self.settings.prompts, self.settings.minibatches, part, member.cell.seed, number, epoch
+                ),
             )
-            for member, experience in zip(self.members, current, strict=True)
+            for member, experience in zip(self.members, self.pending[0], strict=True)
         ]
-        used = [group_filtering.drop_zero_variance(*pair) for pair in zip(self.members, chosen, strict=True)]
+        used = [group_filtering.drop_zero_variance(*pair) for pair in zip(self.members, minibatches, strict=True)]
+        filtered = [
+            group_filtering.filtering_metrics(*each) for each in zip(self.members, minibatches, used, strict=True)
+        ]
         rows = update(
             Models(self.policy, self.reference, self.critics),
             self.optimizer,
+            self.settings,
             self.members,
             used,
             self.coefficients,
@@ -115,13 +124,14 @@ class Pack:
             self.budget,
             process_group=self.channel.process_group,
         )
+        # from here on the update has been made: nothing below may fail
         self.done += 1
         if self.done % self._schedule.updates_per_rollout == 0:
             self.pending.pop(0)
         seconds = self._timer.take(len(self.members))
         for c, row in enumerate(rows):
             self.streaks[c] = self.streaks[c] + 1 if row["nonfinite"] else 0
-            row.update(group_filtering.filtering_metrics(self.members[c], chosen[c], used[c]))
+            row.update(filtered[c])
             if row.get("loss_tokens") != 0:
                 self.coefficients[c] = kl_controller.adapt_coefficients(self.members[c].cell, self.coefficients[c], row)
             row.update(seconds)
@@ -133,9 +143,7 @@ class Pack:
         return self.channel.execute(self, "halve_budget", {}, self._halve_budget)
 
     def _halve_budget(self) -> bool:
-        training = self.members[0].cell.training
-        rows = training.prompts * training.group_size // training.minibatches
-        rows = -(-rows // self.channel.process_group.size)
+        rows = -(-self.settings.minibatch_rows // self.channel.process_group.size)
         if self._halved or min(rows, self.budget.rows or rows) == 1:
             return False
         self.budget, self._halved = self.budget.halved(rows), True
@@ -144,12 +152,13 @@ class Pack:
     def collect_due_rollouts(self) -> None:
         """Draw the rollouts that are to come from the policy as it is now."""
         behaviour = self.policy
-        if self.members[0].cell.training.behaviour == "reference":
+        if self.settings.samples_reference:
             behaviour = self.reference
         first = self.done // self._schedule.updates_per_rollout
         for number in range(first + len(self.pending), self._schedule.rollouts_needed(self.done)):
             with torch.no_grad():
                 drawn = collect_rollouts(
+                    self.settings,
                     self.members,
                     behaviour,
                     self.reference,
@@ -172,11 +181,12 @@ class Pack:
         with torch.no_grad():
             if not self._eval_sets:
                 self._eval_sets = prepare_eval_sets(
-                    self.members, self.reference, self.budget, self.channel.process_group
+                    self.settings, self.members, self.reference, self.budget, self.channel.process_group
                 )
             rows = evaluate(
                 self.policy,
                 self.reference,
+                self.settings,
                 self.members,
                 self._eval_sets,
                 self.done,
@@ -254,9 +264,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stack(members: Sequence[PackedCell]) -> Policy:
+def _stack(settings: PackSettings, members: Sequence[PackedCell]) -> Policy:
     seeds = [member.cell.seed for member in members]
-    policy = load_policy(members[0].cell.policy, members[0].start, len(members), device(), seeds)
+    policy = load_policy(settings.policy, members[0].start, len(members), device(), seeds)
     for position, member in enumerate(members):
         if member.start != members[0].start:
             policy.load(member.start, position)

@@ -182,7 +182,6 @@ class PackRunner:
         """From one update boundary to the next until no member is left."""
         saved_update, saved_at, durable_at = pack.done, time.monotonic(), time.monotonic()
         while pack.members:
-            training = pack.members[0].cell.training
             if pack.evaluation_due:
                 pack, rows = self._compute(pack, Pack.evaluate)
                 pack = self._record(pack, rows, CellFolder.append_evaluations)
@@ -196,9 +195,9 @@ class PackRunner:
                     pack = self._save(pack)
                 self.states.update({member.id: "interrupted" for member in pack.members})
                 return
-            due = pack.done % training.checkpoint_updates == 0
+            due = pack.done % pack.settings.checkpoint_updates == 0
             now = time.monotonic()
-            if pack.done > saved_update and (due or now - saved_at >= training.checkpoint_seconds):
+            if pack.done > saved_update and (due or now - saved_at >= pack.settings.checkpoint_seconds):
                 durable = now - durable_at >= DURABLE_SECONDS
                 pack = self._save(pack, durable)
                 saved_update, saved_at, durable_at = pack.done, now, now if durable else durable_at

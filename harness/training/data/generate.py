@@ -23,6 +23,7 @@ def generate(
     examples: Sequence[Sequence[Example]],
     group_size: int,
     purpose: tuple[int | str, ...] | None,
+    max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seeded: bool = True,
@@ -47,9 +48,7 @@ def generate(
         encode_prompts(policy, member, listed[share.start : share.stop])
         for member, listed in zip(members, examples, strict=True)
     ]
-    cuts = [
-        budget.sampling_slices([len(p) for p in listed], group_size, members[0].max_new_tokens) for listed in prompts
-    ]
+    cuts = [budget.sampling_slices([len(p) for p in listed], group_size, max_new_tokens) for listed in prompts]
     found: list[list[Rollout]] = [[] for _ in members]
     for turn in range(max(map(len, cuts))):
         cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
@@ -58,7 +57,7 @@ def generate(
             policy if len(cells) == len(members) else policy.select(cells),
             [prompts[c][cuts[c][turn]] for c in cells],
             group_size=group_size,
-            max_new_tokens=members[0].max_new_tokens,
+            max_new_tokens=max_new_tokens,
             generators=[
                 UniformSlice(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
                 for c, start in zip(cells, starts, strict=True)

@@ -16,6 +16,7 @@ from klab.harness.training.data.generate import generate
 from klab.harness.training.data.sampler_mismatch import sample_function, sampling_policy
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
+from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import CellFailure, PackedCell
 from klab.harness.training.runtime.rng import permutation, sample_indices
 from klab.harness.training.runtime.timeout import time_limit
@@ -55,6 +56,7 @@ class Experience:
 
 
 def collect_rollouts(
+    settings: PackSettings,
     members: Sequence[PackedCell],
     behaviour: Policy,
     reference: Policy,
@@ -71,17 +73,18 @@ def collect_rollouts(
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
     """
-    training = members[0].cell.training
-    draws, sampling_stats = _sample_groups(members, behaviour, number, timer, budget, process_group)
+    draws, sampling_stats = _sample_groups(settings, members, behaviour, number, timer, budget, process_group)
     rollouts = [each.rollout for each in draws]
     baselines = (
-        _greedy_rewards(members, behaviour, draws, timer, budget, process_group) if members[0].needs_greedy else None
+        _greedy_rewards(settings, members, behaviour, draws, timer, budget, process_group)
+        if settings.needs_greedy
+        else None
     )
     with timer("reference"):
-        looked_up = log_probabilities(reference, rollouts, training.temperature, budget, process_group)
+        looked_up = log_probabilities(reference, rollouts, settings.temperature, budget, process_group)
         old_logprobs = None
-        if training.sampler is not None:
-            old_logprobs = log_probabilities(behaviour, rollouts, training.temperature, budget, process_group)
+        if settings.sampler is not None:
+            old_logprobs = log_probabilities(behaviour, rollouts, settings.temperature, budget, process_group)
     return [
         Experience(
             number,
@@ -99,6 +102,7 @@ def collect_rollouts(
 
 
 def _sample_groups(
+    settings: PackSettings,
     members: Sequence[PackedCell],
     behaviour: Policy,
     number: int,
@@ -110,34 +114,42 @@ def _sample_groups(
 
     A cell that needs another draw shares it with those that need one too: what a cell gets does not depend on them.
     """
-    training = members[0].cell.training
     with timer("rollout"):
-        policy = sampling_policy(behaviour, training)
+        policy = sampling_policy(behaviour, settings.sampler)
     everyone = list(range(len(members)))
     examples = [rollout_prompts(member, number) for member in members]
     found = [
         [first]
         for first in _sample_and_score(
-            policy, members, everyone, examples, ("rollout", number), timer, budget, process_group
+            settings, policy, members, everyone, examples, ("rollout", number), timer, budget, process_group
         )
     ]
-    if training.equal_groups != "refill":
+    if not settings.refills:
         return [draws[0] for draws in found], [None] * len(members)
-    for again in range(1, training.refill_rounds + 1):
-        needing = [c for c in everyone if shortfall(found[c], training.prompts)]
+    for again in range(1, settings.refill_rounds + 1):
+        needing = [c for c in everyone if shortfall(found[c], settings.prompts)]
         if not needing:
             break
         examples = [rollout_prompts(members[c], number, again) for c in needing]
         more = _sample_and_score(
-            policy, members, needing, examples, ("rollout", number, "again", again), timer, budget, process_group
+            settings,
+            policy,
+            members,
+            needing,
+            examples,
+            ("rollout", number, "again", again),
+            timer,
+            budget,
+            process_group,
         )
         for c, another in zip(needing, more, strict=True):
             found[c].append(another)
-    used = [fill(draws, training.prompts) for draws in found]
+    used = [fill(draws, settings.prompts) for draws in found]
     return used, [SamplingStats.of(*pair) for pair in zip(found, used, strict=True)]
 
 
 def _sample_and_score(
+    settings: PackSettings,
     policy: Policy,
     members: Sequence[PackedCell],
     positions: Sequence[int],
@@ -148,10 +160,7 @@ def _sample_and_score(
     process_group: ProcessGroup,
 ) -> list[SampledGroups]:
     """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
-    training, share = members[0].cell.training, process_group.shard(len(examples[0]))
-    temperature = training.temperature
-    if training.sampler is not None and training.sampler.temperature is not None:
-        temperature = training.sampler.temperature
+    share = process_group.shard(len(examples[0]))
 
     def drawn() -> list[tuple[Rollout, Tensor, Tensor, Tensor]]:
         """By cell, the trajectories of this process's share, their rewards, whether they are correct, and timeouts."""
@@ -162,11 +171,12 @@ def _sample_and_score(
                 policy if len(positions) == len(members) else policy.select(positions),
                 [members[c] for c in positions],
                 examples,
-                training.group_size,
+                settings.group_size,
                 purpose,
-                temperature,
-                training.top_p,
-                sampler=sample_function(training),
+                settings.max_new_tokens,
+                settings.sampling_temperature,
+                settings.top_p,
+                sampler=sample_function(settings.sampler),
                 positions=positions,
                 budget=budget,
                 share=share,
@@ -200,6 +210,7 @@ def _sample_and_score(
 
 
 def _greedy_rewards(
+    settings: PackSettings,
     members: Sequence[PackedCell],
     behaviour: Policy,
     draws: Sequence[SampledGroups],
@@ -214,7 +225,9 @@ def _greedy_rewards(
 
     def rewards() -> list[tuple[Tensor, Tensor]]:
         with timer("rollout"):
-            rollouts = generate(behaviour, members, examples, 1, None, budget=budget, share=share)
+            rollouts = generate(
+                behaviour, members, examples, 1, None, settings.max_new_tokens, budget=budget, share=share
+            )
         with timer("reward"):
             own = [listed[share.start : share.stop] for listed in examples]
             scores = [score_completions(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
@@ -228,7 +241,7 @@ def _greedy_rewards(
         for part in process_group.all_gather_object("greedy", lambda: rewards() if share else [], behaviour.device)
         if part
     ]
-    size = members[0].cell.training.group_size
+    size = settings.group_size
     columns = [
         [torch.cat(each) for each in zip(*(part[c] for part in parts), strict=True)] for c in range(len(members))
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
-from klab.grid.schema.sections import Sampler, TrainingSection
+from klab.grid.schema.sections import Sampler
 from klab.harness.objective.kl import k3
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
@@ -40,23 +40,23 @@ class SampleFunction(Protocol):
     ) -> list[Rollout]: ...
 
 
-def sample_function(training: TrainingSection) -> SampleFunction:
+def sample_function(sampler: Sampler | None) -> SampleFunction:
     """Who draws the rollouts of a cell.
 
     Raises:
         UserError: vllm is not installed, or there is no GPU for it.
     """
-    if training.sampler is None or training.sampler.engine == "klab":
+    if sampler is None or sampler.engine == "klab":
         return sample
     from klab.harness.policy.sampling.vllm import vllm_sampler
 
-    return vllm_sampler(training.sampler.dtype)
+    return vllm_sampler(sampler.dtype)
 
 
 def check_sampler(member: PackedCell) -> None:
     """Raises UserError where the cell's sampler cannot run here, or cannot run its policy."""
     training, policy = member.cell.training, member.cell.policy
-    sample_function(training)
+    sample_function(training.sampler)
     if training.sampler is not None and training.sampler.engine == "vllm" and policy.lora is not None:
         raise UserError(
             "vllm is given whole checkpoints, not adapters",
@@ -66,9 +66,8 @@ def check_sampler(member: PackedCell) -> None:
         )
 
 
-def sampling_policy(behaviour: Policy, training: TrainingSection) -> Policy:
+def sampling_policy(behaviour: Policy, sampler: Sampler | None) -> Policy:
     """The policy that the sampler draws from: the behaviour policy itself, or a copy of it in another precision."""
-    sampler = training.sampler
     if sampler is None or sampler.engine != "klab" or sampler.dtype is None:
         return behaviour
     dtype: torch.dtype = getattr(torch, sampler.dtype)

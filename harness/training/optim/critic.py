@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klab.grid.schema.sections import Critic, TrainingSection
 from klab.harness.objective import TokenBatch, UpdateContext, value_loss, value_metrics
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
@@ -18,9 +19,8 @@ from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
-from klab.harness.training.optim.optimizer import StackedAdamW, norm
+from klab.harness.training.optim.optimizer import PreparedStep, StackedAdamW, norm
 from klab.harness.training.optim.schedule import learning_rate
-from klab.harness.training.packed_cell import PackedCell
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +62,33 @@ class Critics:
         optimizer: of the heads, and of the trunk where it is the critics' own.
     """
 
-    def __init__(self, members: Sequence[PackedCell], policy: Policy, trunk: Policy | None) -> None:
-        critic = members[0].cell.training.critic
-        assert critic is not None
-        self.settings = critic
+    def __init__(
+        self, settings: Critic, trainings: Sequence[TrainingSection], policy: Policy, trunk: Policy | None
+    ) -> None:
+        self.settings = settings
         self.trunk = trunk
         below = {} if trunk is None else trunk.parameters
         wide = torch.promote_types(policy.dtype, torch.float32)
-        self.head = ValueHead(len(members), policy.hidden_size, wide, policy.device)
-        self.optimizer = StackedAdamW({**below, **self.head.parameters}, [member.cell.training for member in members])
+        self.head = ValueHead(len(trainings), policy.hidden_size, wide, policy.device)
+        self.optimizer = StackedAdamW({**below, **self.head.parameters}, trainings)
 
     @classmethod
-    def of(cls, members: Sequence[PackedCell], policy: Policy, start: Callable[[], Policy]) -> Critics | None:
-        """The critics that the members ask for; `start` makes a trainable copy of their starting policies."""
-        critic = members[0].cell.training.critic
-        if critic is None:
+    def of(
+        cls,
+        settings: Critic | None,
+        trainings: Sequence[TrainingSection],
+        policy: Policy,
+        load_trunk: Callable[[], Policy],
+    ) -> Critics | None:
+        """The critics that a pack's settings ask for, if any.
+
+        Args:
+            trainings: one section per cell, for its optimizer.
+            load_trunk: makes a trainable copy of the cells' initial policies, called for `kind: model`.
+        """
+        if settings is None:
             return None
-        return cls(members, policy, start() if critic.kind == "model" else None)
+        return cls(settings, trainings, policy, load_trunk() if settings.kind == "model" else None)
 
     @property
     def shares_trunk(self) -> bool:
@@ -144,7 +154,7 @@ class Critics:
         norms: list[float] = torch.stack([norm(each) for each in slices]).tolist()
         return [CriticGradient(*pair) for pair in zip(slices, norms, strict=True)]
 
-    def step(self, cell: int, gradient: CriticGradient, number: int) -> None:
-        """Update number `number` (1-based) of one cell's critic."""
+    def prepare_step(self, cell: int, gradient: CriticGradient, number: int) -> PreparedStep:
+        """Update number `number` (1-based) of one cell's critic, to be applied by `optimizer`."""
         lr = learning_rate(self.optimizer.settings[cell], number, self.settings.lr)
-        self.optimizer.step(cell, gradient.slices, lr, gradient.norm)
+        return self.optimizer.prepare_step(cell, gradient.slices, lr, gradient.norm)

@@ -1,26 +1,44 @@
 """AdamW on stacked parameters, one cell at a time: own learning rate, own clipping, own step count.
 
 Every reduction and every update runs on the slice of one cell, in the same order and on the same memory layout
-whatever the cell is packed with. That is what keeps a cell's bits the same alone and packed.
+whatever the cell is packed with: a cell's bits are the same alone and packed.
 
-Weights of 16 bits are copies of float32 ones: a step of 1e-6 of a weight is lost in bfloat16, whose neighbours are
-1/256 apart. Moments, clipping and steps are float32 then, and so is what a checkpoint holds.
+16-bit weights are rounded copies of float32 masters: a step of 1e-6 of a weight would be lost in bfloat16, whose
+neighbouring values are 1/256 apart. Moments, clipping, steps and checkpoints are float32 then.
+
+The step is torch's public functional `adamw` with its fused kernel. `torch.optim.AdamW` would need one optimizer
+object per cell, with its state in dictionaries instead of the stacks, for the same kernel. `_foreach_norm`,
+`_foreach_mul_` and `_foreach_copy_` are what `torch.nn.utils` and `torch.optim` themselves call; there is no public
+name for them. `get_total_norm` would do for the norm, but sums in float32 and so rounds differently.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from klab.grid.schema.sections import TrainingSection
 
 NARROW = (torch.float16, torch.bfloat16)
 
-_FAR = 1e30
-"""Weights that cannot be larger are finite; so are second moments of gradients whose squares cannot be."""
+_SAFE_BOUND = 1e30
+"""Upper bound below which weights and second moments are provably finite, so that the isfinite check is skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """One cell's next step, complete: applying it allocates nothing."""
+
+    cell: int
+    gradients: list[Tensor]
+    lr: float
+    norm: float
+    clip_divisor: Tensor | None
 
 
 class StackedAdamW:
@@ -32,7 +50,6 @@ class StackedAdamW:
         parameters: name -> [C, …], what gradients are taken of.
         masters: the same weights as steps change them: the parameters themselves, or float32 copies of 16-bit ones.
         first, second: Adam's moments.
-        steps: each cell's step count.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], settings: Sequence[TrainingSection]) -> None:
@@ -42,18 +59,19 @@ class StackedAdamW:
         self.first = {name: torch.zeros_like(value) for name, value in self.masters.items()}
         self.second = {name: torch.zeros_like(value) for name, value in self.masters.items()}
         device = next(iter(parameters.values())).device
-        self.steps = [torch.zeros((), device=device) for _ in settings]
-        # matrices first, so that the decayed slices are one contiguous stretch of each list
+        # one entry per parameter, as `adamw` counts them; all entries of a cell are equal
+        self._steps = [list(torch.zeros(len(parameters), device=device).unbind()) for _ in settings]
+        # matrices first: the parameters that weight decay applies to are a prefix of each list
         self._order = sorted(parameters, key=lambda name: parameters[name].dim() < 3)
         self._matrices = sum(parameters[name].dim() >= 3 for name in self._order)
         self._weights, self._first, self._second = (
             self._slices(group) for group in (self.masters, self.first, self.second)
         )
-        # the fused step divides by a float32 number as it goes, which spares a pass over the gradients
+        # the fused kernel divides by a float32 scalar on the fly, which saves a pass over the gradients
         self._divides = all(value.dtype == torch.float32 for value in self.masters.values())
-        # each cell's bounds of its weights and of its gradients so far
-        self._reach = [math.inf] * len(self.settings)
-        self._steepest = [0.0] * len(self.settings)
+        # per cell, upper bounds of the absolute weights and of the gradient norms so far
+        self._max_weight = [math.inf] * len(self.settings)
+        self._max_gradient_norm = [0.0] * len(self.settings)
         rounded = [name for name, value in parameters.items() if value.dtype != self.masters[name].dtype]
         self._rounded = [
             ([parameters[name].detach()[c] for name in rounded], [self.masters[name][c] for name in rounded])
@@ -75,49 +93,57 @@ class StackedAdamW:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def step(self, cell: int, gradients: Sequence[Tensor], lr: float, norm: float) -> None:
-        """One update of one cell, its gradient scaled down so that its norm is at most `clip_norm`."""
-        training = self.settings[cell]
-        gradients = [g.to(weight.dtype) for g, weight in zip(gradients, self._weights[cell], strict=True)]
-        divisor = None
-        if training.clip_norm is not None and norm > training.clip_norm:
-            if self._divides:
-                divisor = torch.tensor(norm / training.clip_norm, device=gradients[0].device)
-            else:
-                torch._foreach_mul_(gradients, training.clip_norm / norm)
-        self.steps[cell] += 1
-        cut = self._matrices if training.weight_decay else len(self._order)
-        for part, decay in ((slice(0, cut), training.weight_decay), (slice(cut, None), 0.0)):
-            weights = self._weights[cell][part]
-            if weights:
-                torch._fused_adamw_(
-                    weights,
-                    gradients[part],
-                    self._first[cell][part],
-                    self._second[cell][part],
-                    [],
-                    [self.steps[cell]] * len(weights),
-                    lr=lr,
-                    beta1=training.adam_beta1,
-                    beta2=training.adam_beta2,
-                    weight_decay=decay,
-                    eps=training.adam_eps,
-                    amsgrad=False,
-                    maximize=False,
-                    grad_scale=divisor,
-                )
-        self._publish(cell)
-        self._stretch(cell, lr, norm)
+    def prepare_step(self, cell: int, gradients: Sequence[Tensor], lr: float, norm: float) -> PreparedStep:
+        """Allocate all that one cell's step needs; weights, moments and step count stay as they are.
 
-    def _stretch(self, cell: int, lr: float, norm: float) -> None:
-        """How large a weight may be after a step: m̂ is a mean of gradients so far, and the step is lr·m̂/(√v̂ + ε)."""
+        Args:
+            gradients: the cell's entry of `gradients()`.
+            norm: their Euclidean norm; gradients above `clip_norm` are scaled down to it.
+        """
+        clip_norm = self.settings[cell].clip_norm
+        wide = [g.to(weight.dtype) for g, weight in zip(gradients, self._weights[cell], strict=True)]
+        divisor = None
+        if clip_norm is not None and norm > clip_norm:
+            if self._divides:
+                divisor = torch.tensor(norm / clip_norm, device=wide[0].device)
+            else:
+                torch._foreach_mul_(wide, clip_norm / norm)
+        return PreparedStep(cell, wide, lr, norm, divisor)
+
+    def apply_step(self, step: PreparedStep) -> None:
+        """Take a prepared step. Everything happens in place: nothing is allocated, so that memory cannot run out."""
+        cell, training = step.cell, self.settings[step.cell]
+        decayed = self._matrices if training.weight_decay else len(self._order)
+        for part, decay in ((slice(0, decayed), training.weight_decay), (slice(decayed, None), 0.0)):
+            adamw(
+                self._weights[cell][part],
+                step.gradients[part],
+                self._first[cell][part],
+                self._second[cell][part],
+                [],
+                self._steps[cell][part],
+                fused=True,
+                grad_scale=step.clip_divisor,
+                lr=step.lr,
+                beta1=training.adam_beta1,
+                beta2=training.adam_beta2,
+                weight_decay=decay,
+                eps=training.adam_eps,
+                amsgrad=False,
+                maximize=False,
+            )
+        self._round_to_parameters(cell)
+        self._update_bounds(cell, step.lr, step.norm)
+
+    def _update_bounds(self, cell: int, lr: float, norm: float) -> None:
+        """Bound the weights after a step: m̂ is a mean of the gradients so far, and the step is lr·m̂/(√v̂ + ε)."""
         training = self.settings[cell]
-        self._steepest[cell] = max(self._steepest[cell], min(norm, training.clip_norm or math.inf))
-        farthest = lr * self._steepest[cell] / training.adam_eps
-        self._reach[cell] = self._reach[cell] * (1 + lr * training.weight_decay) + farthest
+        self._max_gradient_norm[cell] = max(self._max_gradient_norm[cell], min(norm, training.clip_norm or math.inf))
+        largest_step = lr * self._max_gradient_norm[cell] / training.adam_eps
+        self._max_weight[cell] = self._max_weight[cell] * (1 + lr * training.weight_decay) + largest_step
 
     @torch.no_grad()
-    def _publish(self, cell: int) -> None:
+    def _round_to_parameters(self, cell: int) -> None:
         """Round one cell's float32 weights to its 16-bit parameters."""
         narrow, wide = self._rounded[cell]
         if narrow:
@@ -128,16 +154,16 @@ class StackedAdamW:
         return [self._finite(cell) for cell in range(len(self.settings))]
 
     def _finite(self, cell: int) -> bool:
-        if max(self._reach[cell], self._steepest[cell] ** 2) < _FAR:
+        if max(self._max_weight[cell], self._max_gradient_norm[cell] ** 2) < _SAFE_BOUND:
             return True
-        self._reach[cell] = float(norm(self._weights[cell]))
-        return math.isfinite(self._reach[cell])
+        self._max_weight[cell] = float(norm(self._weights[cell]))
+        return math.isfinite(self._max_weight[cell])
 
     def state(self, cell: int) -> dict[str, Tensor]:
         """One cell's weights and moments by name, as copies on the CPU."""
         groups = {"weight": self.masters, "first": self.first, "second": self.second}
         views = {f"{group}/{name}": value[cell] for group, values in groups.items() for name, value in values.items()}
-        return {name: value.detach().cpu().clone() for name, value in {**views, "steps": self.steps[cell]}.items()}
+        return {name: value.detach().cpu().clone() for name, value in {**views, "steps": self._steps[cell][0]}.items()}
 
     @torch.no_grad()
     def restore(self, cell: int, state: Mapping[str, Tensor]) -> None:
@@ -148,11 +174,12 @@ class StackedAdamW:
                 if stored.shape != value.shape[1:]:
                     raise ValueError(f"{name} has shape {tuple(stored.shape)}, not {tuple(value.shape[1:])}")
                 value[cell].copy_(stored)
-        self.steps[cell].copy_(state["steps"])
-        self._publish(cell)
-        done, beta = int(self.steps[cell]), self.settings[cell].adam_beta1
-        self._steepest[cell] = float(norm(self._first[cell])) / (1 - beta**done) if done else 0.0
-        self._reach[cell] = math.inf
+        for count in self._steps[cell]:
+            count.copy_(state["steps"])
+        self._round_to_parameters(cell)
+        done, beta = int(state["steps"]), self.settings[cell].adam_beta1
+        self._max_gradient_norm[cell] = float(norm(self._first[cell])) / (1 - beta**done) if done else 0.0
+        self._max_weight[cell] = math.inf
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

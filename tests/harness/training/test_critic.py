@@ -163,7 +163,7 @@ def test_during_the_warm_up_only_the_critic_learns(make_run: MakeRun, kind: str)
     for name, value in start.items():
         assert torch.equal(trained.policy.parameters[name], value), name
     assert not torch.equal(trained.critics.head.parameters["value.weight"], blank["value.weight"])
-    assert float(trained.optimizer.steps[0]) == 0.0
+    assert float(trained.optimizer.state(0)["steps"]) == 0.0
     assert trained.advance()[0]["lr"] == 0.01
     assert any(not torch.equal(trained.policy.parameters[name], value) for name, value in start.items())
 

@@ -121,7 +121,7 @@ def test_a_rollout_is_its_uneven_groups_in_the_order_in_which_they_were_drawn(
     for again in range(rounds + 1):
         examples = rollout_prompts(member, 0, again)
         purpose = ("rollout", 0, "again", again) if again else ("rollout", 0)
-        rollout = generate(policy, [member], [examples], SIZE, purpose, 0.5)[0]
+        rollout = generate(policy, [member], [examples], SIZE, purpose, member.max_new_tokens, 0.5)[0]
         rewards = [s.reward for s in score_completions([member], 0, examples, rollout)]
         groups, tokens = groups + 6, tokens + int(rollout.mask.sum())
         for g, example in enumerate(examples):
@@ -136,7 +136,7 @@ def test_a_rollout_is_its_uneven_groups_in_the_order_in_which_they_were_drawn(
     assert got.rollout.texts == [text for _, texts in kept for text in texts]
     assert got.sampling_stats is not None
     assert (got.sampling_stats.groups, got.sampling_stats.tokens) == (groups, tokens)
-    greedy = generate(policy, [member], [[example for example, _ in kept]], 1, None)[0]
+    greedy = generate(policy, [member], [[example for example, _ in kept]], 1, None, member.max_new_tokens)[0]
     expected = [member.task.score(e, text).reward for (e, _), text in zip(kept, greedy.texts, strict=True)]
     assert got.greedy_rewards is not None
     assert got.greedy_rewards.tolist() == [reward for reward in expected for _ in range(SIZE)]

@@ -47,8 +47,10 @@ def test_divergences_are_zero_before_the_first_update(make_run: MakeRun) -> None
 
 def test_the_divergence_is_the_sum_of_exact_conditional_ones(make_run: MakeRun) -> None:
     pack = trained(make_run)
-    rollouts = generate(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
-    found, entropy = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)
+    rollouts = generate(
+        pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",), pack.settings.max_new_tokens
+    )
+    found, entropy = sequence_divergence(pack.policy, pack.reference, rollouts, pack.settings.max_new_tokens)
     p, q = (token_scores(each, rollouts, logits=True, plain=True)[0].logits for each in (pack.policy, pack.reference))
     assert p is not None
     assert q is not None
@@ -63,8 +65,10 @@ def test_the_divergence_is_the_sum_of_exact_conditional_ones(make_run: MakeRun) 
 def test_the_divergence_agrees_with_the_sampled_estimate(make_run: MakeRun) -> None:
     """k1 summed over own tokens has the same mean (Rao-Blackwell); 6,000 samples, five standard errors."""
     pack = trained(make_run)
-    rollouts = generate(pack.policy, pack.members, [held_out(pack.members[0])], 1000, ("test",))
-    exact = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)[0][0]
+    rollouts = generate(
+        pack.policy, pack.members, [held_out(pack.members[0])], 1000, ("test",), pack.settings.max_new_tokens
+    )
+    exact = sequence_divergence(pack.policy, pack.reference, rollouts, pack.settings.max_new_tokens)[0][0]
     with torch.no_grad():
         mine, other = (token_scores(each, rollouts)[0].logp for each in (pack.policy, pack.reference))
     sampled = (mine - other).double().sum(1)
@@ -75,10 +79,12 @@ def test_the_divergence_agrees_with_the_sampled_estimate(make_run: MakeRun) -> N
 
 def test_chunks_do_not_change_the_divergence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = trained(make_run)
-    rollouts = generate(pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",))
-    whole = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)
+    rollouts = generate(
+        pack.policy, pack.members, [held_out(pack.members[0])], 3, ("test",), pack.settings.max_new_tokens
+    )
+    whole = sequence_divergence(pack.policy, pack.reference, rollouts, pack.settings.max_new_tokens)
     monkeypatch.setattr(module, "_LOGITS", 200)
-    pieces = sequence_divergence(pack.policy, pack.reference, pack.members, rollouts)
+    pieces = sequence_divergence(pack.policy, pack.reference, rollouts, pack.settings.max_new_tokens)
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(other[0], one[0], rtol=1e-4, atol=1e-6)
 

@@ -29,7 +29,7 @@ def run(optimizer: StackedAdamW, cells: list[int], steps: int, lr: float = 0.01)
         for name, parameter in optimizer.parameters.items():
             parameter.grad = torch.stack([each[name] for each in given]).to(parameter.dtype)
         for c, slices in enumerate(optimizer.gradients()):
-            optimizer.step(c, slices, lr, float(norm(slices)))
+            optimizer.apply_step(optimizer.prepare_step(c, slices, lr, float(norm(slices))))
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -115,7 +115,7 @@ def step_evenly(optimizer: StackedAdamW, gradient: float, lr: float) -> None:
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.full_like(parameter, gradient)
     (slices,) = optimizer.gradients()
-    optimizer.step(0, slices, lr, float(norm(slices)))
+    optimizer.apply_step(optimizer.prepare_step(0, slices, lr, float(norm(slices))))
 
 
 @given(
@@ -165,7 +165,7 @@ def test_many_tiny_steps_of_16_bit_weights_add_up(dtype: torch.dtype) -> None:
             parameter.grad = torch.full_like(parameter, 0.5)
         (slices,) = optimizer.gradients()
         assert {value.dtype for value in slices} == {dtype}
-        optimizer.step(0, slices, 1e-6, float(norm(slices)))
+        optimizer.apply_step(optimizer.prepare_step(0, slices, 1e-6, float(norm(slices))))
         if step == 0:
             assert all(torch.equal(value, before[name]) for name, value in weights.items())
     for name, value in weights.items():
@@ -184,8 +184,8 @@ def test_16_bit_weights_follow_float32_ones_given_the_same_gradients() -> None:
             slices = [given[name] for name in small._order]
             wide = [value.float() for value in slices]
             assert float(norm(slices)) == pytest.approx(float(norm(wide)), rel=1e-6)
-            small.step(c, slices, 0.01, float(norm(wide)))
-            large.step(c, wide, 0.01, float(norm(wide)))
+            small.apply_step(small.prepare_step(c, slices, 0.01, float(norm(wide))))
+            large.apply_step(large.prepare_step(c, wide, 0.01, float(norm(wide))))
     for name, value in many.items():
         assert torch.equal(small.masters[name], value)
         assert torch.equal(few[name], value.to(torch.bfloat16))

@@ -19,10 +19,10 @@ from klab.harness.training.data.prompts import encode_prompts
 from klab.harness.training.data.rollouts import rollout_prompts
 from klab.harness.training.data.sampler_mismatch import correction_weights, mismatch_metrics
 from klab.harness.training.forward import ForwardPass
+from klab.harness.training.loss import _token_batch
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from klab.harness.training.runtime.rng import generator
-from klab.harness.training.update import _batch
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import gradient
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
@@ -100,7 +100,7 @@ def test_the_ratio_is_to_the_trainer_unless_it_is_asked_to_be_to_the_sampler(
     member, experience = trained.members[0], trained.pending[0][0]
     assert experience.old_logprobs is not None
     now = experience.old_logprobs + 0.25
-    batch = _batch(member, experience, ForwardPass(now, now))
+    batch = _token_batch(member, experience, ForwardPass(now, now))
     if kind == "ratio":
         assert torch.equal(batch.logp_behaviour, experience.rollout.logp)
     else:

@@ -127,7 +127,9 @@ def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
 
     monkeypatch.setattr(StackedPolicy, "steps", counted)
     whole, parts = (
-        generate(trained.policy, trained.members, examples, 4, ("test",), budget=limit)[0]
+        generate(
+            trained.policy, trained.members, examples, 4, ("test",), trained.settings.max_new_tokens, budget=limit
+        )[0]
         for limit in (MemoryBudget(), MemoryBudget(tokens=2 * 4 * (3 + 4)))
     )
     assert held == [16, 8, 8]

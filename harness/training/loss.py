@@ -1,0 +1,183 @@
+"""Losses and gradients of one update of a pack, whole or in micro-batches.
+
+The loss is computed cell by cell on `[N, T]` log-probabilities; backward runs once per micro-batch for the whole pack.
+Cutting a minibatch into micro-batches does not change the gradient: whatever belongs to the whole update (advantages,
+denominators, an adaptive exponent) is computed first, from log-probabilities obtained without a graph. A minibatch
+that fits is one micro-batch whose graph is kept, so that nothing is computed twice.
+
+Where every importance ratio is 1 by construction (one update per rollout, no lag), the behaviour policy's
+log-probabilities are the current ones, detached: the ratio is then exactly 1, not 1 up to the rounding between a
+cached decoding step and a full forward pass. Everywhere else they are those that the sampler recorded, or, with a
+sampler of its own (`data/sampler_mismatch.py`), those that the trainer computed when the rollout was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klab.grid.schema.sections import Sampler
+from klab.harness.objective import LossCoefficients, TokenBatch, UpdateContext, objective_loss, update_context
+from klab.harness.training.data.overlong import excluded_rows, training_rewards
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.sampler_mismatch import correction_weights
+from klab.harness.training.distributed.process_group import ProcessGroup
+from klab.harness.training.forward import ForwardPass, Models, concat_passes, forward_pass
+from klab.harness.training.microbatch import MemoryBudget, is_padding, pack_micro_batches
+from klab.harness.training.optim.critic import Critics, ValueStats
+from klab.harness.training.pack_settings import PackSettings
+from klab.harness.training.packed_cell import CellFailure, PackedCell
+from klab.harness.training.runtime.timer import PhaseTimer
+
+_ALL = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class CellLoss:
+    """One cell's loss over the whole update, detached.
+
+    Attributes:
+        loss: what backward went through, without the critic's part.
+        metrics: the objective's, by name.
+        entropy: [N, T], of the policy before the update.
+        value_stats: of the critic; None without one.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    entropy: Tensor
+    value_stats: ValueStats | None = None
+
+
+def compute_gradients(
+    models: Models,
+    settings: PackSettings,
+    members: Sequence[PackedCell],
+    minibatches: Sequence[Experience],
+    coefficients: Sequence[LossCoefficients],
+    critic_only: bool,
+    timer: PhaseTimer,
+    budget: MemoryBudget,
+    process_group: ProcessGroup,
+) -> list[CellLoss]:
+    """Add this process's part of every cell's gradient to the parameters' `.grad`; the losses of the whole update.
+
+    Args:
+        critic_only: during critic warm-up, in which no gradient of the critic's goes into the policy.
+        budget: what may go through a policy at once; it does not change the gradient.
+
+    Raises:
+        CellFailure: where a cell's objective raises.
+    """
+    micro_batches = pack_micro_batches([m.rollout for m in minibatches], budget, process_group)
+    assigned = process_group.assigned(len(micro_batches))
+    keeps_graph = len(assigned) == 1
+    at_once = keeps_graph and process_group.size == 1  # the only micro-batch is the whole update
+    with timer("forward"), torch.set_grad_enabled(keeps_graph):
+        own = {
+            index: forward_pass(models, settings, [r for r, _ in micro_batches[index]], critic_only)
+            for index in assigned
+        }
+    with timer("forward"), torch.set_grad_enabled(at_once):
+        passes: dict[int, list[ForwardPass]] = {}
+        for part in process_group.all_gather_object("log-probabilities", lambda: own, models.policy.device):
+            passes |= part
+        losses: list[Tensor] = []
+        contexts, results = [], []
+        for c, member in enumerate(members):
+            whole = concat_passes(
+                [passes[index][c] for index, pieces in enumerate(micro_batches) if not is_padding(pieces[c])]
+            )
+            batch = _token_batch(member, minibatches[c], whole)
+            context = _update_context(c, member, minibatches[c], batch, coefficients[c])
+            loss, metrics = _objective_loss(c, member, batch, context)
+            if at_once:
+                losses += [loss, *_value_losses(models.critics, whole, batch, context)]
+            stats = _value_stats(models.critics, whole, batch, context)
+            results.append(CellLoss(float(loss.detach()), metrics, whole.entropy.detach(), stats))
+            contexts.append(context)
+        passes.clear()
+        if not keeps_graph:
+            own.clear()
+    for index in assigned:
+        if not at_once:
+            pieces = micro_batches[index]
+            with timer("forward"):
+                forwards = own.pop(index, None) or forward_pass(models, settings, [r for r, _ in pieces], critic_only)
+                losses = []
+                for c, member in enumerate(members):
+                    if is_padding(pieces[c]):
+                        continue
+                    rows = pieces[c][1]
+                    batch = _token_batch(member, minibatches[c], forwards[c], rows)
+                    context = contexts[c].rows(rows)
+                    loss, _ = _objective_loss(c, member, batch, context, measure=False)
+                    losses += [loss, *_value_losses(models.critics, forwards[c], batch, context)]
+        with timer("backward"):
+            # a loss without a graph (no own tokens) has a gradient of zero
+            torch.autograd.backward([loss for loss in losses if loss.requires_grad])
+    return results
+
+
+def _token_batch(member: PackedCell, experience: Experience, computed: ForwardPass, rows: slice = _ALL) -> TokenBatch:
+    rollout, training = experience.rollout, member.cell.training
+    sampler, excluded, correction = training.sampler, excluded_rows(member, rollout), None
+    if sampler is not None and experience.old_logprobs is not None:
+        correction = correction_weights(sampler, experience.old_logprobs, rollout.logp)
+    return TokenBatch(
+        logp=computed.logp,
+        logp_behaviour=computed.logp.detach() if training.on_policy else _behaviour(experience, sampler)[rows],
+        logp_reference=experience.reference_logprobs[rows],
+        mask=rollout.mask[rows],
+        rewards=training_rewards(member, rollout, experience.rewards)[rows],
+        groups=rollout.groups[rows],
+        max_new_tokens=member.max_new_tokens,
+        logits=computed.logits,
+        logits_reference=computed.logits_reference,
+        greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
+        values=None if experience.values is None else experience.values[rows],
+        correction=None if correction is None else correction[rows],
+        excluded_from_loss=None if excluded is None else excluded[rows],
+    )
+
+
+def _behaviour(experience: Experience, sampler: Sampler | None) -> Tensor:
+    """log π_old [N, T]: the trainer's own where another sampler drew the tokens, unless the ratio is to that one."""
+    old_logprobs = experience.old_logprobs
+    if old_logprobs is None or sampler is None or sampler.correction == "ratio":
+        return experience.rollout.logp
+    return old_logprobs
+
+
+def _objective_loss(
+    position: int, member: PackedCell, batch: TokenBatch, context: UpdateContext, measure: bool = True
+) -> tuple[Tensor, dict[str, float]]:
+    try:
+        out = objective_loss(member.cell.objective, batch, context)
+        return out.loss, out.metrics if measure else {}
+    except Exception as error:
+        raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
+
+
+def _update_context(
+    position: int, member: PackedCell, experience: Experience, batch: TokenBatch, coefficients: LossCoefficients
+) -> UpdateContext:
+    try:
+        return update_context(member.cell.objective, batch, coefficients, experience.rollout.grouping)
+    except Exception as error:
+        raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
+
+
+def _value_losses(
+    critics: Critics | None, computed: ForwardPass, batch: TokenBatch, context: UpdateContext
+) -> list[Tensor]:
+    return [] if critics is None or computed.values is None else [critics.loss(computed.values, batch, context)]
+
+
+def _value_stats(
+    critics: Critics | None, computed: ForwardPass, batch: TokenBatch, context: UpdateContext
+) -> ValueStats | None:
+    return None if critics is None or computed.values is None else critics.value_stats(computed.values, batch, context)
