@@ -125,7 +125,7 @@ def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
         held.append(len(prompts[0]) * group_size)
         return steps(self, prompts, group_size, plain)
 
-    monkeypatch.setattr(StackedPolicy, "steps", counted)
+    monkeypatch.setattr(StackedPolicy, "decoder", counted)
     whole, parts = (
         generate(
             trained.policy, trained.members, examples, 4, ("test",), trained.settings.max_new_tokens, budget=limit
@@ -168,7 +168,7 @@ def test_out_of_memory_while_sampling_and_evaluating_is_tried_again_in_parts(
         return steps(self, prompts, group_size, plain)
 
     whole = finished(make_run("whole", policy=EXACT))
-    monkeypatch.setattr(StackedPolicy, "steps", scarce)
+    monkeypatch.setattr(StackedPolicy, "decoder", scarce)
     parts = finished(make_run("parts", policy=EXACT))
     assert refused == [18]
     mine, theirs = (numbers(run, run.cells[0])["metrics"] for run in (parts, whole))
