@@ -9,6 +9,7 @@ import numpy as np
 
 from klab.grid import UserError
 from klab.reports.comparison import Comparison, compare
+from klab.reports.config_detail import settings
 from klab.reports.figures.series import cube, over_seeds
 from klab.reports.schema import RESULTS, TITLES
 from klab.reports.statistics import Contrast, Interval, paired_contrast, probability_of_improvement, t_interval
@@ -110,8 +111,6 @@ def compare_pair(study: Study, first: str, second: str, metric: str = "reward_fi
 
 
 def _settings(study: Study, first: str, second: str) -> list[tuple[str, str, str]]:
-    from klab.reports.config_detail import settings
-
     left, right = settings(study.configurations[first]), settings(study.configurations[second])
     keys = dict.fromkeys([*left, *right])
     return [

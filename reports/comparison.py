@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
 from klab.grid import UserError
+from klab.reports.axes import VariedAxis
 from klab.reports.effects import AxisEffect, Design, Interaction, interactions, main_effects
 from klab.reports.schema import LOWER_IS_BETTER, RESULTS, SUMMARY
 from klab.reports.statistics import (
@@ -21,9 +23,23 @@ from klab.reports.statistics import (
     probability_of_improvement,
     t_interval,
 )
-from klab.reports.study import Study
 
 _LOST = ("diverged", "failed", "damaged")
+
+
+class ComparedStudy(Protocol):
+    """What a comparison needs of a study; see `klab.reports.study.Study` for the attributes."""
+
+    @property
+    def cells(self) -> pd.DataFrame: ...
+    @property
+    def axes(self) -> tuple[VariedAxis, ...]: ...
+    @property
+    def values(self) -> Mapping[str, Mapping[str, str | None]]: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+    @property
+    def baselines(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ class Comparison:
         return bool(np.isfinite(self.scores).any())
 
 
-def compare(study: Study, task: str, metric: str = "reward_final") -> Comparison:
+def compare(study: ComparedStudy, task: str, metric: str = "reward_final") -> Comparison:
     """The comparison of all cells of `task` on the result column `metric`.
 
     Raises:
@@ -141,7 +157,7 @@ def compare(study: Study, task: str, metric: str = "reward_final") -> Comparison
 
 
 def _table(
-    study: Study,
+    study: ComparedStudy,
     task: str,
     groups: Sequence[str],
     seeds: Sequence[int],

@@ -14,6 +14,7 @@ import pandas as pd
 from klab.grid import Cell, UserError
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_label
+from klab.reports.comparison import compare
 from klab.reports.frame import Frames, read_frames
 from klab.reports.schema import CELLS, SUMMARY
 
@@ -72,8 +73,6 @@ class Study:
         Args:
             metric: a column of `cells` that results have, for example ``accuracy_final``.
         """
-        from klab.reports.comparison import compare
-
         tables = [compare(self, task, metric).table for task in self.tasks]
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY))
         return table.drop(columns="group", errors="ignore")
