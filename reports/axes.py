@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from klab.grid import Cell
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.grid.schema.sections import Section
+from klab.grid.schema.sections import NUMERICALLY_IDLE, Section
+from klab.grid.schema.task import RewardedTask, RewardTerm
 from klab.grid.user_code import names_user_code
 
 _NEUTRAL = ("none", "one")
@@ -57,10 +59,46 @@ def _shown_section(value: Section) -> str:
 
 
 def task_label(cell: Cell) -> str:
-    """The task with its parameters, ``addition(digits=2)``."""
-    data = cell.task.model_dump(mode="json")
-    rest = ", ".join(f"{key}={shown(value)}" for key, value in data.items() if key != "name")
-    return f"{shown(data['name'])}({rest})" if rest else shown(data["name"])
+    """The task's name in reports: its `label`; with a dataset that one's name, `file(sums.parquet)`; else the task with
+    its parameters, `addition(digits=2)`."""
+    task = cell.task
+    if label := getattr(task, "label", None):
+        return str(label)
+    data = task.model_dump(mode="json")
+    name = shown(data["name"])
+    if isinstance(task, RewardedTask):
+        path = str(data.get("path") or "")
+        known = path == type(task).model_fields["path"].default
+        return name if known or not path else f"{name}({PurePath(path).name or path})"
+    rest = ", ".join(f"{key}={shown(value)}" for key, value in data.items() if key not in ("name", "label"))
+    return f"{name}({rest})" if rest else name
+
+
+def task_labels(cells: Mapping[str, Cell]) -> dict[str, str]:
+    """By group, the label of its task; where several tasks would have the same one, with the settings that differ."""
+    plain = {group: task_label(cell) for group, cell in cells.items()}
+    settings = {
+        group: {key: _setting(value) for key, value in cell.task if key not in ("name", *NUMERICALLY_IDLE)}
+        | {key: _setting(value) for key, value in (cell.task.model_extra or {}).items()}
+        for group, cell in cells.items()
+    }
+    alike: dict[str, list[str]] = {}
+    for group, label in plain.items():
+        alike.setdefault(label, []).append(group)
+    for label, groups in alike.items():
+        keys = list(dict.fromkeys(key for group in groups for key in settings[group]))
+        differing = [key for key in keys if len({settings[group].get(key) for group in groups}) > 1]
+        for group in groups if differing else ():
+            rest = ", ".join(f"{key}={settings[group].get(key, 'none')}" for key in differing)
+            plain[group] = f"{label[:-1]}, {rest})" if label.endswith(")") else f"{label}({rest})"
+    return plain
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, tuple) and value and all(isinstance(each, RewardTerm) for each in value):
+        terms = [(each.name or each.model or "", each.weight) for each in value]
+        return " + ".join(shown(name) if weight == 1 else f"{weight:g}·{shown(name)}" for name, weight in terms)
+    return shown(value)
 
 
 def axis_table(

@@ -13,7 +13,7 @@ import pandas as pd
 
 from klab.grid import Cell, UserError
 from klab.harness.store import Run
-from klab.reports.axes import VariedAxis, axis_table, group_labels, task_label
+from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
 from klab.reports.comparison import compare
 from klab.reports.frame import Frames, read_frames
 from klab.reports.schema import CELLS, SUMMARY
@@ -103,6 +103,8 @@ def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache
     for run, name, frames in zip(runs, names, parts, strict=True):
         tables.append(_described(run, name, frames.cells, configurations))
     cells = pd.concat(tables, ignore_index=True)
+    tasks = task_labels(configurations)
+    cells["task"] = [tasks[group] for group in cells["group"]]
     cells, dropped = _unique(cells)
     if dropped:
         notes.append(f"{dropped} cells stand in more than one run; each is counted once.")
@@ -137,7 +139,7 @@ def _described(run: Run, name: str, cells: pd.DataFrame, configurations: dict[st
             {
                 "run": name,
                 "group": group,
-                "task": task_label(configurations[group]),
+                "task": "",
                 "algorithm": resolved.get("algorithm"),
                 "seed": int(resolved["seed"]),
                 "updates_planned": float(configurations[group].training.updates),
@@ -185,12 +187,13 @@ def _baselines(
         given = [found.pop()]
     else:
         given = [str(run.baseline) for run in runs if run.baseline in configurations]
+    tasks = task_labels(configurations)
     for group in given:
-        candidates.setdefault(task_label(configurations[group]), []).append(group)
+        candidates.setdefault(tasks[group], []).append(group)
     elsewhere = {_besides_task(configurations[group]) for groups in candidates.values() for group in groups}
     for group, cell in configurations.items():
-        if task_label(cell) not in candidates and _besides_task(cell) in elsewhere:
-            candidates.setdefault(task_label(cell), []).append(group)
+        if tasks[group] not in candidates and _besides_task(cell) in elsewhere:
+            candidates.setdefault(tasks[group], []).append(group)
     baselines: dict[str, str] = {}
     for task in dict.fromkeys(cells["task"]):
         groups = list(dict.fromkeys(candidates.get(task, ())))

@@ -112,6 +112,7 @@ def load_task(section: Any) -> Task:
     """
     parameters = _parameters(section)
     name = str(parameters.pop("name"))
+    parameters.pop("label", None)  # for reports
     if user_code.names_user_code(name):
         return _users_task(name, parameters)
     if name not in TASKS:

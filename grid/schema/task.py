@@ -159,6 +159,8 @@ class RewardedTask(Section):
     """Time limit of one call of a reward function, in seconds."""
     reward_memory_gb: Positive | None = 8.0
     """Memory limit of the reward functions' process, in GB; null: none."""
+    label: str | None = None
+    """The task's name in reports; by default `file(sums.parquet)` and the like."""
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -218,11 +220,14 @@ class FileTask(RewardedTask):
 
 
 class CustomTask(Section):
-    """A task of the user's own, ``package.module:Class``; every other key goes to its constructor."""
+    """A task of the user's own, ``package.module:Class``; ``label`` is its name in reports, every other key goes to its
+    constructor."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     name: str
     """`package.module:Class` or `./file.py:Class`."""
+    label: str | None = None
+    """The task's name in reports."""
 
 
 TaskSection = (

@@ -193,8 +193,8 @@ class TrainingSection(Section):
         return self.updates_per_rollout * self.minibatches
 
 
-NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds", "reward_memory_gb")
-"""Training settings that cannot change any number of a cell, hence no part of its identity."""
+NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds", "reward_memory_gb", "label")
+"""Settings that cannot change any number of a cell, hence no part of its identity."""
 
 STACKABLE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
 """Training settings that cells of one pack need not share: they act on one cell's slice only."""

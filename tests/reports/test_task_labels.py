@@ -1,0 +1,59 @@
+"""Tasks are called by short names that tell them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from klab.grid import Cell, Objective
+from klab.grid.schema.sections import load_section
+from klab.reports.axes import task_label, task_labels
+
+SUMS = {"name": "file", "path": "/data/of/mine/sums.parquet", "prompt": "q", "answer": "a"}
+
+
+def cell(task: dict[str, Any]) -> Cell:
+    given = {"task": task, "policy": {"name": "tiny"}, "training": {}}
+    sections: list[Any] = [load_section(name, values) for name, values in given.items()]  # type: ignore[arg-type]
+    return Cell(Objective(), *sections, 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "label"),
+    [
+        ({"name": "addition", "digits": 3}, "addition(digits=3)"),
+        (SUMS, "file(sums.parquet)"),
+        ({**SUMS, "reward": ["math", {"name": "format", "weight": 0.5}]}, "file(sums.parquet)"),
+        ({**SUMS, "label": "my sums"}, "my sums"),
+        ({**SUMS, "path": "owner/sums"}, "file(sums)"),
+        ({"name": "gsm8k"}, "gsm8k"),
+        ({"name": "gsm8k", "path": "here/rows.jsonl"}, "gsm8k(rows.jsonl)"),
+        ({"name": "math"}, "math"),
+        ({"name": "mine.tasks:Sorting", "length": 5}, "Sorting(length=5)"),
+        ({"name": "mine.tasks:Sorting", "length": 5, "label": "sorting"}, "sorting"),
+    ],
+)
+def test_a_task_has_a_short_name(task: dict[str, Any], label: str) -> None:
+    assert task_label(cell(task)) == label
+
+
+def test_tasks_of_one_name_are_told_apart_by_what_differs() -> None:
+    tasks = {
+        "one": SUMS,
+        "two": {**SUMS, "reward": ["math", {"name": "mine.rewards:short", "weight": 0.5}]},
+        "three": {**SUMS, "path": "/elsewhere/sums.parquet", "reward_seconds": 3},
+        "four": {"name": "gsm8k"},
+        "five": {"name": "gsm8k", "reward_seconds": 3},
+    }
+    assert task_labels({name: cell(task) for name, task in tasks.items()}) == {
+        "one": "file(sums.parquet, reward=exact, path=/data/of/mine/sums.parquet)",
+        "two": "file(sums.parquet, reward=math + 0.5·short, path=/data/of/mine/sums.parquet)",
+        "three": "file(sums.parquet, reward=exact, path=/elsewhere/sums.parquet)",
+        "four": "gsm8k",
+        "five": "gsm8k",
+    }
+
+
+def test_a_label_is_no_part_of_a_cells_identity() -> None:
+    assert cell({**SUMS, "label": "my sums"}).id == cell(SUMS).id
