@@ -61,7 +61,7 @@ def test_weights_that_are_all_zero_have_no_effective_sample() -> None:
 
 
 def test_the_kl_stands_in_the_term_where_its_placement_puts_it() -> None:
-    """k3 = log 2 − ½ at the first token alone, where ρ = 4; β = 0.1; PPO clips that token, so only the second counts."""
+    """k3 = log 2 − ½ at the first token alone, whose ρ is 4. PPO clips that token, so only the second one counts."""
     k3 = LOG2 - 0.5
     without = (0.5 * 1.0 + 5.0) / 3  # −agg(w·A·ℓ) with A = R: ½·1 of the first trajectory, 5 of the third
     expected = {
