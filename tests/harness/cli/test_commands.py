@@ -331,14 +331,16 @@ def test_a_launch_with_nothing_to_do_but_failed_cells_names_the_option(run: Run,
 
 
 def test_tiny_policies_use_cores_on_a_machine_with_gpus(
-    make_grid: MakeGrid, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    make_grid: MakeGrid, ask: Ask, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_grid(seeds=64, policy={"name": "tiny"})
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(str(number) for number in range(machine.cores() + 3)))
-    dry = ("launch", "little.yaml", "--no-merge", "--dry-run", "--json")
-    assert ask(*dry)["workers"] == machine.cores()
-    make_grid(seeds=64)  # a checkpoint of any size goes to the GPUs
-    assert ask(*dry)["workers"] == machine.cores() + 3
+    make_grid(seeds=64)
+    grid = json.loads((place / "little.yaml").read_text())
+    (place / "tiny.yaml").write_text(json.dumps({**grid, "name": "tiny", "policy": {"name": "tiny"}}))
+    devices = [str(number) for number in range(machine.cores() + 3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(devices))
+    dry = ("--no-merge", "--dry-run", "--json")
+    assert ask("launch", "tiny.yaml", *dry)["workers"] == machine.cores()
+    assert ask("launch", "little.yaml", *dry)["workers"] == len(devices)  # a checkpoint goes to the GPUs
 
 
 def test_rerun_says_when_machines_differ_in_their_kernels() -> None:
