@@ -27,7 +27,7 @@ from klab.reports.inference.variance import estimate_components
 
 DELTA = 0.05
 """Differences smaller than this count as none, unless `delta` says otherwise: five points of a reward in [0, 1]."""
-SHARES = (0.6, 0.2, 0.2)
+SHARES = (0.5, 0.35, 0.15)
 """How the error rate is divided between contrasts, effects and interactions where the design crosses axes."""
 
 

@@ -22,8 +22,8 @@ from klab.reports.inference.design import Array, Design, Indices
 from klab.reports.inference.variance import Components
 
 _SEED = 20_250_101
-_DRAWS = (4_000, 8_000)
-_NUMBERS = 1_600_000
+_DRAWS = (6_000, 50_000)
+_NUMBERS = 600_000
 """A family of M is simulated with this many numbers in all, within the bounds of `_DRAWS` per member."""
 _MANY = 1e8
 _ROUNDING = 1e-11
@@ -169,7 +169,7 @@ def _simulate(found: Uncertainty, rows: Indices) -> Array:
     covariance = sum((factor @ factor.T).toarray() for factor in factors)
     scale = np.sqrt(np.diag(covariance))
     root = np.linalg.cholesky(covariance / np.outer(scale, scale) + 1e-9 * np.eye(rows.size))
-    normal = generator.standard_normal((draws, rows.size)) @ root.T
+    normal = generator.standard_normal((draws, rows.size), dtype=np.float32) @ root.T.astype(np.float32)
     variance = _draw_runs(found, rows, generator, draws)
     for part, freedom in found.strata:
         if part[rows].any():
@@ -195,5 +195,6 @@ def _draw_runs(found: Uncertainty, rows: Indices, generator: np.random.Generator
     alone = np.flatnonzero(pool < 0)
     if alone.size:
         each = found.cell_freedom[used[alone]]
-        variance += (generator.chisquare(each, (draws, alone.size)) / each) @ parts[:, alone].T
+        drawn = 2 * generator.standard_gamma(each / 2, (draws, alone.size), dtype=np.float32) / each.astype(np.float32)
+        variance += drawn @ parts[:, alone].T.astype(np.float32)
     return variance

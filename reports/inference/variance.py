@@ -23,8 +23,6 @@ from klab.reports.inference.shrinkage import prior_freedom
 _TOLERANCE = 1e-8
 _FEWEST_FREEDOM = 0.25
 """A cell with less than this many residual degrees of freedom says nothing about its own variance."""
-_LEAST_SHARE = 0.25
-"""At least this share of a cell's residual variance counts as its own, however large seed × axis seems."""
 
 
 @dataclass(frozen=True)
@@ -113,29 +111,28 @@ class _TaskFit:
         if self.nested:
             strata = _Strata(design, self.runs, seeds=False)
         self.error, self.error_freedom = strata.error, float(strata.freedom)
-        spurious = self._fit_axes(strata, task, [int(axis) for axis in np.flatnonzero(crossed)])
-        self._fit_cells(strata, spurious)
+        self._fit_axes(strata, task, [int(axis) for axis in np.flatnonzero(crossed)])
+        self._fit_cells(strata)
         self._fit_apart(np.flatnonzero(replicated & ~self.kept), strata.error)
 
-    def _fit_axes(self, strata: _Strata, task: int, axes: list[int]) -> Array:
-        """Seed × axis; returns ``[C]``, how much of each cell's residual variance it makes up."""
-        design, spurious = self.design, np.zeros(self.design.cells)
+    def _fit_axes(self, strata: _Strata, task: int, axes: list[int]) -> None:
+        design = self.design
         full = None if self.nested or not axes else _Strata(design, strata.runs, seeds=True, axes=axes)
         if full is None or full.freedom <= 0:
-            return spurious
+            return
         self.error, self.error_freedom = full.error, float(full.freedom)
         for axis, (mean_square, scale, freedom) in full.found.items():
             group = np.full(design.cell.size, -1, dtype=np.intp)
             here = design.task[design.cell] == task
             group[here] = (design.codes[design.cell, axis] * design.block_task.size + design.block)[here]
             self.axes.append(AxisComponent(axis, task, mean_square, scale, freedom, group))
-            rest = full.parts[axis] - strata.basis @ (strata.basis.T @ full.parts[axis])
-            part = np.bincount(design.cell[strata.runs], np.sum(rest**2, axis=1), design.cells)
-            spurious += scale * (mean_square - full.error) * part / np.maximum(strata.cell_freedom, 1e-12)
-        return spurious
 
-    def _fit_cells(self, strata: _Strata, spurious: Array) -> None:
-        """Shrunk variances; cells whose own variance nothing tells have the common one."""
+    def _fit_cells(self, strata: _Strata) -> None:
+        """Shrunk variances; cells whose own variance nothing tells have the common one.
+
+        The residuals have seeds removed but not seed × axes, which would mix the cells' variances more; the common
+        level is then brought from that of these residuals to MS_E.
+        """
         own = strata.cell_freedom
         known = self.kept & (own > _FEWEST_FREEDOM)
         raw = np.where(known, strata.cell_squares / np.where(known, own, 1.0), 0.0)
@@ -151,7 +148,8 @@ class _TaskFit:
         else:
             variance = (prior * strata.error + own * raw) / np.maximum(prior + own, 1e-12)
             self.freedom = np.minimum(prior + own, float(strata.freedom))
-        self.variance = np.where(self.kept, np.maximum(variance - spurious, _LEAST_SHARE * variance), np.nan)
+        level = self.error / strata.error if strata.error > 0 else 1.0
+        self.variance = np.where(self.kept, variance * level, np.nan)
 
     def _fit_apart(self, cells: Indices, common: float) -> None:
         """Cells with diverged runs have their own variance, but no less than the common one."""
@@ -183,36 +181,35 @@ class _Strata:
     Attributes:
         error, freedom: mean square of what is left, and its degrees of freedom.
         cell_squares, cell_freedom: ``[C]``, each cell's share of both.
-        basis: ``[runs, rank]``, orthonormal, of everything removed but the cells.
-        parts: per axis, its columns; `found`: per axis, mean square, scale of τ² and degrees of freedom.
+        found: per axis, mean square, scale of τ² and degrees of freedom.
     """
 
     def __init__(self, design: Design, runs: Indices, seeds: bool, axes: list[int] | None = None) -> None:
         self.runs, self.freedom, self.error = runs, 0, np.nan
         self.found: dict[int, tuple[float, float, float]] = {}
-        self.parts: dict[int, Array] = {}
         if not runs.size:
             return
         cell, block = np.unique(design.cell[runs], return_inverse=True)[1], design.block[runs]
         y = _centre(design.score[runs], cell)
         columns = [_indicators(block, cell)] if seeds else []
+        parts: dict[int, Array] = {}
         for axis in axes or []:
             group = design.codes[design.cell[runs], axis] * (int(block.max()) + 1) + block
-            self.parts[axis] = _indicators(group, cell)
-        self.basis = _basis([*columns, *self.parts.values()], runs.size)
-        fitted = self.basis.T @ y
-        residual = y - self.basis @ fitted
-        self.freedom = int(runs.size - cell.max() - 1 - self.basis.shape[1])
+            parts[axis] = _indicators(group, cell)
+        basis = _basis([*columns, *parts.values()], runs.size)
+        fitted = basis.T @ y
+        residual = y - basis @ fitted
+        self.freedom = int(runs.size - cell.max() - 1 - basis.shape[1])
         if self.freedom <= 0:
             return
         self.error = float(residual @ residual) / self.freedom
-        leverage = np.clip(1 - 1 / np.bincount(cell)[cell] - np.sum(self.basis**2, axis=1), 0.0, 1.0)
+        leverage = np.clip(1 - 1 / np.bincount(cell)[cell] - np.sum(basis**2, axis=1), 0.0, 1.0)
         self.cell_squares = np.bincount(design.cell[runs], residual**2, design.cells)
         self.cell_freedom = np.bincount(design.cell[runs], leverage, design.cells)
-        for axis, part in self.parts.items():
-            others = [other for key, other in self.parts.items() if key != axis]
+        for axis, part in parts.items():
+            others = [other for key, other in parts.items() if key != axis]
             without = _basis([*columns, *others], runs.size)
-            freedom = self.basis.shape[1] - without.shape[1]
+            freedom = basis.shape[1] - without.shape[1]
             if freedom > 0:
                 trace = float(np.sum(part**2) - np.sum((without.T @ part) ** 2))
                 squares = float(fitted @ fitted) - float(np.sum((without.T @ y) ** 2))
