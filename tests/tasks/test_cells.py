@@ -45,4 +45,4 @@ def test_a_bad_reward_ends_its_cell_alone(write_rows: Callable[..., str], tmp_pa
         "task.reward: tests.tasks.user_rewards:hanging gave no answer within 3 s; its process was stopped" in errors[0]
     )
     assert "task.reward.undefined: a reward must be finite (got nan)" in errors[1]
-    assert "did you mean 'share'" in errors[2]
+    assert f"did you mean '{module}:share'" in errors[2]
