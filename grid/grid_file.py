@@ -13,6 +13,7 @@ from klab.grid.cell_builder import CellBuilder
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.schema.sections import Resources, load_section
+from klab.grid.short_ids import matching_ids
 from klab.grid.variant import Variant
 from klab.grid.yaml_document import parse_yaml, read_text
 
@@ -73,18 +74,17 @@ class Grid:
         return tuple(dict.fromkeys(cell.group for cell in self.cells))
 
     def cell(self, identity: str) -> Cell:
-        """The cell with this id, or the only one whose id begins so.
+        """The cell with this id, or the only one whose id has this part.
 
         Raises:
             UserError: when there is none, or more than one.
         """
-        found = [cell for cell in self.cells if cell.id == identity] or [
-            cell for cell in self.cells if cell.id.startswith(identity)
-        ]
+        cells = {cell.id: cell for cell in self.cells}
+        found = matching_ids(identity, cells)
         if len(found) != 1:
-            problem = "no such cell" if not found else f"{len(found)} cells begin so"
-            raise UserError(problem, file=self.file, value=identity, allowed=[cell.id for cell in self.cells])
-        return found[0]
+            problem = "no such cell" if not found else f"{len(found)} cells fit"
+            raise UserError(problem, file=self.file, value=identity, allowed=found or cells)
+        return cells[found[0]]
 
 
 def load_grid(path: str | Path) -> Grid:

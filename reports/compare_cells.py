@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from klab.grid import UserError
+from klab.grid.short_ids import matching_ids
 from klab.reports.comparison import Comparison, compare
 from klab.reports.config_detail import settings
 from klab.reports.figures.series import cube, over_seeds
@@ -61,14 +62,16 @@ class Pair:
 
 
 def configuration(study: Study, text: str) -> str:
-    """The group that `text` means: a cell's or a configuration's id, its beginning, or its name in the report.
+    """The group that `text` means: a cell's or a configuration's id, a part of it, or its name in the report.
 
     Raises:
         UserError: when nothing, or more than one configuration, is called so.
     """
     pairs = list(zip(study.cells["cell"], study.cells["group"], study.cells["label"], strict=True))
     exact = {group for cell, group, label in pairs if text in (cell, group, label)}
-    found = exact or {group for cell, group, _ in pairs if text and (cell.startswith(text) or cell.endswith(text))}
+    names = [name for cell, group, _ in pairs for name in (cell, group)]
+    fitting = set(matching_ids(text, names))
+    found = exact or {group for cell, group, _ in pairs if fitting & {cell, group}}
     if len(found) != 1:
         problem = "no such cell" if not found else f"{len(found)} configurations fit"
         raise UserError(problem, key="cell", value=text, allowed=list(dict.fromkeys(label for _, _, label in pairs)))

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from klab.grid import Cell, UserError
+from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
 from klab.reports.comparison import compare
@@ -88,7 +89,7 @@ def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache
     finished it.
 
     Args:
-        baseline: id (or its beginning) of a cell or configuration to compare with, instead of the grid file's.
+        baseline: id (or a part of it) of a cell or configuration to compare with, instead of the grid file's.
 
     Raises:
         UserError: when a folder is not a run, is of another schema, or the baseline is not in it.
@@ -179,8 +180,9 @@ def _baselines(
 ) -> dict[str, str]:
     candidates: dict[str, list[str]] = {}
     if wanted is not None:
-        pairs = zip(cells["cell"], cells["group"], strict=True)
-        found = {group for identity, group in pairs if identity.startswith(wanted) or group.startswith(wanted)}
+        pairs = list(zip(cells["cell"], cells["group"], strict=True))
+        fitting = set(matching_ids(wanted, [name for pair in pairs for name in pair]))
+        found = {group for identity, group in pairs if fitting & {identity, group}}
         if len(found) != 1:
             problem = "no such cell" if not found else f"{len(found)} configurations fit"
             raise UserError(problem, key="baseline", value=wanted, allowed=list(configurations))

@@ -12,7 +12,8 @@ from klab.grid.custom_values import SIGNATURES, Signature
 from klab.grid.glossary import GLOSSARY
 from klab.grid.sources import SOURCES
 from klab.harness.cli.arguments import JsonOption
-from klab.harness.cli.table import console, show, show_json
+from klab.harness.cli.table import console, show
+from klab.harness.cli.text import show_json
 
 
 def axes(

@@ -9,7 +9,7 @@ import typer
 
 from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from klab.harness.cli.table import show_json
+from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.cancel import cancel as stop
 from klab.harness.dispatch.status import FINAL_STATES, statuses
 
@@ -17,7 +17,8 @@ from klab.harness.dispatch.status import FINAL_STATES, statuses
 def cancel(
     run: RunArgument,
     cells: Annotated[
-        list[str] | None, typer.Argument(metavar="[CELL]...", help="Ids, or their beginnings or ends; default: all.")
+        list[str] | None,
+        typer.Argument(metavar="[CELL]...", help="Ids, or parts of them; default: all."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     runs: RunsOption = RUNS,
@@ -32,10 +33,10 @@ def cancel(
         if not sys.stdin.isatty():
             raise UserError(f"this stops {len(running)} running cells", hint="Say --yes to do so.")
         if not typer.confirm(f"Stop {len(running)} running cells?"):
-            typer.echo("nothing was stopped")
+            say("nothing was stopped")
             return
     stop(opened, [row.id for row in chosen])
     if as_json:
         show_json({"run": str(opened.path), "cancelled": [row.id for row in chosen], "running": len(running)})
     else:
-        typer.echo(f"{len(chosen)} cells cancelled, {len(running)} of them were running")
+        say(f"{len(chosen)} cells cancelled, {len(running)} of them were running")

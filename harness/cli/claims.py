@@ -9,7 +9,8 @@ import typer
 
 from klab.grid import UserError
 from klab.harness.cli.arguments import JsonOption
-from klab.harness.cli.table import console, show, show_json, table
+from klab.harness.cli.table import console, show, table
+from klab.harness.cli.text import say, show_json
 
 if TYPE_CHECKING:
     from klab.harness.claims.claim import Finding
@@ -61,7 +62,7 @@ def _draw(folder: Path) -> None:
     from klab.harness.claims.figures import draw_all
 
     for path in draw_all(folder):
-        typer.echo(str(path), err=True)
+        say(str(path), error=True)
 
 
 def _print_table(findings: list[Finding]) -> None:

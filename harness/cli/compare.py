@@ -11,12 +11,13 @@ import typer
 from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
 from klab.harness.cli.report import span
-from klab.harness.cli.table import show, show_json
+from klab.harness.cli.table import show
+from klab.harness.cli.text import say, show_json
 
 CellArgument = Annotated[
     str,
     typer.Argument(
-        metavar="RUN:CELL", help="A run, a colon, and a cell's id, its beginning, or its name in the report."
+        metavar="RUN:CELL", help="A run, a colon, and a cell's id, any part of it, or its name in the report."
     ),
 ]
 
@@ -47,19 +48,19 @@ def compare(
         return
     a, b = pair.labels
     show(("setting", a, b), pair.settings)
-    typer.echo()
+    say()
     rows = [
         (name, span(*x[:3]), span(*y[:3]), span(*d[:3], sign=True))
         for name, x, y, d in pair.rows
         if math.isfinite(x.estimate) or math.isfinite(y.estimate)
     ]
     show(("result, mean over seeds", a, b, "difference, same seeds"), rows)
-    typer.echo()
+    say()
     show(
         ("seed", a, b, "difference", "states"),
         [(seed, x, y, y - x, f"{p or '–'} / {q or '–'}") for seed, x, y, p, q in pair.seeds],
     )
-    typer.echo()
+    say()
     for title, x_curve, y_curve in pair.curves:
         known = [value for value in x_curve + y_curve if math.isfinite(value)]
         if known:
@@ -70,12 +71,10 @@ def compare(
             )
     c = pair.contrast
     if c.n == 0:
-        typer.echo("No seed has ended in both cells: nothing can be said yet.")
+        say("No seed has ended in both cells: nothing can be said yet.")
         return
     p = f"p = {c.p:.3f} by sign flips over {c.n} pairs (cannot be below {2.0 ** (1 - c.n):.3g})"
-    typer.echo(
-        f"{b} against {a}: {span(c.estimate, c.low, c.high, sign=True)}, {p}, P(better) = {pair.improvement:.2f}"
-    )
+    say(f"{b} against {a}: {span(c.estimate, c.low, c.high, sign=True)}, {p}, P(better) = {pair.improvement:.2f}")
 
 
 def _split(text: str, runs: Path) -> tuple[Path, str]:

@@ -14,7 +14,8 @@ import typer
 from klab.grid import UserError
 from klab.grid.user_code import python_command
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
-from klab.harness.cli.table import show, show_json
+from klab.harness.cli.table import show
+from klab.harness.cli.text import show_json
 from klab.harness.store import Lock, files, machine
 
 Verdict = Literal["ok", "note", "problem"]
@@ -25,12 +26,6 @@ _TORCH = (
     "import torch; c = torch.cuda.is_available(); "
     "print(torch.__version__, '; CUDA', torch.version.cuda, ';', "
     "', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if c else 'no GPU')"
-)
-_BITS = (
-    "import torch; torch.set_num_threads(1); "
-    "from klab.harness.store.kernels import kernels; "
-    "print(' '.join(f'{name}={value}' for name, value in kernels().items()) or 'no choice known'); "
-    "from klab.harness.training.runtime.pack_invariance import pack_invariant; print(pack_invariant())"
 )
 
 
@@ -61,37 +56,26 @@ def examine(runs: Path) -> Iterator[Finding]:
     hardware = machine.hardware()
     yield Finding("cores", "ok", f"{hardware['cores']}, {hardware['processor']}")
     yield Finding("memory", "ok", f"{hardware['memory_gb']} GB")
-    yield from _torch()
+    yield Finding(
+        "kernels", "ok", ", ".join(f"{name}={value}" for name, value in hardware["kernels"].items()) or "torch's own"
+    )
+    yield _torch()
     yield _slurm()
     yield _git()
     yield from _folder(runs)
 
 
-def _torch() -> Iterator[Finding]:
-    """Whether torch is fit, and whether cells have the same bits alone and in packs with it on this processor."""
+def _torch() -> Finding:
     try:
-        yield Finding("torch works", "ok", _said(_TORCH))
-        kernels, invariant = _said(_BITS).splitlines()[-2:]
+        done = subprocess.run(
+            python_command("-c", _TORCH), capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True
+        )
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
-        yield Finding("torch works", "problem", lines[-1] if lines else "cannot be imported")
+        return Finding("torch works", "problem", lines[-1] if lines else "cannot be imported")
     except subprocess.TimeoutExpired:
-        yield Finding("torch works", "problem", f"was not imported within {_IMPORT_SECONDS} s")
-    else:
-        yield Finding("kernels", "ok", kernels)
-        yield _packs(invariant == "True")
-
-
-def _said(program: str) -> str:
-    command = python_command("-c", program)
-    return subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True).stdout.strip()
-
-
-def _packs(invariant: bool) -> Finding:
-    if invariant:
-        return Finding("packs", "ok", "a cell has the same bits alone and in any pack, with one thread per process")
-    cost = "a pack would change its cells' bits on this processor, so its cells are trained one after another"
-    return Finding("packs", "note", f"{cost} (see harness/README.md)")
+        return Finding("torch works", "problem", f"was not imported within {_IMPORT_SECONDS} s")
+    return Finding("torch works", "ok", done.stdout.strip())
 
 
 def _slurm() -> Finding:

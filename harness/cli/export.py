@@ -11,9 +11,10 @@ import typer
 
 from klab.grid import Cell, Objective, UserError
 from klab.grid.algorithms import algorithm_names, load_algorithm
+from klab.grid.short_ids import matching_ids
 from klab.grid.yaml_document import dump_yaml
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
-from klab.harness.cli.table import show_json
+from klab.harness.cli.text import say, show_json
 from klab.harness.export import PEERS, Setting
 from klab.harness.store import Run
 
@@ -24,7 +25,7 @@ class Peer(StrEnum):
 
 
 def export(
-    cell: Annotated[str, typer.Argument(metavar="CELL", help="A named algorithm, or the id of a cell of any run.")],
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="A named algorithm, or a cell of any run.")],
     to: Annotated[Peer, typer.Option("--to", help="The other trainer.")],
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
@@ -36,10 +37,10 @@ def export(
     if as_json:
         show_json({"settings": found.settings, "differences": list(found.differences)})
         return
-    typer.echo(f"# {cell}: {'arguments of trl.GRPOConfig' if to is Peer.trl else 'overrides of verl.trainer.main_ppo'}")
+    say(f"# {cell}: {'arguments of trl.GRPOConfig' if to is Peer.trl else 'overrides of verl.trainer.main_ppo'}")
     for difference in found.differences:
-        typer.echo(f"# differs: {difference}")
-    typer.echo(dump_yaml(found.settings, sort_keys=True), nl=False)
+        say(f"# differs: {difference}")
+    say(dump_yaml(found.settings, sort_keys=True).rstrip("\n"))
 
 
 def _setting(name: str, runs: Path) -> Setting:
@@ -50,10 +51,15 @@ def _setting(name: str, runs: Path) -> Setting:
 
 
 def _cell(name: str, runs: Path) -> Cell:
+    homes: dict[str, Run] = {}
     for manifest in sorted(runs.glob("*/manifest.json")) if runs.is_dir() else ():
         run = Run.open(manifest.parent)
-        if name in run.cells:
-            return run.cell(name).cell()
-    raise UserError(
-        f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=algorithm_names()
-    )
+        homes.update((identity, run) for identity in run.cells if identity not in homes)
+    found = matching_ids(name, homes)
+    if len(found) > 1:
+        raise UserError(f"{len(found)} cells of the runs in {runs} fit", key="CELL", value=name, allowed=found)
+    if not found:
+        raise UserError(
+            f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=algorithm_names()
+        )
+    return homes[found[0]].cell(found[0]).cell()

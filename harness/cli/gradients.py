@@ -14,7 +14,8 @@ import typer
 
 from klab.grid import Cell, Objective, UserError, user_code
 from klab.harness.cli.arguments import STUDIES, JsonOption, grid_of, run_of
-from klab.harness.cli.table import show, show_json
+from klab.harness.cli.table import show
+from klab.harness.cli.text import say, show_json
 from klab.harness.store import Run, files
 
 COLUMNS = (
@@ -104,7 +105,7 @@ def gradients(
     elif kl_table:
         _show_kl(rows)
     elif product is not None:
-        typer.echo(f"{len(rows)} combinations measured; one line per canonical form in {product}")
+        say(f"{len(rows)} combinations measured; one line per canonical form in {product}")
     else:
         show(COLUMNS, [[row[column] for column in COLUMNS] for row in rows], "Against the gradient of E[R] − β·KL")
 

@@ -12,10 +12,12 @@ import typer
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
+from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.merged import MergeOption, merged_grid
 from klab.harness.cli.progress import Board, follow, report_problem
-from klab.harness.cli.table import console, show_json
-from klab.harness.cli.tracking import Tracking, require_trackers
+from klab.harness.cli.table import console
+from klab.harness.cli.text import show_json
+from klab.harness.cli.tracking import Tracking
 from klab.harness.dispatch.backends import Executor, Pack
 from klab.harness.dispatch.gpus import default_device, require_gpu
 from klab.harness.dispatch.launch import LaunchResult, should_submit
@@ -63,13 +65,16 @@ def launch(
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")] = None,
     merge: MergeOption = True,
+    check: CheckOption = True,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Run a grid file's cells. Launching again continues: results stay, running cells go on, the rest is run."""
     study = grid_of(grid)
+    folder = runs / study.name
+    checks = Checks(study, folder, check)
     if merge:
-        study = merged_grid(study, runs / study.name, quiet=as_json).grid
+        study = merged_grid(study, folder, quiet=as_json).grid
     flags = {
         "partition": partition,
         "account": account,
@@ -91,20 +96,22 @@ def launch(
     board = Board() if on is Where.here else None
     executor, workers, resources = _backend(on, study, given, device, profile, board)
     size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
+    show_notes(checks.finish(), as_json)
     if dry_run:
-        _rehearse(study, runs / study.name, executor, workers, size, resources, retry_failed, as_json)
+        _rehearse(study, folder, executor, workers, size, resources, retry_failed, as_json)
         return
-    require_trackers(study.track)
-    _require_samplers(study)
-    run = Run.create(runs / study.name, study)
+    run = Run.create(folder, study)
     tracking = Tracking(run, study.track)
+    ids = {cell.id for cell in study.cells}
+    given_to_all: dict[str, Any] = {"workers": workers, "retry_failed": retry_failed, "cells_per_job": size}
+    given_to_all |= {"resources": resources, "only": ids}
     if board is not None:
         with board.live(run, retry_failed):
-            submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
+            submit(run, executor, **given_to_all)
         tracking.finish()
         _end(run, as_json)
         return
-    done = submit(run, executor, workers=workers, retry_failed=retry_failed, cells_per_job=size, resources=resources)
+    done = submit(run, executor, **given_to_all)
     if not as_json:
         _announce(run, done, on, workers)
     if not detach and on is Where.local and not follow(run, quiet=as_json, each=tracking.tick):
@@ -150,14 +157,6 @@ def _backend(
         return InlineExecutor(progress=board.tell if board else None, device=choice), 1, resources
     local = LocalExecutor(max_parallel=resources.max_parallel, device=choice)
     return local, local.slots(resources.cpus, local.processes(resources)), resources
-
-
-def _require_samplers(study: Grid) -> None:
-    """Raises UserError where a cell's sampler is not installed: before anything is submitted."""
-    if any(cell.training.sampler is not None and cell.training.sampler.engine == "vllm" for cell in study.cells):
-        from klab.harness.policy.sampling.vllm import require_vllm
-
-        require_vllm()
 
 
 def _rehearse(
@@ -210,7 +209,7 @@ def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
     known = "".join(f"; {number} {state} before" for state, number in left.items())
     screen = console()
     screen.print(f"{submitted} cells in {len(done.packs)} jobs on {on.value}, {workers} at a time{known}")
-    screen.print(f"run folder: {run.path}")
+    screen.print(f"run folder: {run.path}", markup=False, soft_wrap=True)
     if not done.packs and left.get("failed"):
         screen.print(f"nothing to do: {left['failed']} failed before; --retry-failed runs them again")
 
@@ -225,7 +224,7 @@ def _end(run: Run, as_json: bool) -> None:
         screen.print(", ".join(f"{number} {state}" for state, number in states.items()))
         if states.get("failed"):
             screen.print("why cells failed: klab logs RUN CELL; run them again: klab launch … --retry-failed")
-        screen.print(f"next: klab report {run.path}")
+        screen.print(f"next: klab report {run.path}", markup=False, soft_wrap=True)
     if report_problem(run, rows) or states.get("failed"):
         raise typer.Exit(1)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from klab.harness.cli.table import console, show, show_json
+from klab.harness.cli.table import console, show
+from klab.harness.cli.text import show_json
 from klab.harness.store import CellFolder, Run
 
 _CHUNK = 1 << 18
@@ -18,7 +20,7 @@ _CHUNK = 1 << 18
 
 def logs(
     run: RunArgument,
-    cell: Annotated[str, typer.Argument(metavar="CELL", help="A cell's id, or its beginning or end.")],
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="A cell's id, or any part that no other has.")],
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines of the job's output.")] = 40,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
@@ -40,7 +42,7 @@ def logs(
     show(("when", "event", "details"), [(_when(event["at"]), event["event"], _details(event)) for event in events])
     _print_error(folder, error)
     for path, text in outputs.items():
-        screen.print(f"\n[bold]{path}[/]", soft_wrap=True)
+        screen.print(f"\n[bold]{escape(path)}[/]", soft_wrap=True)
         screen.print(text, markup=False, soft_wrap=True)
 
 

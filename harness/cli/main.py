@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from klab.grid import UserError
+from klab.harness.cli.text import say, tolerate_any_encoding
 from klab.harness.store.kernels import fix_kernels
 
 COMMANDS = {
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 fine, 1 some cells failed or the machine did, 2 the user's mistake."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     fix_kernels()
+    tolerate_any_encoding()
     try:
         _app(words)(words, prog_name="klab")
     except SystemExit as end:
@@ -104,7 +106,7 @@ def _absent() -> None:
 
 
 def _complain(text: str) -> None:
-    print(f"klab: {text}", file=sys.stderr)
+    say(f"klab: {text}", error=True)
 
 
 def _explain(error: OSError) -> str:

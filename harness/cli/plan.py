@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from klab.grid import Cell, Grid
 from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
+from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
-from klab.harness.cli.table import console, duration, show, show_json
+from klab.harness.cli.table import console, duration, show
+from klab.harness.cli.text import show_json
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.gpus import default_device
 from klab.harness.dispatch.local.backend import LocalExecutor
@@ -40,17 +43,20 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help=f"Compare gradients even of more than {AT_ONCE} new objectives.")
     ] = False,
+    check: CheckOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a grid file would run: cells, merged spellings, packs, estimated time. Writes nothing."""
     study = grid_of(grid)
     folder = runs / study.name
+    checks = Checks(study, folder, check)
     unmeasured = 0
     written = sum(len(cell.spellings) for cell in study.cells if cell.seed == study.seeds[0])
     distinct = len(study.groups)
     if merge:
         merged = merged_grid(study, folder, at_most=None if measure else AT_ONCE, quiet=as_json)
         study, unmeasured = merged.grid, merged.unmeasured
+    notes = checks.finish()
     resolved = {cell.id: cell.resolved() for cell in study.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
@@ -61,11 +67,11 @@ def plan(
     packs = planned.packs
     times = estimate(left, packs, runs, workers)
     if as_json:
-        show_json(_record(study, folder, resolved, done, planned, workers, times))
+        show_json({**_record(study, folder, resolved, done, planned, workers, times), "notes": notes})
         return
     screen = console()
     screen.print(
-        f"[bold]{study.name}[/]: {len(study.cells)} cells = {len(study.groups)} configurations × "
+        f"[bold]{escape(study.name)}[/]: {len(study.cells)} cells = {len(study.groups)} configurations × "
         f"{len(study.seeds)} seeds, design {study.design}"
     )
     if len(study.groups) < written:
@@ -74,7 +80,7 @@ def plan(
             f"{len(study.groups)} different algorithms"
         )
     if done:
-        screen.print(f"{len(done)} of them have a result in {folder}")
+        screen.print(f"{len(done)} of them have a result in {folder}", markup=False)
     first = {cell.group: cell for cell in reversed(study.cells)}
     groups = study.groups if everything else study.groups[:_SHOWN]
     show(("configuration", "stands for", "because"), [_line(first[group], study) for group in groups])
@@ -85,6 +91,7 @@ def plan(
         screen.print(f"same algorithm, run once: {' = '.join(equality)} (measured: equal gradients)")
     if unmeasured:
         screen.print(f"{unmeasured} objectives were never compared by measurement; --measure does, and so does launch")
+    show_notes(notes, quiet=False)
     if not packs:
         screen.print("nothing is left to run")
         return

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from klab.harness.cli.table import console, duration, state_text, table
+from klab.harness.cli.text import printable
 from klab.harness.dispatch.status import FINAL_STATES, CellStatus, controller_problem, count, statuses
 from klab.harness.store import Run
 
@@ -70,7 +72,7 @@ def follow(run: Run, quiet: bool = False, each: Callable[[], None] = lambda: Non
                         break
                     _pause(time.monotonic() - began)
     except KeyboardInterrupt:
-        console().print(f"\nThe jobs go on. Watch them again: klab status --watch {run.path}")
+        console().print(f"\nThe jobs go on. Watch them again: klab status --watch {run.path}", markup=False)
         return False
     return True
 
@@ -97,8 +99,9 @@ def board(name: str, rows: Sequence[CellStatus], left: float | None) -> Renderab
     states = "  ".join(f"{number} {state_text(state)}" for state, number in count(rows).items())
     rewards = [row.reward for row in running if row.reward is not None]
     reward = f"  reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+    ahead = f"{duration(left)} left" if left is not None else ""
     lines: list[RenderableType] = [
-        Text.from_markup(f"[bold]{name}[/]  {states}{reward}  {f'{duration(left)} left' if left is not None else ''}"),
+        Text.from_markup(f"[bold]{escape(printable(name))}[/]  {states}{reward}  {ahead}"),
         ProgressBar(total=max(1, whole), completed=done, width=60),
     ]
     if running:

@@ -12,7 +12,8 @@ import typer
 from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
 from klab.harness.cli.gradients import measure_run
-from klab.harness.cli.table import console, show, show_json
+from klab.harness.cli.table import console, show
+from klab.harness.cli.text import say, show_json
 
 if TYPE_CHECKING:
     from klab.reports.comparison import Comparison
@@ -61,7 +62,7 @@ def report(
     paths = [run.path for run in opened]
     if form is not None:
         study = load_runs(paths, baseline=baseline)
-        typer.echo(formatted([compare(study, task, metric) for task in study.tasks], form), nl=False)
+        say(formatted([compare(study, task, metric) for task in study.tasks], form).rstrip("\n"))
         return
     from klab.reports.page import render
 
@@ -91,8 +92,8 @@ def report(
     for task in study.tasks:
         _show(compare(study, task, metric))
     for note in study.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(str(page))
+        say(f"note: {note}")
+    say(str(page))
 
 
 def _show(comparison: Comparison) -> None:
@@ -113,7 +114,7 @@ def _show(comparison: Comparison) -> None:
         )
     show(("cell", TITLES[comparison.metric], "against the baseline", "KL", "finished", ""), rows, title=comparison.task)
     if (rest := len(comparison.table) - _LINES) > 0:
-        typer.echo(f"… and {rest} more cells; the page has them all.")
+        say(f"… and {rest} more cells; the page has them all.")
 
 
 def span(center: float, low: float, high: float, sign: bool = False) -> str:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from klab.grid import Cell, Grid, UserError, catalogue, user_code
 from klab.grid.yaml_document import dump_yaml, parse_value
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
-from klab.harness.cli.table import console, show_json
+from klab.harness.cli.table import console
+from klab.harness.cli.text import show_json
 from klab.harness.store import CellFolder, Run, machine
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ _SHOWN = ("reward_final", "accuracy_final", "reverse_kl_final", "updates")
 
 def rerun(
     run: RunArgument,
-    cell: Annotated[str, typer.Argument(metavar="CELL", help="A cell's id, or its beginning or end.")],
+    cell: Annotated[str, typer.Argument(metavar="CELL", help="A cell's id, or any part that no other has.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting, as training.lr=1e-3; may be repeated.")
     ] = None,
@@ -65,9 +67,9 @@ def rerun(
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
         if not settings and (other := other_kernels(**lives)):
-            console().print(other, soft_wrap=True, highlight=False)
+            console().print(other, markup=False, soft_wrap=True)
         if not settings and any(timeouts.values()):
-            console().print(_say_timeouts(**timeouts), soft_wrap=True, highlight=False)
+            console().print(_say_timeouts(**timeouts), soft_wrap=True, markup=False)
     if not same:
         raise typer.Exit(1)
 
@@ -299,14 +301,14 @@ def _say(
     screen = console()
     for name, numbers in results.items():
         text = ", ".join(f"{key} {value}" for key, value in numbers.items()) if numbers else "no result"
-        screen.print(f"{name}: {text}", highlight=False)
+        screen.print(f"{name}: {text}", markup=False)
     if error is not None:
         screen.print(error, markup=False, soft_wrap=True)
     elif not compared:
         screen.print(f"another cell: {repeated.id}", soft_wrap=True)
     elif difference is not None:
-        screen.print(f"[red]The numbers differ[/]: {difference}", soft_wrap=True)
-        screen.print(_other_versions(stored), soft_wrap=True)
+        screen.print(f"[red]The numbers differ[/]: {escape(difference)}", soft_wrap=True)
+        screen.print(_other_versions(stored), markup=False, soft_wrap=True)
     elif stored.result() is None:
         screen.print("[green]Same bits[/] as far as the stored cell got.")
     else:

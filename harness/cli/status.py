@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.progress import follow, report_problem
-from klab.harness.cli.table import console, duration, show, show_json, state_text
+from klab.harness.cli.table import console, duration, show, state_text
+from klab.harness.cli.text import show_json
 from klab.harness.dispatch.status import CellStatus, controller_problem, count, statuses
 
 _SHOWN = 40
@@ -38,7 +40,9 @@ def status(
         show_json({"run": str(opened.path), "states": states, "cells": cells, "problem": problem})
     else:
         screen = console()
-        screen.print(f"[bold]{opened.name}[/]: " + ", ".join(f"{n} {state_text(state)}" for state, n in states.items()))
+        screen.print(
+            f"[bold]{escape(opened.name)}[/]: " + ", ".join(f"{n} {state_text(state)}" for state, n in states.items())
+        )
         _list([row for row in rows if everything or row.state not in ("finished", "waiting")], everything)
         if states.get("lost") or states.get("preempted"):
             screen.print("Launching the same grid again continues lost and preempted cells.")

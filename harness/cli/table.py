@@ -1,16 +1,19 @@
-"""Output of commands: tables for people, JSON for programs, and text that is safe to print."""
+"""Tables and coloured text for people."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from klab.harness.cli.text import printable
 
 STYLES = {
     "finished": "green",
@@ -28,9 +31,27 @@ STYLES = {
 """Colours of cell states."""
 
 
-def console() -> Console:
+_PLAIN_WIDTH = 160
+
+_WHOLE = ("cell", "running", "configuration", "job")
+"""Columns of names that are there to be copied: they are never broken."""
+
+_NARROWEST = 8
+"""Characters that every other column gets at least."""
+
+
+class SafeConsole(Console):
+    """A console whose texts may hold data: control characters in them are written out."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+def console(width: int | None = None) -> SafeConsole:
     """Standard output; wide enough for ids where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if width is None and not sys.stdout.isatty():
+        width = _PLAIN_WIDTH
+    return SafeConsole(width=width, highlight=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
@@ -39,31 +60,19 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         numeric = all(isinstance(line[place], tuple) for line in lines) and bool(lines)
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column in _WHOLE)
     for line in lines:
         made.add_row(*(value[0] if isinstance(value, tuple) else value for value in line))
     return made
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """Print a table."""
-    console().print(table(columns, rows, title))
-
-
-def show_json(value: object) -> None:
-    """Print a value as strict JSON: what is not a finite number becomes null."""
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def plain(value: object) -> Any:
-    """The value with NaN and infinities replaced by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+    """Print a table; wider than the terminal, which then wraps lines, where names would have to be broken."""
+    made, width = table(columns, rows, title), console().width
+    whole = [column for column in made.columns if column.header in _WHOLE]
+    needed = sum(max((cell_len(str(each)) for each in column.cells), default=0) for column in whole)
+    needed += (_NARROWEST + 1) * (len(columns) - len(whole)) + len(whole)
+    console(max(width, needed)).print(made, crop=False)
 
 
 def duration(seconds: float | None) -> str:

@@ -13,7 +13,8 @@ from rich.live import Live
 from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.progress import Pace, board, report_problem, resting
-from klab.harness.cli.table import console, show_json, table
+from klab.harness.cli.table import console, table
+from klab.harness.cli.text import show_json
 from klab.harness.cli.tracking import Tracking, require_trackers
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
@@ -62,7 +63,7 @@ def watch(
                 tracking.tick()
                 time.sleep(every)
     except KeyboardInterrupt:
-        console().print(f"\nThe jobs go on. Watch them again: klab watch {opened.path}")
+        console().print(f"\nThe jobs go on. Watch them again: klab watch {opened.path}", markup=False)
         return
     if report_problem(opened, found):
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ from typing import Any
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources, load_section
 from klab.grid.yaml_document import parse_yaml, read_text
+from klab.harness.store.machine import home_folder
 
 
 def configuration_file() -> Path:
@@ -17,8 +18,7 @@ def configuration_file() -> Path:
     named = os.environ.get("KLAB_CONFIG")
     if named:
         return Path(named)
-    home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "klab" / "config.yaml"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "klab" / "config.yaml"
 
 
 def profiles(file: Path | None = None) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from klab.grid import Objective
+from klab.harness.store.machine import home_folder
 
 Fingerprints = dict[tuple[str, bool], list[float]]
 """Fingerprints by canonical form and schedule."""
@@ -102,7 +103,7 @@ def cache_folder() -> Path:
     """Where fingerprints are kept: `$KLAB_CACHE`, else `klab` in the user's cache folder."""
     if given := os.environ.get("KLAB_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klab"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "klab"
 
 
 def code_version() -> str:

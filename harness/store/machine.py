@@ -83,3 +83,11 @@ def _field(path: Path, name: str) -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True)
     return done.stdout.strip()
+
+
+def home_folder() -> Path:
+    """The user's home; for a user who has none, a place where nothing is and nothing can be written."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)

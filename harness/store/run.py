@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
+from klab.grid.short_ids import matching_ids
 from klab.harness.store import files, machine
 from klab.harness.store.cell_folder import CellFolder
 from klab.harness.store.lock import Lock
@@ -50,6 +51,8 @@ class Run:
     def create(cls, path: str | Path, grid: Grid, created: float | None = None) -> Run:
         """The run of `grid` in the folder `path`; an existing one is continued, and gets the grid's new cells.
 
+        A grid that has only some of the run's cells leaves the run as it is.
+
         Args:
             created: the time to record as that of the creation, for a run that repeats another's cells; None: now.
 
@@ -58,12 +61,7 @@ class Run:
             OSError: when the folder cannot be written.
         """
         path = Path(path).resolve()
-        if path.exists() and not path.is_dir():
-            raise UserError("is not a folder, hence not a place for a run", file=path)
-        if path.is_dir() and not (path / "manifest.json").exists() and _foreign(path):
-            raise UserError(
-                "is a folder with other files, not a run folder", file=path, hint="Choose another with --runs."
-            )
+        _require_run_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         with Lock(path / "lock", purpose="creating the run", wait=_LOCK_WAIT):
             existing = cls.open(path).manifest if (path / "manifest.json").exists() else None
@@ -72,6 +70,15 @@ class Run:
                 files.replace(path / "grid.yaml", grid.text.encode())
                 files.replace(path / "manifest.json", _manifest_text(manifest))
         return cls(path, manifest)
+
+    @classmethod
+    def check_grid(cls, path: str | Path, grid: Grid) -> None:
+        """Raises UserError, as `create` would, where the run of `grid` cannot be at `path`. Writes nothing."""
+        path = Path(path).resolve()
+        _require_run_folder(path)
+        if (path / "manifest.json").exists():
+            cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
+            _refuse_other(grid, cls.open(path).manifest, cells, path)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -126,7 +133,7 @@ class Run:
             raise error.with_location(file=self.path / "manifest.json") from None
 
     def cell(self, identity: str) -> CellFolder:
-        """The folder of the cell with this id, or of the only one whose id begins or ends so.
+        """The folder of the cell with this id, or of the only one whose id has this part.
 
         Raises:
             UserError: when there is none, or more than one.
@@ -185,7 +192,7 @@ class Run:
 
     def _only(self, part: str) -> str:
         cells: Mapping[str, Any] = self.manifest["cells"]
-        found = [identity for identity in cells if identity.startswith(part) or identity.endswith(part)] if part else []
+        found = matching_ids(part, cells)
         if len(found) == 1:
             return found[0]
         problem = "no such cell" if not found else f"{len(found)} cells fit"
@@ -200,7 +207,7 @@ def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path, created: 
     known: dict[str, Any] = {}
     if existing is not None:
         _refuse_other(grid, existing, cells, path)
-        if existing["cells"] == cells and existing["grid"] == grid.text:
+        if cells.keys() < existing["cells"].keys() or (existing["cells"] == cells and existing["grid"] == grid.text):
             return existing
         known = existing.get("code", {})
     with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
@@ -235,13 +242,13 @@ def _refuse_other(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[st
             hint="Choose another place with --runs.",
         )
     missing = [identity for identity in existing["cells"] if identity not in cells]
-    if missing:
+    if missing and not all(identity in existing["cells"] for identity in cells):
         raise UserError(
             f"belongs to another grid of the same name: {len(missing)} of its {len(existing['cells'])} cells are "
             f"not in {grid.file}, for example {_difference(existing['cells'][missing[0]], cells)}",
             file=path,
-            hint="Cells and seeds may be added to a grid that was launched; for other changes give it a new name, "
-            "or choose another place with --runs.",
+            hint="Cells and seeds may be added to a grid that was launched, or left out, not both at once; for other "
+            "changes give it a new name, or choose another place with --runs.",
         )
 
 
@@ -287,6 +294,14 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
     for identity in manifest["cells"]:
         if not _ID.fullmatch(identity):
             raise files.damaged_file(file, f"names a cell {identity[:80]!r}, which cannot be a folder")
+
+
+def _require_run_folder(path: Path) -> None:
+    """Raises UserError where something else than a run is at this path."""
+    if path.exists() and not path.is_dir():
+        raise UserError("is not a folder, hence not a place for a run", file=path)
+    if path.is_dir() and not (path / "manifest.json").exists() and _foreign(path):
+        raise UserError("is a folder with other files, not a run folder", file=path, hint="Choose another with --runs.")
 
 
 def _foreign(path: Path) -> bool:

@@ -49,7 +49,7 @@ def test_more_seeds_and_cells_are_added(run: Run, make_run: MakeRun) -> None:
     [
         (("updates: 8", "updates: 9"), "training.updates was 8, now 9"),
         (("beta: 0.05", "beta: 0.06"), "objective.beta was 0.05, now 0.06"),
-        (("seeds: 2", "seeds: 1"), "2 of its 4 cells"),
+        (("[k1, k3]", "[k2]"), "2 of its 4 cells"),
         (("name: little", "name: other"), "'little', not 'other'"),
     ],
 )
@@ -62,6 +62,13 @@ def test_another_grid_is_refused_and_nothing_is_written(
     assert said in str(caught.value)
     assert "--runs" in str(caught.value)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_grid_with_some_of_the_cells_leaves_the_run_as_it_is(run: Run, make_run: MakeRun) -> None:
+    before = (run.path / "manifest.json").read_bytes()
+    assert make_run(("seeds: 2", "seeds: 1")).cells == run.cells
+    assert make_run(("[k1, k3]", "[k3]")).cells == run.cells
+    assert (run.path / "manifest.json").read_bytes() == before
 
 
 def test_settings_that_change_no_number_may_change(run: Run, make_run: MakeRun) -> None:
@@ -94,7 +101,7 @@ def test_a_run_may_move(run: Run, tmp_path: Path) -> None:
     assert str(tmp_path) not in (moved.path / "manifest.json").read_text()
 
 
-def test_a_cell_is_found_by_either_end_of_its_id(run: Run) -> None:
+def test_a_cell_is_found_by_any_part_of_its_id(run: Run) -> None:
     identity = run.cells[1]
     assert run.cell(identity[-8:]).id == identity
     with pytest.raises(UserError, match="2 cells fit"):

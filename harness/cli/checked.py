@@ -1,0 +1,76 @@
+"""Checks of a grid for `klab plan` and `klab launch`: all mistakes at once, a line each, and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from klab.grid import Grid, UserError
+from klab.grid.user_code import is_installed
+from klab.harness.cli.text import say
+from klab.harness.cli.tracking import require_trackers
+from klab.harness.preflight import Preflight
+from klab.harness.store import Run
+
+CheckOption = Annotated[
+    bool,
+    typer.Option(
+        "--check/--no-check", help="Load your code, the data, tokenizers and models' settings once, and try them."
+    ),
+]
+
+
+class Checks:
+    """The checks of a grid, begun at once; `finish` waits for them.
+
+    Args:
+        folder: the run folder that a launch would use.
+        look_inside: load code, data and models, in a process of its own; otherwise only what a launch refuses anyway.
+    """
+
+    def __init__(self, study: Grid, folder: Path, look_inside: bool) -> None:
+        self._study, self._folder = study, folder
+        self._preflight = Preflight(study) if look_inside else None
+
+    def finish(self) -> list[str]:
+        """The notes about what may surprise.
+
+        Raises:
+            typer.Exit: with exit code 2, after all mistakes were printed to standard error.
+        """
+        refusals: list[Callable[[], None]] = [
+            lambda: Run.check_grid(self._folder, self._study),
+            lambda: require_trackers(self._study.track),
+            lambda: require_samplers(self._study),
+        ]
+        mistakes = []
+        for refuse in refusals:
+            try:
+                refuse()
+            except UserError as error:
+                mistakes.append(str(error))
+        findings = self._preflight.findings() if self._preflight is not None else []
+        mistakes += [finding.text for finding in findings if finding.is_mistake]
+        if mistakes:
+            for line in mistakes:
+                say(f"klab: {line}", error=True)
+            raise typer.Exit(2)
+        return [finding.text for finding in findings]
+
+
+def require_samplers(study: Grid) -> None:
+    """Raises UserError where the sampler of a cell is not installed."""
+    asked = any(cell.training.sampler is not None and cell.training.sampler.engine == "vllm" for cell in study.cells)
+    if asked and not is_installed("vllm"):  # the module that says so imports torch
+        from klab.harness.policy.sampling.vllm import require_vllm
+
+        require_vllm()
+
+
+def show_notes(notes: Sequence[str], quiet: bool) -> None:
+    """Print notes for people; programs get them as JSON, or not at all."""
+    for note in () if quiet else notes:
+        say(f"note: {note}")

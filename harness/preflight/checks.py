@@ -1,0 +1,196 @@
+"""Everything about a grid that needs no training: its code, data and models are loaded and tried once."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from klab.grid import Cell, Objective, UserError, user_code
+from klab.grid.catalogue import AXES
+from klab.grid.user_code import names_user_code
+from klab.harness.preflight.process import Finding
+from klab.tasks.task import Score, SplitName, Task, load_task
+
+T = TypeVar("T")
+Model = tuple[Any, Any]
+"""A tokenizer and a configuration of transformers."""
+
+_UNREACHABLE = ("ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError")
+"""Errors that mean that the hub cannot be asked, by name: they come from several packages."""
+
+
+def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding]:
+    """What is wrong with these cells of the grid file, and what may surprise. What cells share is looked at once."""
+    with user_code.searching(file.parent):
+        for objective in dict.fromkeys(cell.objective for cell in cells if cell.objective.is_custom):
+            yield from _objective(objective, file)
+        tasks: dict[str, Task | None] = {}
+        models: dict[str, Model | None] = {}
+        for cell in cells:
+            task_key, policy_key = cell.task.model_dump_json(), cell.policy.model_dump_json()
+            if task_key not in tasks:
+                tasks[task_key] = yield from _tried(partial(load_and_score, cell.task), file, "task", cell.task.name)
+            if policy_key not in models:
+                models[policy_key] = yield from _tried(partial(load_model, cell.policy), file, "policy")
+            task, model = tasks[task_key], models[policy_key]
+            if task is None:
+                continue
+            for note in small_sets(cell, task):
+                yield Finding(f"{file}: {note}", False)
+            if model is not None and task.alphabet is None:
+                yield from _tried(partial(check_prompts, cell, task, model), file, "policy")
+
+
+def _objective(objective: Objective, file: Path) -> Iterator[Finding]:
+    """Try the user's own values: each beside built-in ones, so that it is known which is wrong, then all together."""
+    from klab.harness.preflight.toy_batch import try_objective
+
+    settings, found = objective.settings(), False
+    for axis in AXES:
+        name = getattr(objective, axis)
+        if names_user_code(name):
+            alone = Objective(**{axis: settings[axis]})
+            for finding in _tried(partial(try_objective, alone, axis), file, axis, name):
+                found = True
+                yield finding
+    if not found:
+        yield from _tried(partial(try_objective, objective), file, "objective")
+
+
+def _tried(work: Callable[[], T], file: Path, key: str, name: str | None = None) -> Generator[Finding, None, T | None]:
+    """The result of some work; where it raises, None, and a finding about it."""
+    try:
+        return work()
+    except UserError as error:
+        unreachable = _unreachable(error)
+        note = "; not checked, for the hub cannot be reached" if unreachable else ""
+        yield Finding(_line(f"{error.with_location(file=file)}{note}"), not unreachable)
+    except Exception as error:
+        yield Finding(_line(f"{file}: {key}: {name or 'this'} raised {_described(error)}"), True)
+    return None
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    while error is not None:
+        if any(kind.__name__ in _UNREACHABLE for kind in type(error).__mro__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _described(error: Exception) -> str:
+    """The error and the line of code that raised it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/klab/" not in frame.filename]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def load_and_score(section: Any) -> Task:
+    """The task of a section, after both splits were read and a reference answer of each was scored.
+
+    Reward models are left out: loading one takes the memory of a job.
+
+    Raises:
+        UserError: whatever keeps the task from being used.
+    """
+    terms = getattr(section, "reward", None)
+    if terms and any(term.model is not None for term in terms):
+        for term in terms:
+            local = term.model is not None and term.model.startswith((".", "/", "~"))
+            if local and not Path(term.model).expanduser().is_dir():
+                raise UserError("no such folder", key="task.reward", value=term.model)
+        section = section.model_copy(update={"reward": tuple(term for term in terms if term.model is None) or "exact"})
+    task = load_task(section)
+    names: tuple[SplitName, ...] = ("train", "held_out")
+    for name in names:
+        examples = task.split(name)
+        if not len(examples):
+            raise UserError(f"the split {name!r} is empty", key="task.name", value=section.name)
+        score: object = task.score(examples[0], examples[0].solution or examples[0].answer)
+        if not isinstance(score, Score):
+            problem = f"score returns a {type(score).__name__}, not a klab.tasks.Score"
+            raise UserError(problem, key="task.name", value=section.name)
+    return task
+
+
+def small_sets(cell: Cell, task: Task) -> Iterator[str]:
+    """Sets with fewer prompts than are asked of them: allowed, but not what was written."""
+    asked, there = cell.training.evaluation_prompts, len(task.split("held_out"))
+    if asked > there:
+        yield f"training.evaluation_prompts: {asked}, but {there} prompts are held out: evaluations use these"
+    asked, there = cell.training.prompts, len(task.split("train"))
+    if asked > there:
+        yield f"training.prompts: {asked}, but there are {there} to train on: each rollout repeats some"
+
+
+def load_model(policy: Any) -> Model | None:
+    """Tokenizer and configuration of a pretrained model, whose weights are not looked at; None for a tiny policy.
+
+    Raises:
+        UserError: there is no such model, or no tokenizer and end token that belong to it.
+    """
+    if policy.name != "hf":
+        return None
+    from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation
+    from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
+
+    folder = _small_files(policy.model, policy.revision)
+    config = read_config(folder, policy.trust_remote_code).get_text_config()
+    tokenizer = read_tokenizer(folder, policy.trust_remote_code)
+    check_vocabulary(tokenizer, config.vocab_size)
+    end_tokens(tokenizer, read_generation(folder), config.vocab_size)
+    return tokenizer, config
+
+
+def _small_files(model: str, revision: str | None) -> Path:
+    """The folder of a model, of which only the small files need be there."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith("."):
+        raise UserError("no such folder", key="policy.model", value=model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        problem = f"neither a folder nor a model that can be downloaded: {reason}"
+        raise UserError(problem, key="policy.model", value=model) from error
+
+
+_LONGEST = 64
+"""Prompts that are counted in tokens: those with the most characters."""
+
+
+def check_prompts(cell: Cell, task: Task, model: Model) -> None:
+    """See that the template works, and that the longest prompts leave room for their completions.
+
+    Raises:
+        UserError: a template that fails, or a prompt that is too long.
+    """
+    from klab.harness.policy.prompt import prompt_ids
+
+    tokenizer, config = model
+    policy: Any = cell.policy
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    new = cell.training.max_new_tokens or task.max_new_tokens
+    limit = cell.training.max_prompt_tokens
+    prompts = [*(each.prompt for each in task.split("train")), *(each.prompt for each in task.split("held_out"))]
+    for prompt in sorted(prompts, key=len)[-_LONGEST:]:
+        count = len(prompt_ids(tokenizer, prompt, policy.chat_template))
+        if context is not None and (limit is None or count <= limit) and count > context - new + 1:
+            raise UserError(
+                f"a prompt of {count} tokens and {new} new ones exceed the model's context of {context}",
+                key="task",
+                value=prompt if len(prompt) <= 60 else prompt[:60] + "…",
+                hint=f"training.max_prompt_tokens: {max(1, context - new + 1)} leaves such prompts out.",
+            )

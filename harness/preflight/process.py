@@ -1,0 +1,110 @@
+"""The checks in a process of their own: this one imports neither torch nor the user's code, and neither can hang it.
+
+As a program (`python -m klab.harness.preflight.process`) this module reads a request from standard input, one JSON
+object, and writes a finding to a line of standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from klab.grid import Cell, Grid
+from klab.grid.user_code import python_command
+
+SECONDS = 600.0
+"""Limit of all checks of a grid; a dataset or a tokenizer from the hub may have to be downloaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line about a grid: a mistake of the user's, or a note about something that is allowed but may surprise."""
+
+    text: str
+    is_mistake: bool
+
+
+class Preflight:
+    """The checks of a grid, begun at once; `findings` waits for them."""
+
+    def __init__(self, grid: Grid) -> None:
+        cells = representatives(grid.cells)
+        request = {"file": grid.file, "cells": [cell.resolved() for cell in cells]}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            python_command("-m", "klab.harness.preflight.process"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode())
+            self._process.stdin.close()
+        except BrokenPipeError:  # how it ended is said by `findings`
+            pass
+
+    def findings(self) -> list[Finding]:
+        """What was found, each line once."""
+        assert self._process.stdout is not None
+        self._process.stdin = None  # written and closed
+        try:
+            out, _ = self._process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return [Finding(f"the checks did not end within {SECONDS:g} s. --no-check leaves them out.", True)]
+        except BaseException:
+            self._process.kill()
+            raise
+        found = [Finding(**json.loads(line)) for line in out.splitlines()]
+        if self._process.returncode:
+            self._errors.seek(0)
+            last = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()][-1:]
+            why = last[0].strip() if last else f"exit status {self._process.returncode}"
+            found.append(Finding(f"the checks ended early: {why}. --no-check leaves them out.", True))
+        return list(dict.fromkeys(found))
+
+
+def representatives(cells: Iterable[Cell]) -> list[Cell]:
+    """A cell for everything that is checked: custom objectives, tasks, policies, and sizes of sets and prompts."""
+    found: dict[tuple[Any, ...], Cell] = {}
+    for cell in cells:
+        training = cell.training
+        key = (
+            cell.objective if cell.objective.is_custom else None,
+            id(cell.task),
+            id(cell.policy),
+            training.prompts,
+            training.evaluation_prompts,
+            training.max_prompt_tokens,
+            training.max_new_tokens,
+        )
+        found.setdefault(key, cell)
+    return list(found.values())
+
+
+def main() -> None:
+    """Read the request, check, and write what is found; what checked code prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    from klab.harness.preflight.checks import check
+
+    cells = [Cell.from_resolved(each) for each in request["cells"]]
+    for finding in check(cells, Path(request["file"])):
+        print(json.dumps(asdict(finding)), file=answers, flush=True)
+    answers.flush()
+    os._exit(0)  # whatever threads the checked code has started
+
+
+if __name__ == "__main__":
+    main()
