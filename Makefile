@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu clean
+.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu bench-statistics clean
 
 help:
 	@echo "make demo          train the quickstart grid and write its report"
@@ -19,6 +19,7 @@ help:
 	@echo "make parity-test   gradients against TRL and verl, in an environment of their own"
 	@echo "make bench         benchmarks"
 	@echo "make bench-gpu     benchmarks of a model of real size on one GPU"
+	@echo "make bench-statistics  error rates, coverage and power of the report's verdicts"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -85,6 +86,9 @@ bench: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python -m tests.benchmarks.against_trl
 	$(BIN)/python -m tests.benchmarks.report
 	$(BIN)/python -m tests.benchmarks.scale
+
+bench-statistics: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.statistics
 
 bench-gpu: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python -m tests.benchmarks.gpu

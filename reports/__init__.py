@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from klab.reports.inference import analyse
     from klab.reports.page import render
     from klab.reports.study import Study, load_run, load_runs
 
-__all__ = ["Study", "load_run", "load_runs", "render"]
+__all__ = ["Study", "analyse", "load_run", "load_runs", "render"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from klab.reports.page import render
 
         return render
+    if name == "analyse":
+        from klab.reports.inference import analyse
+
+        return analyse
     if name in __all__:
         from klab.reports import study
 

@@ -1,4 +1,8 @@
-"""Tables as CSV, Markdown, LaTeX and JSON."""
+"""Tables as CSV, Markdown, LaTeX and JSON.
+
+Markdown and LaTeX are written here and not by pandas: `DataFrame.to_markdown` escapes no pipes and needs `tabulate`,
+and `Styler.to_latex` escapes neither a row that begins with a bracket nor the caption.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Minutes, Positive, Section
@@ -74,7 +74,9 @@ class Resources(Section):
     max_parallel: Count | None = None
     """Most jobs at a time; null: as many as the machine or the cluster lets."""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs per node."""
+    """GPUs per node, with a type if need be: `a100:4`."""
+    gpu_type: str | None = None
+    """Type of the GPUs, as Slurm names it; `gpus: a100:4` sets both."""
     cpus: Count = 1
     """Threads per process."""
     memory_gb: Positive = 4.0
@@ -96,9 +98,25 @@ class Resources(Section):
     setup: tuple[str, ...] = ()
     """Shell lines that run before the job (`module load …`)."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Further sbatch options by name (`mail-type: END`)."""
+    """Further sbatch options by name (`mail-type: END`), which replace klab's own; false leaves an option out."""
+    python: str | None = None
+    """Python on the nodes, when it is not the launcher's; inside the container where there is one (`python3`)."""
+    container: str | None = None
+    """Image in which jobs run, by apptainer (`image.sif`); klab must be installed in it."""
     profile: str | None = None
     """Name of a profile in the user's config file, whose settings override these."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_gpu_type(cls, given: Any) -> Any:
+        """Reads `gpus: a100:4` as four GPUs of the type a100."""
+        gpus = given.get("gpus") if isinstance(given, Mapping) else None
+        if isinstance(gpus, str) and ":" in gpus:
+            kind, _, count = gpus.rpartition(":")
+            if not kind or not count.isdecimal():
+                raise UserError("not a number of GPUs, nor type:number", key="gpus", value=gpus)
+            return {**given, "gpus": int(count), "gpu_type": kind}
+        return given
 
     @property
     def processes_per_node(self) -> int:

@@ -27,6 +27,12 @@ _TORCH = (
     "print(torch.__version__, '; CUDA', torch.version.cuda, ';', "
     "', '.join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if c else 'no GPU')"
 )
+_BITS = (
+    "import torch; torch.set_num_threads(1); "
+    "from klab.harness.store.kernels import kernels; "
+    "print(' '.join(f'{name}={value}' for name, value in kernels().items()) or 'no choice known'); "
+    "from klab.harness.training.runtime.pack_invariance import pack_invariant; print(pack_invariant())"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +62,37 @@ def examine(runs: Path) -> Iterator[Finding]:
     hardware = machine.hardware()
     yield Finding("cores", "ok", f"{hardware['cores']}, {hardware['processor']}")
     yield Finding("memory", "ok", f"{hardware['memory_gb']} GB")
-    yield Finding(
-        "kernels", "ok", ", ".join(f"{name}={value}" for name, value in hardware["kernels"].items()) or "torch's own"
-    )
-    yield _torch()
+    yield from _torch()
     yield _slurm()
     yield _git()
     yield from _folder(runs)
 
 
-def _torch() -> Finding:
+def _torch() -> Iterator[Finding]:
+    """Whether torch is fit, and whether cells have the same bits alone and in packs with it on this processor."""
     try:
-        done = subprocess.run(
-            python_command("-c", _TORCH), capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True
-        )
+        yield Finding("torch works", "ok", _said(_TORCH))
+        kernels, invariant = _said(_BITS).splitlines()[-2:]
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
-        return Finding("torch works", "problem", lines[-1] if lines else "cannot be imported")
+        yield Finding("torch works", "problem", lines[-1] if lines else "cannot be imported")
     except subprocess.TimeoutExpired:
-        return Finding("torch works", "problem", f"was not imported within {_IMPORT_SECONDS} s")
-    return Finding("torch works", "ok", done.stdout.strip())
+        yield Finding("torch works", "problem", f"was not imported within {_IMPORT_SECONDS} s")
+    else:
+        yield Finding("kernels", "ok", kernels)
+        yield _packs(invariant == "True")
+
+
+def _said(program: str) -> str:
+    command = python_command("-c", program)
+    return subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True).stdout.strip()
+
+
+def _packs(invariant: bool) -> Finding:
+    if invariant:
+        return Finding("packs", "ok", "a cell has the same bits alone and in any pack, with one thread per process")
+    cost = "a pack would change its cells' bits on this processor, so its cells are trained one after another"
+    return Finding("packs", "note", f"{cost} (see harness/README.md)")
 
 
 def _slurm() -> Finding:

@@ -6,12 +6,16 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Executor, Pack
 from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
+
+_PATTERNS = ("%j", "%t", "%A", "%a")
+"""What submitit replaces in the paths of its files, wherever it stands in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,12 @@ def launch(
         resources: what each job gets; None: what the grid file asks for.
         others: executors to ask about queued cells; None: those of the run.
         only: ids to take up; None: all. What is queued stays queued.
+
+    Raises:
+        UserError: when the path of the run folder cannot be used, or the executor refuses the jobs.
     """
+    if executor.name != "here":
+        _check_path(run)
     with run.lock("launching"):
         before = statuses(run, others)
         chosen = [
@@ -63,6 +72,21 @@ def launch(
         if packs:
             executor.submit(run, packs, asked.model_copy(update={"cells_per_job": size}))
     return LaunchResult(tuple(packs), tuple(before))
+
+
+def _check_path(run: Run) -> None:
+    """Refuse a run folder whose path submitit, which writes the files of jobs, would change.
+
+    Raises:
+        UserError: naming what stands in the path.
+    """
+    found = [pattern for pattern in _PATTERNS if pattern in str(run.path)]
+    if found:
+        raise UserError(
+            f"has {found[0]} in its path, which submitit replaces by a job's number",
+            file=run.path,
+            hint="Choose another place with --runs.",
+        )
 
 
 def should_submit(row: CellStatus, executor: str, retry_failed: bool) -> bool:

@@ -82,7 +82,7 @@ def test_a_disk_of_every_size(make_run: MakeRun, finished: MakeRun, policy: Path
     script = ["unshare", "--map-root-user", "--mount", *map(str, command)]
     if subprocess.run([*script[:3], "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces here, hence no file system of our own")
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     from klab.harness.store import Run

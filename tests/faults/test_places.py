@@ -76,7 +76,11 @@ def test_a_read_only_run_can_be_looked_at(
     if subprocess.run([*space, "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces here, hence no read-only file system of our own")
     done = subprocess.run(
-        [*space, "sh", "-c", script, "sh", str(folder), *command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*space, "sh", "-c", script, "sh", str(folder), *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     said = done.stdout + done.stderr
     assert "Traceback" not in said, said

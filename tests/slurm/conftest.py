@@ -74,7 +74,7 @@ class Lab:
             assert set(run_cells(run.path, run.cells).values()) == {"finished"}
         return run
 
-    def until(self, run: Run, done: Callable[[list[CellStatus]], bool], seconds: float = 120) -> list[CellStatus]:
+    def until(self, run: Run, done: Callable[[list[CellStatus]], bool], seconds: float = 600) -> list[CellStatus]:
         """Wait until the cells' states are as wanted, and return them."""
         deadline = time.monotonic() + seconds
         while not done(rows := statuses(run)):
@@ -82,7 +82,7 @@ class Lab:
             time.sleep(0.3)
         return rows
 
-    def until_finished(self, run: Run, seconds: float = 120) -> None:
+    def until_finished(self, run: Run, seconds: float = 600) -> None:
         self.until(run, lambda rows: all(row.state == "finished" for row in rows), seconds)
 
     def until_update(self, run: Run, update: int) -> None:

@@ -29,7 +29,7 @@ class Together(Letters):
             if number == 3 and self.trouble == "raise":
                 raise RuntimeError("the fourth is broken")
             if number == 3 and self.trouble == "hang":
-                time.sleep(5)
+                time.sleep(3600)
             if number == 3 and self.trouble == "end":
                 return
             yield super().score(example, completion)

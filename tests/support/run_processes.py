@@ -39,7 +39,7 @@ def followers(run: Run) -> list[int]:
     return sorted(found)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 600.0) -> Any:
     """The condition's first true value; fails after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Slurm as a backend: packs become tasks of job arrays, and Slurm is asked about all of them at once."""
+"""Slurm as an executor: packs become tasks of job arrays, and one query tells the states of all of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from klab.harness.dispatch.profiles import resolve_resources
 from klab.harness.dispatch.slurm import array_job, client
 from klab.harness.dispatch.slurm.array_plan import Chunk, split_into_arrays
 from klab.harness.dispatch.slurm.client import NoAccounting, SlurmUnavailable
+from klab.harness.dispatch.slurm.options import with_user_options
 from klab.harness.dispatch.slurm.submission import Submission, next_number, record_intent, submissions
 from klab.harness.store import Run, scan
 
@@ -22,7 +23,7 @@ _LIVE = ("queued", "held", "running", "preempted", "unknown")
 
 
 class SlurmExecutor:
-    """Slurm as an `Executor`.
+    """Jobs on a Slurm cluster, submitted from one of its login nodes.
 
     Args:
         flags: resources from the command line; they win over the profile's, which win over the grid file's.
@@ -39,24 +40,20 @@ class SlurmExecutor:
         """What a job gets.
 
         Raises:
-            UserError: when a value is not valid, there is no such profile, or an option belongs to klab.
+            UserError: when a value is not valid, there is no such profile, or klab sets an option itself.
         """
-        found = resolve_resources(given, self.flags, profile=self.profile)
-        for option in found.sbatch:
-            if option.replace("_", "-").lstrip("-") in array_job.RESERVED_OPTIONS:
-                raise UserError("is set by klab", key=f"resources.sbatch.{option}", value=found.sbatch[option])
-        return found
+        return with_user_options(resolve_resources(given, self.flags, profile=self.profile))
 
     def scripts(self, run: Run, packs: Sequence[Pack], given: Resources) -> list[str]:
-        """The scripts that `submit` would hand to sbatch. Asks Slurm for its limits where it answers; writes nothing.
+        """The scripts that `submit` would give to sbatch, for a cluster's limits where Slurm answers; writes nothing.
 
-        The job's name ends in a fresh random word, and an array that waits for another one names that one's place.
+        Job names end in random letters, and an array that waits for another one names that one's position.
         """
         resources = self.resources(given)
         try:
-            largest = client.cluster_limits().array
+            limits = client.cluster_limits()
         except SlurmUnavailable:
-            largest = client.DEFAULT_ARRAY
+            limits = client.Limits(client.DEFAULT_ARRAY, "")
         first = next_number(run.jobs)
         return [
             array_job.sbatch_script(
@@ -67,15 +64,16 @@ class SlurmExecutor:
                     resources,
                     chunk.parallel,
                     None if chunk.after is None else f"<job of script {chunk.after + 1}>",
+                    gres=limits.gres,
                 )
             )
-            for number, chunk in enumerate(split_into_arrays(len(packs), largest, resources.max_parallel))
+            for number, chunk in enumerate(split_into_arrays(len(packs), limits.array, resources.max_parallel))
         ]
 
     def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
         """Submit the packs as job arrays. Called under the run's lock.
 
-        What an earlier launcher submitted but could not write down is adopted, and its cells are left out here.
+        Jobs that an earlier launcher submitted but did not record are adopted, and their cells are left out.
 
         Raises:
             UserError: when Slurm does not answer or refuses; what was submitted until then stays submitted.
@@ -90,10 +88,10 @@ class SlurmExecutor:
         jobs: list[str] = []
         for chunk in split_into_arrays(len(packs), limits.array, resources.max_parallel):
             after = None if chunk.after is None else jobs[chunk.after]
-            jobs.append(self._submit(run, packs, chunk, resources, after, limits.cluster, counter))
+            jobs.append(self._submit(run, packs, chunk, resources, after, limits, counter))
 
     def states(self, run: Run) -> dict[str, JobStatus]:
-        """What Slurm says about each cell's newest job: one squeue, and one sacct for what that has forgotten."""
+        """The status of each cell's newest job: one squeue, and one sacct for jobs that squeue no longer lists."""
         newest: dict[str, tuple[Submission, int]] = {}
         for each in submissions(run):
             newest.update({cell: (each, index) for index, cells in enumerate(each.cells) for cell in cells})
@@ -148,17 +146,19 @@ class SlurmExecutor:
         chunk: Chunk,
         resources: Resources,
         after: str | None,
-        cluster: str,
+        limits: client.Limits,
         counter: _Progress,
     ) -> str:
         """Submit one array; in halves, one after the other, where it exceeds what the user may have in the queue."""
         part = packs[chunk.first : chunk.first + chunk.count]
         intent = record_intent(
-            run, part, cluster=cluster, threads=resources.cpus, processes=array_job.tasks_per_job(resources)
+            run, part, cluster=limits.cluster, threads=resources.cpus, processes=array_job.processes_per_job(resources)
         )
-        order = array_job.ArrayJob(run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name)
+        array = array_job.ArrayJob(
+            run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name, limits.gres
+        )
         try:
-            job = array_job.submit(order)
+            job = array_job.submit(array)
         except array_job.SubmissionRefused as refusal:
             intent.forget()
             if not refusal.full or chunk.count == 1:
@@ -166,8 +166,8 @@ class SlurmExecutor:
             half = chunk.count // 2
             front = replace(chunk, count=half)
             back = replace(chunk, first=chunk.first + half, count=chunk.count - half)
-            after = self._submit(run, packs, front, resources, after, cluster, counter)
-            return self._submit(run, packs, back, resources, after, cluster, counter)
+            after = self._submit(run, packs, front, resources, after, limits, counter)
+            return self._submit(run, packs, back, resources, after, limits, counter)
         except SlurmUnavailable as error:
             raise _unavailable(error) from error
         replace(intent, job=job).write()
@@ -175,7 +175,7 @@ class SlurmExecutor:
         return job
 
     def _without_living(self, run: Run, packs: Sequence[Pack]) -> list[Pack]:
-        """The packs without cells of living jobs; a job that nobody had written down is written down now."""
+        """The packs without the cells of jobs in the queue; a job that was not recorded yet is recorded now."""
         open_ = [each for each in submissions(run) if each.job is None]
         known = client.find_jobs([each.name for each in open_]) if open_ else {}
         for each in open_:

@@ -1,6 +1,6 @@
-"""What Slurm says about jobs: one `squeue` for all of them, one `sacct` for those that squeue has forgotten.
+"""Client of Slurm's commands: one `squeue` for all jobs, one `sacct` for those that squeue no longer lists.
 
-A command that fails, or does not answer in time, is `SlurmUnavailable`: never evidence that a job failed.
+A command that fails, or does not answer in time, raises `SlurmUnavailable`: never evidence that a job failed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from klab.harness.dispatch.backends import JobState, JobStatus
 
 ANSWER_SECONDS = 15.0
 DEFAULT_ARRAY = 1001
-"""Tasks per array of a Slurm whose administrator did not say."""
+"""Slurm's default of MaxArraySize."""
 
 _RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-_WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED")
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_HELD_REASONS = ("jobhelduser", "jobheldadmin", "job requeued in held state", "launch failed requeued held")
+"""Reasons of pending jobs that wait for `scontrol release`."""
 _ERRORS = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 # fixed widths: a name or a reason may contain any character
 _COLUMNS = {"ArrayJobID": 20, "ArrayTaskID": 20, "State": 24, "Reason": 64, "TimeLeft": 20, "exit_code": 12}
@@ -35,10 +38,17 @@ class NoAccounting(SlurmUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`array`: how many tasks one array may have; `cluster`: the cluster's name."""
+    """What a cluster accepts.
+
+    Attributes:
+        array: tasks of one array.
+        cluster: its name.
+        gres: whether GPUs are asked for by `--gres`; `--gpus-per-node` needs the plugin select/cons_tres.
+    """
 
     array: int
     cluster: str
+    gres: bool = False
 
 
 def cluster_limits() -> Limits:
@@ -57,7 +67,8 @@ def cluster_limits() -> Limits:
         array = min(array, int(tasks[1]))
     if array < 1:
         raise SlurmUnavailable("this cluster does not accept job arrays (MaxArraySize=0)")
-    return Limits(array, settings.get("ClusterName", ""))
+    select = settings.get("SelectType", "select/cons_tres")
+    return Limits(array, settings.get("ClusterName", ""), gres=select != "select/cons_tres")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +168,12 @@ def job_status(
     seconds_left: float | None = None,
     restarts: int = 0,
 ) -> JobStatus:
-    """Slurm's word for a job's state ("RUNNING", "CANCELLED by 1000", "OUT_OF_ME+") in ours."""
+    """The status for Slurm's word for a state ("RUNNING", "CANCELLED by 1000", "OUT_OF_ME+")."""
     plain = word.split()[0].rstrip("+") if word.split() else ""
     reason = "" if reason == "None" else reason
     translated: JobState = "unknown"
+    if _is(plain, _HELD) or (_is(plain, _WAITING) and reason.lower().replace("_", " ") in _HELD_REASONS):
+        return JobStatus("held", job, reason or plain)
     if _is(plain, _WAITING):
         translated = "preempted" if restarts or plain.startswith("REQUEUE") else "queued"
         return JobStatus(translated, job, reason)

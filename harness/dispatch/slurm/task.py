@@ -1,4 +1,4 @@
-"""What a Slurm job does with its cells, through preemption, time limits and requeues.
+"""The task of a Slurm job array: train cells through preemption, time limits and requeues.
 
 submitit's answer to SIGUSR2 is to rewrite the job's pickle and to requeue, at whatever point of the program the signal
 arrives, a limited number of times; and it ignores SIGTERM, which is all that most clusters send to a preempted job.
@@ -11,6 +11,7 @@ Here both set a flag; training stops and saves after the current update, and the
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from klab.harness.training.distributed.process_group import ProcessGroup
 
 MAX_REQUEUES = 1000
-"""Requeues after which a job gives up: it would come back for ever without getting anywhere."""
+"""Requeues after which a job gives up: it would be requeued for ever without progress."""
+
+REQUEUE_CODE = 85
+"""Exit code that asks the job's script to requeue it, where this process cannot: in a container without scontrol."""
 
 _ANSWER_SECONDS = 60.0
 """Seconds to wait for a controller that does not answer."""
@@ -41,8 +45,10 @@ _ANSWER_SECONDS = 60.0
 class ArrayTask:
     """The callable that submitit pickles: a run folder and the cells to train there.
 
-    `grace`: seconds after a signal at which the job gives way even in the middle of an update. `processes`: tasks of
-    the job, over all of its nodes, that train together.
+    Attributes:
+        threads: of each process.
+        grace: seconds that the current update may take after a signal, before the job requeues without it.
+        processes: of the job, over all of its nodes, which train together.
     """
 
     run: str
@@ -81,6 +87,8 @@ class ArrayTask:
             if "interrupted" not in states.values():
                 return states
             stop_signal.requeue()
+            if shutil.which("scontrol") is None:
+                sys.exit(REQUEUE_CODE)
             what = _imminent_end()
             if what == "preempted":
                 _requeue()
@@ -95,7 +103,7 @@ class ArrayTask:
 
 
 def _meeting() -> Path:
-    """Where the processes of this life of the job meet."""
+    """The file by which the processes of this attempt of the job find one another."""
     from submitit.core.job_environment import JobEnvironment
 
     life = os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -103,7 +111,7 @@ def _meeting() -> Path:
 
 
 def _imminent_end() -> str | None:
-    """What Slurm means to do with this job; None when it does not say so within `_ANSWER_SECONDS`."""
+    """What Slurm is about to do with this job; None when it does not answer within `_ANSWER_SECONDS`."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     while (found := client.imminent_end(os.environ["SLURM_JOB_ID"])) is None and time.monotonic() < deadline:
         time.sleep(2.0)
@@ -115,6 +123,8 @@ def _requeue(number: int = 0, frame: FrameType | None = None) -> None:
     job = os.environ["SLURM_JOB_ID"]
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= MAX_REQUEUES:
         sys.exit(f"klab: requeued {MAX_REQUEUES} times; giving up")
+    if shutil.which("scontrol") is None:
+        sys.exit(REQUEUE_CODE)
     deadline = time.monotonic() + _ANSWER_SECONDS
     while True:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
@@ -128,7 +138,7 @@ def _requeue(number: int = 0, frame: FrameType | None = None) -> None:
 
 
 def write_missing_pickle(run: str, number: int) -> None:
-    """Write this job's pickle where its launcher died between `sbatch` and putting it in place."""
+    """Write this job's pickle, because its launcher died between `sbatch` and writing it."""
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.utils import DelayedSubmission, JobPaths
 

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from klab.grid import Grid, catalogue
 from klab.grid.custom_values import SIGNATURES
 from klab.grid.glossary import GLOSSARY
 from klab.grid.sources import SOURCES
 from klab.harness.cli.main import COMMANDS, main
+from klab.harness.cli.rerun import kernels_of, other_kernels
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.store import Run, machine
+from klab.harness.training.runtime.pack_invariance import pack_invariant
 from tests.support.run_processes import controllers, kill, wait_for, workers
 
 MakeGrid = Callable[..., Grid]
@@ -164,6 +167,10 @@ def test_doctor_finds_this_machine_fit(ask: Ask, place: Path) -> None:
     assert findings["torch works"]["verdict"] == "ok"
     assert findings["run folders"]["verdict"] == "ok"
     assert {each["verdict"] for each in findings.values()} <= {"ok", "note"}
+    told = dict(word.split("=") for word in findings["kernels"]["detail"].split())
+    assert told == machine.hardware()["kernels"]
+    torch.set_num_threads(1)
+    assert (findings["packs"]["verdict"] == "ok") == pack_invariant()
 
 
 def test_launch_here_then_rerun_finds_the_same_bits(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
@@ -171,7 +178,9 @@ def test_launch_here_then_rerun_finds_the_same_bits(make_grid: MakeGrid, ask: As
     assert "2 finished" in ask("launch", "little.yaml", "--on", "here")
     run = Run.open(place / "runs/little")
     cell = run.cells[1]
-    assert ask("rerun", "little", cell, "--json")["same"] is True
+    again = ask("rerun", "little", cell, "--json")
+    assert again["same"] is True
+    assert again["kernels"] == {"stored": [machine.hardware()["kernels"]], "repeated": [machine.hardware()["kernels"]]}
     assert "match the stored ones bit for bit" in ask("rerun", "little", cell)
 
     other = ask("rerun", "little", cell, "--set", "training.lr=0.5", "--json")
@@ -325,11 +334,38 @@ def test_a_launch_with_nothing_to_do_but_failed_cells_names_the_option(run: Run,
 
 
 def test_tiny_policies_use_cores_on_a_machine_with_gpus(
-    make_grid: MakeGrid, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    make_grid: MakeGrid, ask: Ask, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_grid(seeds=64, policy={"name": "tiny"})
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(str(number) for number in range(machine.cores() + 3)))
-    dry = ("launch", "little.yaml", "--no-merge", "--dry-run", "--json")
-    assert ask(*dry)["workers"] == machine.cores()
-    make_grid(seeds=64)  # a checkpoint of any size goes to the GPUs
-    assert ask(*dry)["workers"] == machine.cores() + 3
+    make_grid(seeds=64)
+    grid = json.loads((place / "little.yaml").read_text())
+    (place / "tiny.yaml").write_text(json.dumps({**grid, "name": "tiny", "policy": {"name": "tiny"}}))
+    devices = [str(number) for number in range(machine.cores() + 3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(devices))
+    dry = ("--no-merge", "--dry-run", "--json")
+    assert ask("launch", "tiny.yaml", *dry)["workers"] == machine.cores()
+    assert ask("launch", "little.yaml", *dry)["workers"] == len(devices)  # a checkpoint goes to the GPUs
+
+
+def test_rerun_says_when_machines_differ_in_their_kernels() -> None:
+    intel = {"MKL_CBWR": "AVX512", "ATEN_CPU_CAPABILITY": "avx512"}
+    amd = {"MKL_CBWR": "AUTO", "ATEN_CPU_CAPABILITY": "avx2"}
+    assert other_kernels([amd], [amd]) is None
+    assert other_kernels([], [amd]) is None  # a run of an older version
+    said = str(other_kernels([intel], [amd]))
+    assert "computed with MKL_CBWR=AVX512 ATEN_CPU_CAPABILITY=avx512, these with MKL_CBWR=AUTO" in said
+    moved = str(other_kernels([amd, intel], [amd]))
+    assert "=avx2 then MKL_CBWR=AVX512" in moved
+    assert "belong to no single machine" in moved
+
+
+def test_rerun_finds_the_kernels_of_every_life(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid()
+    ask("launch", "little.yaml", "--on", "here")
+    run = Run.open(place / "runs/little")
+    folder = run.cell(run.cells[0])
+    here = machine.hardware()["kernels"]
+    assert kernels_of(folder) == [here]
+    before = {**folder.attempts()[0], "kernels": {"MKL_CBWR": "AVX512"}}
+    folder.append_attempt(before)
+    assert kernels_of(folder) == [here, {"MKL_CBWR": "AVX512"}]
+    assert "its bits belong to no single machine" in ask("rerun", "little", folder.id)

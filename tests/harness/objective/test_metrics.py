@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from klab.grid import Objective
-from klab.harness.objective import objective_loss
+from klab.grid.catalogue import AXES
+from klab.harness.objective import LossCoefficients, objective_loss, update_context
 from tests.support.random_batches import tokens
 
 LOG2 = math.log(2.0)
@@ -60,11 +60,38 @@ def test_weights_that_are_all_zero_have_no_effective_sample() -> None:
     assert metrics["informative_groups"] == 1.0
 
 
-def test_the_two_terms_add_up_and_only_the_loss_placements_have_the_second() -> None:
-    for placement in ("loss", "loss_corrected", "reward", "none"):
-        out = objective_loss(Objective(placement=placement, advantage="raw"), BATCH)
-        assert torch.equal(out.loss, out.policy_loss + out.kl_loss)
-        assert (float(out.kl_loss.detach()) != 0.0) == placement.startswith("loss")
+def test_the_kl_stands_in_the_term_where_its_placement_puts_it() -> None:
+    """k3 = log 2 − ½ at the first token alone, whose ρ is 4. PPO clips that token, so only the second one counts."""
+    k3 = LOG2 - 0.5
+    without = (0.5 * 1.0 + 5.0) / 3  # −agg(w·A·ℓ) with A = R: ½·1 of the first trajectory, 5 of the third
+    expected = {
+        "none": (without, 0.0),
+        "loss": (without, 0.1 * (k3 / 2) / 3),
+        "loss_reweighted": (without, 0.1 * (4 * k3 / 2) / 3),
+        "loss_corrected": (without, 0.1 * (4 * k3 / 2) / 3),
+        "reward": ((0.5 * (1.0 - 0.1 * k3) + 5.0) / 3, 0.0),
+        "reward_to_go": (without, 0.0),  # the second token comes after the KL
+        "reward_and_loss": (without, 0.1 * (k3 / 2) / 3),
+    }
+    for placement, terms in expected.items():
+        takes = AXES["placement"].values[placement].parameters
+        settings = {"beta": 0.1, "kl_scale": "sum", "kl_at": "current"}
+        objective = Objective(
+            placement=placement, advantage="raw", **{name: settings[name] for name in settings if name in takes}
+        )
+        out = objective_loss(objective, BATCH)
+        assert (float(out.policy_loss.detach()), float(out.kl_loss.detach())) == pytest.approx(terms, abs=1e-12)
+        assert float(out.loss.detach()) == pytest.approx(sum(terms), abs=1e-12)
+
+
+def test_the_coefficients_of_an_update_scale_the_kl_and_add_the_trust_region() -> None:
+    objective = Objective(estimator="k3", beta=0.1, weight="ppo_clip", advantage="raw")
+    context = update_context(objective, BATCH, LossCoefficients(kl=3.0, trust=0.5))
+    out = objective_loss(objective, BATCH, context)
+    kl = 3 * 0.1 * ((LOG2 - 0.5) / 2) / 3
+    trust = 0.5 * ((4 - 1 - 2 * LOG2) / 2 + (0.5 - 1 + LOG2)) / 3  # e^λ − 1 − λ: 1st trajectory's mean, the 2nd's token
+    assert float(out.kl_loss.detach()) == pytest.approx(kl, abs=1e-12)
+    assert float((out.loss - out.policy_loss - out.kl_loss).detach()) == pytest.approx(trust, abs=1e-12)
 
 
 def test_metrics_do_not_touch_the_graph() -> None:

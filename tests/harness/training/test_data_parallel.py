@@ -57,7 +57,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
 
     yield run_together
     announce({})
-    assert [worker.wait(30) for worker in workers] == [0, 0]
+    assert [worker.wait(600) for worker in workers] == [0, 0]
 
 
 def assert_close(left: Run, right: Run) -> None:

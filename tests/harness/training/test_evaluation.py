@@ -77,6 +77,25 @@ def test_the_divergence_agrees_with_the_sampled_estimate(make_run: MakeRun) -> N
     assert float(exact.std()) < float(sampled.std())
 
 
+def test_a_row_has_the_reverse_kl_of_fresh_samples_and_the_forward_kl_of_the_references(make_run: MakeRun) -> None:
+    pack = trained(make_run, updates=6)
+    row = pack.evaluate()[0]
+    members, samples = pack.members, pack.members[0].cell.training.evaluation_samples
+    examples = [held_out(pack.members[0])]
+    fresh = generate(pack.policy, members, examples, samples, ("evaluation", row["update"]))
+    kept = generate(pack.reference, members, examples, samples, ("evaluation of the reference",), seeded=False)
+    expected = {}
+    for name, rollouts in (("reverse_kl", fresh), ("forward_kl", kept)):
+        p, q = (token_scores(each, rollouts, logits=True)[0].logits for each in (pack.policy, pack.reference))
+        assert p is not None
+        assert q is not None
+        mine, anchor = (torch.distributions.Categorical(logits=each.detach().double()) for each in (p, q))
+        pair = (mine, anchor) if name == "reverse_kl" else (anchor, mine)
+        expected[name] = float((torch.distributions.kl_divergence(*pair) * rollouts[0].mask).sum(1).mean())
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert abs(expected["forward_kl"] - expected["reverse_kl"]) > 1e-2 * expected["reverse_kl"]
+
+
 def test_chunks_do_not_change_the_divergence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = trained(make_run)
     rollouts = generate(

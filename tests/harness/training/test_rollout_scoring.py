@@ -23,16 +23,16 @@ def test_a_task_that_scores_many_at_once_is_asked_once_per_rollout(make_run: Mak
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "seconds", "said"),
     [
-        ("raise", "RuntimeError: the fourth is broken"),
-        ("hang", "TimeLimitExceeded: no answer within 0.2 s"),
-        ("end", "StopIteration"),
+        ("raise", 600, "RuntimeError: the fourth is broken"),
+        ("hang", 1, "TimeLimitExceeded: no answer within 1 s"),
+        ("end", 600, "StopIteration"),
     ],
 )
-def test_the_completion_whose_turn_it_was_is_named(make_run: MakeRun, trouble: str, said: str) -> None:
+def test_the_completion_whose_turn_it_was_is_named(make_run: MakeRun, trouble: str, seconds: int, said: str) -> None:
     task: dict[str, Any] = {"name": "batch_task:Together", "trouble": trouble}
-    run = make_run(training={"reward_seconds": 0.2}, task=task)
+    run = make_run(training={"reward_seconds": seconds}, task=task)
     assert run_cells(run.path, run.cells) == {run.cells[0]: "failed"}
     message = str(run.cell(run.cells[0]).error())
     fourth = Together().split("held_out")

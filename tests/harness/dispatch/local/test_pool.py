@@ -86,7 +86,7 @@ def test_whoever_is_killed_the_numbers_are_those_of_an_undisturbed_run(make_grid
     (controller,) = wait_for(lambda: controllers(run))
     run_controller(run.path)  # a second controller leaves at once
     assert controllers(run) in ([controller], [])
-    assert [process.wait(timeout=100) for process in again] == [0, 0]
+    assert [process.wait(timeout=600) for process in again] == [0, 0]
 
     assert count(statuses(run)) == {"finished": 4}
     assert numbers(run) == numbers(quiet)

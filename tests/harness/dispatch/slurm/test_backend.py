@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from klab.grid import UserError, load_grid
+from klab.grid.schema.sections import load_section
 from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.slurm import client as scheduler
 from klab.harness.dispatch.slurm.backend import SlurmExecutor
 from klab.harness.dispatch.slurm.submission import record_intent, submissions
+from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
 
 COMMAND = """#!/bin/sh
@@ -280,3 +284,146 @@ def test_without_slurm_it_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no scontrol here"):
         submit(run)
+
+
+def directives(script: str) -> dict[str, str]:
+    """The options in a script: name -> value; fails where one is written twice."""
+    found: dict[str, str] = {}
+    for line in script.splitlines():
+        if line.startswith("#SBATCH --"):
+            name, _, value = line.removeprefix("#SBATCH --").partition("=")
+            assert name not in found, name
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "written", "absent"),
+    [
+        ({"sbatch": {"mem-per-cpu": "4G"}}, {"mem-per-cpu": "4G"}, ["mem"]),
+        ({"sbatch": {"mem_per_gpu": "40G"}, "gpus": 1}, {"mem-per-gpu": "40G", "gpus-per-node": "1"}, ["mem"]),
+        ({"sbatch": {"mem": False}}, {}, ["mem", "mem-per-cpu"]),
+        ({"sbatch": {"mem": 0}}, {"mem": "0"}, []),
+        ({"sbatch": {"cpus-per-task": 8}, "cpus": 2}, {"cpus-per-task": "8"}, []),
+        ({"sbatch": {"c": 8}, "cpus": 2}, {"cpus-per-task": "8"}, ["c"]),
+        ({"sbatch": {"time": 5}}, {"time": "5", "signal": "USR2@75"}, []),
+        ({"sbatch": {"t": "1-0"}}, {"time": "1-0", "signal": "USR2@120"}, ["t"]),
+        ({"sbatch": {"partition": "b"}, "partition": "a"}, {"partition": "b"}, []),
+        ({"gpus": 4, "gpu_type": "a100"}, {"gpus-per-node": "a100:4", "ntasks-per-node": "4"}, []),
+        (
+            {"gpus": 4, "sbatch": {"gpus-per-node": "a100:2"}},
+            {"gpus-per-node": "a100:2", "ntasks-per-node": "2"},
+            ["gres"],
+        ),
+        (
+            {"gpus": 4, "sbatch": {"gres": "gpu:a100:4"}},
+            {"gres": "gpu:a100:4", "ntasks-per-node": "4"},
+            ["gpus-per-node"],
+        ),
+        ({"sbatch": {"gres": "gpu:3,lustre:1"}}, {"gres": "gpu:3,lustre:1", "ntasks-per-node": "3"}, ["gpus-per-node"]),
+        ({"gpus": 2, "sbatch": {"gres": "lustre:1"}}, {"gres": "lustre:1", "gpus-per-node": "2"}, []),
+        ({"sbatch": {"G": 4}, "nodes": 2}, {"gpus": "4", "ntasks-per-node": "2"}, ["gpus-per-node", "G"]),
+    ],
+)
+def test_options_of_the_user_replace_klabs_own(
+    fake: Fake, run: Run, flags: dict[str, Any], written: dict[str, str], absent: list[str]
+) -> None:
+    submit(run, **flags)
+    found = directives(fake.script(1))
+    assert {name: found.get(name) for name in written} == written
+    assert not set(absent) & set(found)
+
+
+def test_threads_time_and_processes_follow_the_users_options(run: Run) -> None:
+    flags = {"sbatch": {"cpus-per-task": 8, "time": "1:30:30", "gpus-per-node": "h100:2"}, "cpus": 2, "gpus": 1}
+    found = SlurmExecutor(flags).resources(run.resources)
+    assert (found.cpus, found.minutes, found.gpus, found.gpu_type, found.processes_per_node) == (8, 91, 2, "h100", 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("time", "soon", "not a time limit"),
+        ("cpus-per-task", "many", "not a whole number"),
+        ("gpus-per-node", "a100:0", "not a whole number"),
+        ("N", 2, "is set by klab.*resources.nodes"),
+        ("-J", "mine", "is set by klab"),
+    ],
+)
+def test_values_that_sbatch_would_refuse_are_refused(run: Run, option: str, value: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=rf"resources\.sbatch\..*{problem}"):
+        SlurmExecutor({"sbatch": {option: value}}).resources(run.resources)
+
+
+def test_a_type_of_gpu_is_part_of_their_number() -> None:
+    section = load_section("resources", {"gpus": "a100:4"})
+    assert (section.gpus, section.gpu_type) == (4, "a100")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="nor type:number"):
+        load_section("resources", {"gpus": "a100:many"})
+
+
+def test_a_cluster_without_cons_tres_is_asked_for_gpus_by_gres(fake: Fake, run: Run) -> None:
+    fake.answers("scontrol", "ClusterName = lab\nMaxArraySize = 1001\nSelectType = select/cons_res\n")
+    submit(run, gpus=2, gpu_type="v100")
+    found = directives(fake.script(1))
+    assert (found["gres"], found.get("gpus-per-node")) == ("gpu:v100:2", None)
+
+
+def test_srun_gets_the_cores_per_task_that_newer_versions_do_not_pass_on(fake: Fake, run: Run) -> None:
+    submit(run, cpus=3)
+    script = fake.script(1)
+    assert script.index("export SRUN_CPUS_PER_TASK=") < script.index("\nsrun ")
+
+
+def test_another_interpreter_and_a_container(fake: Fake, run: Run) -> None:
+    submit(run, python="/opt/env/bin/python", setup=["module load x"])
+    command = fake.script(1).splitlines()
+    assert any(line.startswith("srun ") and " klab /opt/env/bin/python -P" in line for line in command)
+    submit_again = SlurmExecutor({"container": "/images/klab.sif", "gpus": 1, "setup": ["module load apptainer"]})
+    (script,) = submit_again.scripts(run, packs(run), run.resources)
+    inside = f"apptainer exec --nv --bind {run.path.parent} /images/klab.sif python3 -P"
+    assert script.count(inside) == 2  # the job, and the repair of its pickle
+    assert script.index("module load apptainer") < script.index(inside)
+
+
+def test_a_job_in_a_container_is_requeued_by_its_script(fake: Fake, run: Run, tmp_path: Path) -> None:
+    """There is no scontrol in the container: the process ends with a code, and the script outside asks Slurm."""
+    (script,) = SlurmExecutor({"container": "klab.sif"}).scripts(run, packs(run, 6), run.resources)
+    file = tmp_path / "script.sh"
+    file.write_text(script.replace("test -e ", "true "))
+    environment = {**os.environ, "SLURM_JOB_ID": "12"}
+    for state, code, requeued in (("RUNNING", 85, True), ("CANCELLED", 85, False), ("RUNNING", 1, False)):
+        (fake.folder / "calls").unlink(missing_ok=True)
+        (fake.folder / "bin" / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+        fake.answers("scontrol", f"JobId=12 JobState={state} Reason=None\n")
+        done = subprocess.run(["bash", str(file)], env=environment)
+        assert done.returncode == (0 if requeued else code)
+        assert any(" requeue 12" in call for call in fake.calls("scontrol")) is requeued
+
+
+def test_a_percent_sign_in_a_path_is_no_pattern(fake: Fake, run: Run, tmp_path: Path) -> None:
+    grid = tmp_path / "six.yaml"
+    odd = Run.create(tmp_path / "50%" / "six", load_grid(grid))
+    submit(odd)
+    found = directives(fake.script(1))
+    folder = str(odd.jobs / "slurm" / "001").replace("%", "%%")
+    assert found["output"].strip("'") == f"{folder}/%A_%a_0_log.out"
+    assert found["error"].strip("'") == f"{folder}/%A_%a_0_log.err"
+    assert f"{folder}/%A_%a_%t_log.out" in next(line for line in fake.script(1).splitlines() if "srun " in line)
+    refused = Run.create(tmp_path / "100%job" / "six", load_grid(grid))
+    with pytest.raises(UserError, match="has %j in its path"):
+        launch(refused, SlurmExecutor(), workers=6)
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "JobHeldAdmin", "launch failed requeued held"])
+def test_a_held_job_is_shown_as_held_and_can_be_cancelled(fake: Fake, run: Run, reason: str) -> None:
+    submit(run)
+    name = submissions(run)[0].name
+    fake.queue(*[("101", str(n), "PENDING", reason, "1:00:00", "0", "1", name) for n in range(6)])
+    row = statuses(run)[2]
+    assert (row.state, row.detail) == ("held", f"{reason}; release with: scontrol release 101_2")
+    SlurmExecutor().cancel(run, [row.id])
+    assert [call.split()[2:] for call in fake.calls("scancel")] == [["101_2"]]
+    with run.lock():  # nothing of a held job is submitted twice
+        SlurmExecutor().submit(run, packs(run), run.resources)
+    assert len(fake.calls("sbatch")) == 1

@@ -17,7 +17,7 @@ from klab.harness.dispatch.slurm.client import expand_array_id, job_status, pars
         ("CONFIGURING", "running"),
         ("SUSPENDED", "running"),
         ("REQUEUED", "preempted"),
-        ("REQUEUE_HOLD", "preempted"),
+        ("REQUEUE_HOLD", "held"),
         ("COMPLETED", "ended"),
         ("FAILED", "failed"),
         ("TIMEOUT", "failed"),
