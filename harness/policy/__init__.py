@@ -1,4 +1,4 @@
-"""The model: stacked decoder, sampling, log-probabilities, Hugging Face import and export."""
+"""Policies: language models for many cells at once, their sampling and log-probabilities, and their checkpoints."""
 
 from klab.harness.policy.policy import Policy
 

@@ -1,4 +1,4 @@
-"""The policies of a pack, from the checkpoint that they start from."""
+"""Load the policies of a pack from their checkpoint, with the engine that can run it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from klab.grid.errors import UserError
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.stacked.checkpoint import read_config
-from klab.harness.policy.stacked.config import Architecture, Rotary
+from klab.harness.policy.pretrained import read_config
+from klab.harness.policy.stacked.config import Architecture, RotaryEmbedding
 from klab.harness.policy.stacked.policy import StackedPolicy
 
 Engine = Literal["stacked", "transformers"]
@@ -21,12 +21,12 @@ Engine = Literal["stacked", "transformers"]
 def load_policy(
     section: Any, start: str | Path, cells: int, device: torch.device | str, seeds: Sequence[int] | None = None
 ) -> Policy:
-    """`cells` policies that begin as the checkpoint says.
+    """`cells` policies with the weights of one checkpoint.
 
     Args:
         section: the grid's policy section, `tiny` or `hf`.
-        start: the folder that `starting_policy` gave.
-        seeds: of each cell's adapters; 0, 1, … unless given.
+        start: the folder that `initial_policy` returned.
+        seeds: of each cell's new adapters; 0, 1, … unless given.
 
     Raises:
         UserError: the checkpoint cannot be read, or the engine that the section asks for cannot run it.
@@ -48,17 +48,17 @@ def load_policy(
 
 
 def engine_of(section: Any, start: str | Path) -> Engine:
-    """What runs a checkpoint: the stacked decoder where it can, unless the section says otherwise.
+    """Which engine runs a checkpoint: the stacked one if it knows the architecture, unless the section says otherwise.
 
     Raises:
-        UserError: the section insists on the stacked decoder, and that does not know the architecture.
+        UserError: the section insists on the stacked engine, which does not know the architecture.
     """
     asked = getattr(section, "engine", "stacked")
     if asked == "transformers":
         return "transformers"
     try:
         config = read_config(start, getattr(section, "trust_remote_code", False))
-        Rotary(config, Architecture.of(config).head_dim)
+        RotaryEmbedding(config, Architecture.from_config(config).head_dim)
     except UserError:
         if asked == "stacked":
             raise

@@ -1,49 +1,53 @@
-"""What the rest of the harness may ask of a policy."""
+"""The interface of a policy: what the rest of the harness may ask of C language models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-if TYPE_CHECKING:
-    from klab.harness.policy.rollout import Rollout
-    from klab.harness.policy.scores import TokenScores
+from klab.harness.policy.prompt import PromptEncoder
+from klab.harness.policy.scores import Scorer
 
 
 class IncrementalDecoder(Protocol):
-    """The trajectories of every cell of a policy while they grow by one token per step."""
+    """Next-token logits of every cell's trajectories, which grow by one token per step.
+
+    Logits are [N, vocab_size] for the N trajectories of a cell, without gradient where gradients are disabled.
+    """
 
     def start(self) -> dict[int, Tensor]:
-        """Logits [N, V] of the first token of each trajectory, by cell."""
+        """Logits of the first token of each trajectory, by cell."""
         ...
 
-    def step(self, newest: Mapping[int, Tensor], open_rows: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
-        """Logits [N, V] of the next token of every open trajectory of some cells; rows of ended ones are meaningless.
+    def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
+        """Logits of the next token of some cells' trajectories; rows of finished ones are meaningless.
 
         Args:
-            newest: by cell, the last token [N] of each trajectory.
-            open_rows: by cell, which trajectories go on.
+            last_tokens: by cell, the last token [N] of each trajectory.
+            unfinished: by cell, which of its trajectories go on.
+
+        Raises:
+            UserError: a sequence exceeds the model's context.
         """
         ...
 
 
-class Policy(Protocol):
-    """C language models of one architecture with their tokenizer.
+class Policy(Scorer, Protocol):
+    """C language models of one architecture with one tokenizer.
 
     Attributes:
         cells: C.
-        parameters: name -> [C, …], the leaf tensors that are trained. What else the model consists of is frozen.
-        width: size of the final hidden states.
-        context: the longest sequence it was made for, prompt included, in tokens.
+        encode_prompt: token ids of a prompt for these models.
+        parameters: name -> [C, …], the leaf tensors that are trained; all other weights are frozen.
     """
 
-    cells: int
     tokenizer: PreTrainedTokenizerFast
+    encode_prompt: PromptEncoder
     parameters: dict[str, Tensor]
 
     @property
@@ -53,7 +57,9 @@ class Policy(Protocol):
     def hidden_size(self) -> int: ...
 
     @property
-    def context_length(self) -> int: ...
+    def context_length(self) -> int:
+        """The longest sequence the model was made for, prompt included, in tokens."""
+        ...
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -69,38 +75,38 @@ class Policy(Protocol):
     def decoder(
         self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
     ) -> IncrementalDecoder:
-        """Begin to continue `group_size` trajectories of every prompt [C][P][length]; `plain`: the reference path."""
-        ...
+        """A decoder that continues every prompt `group_size` times.
 
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        *,
-        temperature: float = 1.0,
-        logits: bool = False,
-        entropy: bool = False,
-        states: bool = False,
-        plain: bool = False,
-    ) -> list[TokenScores]:
-        """See `klab.harness.policy.scores.token_scores`."""
+        Args:
+            prompts: token ids [C][P][length].
+            plain: the reference path: no cache, nothing shared.
+        """
         ...
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> Policy:
-        """The policy as it is, without gradient and unmoved by what happens to this one: the reference.
+        """A copy without gradient that does not change when this policy does: a reference policy, or a sampler.
 
         Args:
-            dtype: of the copy, all of its weights included; None: as they are.
+            dtype: of all its weights; None: as they are.
         """
         ...
 
     def select(self, cells: Sequence[int]) -> Policy:
-        """Some of the cells as a policy of their own, to sample from: without gradient."""
+        """Some of the cells as a policy of their own to sample from, without gradient."""
         ...
 
     def save(self, path: str | Path, cell: int) -> None:
-        """One cell as a folder that transformers (or PEFT) loads."""
+        """Write one cell as a folder that transformers (or PEFT, if it has adapters) loads."""
         ...
 
     def load(self, path: str | Path, cell: int) -> None:
-        """Put the weights of such a folder into one cell. Raises UserError where it has another architecture."""
+        """Put the weights of such a folder into one cell.
+
+        Raises:
+            UserError: they belong to another architecture or to other adapters.
+        """
+        ...
+
+    def release_memory(self) -> None:
+        """Drop what is kept for speed only and can be made again."""
         ...

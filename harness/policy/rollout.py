@@ -1,34 +1,32 @@
-"""Rollouts: one cell's trajectories, and how they are sampled."""
+"""Rollouts: the trajectories of one cell that are generated together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from klab.harness.objective import Groups
-from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
-from klab.harness.policy.stacked.prefix_tree import PrefixTree, build_prefix_tree, unshared_tree
+from klab.harness.policy.prefix_tree import PrefixTree, build_prefix_tree, build_unshared
 
 
 @dataclass(slots=True)
 class Rollout:
-    """ONE cell's N = P × group_size trajectories; T is the longest of them.
+    """N = P × group_size trajectories of ONE cell, padded at the right to the longest, T tokens.
 
     Attributes:
         prompts: P lists of token ids.
         group_size: trajectories per prompt; trajectory i continues prompt i // group_size.
-        tokens: int64 [N, T], 0 after a trajectory's end.
-        mask: bool [N, T], the policy's own tokens (its end tokens among them).
-        present: bool [N, T], own and environment tokens: all but padding.
-        logp: float [N, T], the sampler's log-probabilities of own tokens under the tempered, full distribution (top-p
-            restricts what is drawn, not what is recorded); 0 elsewhere.
-        truncated: bool [N], the budget of own tokens ended it.
-        texts: N texts of own tokens, without end tokens.
+        tokens: int64 [N, T], token ids, 0 after a trajectory's end.
+        mask: bool [N, T], the tokens that the policy generated (end-of-sequence tokens included).
+        present: bool [N, T], all tokens but padding: the policy's and the environment's.
+        logp: float [N, T], the sampler's log-probabilities of generated tokens under the tempered, full distribution
+            (top-p restricts what is drawn, not what is recorded); 0 elsewhere.
+        truncated: bool [N], whether the limit of new tokens ended it.
+        texts: N texts of generated tokens, without end-of-sequence tokens.
     """
 
     prompts: list[list[int]]
@@ -39,7 +37,7 @@ class Rollout:
     logp: Tensor
     truncated: Tensor
     texts: list[str]
-    _prefix_trees: dict[bool, PrefixTree] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _prefix_trees: dict[int | None, PrefixTree] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def groups(self) -> Tensor:
@@ -50,29 +48,6 @@ class Rollout:
     def grouping(self) -> Groups:
         """The trajectories by prompt."""
         return Groups.equal_sized(len(self.prompts), self.group_size, self.tokens.device)
-
-    @classmethod
-    def of(cls, draft: TrajectoryBuilder) -> Rollout:
-        """The trajectories of a finished draft."""
-        device = draft.policy.device
-        wide = torch.float64 if draft.policy.dtype == torch.float64 else torch.float32
-        lengths = torch.tensor([len(row) for row in draft.written], device=device)
-        present = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
-
-        def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-            values = torch.tensor(list(chain.from_iterable(rows)), dtype=dtype, device=device)
-            return torch.zeros(present.shape, dtype=dtype, device=device).masked_scatter_(present, values)
-
-        return cls(
-            prompts=draft.prompts,
-            group_size=draft.group_size,
-            tokens=padded(draft.written, torch.long),
-            mask=padded(draft.own, torch.bool),
-            present=present,
-            logp=padded(draft.logp, wide),
-            truncated=torch.tensor(draft.truncated, device=device),
-            texts=[draft.text(row, own_only=True) for row in range(len(draft.written))],
-        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -96,7 +71,7 @@ class Rollout:
         )
 
     def select_prompts(self, groups: Sequence[int] | slice) -> Rollout:
-        """The trajectories of some prompts, whole groups; T stays, even where the longest of them is shorter."""
+        """The trajectories of some prompts, whole groups; still padded to T."""
         every = range(len(self.prompts))
         chosen = list(every[groups]) if isinstance(groups, slice) else [every[g] for g in groups]
         G = self.group_size
@@ -113,13 +88,17 @@ class Rollout:
             texts=[self.texts[i] for i in index],
         )
 
-    def prefix_tree(self, plain: bool = False) -> PrefixTree:
-        """How these trajectories are laid out in a forward pass; made once."""
-        if plain not in self._prefix_trees:
-            make = unshared_tree if plain else build_prefix_tree
-            lengths = self.present.sum(1).cpu()
-            self._prefix_trees[plain] = make(self.prompts, self.groups.cpu(), self.tokens.cpu(), lengths)
-        return self._prefix_trees[plain]
+    def prefix_tree(self, max_shared_row: int | None) -> PrefixTree:
+        """The layout of these trajectories in a forward pass, built once per argument.
+
+        Args:
+            max_shared_row: see `build_prefix_tree`; None: nothing is shared.
+        """
+        if max_shared_row not in self._prefix_trees:
+            given = self.prompts, self.groups.cpu(), self.tokens.cpu(), self.present.sum(1).cpu()
+            built = build_unshared(*given) if max_shared_row is None else build_prefix_tree(*given, max_shared_row)
+            self._prefix_trees[max_shared_row] = built
+        return self._prefix_trees[max_shared_row]
 
     def to_dict(self) -> dict[str, Tensor | list[str]]:
         """A flat dictionary of CPU tensors, and the texts."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from klab.grid.cell import Cell
 from klab.grid.schema.training import STACKABLE
 from klab.harness.objective import axis_functions
-from klab.harness.policy.prompt import GENERATION
+from klab.harness.policy.pretrained import GENERATION_CONFIG
 from klab.harness.training.data.prompts import chat_template, prompts_that_fit
 from klab.harness.training.optim.schedule import RolloutSchedule
 from klab.tasks.task import Example, SplitName, Task
@@ -84,7 +84,7 @@ class PackedCell:
 
 def _architecture(start: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION_CONFIG):
         file = start / name
         digest.update(file.read_bytes() if file.exists() else b"")
     return digest.hexdigest()

@@ -221,6 +221,7 @@ class PackRunner:
                     pack = self._pack_after(pack, error)
             if smaller:  # here nothing holds the failed attempt's tensors any more
                 print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.budget.rows} rows")
+                pack.policy.release_memory()
                 free_memory()
         return pack, []
 

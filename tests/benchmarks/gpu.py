@@ -115,13 +115,14 @@ def _resident() -> int:
 def gap(start: Path, shape: Shape, device: torch.device) -> tuple[float, float]:
     """Mean and largest difference of log-probabilities of the same tokens under bfloat16 weights and float32 copies."""
     from klab.harness.policy.sampling.sample import sample
+    from klab.harness.policy.sampling.sampler import SamplingOptions
 
     narrow = StackedPolicy.from_pretrained(start, dtype=torch.bfloat16, device=device)
     examples = Strings(shape.prompt_tokens).split("train")[: shape.prompts]
     prompts = [narrow.tokenizer(example.prompt)["input_ids"] for example in examples]
     generators = [torch.Generator(device).manual_seed(0)]
     (rollout,) = sample(
-        narrow, [prompts], group_size=shape.group_size, max_new_tokens=shape.new_tokens, generators=generators
+        narrow, [prompts], generators, SamplingOptions(group_size=shape.group_size, max_new_tokens=shape.new_tokens)
     )
     mine, theirs = (token_scores(each, [rollout])[0].logp for each in (narrow, narrow.frozen_copy(torch.float32)))
     difference = (mine - theirs)[rollout.mask].abs()

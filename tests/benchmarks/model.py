@@ -38,7 +38,7 @@ def starting_checkpoint(folder: Path, progress: Callable[[int, int, float], None
     warm_up(policy, task, ACCURACY, UPDATES_MAX, SEED, progress)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".start-", dir=folder))
-    policy.save_pretrained(scratch)
+    policy.save(scratch)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(scratch, target)
     return target

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from klab.grid import parse_grid
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
@@ -69,9 +70,8 @@ def shortcuts(folder: Path) -> dict[str, tuple[float, float]]:
             rollouts = sample(
                 policy,
                 prompts,
-                group_size=GROUP_SIZE,
-                max_new_tokens=4,
-                generators=[torch.Generator().manual_seed(1)],
+                [torch.Generator().manual_seed(1)],
+                SamplingOptions(group_size=GROUP_SIZE, max_new_tokens=4),
                 plain=plain,
             )
             sampled = time.perf_counter()

@@ -14,6 +14,7 @@ from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.init.sft_warmup import solution_rollout
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks import Example, load_task
@@ -115,10 +116,8 @@ def test_a_policy_learns_to_call_and_its_environments_tokens_are_in_no_loss() ->
     rollout = sample(
         policy,
         [prompts],
-        group_size=2,
-        max_new_tokens=task.max_new_tokens,
-        generators=[torch.Generator().manual_seed(0)],
-        greedy=True,
+        [torch.Generator().manual_seed(0)],
+        SamplingOptions(group_size=2, max_new_tokens=task.max_new_tokens, greedy=True),
         environment=lambda cell, row, transcript: task.respond(examples[row // 2], transcript),
     )[0]
     assert rollout.texts == ["[12*34]408"] * 2 + ["[20*20]400"] * 2

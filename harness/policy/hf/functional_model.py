@@ -1,19 +1,20 @@
-"""A transformers model whose weights are lent to it for the duration of a call.
+"""A transformers model as a function of its parameters, so that one module serves every cell of a pack.
 
-The module keeps its buffers; parameters are the caller's tensors, put where the module looks for them (tied ones in all
-of their places), so that one module serves every cell of a pack, the reference policy, and copies in other precisions.
+The module keeps its buffers. Parameters are the caller's tensors, swapped in for the duration of a call (tied ones in
+all of their places): those of a cell, of the reference policy, or of a copy in another precision. This is
+`torch.func.functional_call`, which does not cover what is needed here beside the forward pass: recomputing layers in
+the backward pass, and saving a checkpoint.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from klab.grid.errors import UserError
 
@@ -23,11 +24,14 @@ Weights = Mapping[str, Tensor]
 class FunctionalModel:
     """A causal language model of any architecture, without dropout.
 
+    Parameters are put into `nn.Module._parameters`: assigning attributes, the public way, accepts no tensor that
+    carries a gradient to a stack of cells. torch's own `functional_call` does the same.
+
     Attributes:
         model: the module; a `peft.PeftModel` if it has adapters.
         base: the module that transformers made.
-        vocabulary, hidden_size: rows and columns of its output embedding.
-        cached: whether it can continue from kept keys and values.
+        vocab_size, hidden_size: rows and columns of its output embedding.
+        has_kv_cache: whether it can continue from cached keys and values.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,14 +42,15 @@ class FunctionalModel:
         self._head: nn.Module = head
         self.vocab_size, self.hidden_size = (int(size) for size in head.weight.shape)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._takes = frozenset(inspect.signature(self.base.forward).parameters)
-        self.cached = "past_key_values" in self._takes and not getattr(self.base, "_is_stateful", False)
-        self._places = _places(model)
+        self._arguments = frozenset(inspect.signature(self.base.forward).parameters)
+        # transformers has no public name for "its cache is a state that cannot be cut to a subset of sequences"
+        self.has_kv_cache = "past_key_values" in self._arguments and not getattr(self.base, "_is_stateful", False)
+        self._places = _parameter_places(model)
         self._checkpointed: list[Any] = []
-        self._lent: Weights = {}
+        self._swapped_in: Weights = {}
 
-    def emptied(self) -> dict[str, nn.Parameter]:
-        """The module's own parameters by name, taken out of it."""
+    def take_parameters(self) -> dict[str, nn.Parameter]:
+        """Take the module's own parameters out of it, by name; what stays holds no memory."""
         taken = {}
         for name, places in self._places.items():
             module, attribute = places[0]
@@ -55,78 +60,97 @@ class FunctionalModel:
                 module._parameters[attribute] = empty
         return taken
 
-    def checkpoint_gradients(self) -> None:
-        """Keep the layers' inputs only and compute them again for the backward pass, where the model knows how to.
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the layers' inputs for the backward pass and compute the layers again there.
 
         Raises:
-            UserError: it does not.
+            UserError: the model does not support it.
         """
+        # transformers renamed the method; the name of older versions warns in newer ones
         enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
         try:
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._checkpoint_contexts})
         except ValueError as error:
             raise UserError(f"the model cannot: {error}", key="policy.gradient_checkpointing", value=True) from error
         self._checkpointed = [each for each in self.base.modules() if getattr(each, "gradient_checkpointing", False)]
-        for module in self._checkpointed:
-            module._gradient_checkpointing_func = self._checkpoint
 
-    def logits(
-        self, weights: Weights, tokens: Tensor, present: Tensor, keep: int, cache: Any = None, adapters: bool = True
+    def __call__(
+        self,
+        weights: Weights,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        cache: Any = None,
+        adapters: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [N, keep, V] and final hidden states [N, keep, width] of the last columns.
+        """Logits [N, logits_to_keep, vocab_size] and final hidden states [N, logits_to_keep, hidden_size].
 
         Args:
             weights: by name; without those of adapters where these are off.
-            tokens: [N, S] new tokens.
-            present: bool [N, S' + S], which of the cached and the new ones are no padding.
-            keep: columns that are wanted.
-            cache: the keys and values of the S' tokens before, extended in place.
+            tokens: [N, S], new token ids.
+            attention_mask: bool [N, S' + S], which of the cached and the new tokens are no padding.
+            logits_to_keep: number of last columns that are wanted.
+            cache: keys and values of the S' tokens before, extended in place.
         """
         S = tokens.shape[1]
-        positions = (present.long().cumsum(1) - 1).clamp_(min=0)[:, -S:]
-        given: dict[str, Any] = {"attention_mask": present.long(), "position_ids": positions, "logits_to_keep": keep}
+        mask = attention_mask.long()
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -S:]
+        given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": logits_to_keep}
         given |= {"use_cache": cache is not None, "past_key_values": cache}
-        seen: list[Tensor] = []
-        hook = self._head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        states: list[Tensor] = []
+        hook = self._head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
         off = nullcontext() if adapters or not hasattr(self.model, "disable_adapter") else self.model.disable_adapter()
         try:
-            with off, self.lending(weights), self._recomputing():
-                out = self.model(input_ids=tokens, **{name: v for name, v in given.items() if name in self._takes})
+            with off, self.swap_parameters(weights), _training(self._checkpointed, torch.is_grad_enabled()):
+                out = self.model(input_ids=tokens, **{name: v for name, v in given.items() if name in self._arguments})
         finally:
             hook.remove()
-        return out.logits[:, -keep:], seen[-1][:, -keep:]
+        return out.logits[:, -logits_to_keep:], states[-1][:, -logits_to_keep:]
 
     @contextmanager
-    def lending(self, weights: Weights) -> Iterator[None]:
-        """The module with these weights."""
-        before, self._lent = self._lent, weights
-        owned = [(m, a, m._parameters[a]) for name in weights for m, a in self._places[name]]
+    def swap_parameters(self, weights: Weights) -> Iterator[None]:
+        """The module with these tensors as its parameters; the ones before come back at the end."""
+        before, self._swapped_in = self._swapped_in, weights
+        replaced = [(m, a, m._parameters[a]) for name in weights for m, a in self._places[name]]
         try:
             for name, value in weights.items():
                 for module, attribute in self._places[name]:
                     module._parameters[attribute] = cast(nn.Parameter, value)
             yield
         finally:
-            for module, attribute, own in owned:
+            for module, attribute, own in replaced:
                 module._parameters[attribute] = own
-            self._lent = before
+            self._swapped_in = before
 
-    def _recomputing(self) -> Any:
-        return _training(self._checkpointed, torch.is_grad_enabled())
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What torch's `checkpoint` runs a layer in: nothing the first time, the same parameters the second."""
+        return nullcontext(), _Recomputation(self, self._swapped_in)
 
-    def _checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        lent = self._lent
+    def recomputation(self, weights: Weights) -> ExitStack:
+        """The module as it was in the forward pass; layers that are computed again are not checkpointed again."""
+        with ExitStack() as stack:
+            stack.enter_context(self.swap_parameters(weights))
+            stack.enter_context(_training(self._checkpointed, False))
+            return stack.pop_all()
 
-        def computed(*inputs: Any) -> Any:
-            with self.lending(lent), _training(self._checkpointed, False):
-                return function(*inputs)
 
-        return checkpoint(computed, *inputs, use_reentrant=False, preserve_rng_state=False)
+class _Recomputation(AbstractContextManager[None]):
+    """The backward pass of a checkpointed layer. Can be entered again, for a graph that is retained."""
+
+    def __init__(self, model: FunctionalModel, weights: Weights) -> None:
+        self.model, self.weights = model, weights
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        self._stack = self.model.recomputation(self.weights)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
 
 
 @contextmanager
 def _training(modules: list[Any], value: bool) -> Iterator[None]:
-    """Modules in training mode or not, their children as they are: that mode is what switches recomputation on."""
+    """Modules in training mode or not, their children as they are: in training mode they recompute."""
     before = [module.training for module in modules]
     try:
         for module in modules:
@@ -137,12 +161,10 @@ def _training(modules: list[Any], value: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Where each parameter hangs, under the name of its first place."""
-    found: dict[int, tuple[str, list[tuple[nn.Module, str]]]] = {}
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                found.setdefault(id(parameter), (name, []))[1].append((module, attribute))
+def _parameter_places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The modules and attributes that hold each parameter, under the name of its first place."""
+    found: dict[nn.Parameter, tuple[str, list[tuple[nn.Module, str]]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        found.setdefault(parameter, (name, []))[1].append((model.get_submodule(owner), attribute))
     return dict(found.values())

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a transformers model through the library PEFT."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) of a transformers model through the library PEFT."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
-from klab.harness.policy.stacked.lora import CONFIG, WEIGHTS
+from klab.harness.policy.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-_FIRST, _SECOND = "lora_A.default.", "lora_B.default."
+_LORA_A, _LORA_B = "lora_A.default.", "lora_B.default."
 
 
 def attach(model: Any, section: Any) -> Any:
@@ -37,7 +37,7 @@ def attach(model: Any, section: Any) -> Any:
     linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a layer that stores its matrix transposed is noticed by PEFT itself
+            warnings.simplefilter("ignore")  # PEFT handles a layer that stores its matrix transposed, and warns
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
@@ -52,17 +52,17 @@ def _is_linear(module: Any) -> bool:
     return type(module).__name__ in ("Linear", "Conv1D")
 
 
-def is_part(name: str) -> bool:
+def is_adapter(name: str) -> bool:
     """Whether a parameter of an adapted model belongs to its adapters."""
-    return _FIRST in name or _SECOND in name
+    return _LORA_A in name or _LORA_B in name
 
 
-def is_second(name: str) -> bool:
+def is_lora_b(name: str) -> bool:
     """Whether a parameter is the matrix B of an adapter, which is zero at first."""
-    return _SECOND in name
+    return _LORA_B in name
 
 
-def initial(adapters: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
+def initial_weights(adapters: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
     """New adapters, one cell per seed: A [C, rank, in] uniform in ±1/√in (kaiming_uniform with a = √5), B zero.
 
     Args:
@@ -71,7 +71,7 @@ def initial(adapters: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, T
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     found = {}
     for name, value in adapters.items():
-        if is_second(name):
+        if is_lora_b(name):
             found[name] = value.new_zeros(len(seeds), *value.shape)
         else:
             drawn = [(2 * torch.rand(value.shape, generator=each) - 1) * value.shape[-1] ** -0.5 for each in generators]
@@ -79,7 +79,7 @@ def initial(adapters: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, T
     return found
 
 
-def write(folder: Path, model: Any, base: str, revision: str | None, adapters: Mapping[str, Tensor]) -> None:
+def write_adapters(folder: Path, model: Any, base: str, revision: str | None, adapters: Mapping[str, Tensor]) -> None:
     """One cell's adapters as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads."""
     from safetensors.torch import save_file
 
@@ -87,11 +87,11 @@ def write(folder: Path, model: Any, base: str, revision: str | None, adapters: M
     config.base_model_name_or_path, config.revision = base, revision
     config.save_pretrained(str(folder))
     state = {name.replace(".default.", "."): value.contiguous() for name, value in adapters.items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def read(folder: str | Path) -> dict[str, Tensor]:
-    """The inverse of `write`.
+def read_adapters(folder: str | Path) -> dict[str, Tensor]:
+    """The inverse of `write_adapters`.
 
     Raises:
         UserError: no adapters there.
@@ -99,7 +99,7 @@ def read(folder: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(folder)
-    if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
-        raise UserError("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
-    state = load_file(path / WEIGHTS)
-    return {name.replace("lora_A.", _FIRST).replace("lora_B.", _SECOND): value for name, value in state.items()}
+    if not (path / ADAPTER_CONFIG).exists() or not (path / ADAPTER_WEIGHTS).exists():
+        raise UserError("no adapters: both files are needed", file=folder, allowed=(ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    state = load_file(path / ADAPTER_WEIGHTS)
+    return {name.replace("lora_A.", _LORA_A).replace("lora_B.", _LORA_B): value for name, value in state.items()}

@@ -1,9 +1,10 @@
-"""Every causal language model that the stacked decoder does not know, through `transformers`, cell by cell."""
+"""Policies of every causal language model that transformers knows, cell by cell over one module."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,42 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
-from klab.harness.policy.hf import peft as peft_adapters
-from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, padded
+from klab.harness.policy.hf import peft
+from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, pad_rows
 from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.policy import IncrementalDecoder
-from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation, write_generation
+from klab.harness.policy.pretrained import (
+    GENERATION_CONFIG,
+    check_vocabulary,
+    first_line,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+    write_generation_config,
+)
+from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.scores import TokenScores, gather_scores
-from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
+from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_scores
+from klab.harness.policy.special_tokens import eos_token_ids
 
 _ALIGNMENT = 64
+"""Bytes; see `_aligned`."""
 
-BOUNDLESS = 2**31
+UNLIMITED_CONTEXT = 2**31
 """The context of a model whose configuration names none."""
 
 
 class TransformersPolicy:
-    """C policies of one architecture that share one module.
+    """C policies of one architecture that share one module; see `Policy`.
 
     Attributes:
         cells: C.
         parameters: name (as transformers or PEFT has it) -> [C, …], leaf tensors; with adapters, only these.
         shared: name -> frozen weights that all cells have in common; empty without adapters.
-        adapted: whether the module's adapters are on.
-        origin, revision: folder or hub id of the checkpoint, named as the base of adapters.
-        generation: the checkpoint's generation configuration.
+        lora_enabled: whether the module's adapters take part.
+        origin, revision: folder or hub id of the checkpoint, written as the base model of adapters.
+        generation_config: the checkpoint's, None without.
+        trust_remote_code: whether Python code of the checkpoint may run.
     """
 
     def __init__(
@@ -52,10 +64,11 @@ class TransformersPolicy:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.parameters, self.shared, self.cells = parameters, shared, cells
         self.lora_enabled = bool(parameters and shared)
-        self.trusted = False
-        self.origin = str(getattr(config, "_name_or_path", ""))
+        self.trust_remote_code = False
+        self.origin = str(config.name_or_path or "")
         self.revision: str | None = None
-        self.generation: dict[str, Any] | None = None
+        self.generation_config: dict[str, Any] | None = None
+        self.encode_prompt = PromptEncoder(tokenizer, model.vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -66,7 +79,7 @@ class TransformersPolicy:
         device: torch.device | str = "cpu",
         lora: Any = None,
         gradient_checkpointing: bool = False,
-        trusted: bool = False,
+        trust_remote_code: bool = False,
     ) -> TransformersPolicy:
         """One copy of a checkpoint per seed.
 
@@ -74,33 +87,33 @@ class TransformersPolicy:
             folder: a folder or a hub id.
             seeds: new adapters are drawn from them; nothing else.
             lora: the grid's `policy.lora`.
-            trusted: whether the checkpoint's own Python code may run.
+            trust_remote_code: whether Python code of the checkpoint may run.
 
         Raises:
             UserError: the checkpoint or its tokenizer cannot be read or used, or PEFT is not installed.
         """
-        config = read_config(folder, trusted)
-        tokenizer = read_tokenizer(folder, trusted)
-        generation = read_generation(folder)
-        model = read_model(folder, config, dtype, trusted)
+        config = read_config(folder, trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code)
+        generation_config = read_generation_config(folder)
+        module = read_model(folder, config, dtype, trust_remote_code)
         if lora is not None:
-            model = peft_adapters.attach(model, lora)
-        model = FunctionalModel(model.to(device))
-        end_tokens(tokenizer, generation, model.vocab_size)
+            module = peft.attach(module, lora)
+        model = FunctionalModel(module.to(device))
+        eos_token_ids(tokenizer, generation_config, model.vocab_size)
         check_vocabulary(tokenizer, model.vocab_size)
-        own = model.emptied()
+        own = model.take_parameters()
         if gradient_checkpointing:
-            model.checkpoint_gradients()
-        names = [name for name in own if lora is None or peft_adapters.is_part(name)]
+            model.enable_gradient_checkpointing()
+        names = [name for name in own if lora is None or peft.is_adapter(name)]
         trained = {name: _aligned(own.pop(name).detach()) for name in names}
         shared = {name: _aligned(own.pop(name).detach()) for name in list(own)}
         if lora is not None:
-            stacked = peft_adapters.initial(trained, seeds)
+            stacked = peft.initial_weights(trained, seeds)
         else:
             stacked = {name: _copies(value, len(seeds)) for name, value in trained.items()}
         parameters = {name: value.requires_grad_() for name, value in stacked.items()}
         policy = cls(model, config, tokenizer, parameters, shared, len(seeds))
-        policy.generation, policy.trusted = generation, trusted
+        policy.generation_config, policy.trust_remote_code = generation_config, trust_remote_code
         return policy
 
     def _like(self, parameters: dict[str, Tensor], shared: dict[str, Tensor], cells: int) -> TransformersPolicy:
@@ -120,28 +133,28 @@ class TransformersPolicy:
     @property
     def context_length(self) -> int:
         text = self.config.get_text_config()
-        return int(getattr(text, "max_position_embeddings", None) or BOUNDLESS)
+        return int(getattr(text, "max_position_embeddings", None) or UNLIMITED_CONTEXT)
 
-    @property
+    @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        return end_tokens(self.tokenizer, self.generation, self.vocab_size)
+        return eos_token_ids(self.tokenizer, self.generation_config, self.vocab_size)
 
     @property
     def device(self) -> torch.device:
-        return self._any.device
+        return self._some_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._any.dtype
+        return self._some_weight.dtype
 
     @property
-    def _any(self) -> Tensor:
+    def _some_weight(self) -> Tensor:
         return next(iter((self.shared or self.parameters).values()))
 
     def weights(self) -> list[dict[str, Tensor]]:
-        """What the module is lent for each cell; carries gradients to the stacked parameters where they are enabled.
+        """Each cell's parameters by name, which carry gradients to the stacked ones where gradients are enabled.
 
-        Elsewhere nothing may look as if it did: how a product is computed depends on that.
+        Elsewhere they are detached: torch may choose another kernel for a tensor that requires a gradient.
         """
         own = self.parameters
         if not torch.is_grad_enabled():
@@ -152,68 +165,59 @@ class TransformersPolicy:
         return [{**self.shared, **{name: each[c] for name, each in slices.items()}} for c in range(self.cells)]
 
     def logits(
-        self, weights: Mapping[str, Tensor], tokens: Tensor, present: Tensor, keep: int, cache: Any = None
+        self,
+        weights: Mapping[str, Tensor],
+        tokens: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        cache: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Skeleton.logits`. Raises UserError where a sequence exceeds the context."""
-        longest = int(present.sum(1).max())
+        """Logits and final hidden states, see `FunctionalModel`.
+
+        Raises:
+            UserError: a sequence exceeds the model's context.
+        """
+        longest = int(attention_mask.sum(1).max())
         if longest > self.context_length:
             raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context_length)
-        return self.model.logits(weights, tokens, present, keep, cache, self.lora_enabled)
+        return self.model(weights, tokens, attention_mask, logits_to_keep, cache, self.lora_enabled)
 
     def decoder(
         self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
     ) -> IncrementalDecoder:
-        if plain or not self.model.cached:
+        if plain or not self.model.has_kv_cache:
             return UncachedDecoder(self, prompts, group_size)
         return CachedDecoder(self, prompts, group_size)
 
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        *,
-        temperature: float = 1.0,
-        logits: bool = False,
-        entropy: bool = False,
-        states: bool = False,
-        plain: bool = False,
-    ) -> list[TokenScores]:
-        """Every trajectory forwarded in full, padded at the right; `plain` is no different."""
+    def score(self, rollouts: Sequence[Rollout], options: ScoreOptions) -> list[TokenScores]:
+        """Every trajectory forwarded in full, padded at the right, with or without `options.plain`."""
         pairs = zip(self.weights(), rollouts, strict=True)
-        return [self._scored(weights, each, temperature, logits, entropy, states) for weights, each in pairs]
+        return [self._score_cell(weights, rollout, options) for weights, rollout in pairs]
 
-    def _scored(
-        self,
-        weights: Mapping[str, Tensor],
-        rollout: Rollout,
-        temperature: float,
-        logits: bool,
-        entropy: bool,
-        states: bool,
-    ) -> TokenScores:
+    def _score_cell(self, weights: Mapping[str, Tensor], rollout: Rollout, options: ScoreOptions) -> TokenScores:
         mask, prompts, groups = rollout.mask, rollout.prompts, rollout.groups.tolist()
         lengths = rollout.present.sum(1).tolist()
-        own = rollout.tokens.tolist()
-        rows = [[*prompts[g], *own[i][: max(lengths[i] - 1, 0)]] for i, g in enumerate(groups)]
-        tokens, present = padded(rows, self.device)
+        completions = rollout.tokens.tolist()
+        sequences = [[*prompts[g], *completions[i][: max(lengths[i] - 1, 0)]] for i, g in enumerate(groups)]
+        tokens, attention_mask = pad_rows(sequences, self.device)
         first = min(len(prompts[g]) for g in groups) - 1
         keep = tokens.shape[1] - first
-        values, hidden = self.logits(weights, tokens, present, keep)
+        values, hidden = self.logits(weights, tokens, attention_mask, keep)
         starts = torch.tensor([len(prompts[g]) for g in groups], device=self.device) - 1 - first
         columns = starts[:, None] + torch.arange(mask.shape[1], device=self.device)
-        wanted = (columns + keep * torch.arange(len(rows), device=self.device)[:, None])[mask]
-        source = torch.zeros_like(columns).masked_scatter(mask, torch.arange(len(wanted), device=self.device))
-        chosen = values.reshape(-1, values.shape[-1]).index_select(0, wanted)
-        if chosen.dtype in (torch.float16, torch.bfloat16):
-            chosen = chosen.float()
-        tempered = chosen if temperature == 1.0 else chosen / temperature
-        kept = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted) if states else None
-        return gather_scores(rollout, source, tempered, kept, logits, entropy)
+        wanted = (columns + keep * torch.arange(len(sequences), device=self.device)[:, None])[mask]
+        logits_index = torch.zeros_like(columns).masked_scatter(mask, torch.arange(len(wanted), device=self.device))
+        logits = values.reshape(-1, values.shape[-1]).index_select(0, wanted)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted) if options.states else None
+        return gather_scores(rollout, logits_index, logits, states, options)
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> TransformersPolicy:
-        """Adapters that add nothing yet (B = 0) are left off, and the weights they are added to are not copied."""
+        """See `Policy`. Adapters that add nothing yet (B = 0) are left off; frozen weights are not copied."""
         copies = {name: value.detach().to(dtype or value.dtype, copy=True) for name, value in self.parameters.items()}
         shared = {name: value.to(dtype or value.dtype) for name, value in self.shared.items()}
-        if self.lora_enabled and not any(copies[name].any() for name in copies if peft_adapters.is_second(name)):
+        if self.lora_enabled and not any(copies[name].any() for name in copies if peft.is_lora_b(name)):
             return self._like({}, shared, self.cells)
         return self._like(copies, shared, self.cells)
 
@@ -225,36 +229,39 @@ class TransformersPolicy:
         return self._like(chosen, self.shared, len(cells))
 
     def save(self, path: str | Path, cell: int) -> None:
-        """One cell as an ordinary checkpoint folder with its tokenizer; its adapters alone, if it has any."""
+        """One cell as an ordinary checkpoint folder with its tokenizer; only its adapters, if it has any."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value[cell].detach().cpu().clone() for name, value in self.parameters.items()}
         self.tokenizer.save_pretrained(str(folder))
         if self.lora_enabled:
-            peft_adapters.write(folder, self.model.model, self.origin, self.revision, weights)
+            peft.write_adapters(folder, self.model.model, self.origin, self.revision, weights)
             return
-        with self.model.lending(weights):
+        with self.model.swap_parameters(weights):
             self.model.base.save_pretrained(folder)
         config = copy.deepcopy(self.config)
         config.dtype, config.architectures = self.dtype, [type(self.model.base).__name__]
         config.save_pretrained(folder)
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        write_generation(folder, self.generation)
+        (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+        write_generation_config(folder, self.generation_config)
 
     @torch.no_grad()
     def load(self, path: str | Path, cell: int) -> None:
         if self.lora_enabled:
-            found = peft_adapters.read(path)
+            found = peft.read_adapters(path)
         else:
-            model = read_model(path, read_config(path, self.trusted), self.dtype, self.trusted)
-            found = dict(FunctionalModel(model).emptied())
+            model = read_model(path, read_config(path, self.trust_remote_code), self.dtype, self.trust_remote_code)
+            found = dict(FunctionalModel(model).take_parameters())
         if {n: v.shape for n, v in found.items()} != {n: v.shape[1:] for n, v in self.parameters.items()}:
             raise UserError("the checkpoint has another architecture than the policy it is loaded into", file=path)
         for name, value in found.items():
             self.parameters[name][cell].copy_(value)
 
+    def release_memory(self) -> None:
+        """Nothing is kept between calls."""
 
-def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trusted: bool = False) -> Any:
+
+def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The module of a checkpoint, on the CPU, without dropout.
 
     Raises:
@@ -263,17 +270,20 @@ def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trusted: boo
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
-    quiet = _without_dropout(copy.deepcopy(config))
+    without_dropout = _without_dropout(copy.deepcopy(config))
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any
     report: Any
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=quiet, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
+            str(folder),
+            config=without_dropout,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )  # type: ignore[misc]
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"no readable causal language model: {lines[0].strip()}", file=folder) from error
+        raise UserError(f"no readable causal language model: {first_line(error)}", file=folder) from error
     absent = sorted(report["missing_keys"])
     if absent:
         raise UserError(f"the checkpoint has no tensor {absent[0]!r}", file=folder)
@@ -284,7 +294,7 @@ def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trusted: boo
 
 
 def _without_dropout(config: Any) -> Any:
-    for part in {id(each): each for each in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
@@ -292,7 +302,7 @@ def _without_dropout(config: Any) -> Any:
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """The tensor, allocated; in a mapped file it begins anywhere, and the bits of products depend on where."""
+    """The tensor at an aligned address, on which the bits of products depend: a mapped file puts it anywhere."""
     return value if value.data_ptr() % _ALIGNMENT == 0 else value.clone()
 
 

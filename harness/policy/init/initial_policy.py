@@ -1,4 +1,4 @@
-"""The policy that cells start from, also their reference: a pretrained checkpoint, or a tiny one warmed up here."""
+"""The initial policy of a cell, also its reference: a pretrained checkpoint, or a tiny model warmed up here."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from klab.harness.policy.init.sft_warmup import Progress, warm_up
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks.task import Task
 
-_TRAINED = ("lora", "gradient_checkpointing")
-"""Settings of a policy that say how it is trained, not where it starts."""
+_TRAINING_FIELDS = ("lora", "gradient_checkpointing")
+"""Fields of the policy section that say how it is trained, not where it starts."""
 
 _OTHER_FORMATS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*")
 """Files of a model on the hub that PyTorch does not read."""
 
-VERSION = 1
-"""Of the warm-up procedure; part of every policy's address."""
+WARMUP_VERSION = 1
+"""Version of the warm-up procedure, part of every digest."""
 
 
 def initial_policy(section: Any, task: Task, task_section: Any, cache: Path, progress: Progress | None = None) -> Path:
-    """Folder of the checkpoint that a cell starts from.
+    """The folder of the checkpoint that a cell starts from.
 
-    A `tiny` policy is made once per (policy section, task section): its folder is named by a hash of both, built
+    A `tiny` policy is trained once per (policy section, task section): its folder is named by a hash of both, built
     under a file lock and renamed into place when complete, so that any number of processes may ask for it at once.
 
     Args:
@@ -61,13 +61,13 @@ def initial_policy(section: Any, task: Task, task_section: Any, cache: Path, pro
 
 
 def policy_digest(section: Any, task_section: Any) -> str:
-    """Name of a tiny policy's folder: a hash of all that it is made from."""
+    """Name of a tiny policy's folder: 16 hexadecimal digits of the SHA-256 of all that it is made from."""
     return hashlib.sha256(json.dumps(_identity(section, task_section), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _identity(section: Any, task_section: Any) -> dict[str, Any]:
-    policy = {name: value for name, value in _fields(section).items() if name not in _TRAINED}
-    return {"version": VERSION, "policy": policy, "task": _fields(task_section)}
+    policy = {name: value for name, value in _fields(section).items() if name not in _TRAINING_FIELDS}
+    return {"version": WARMUP_VERSION, "policy": policy, "task": _fields(task_section)}
 
 
 def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> Any:
@@ -125,7 +125,7 @@ def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: 
     record = warm_up(policy, task, section.warmup_accuracy, section.warmup_updates_max, section.warmup_seed, progress)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        policy.save_pretrained(scratch)
+        policy.save(scratch)
         scratch.chmod(0o755)
         (scratch / "warmup.json").write_text(
             json.dumps({"schema": 1, **_identity(section, task_section), **record}, indent=1)

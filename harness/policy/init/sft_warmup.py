@@ -1,4 +1,4 @@
-"""Supervised warm-up: train on reference solutions until the held-out accuracy is where reinforcement can begin."""
+"""Supervised warm-up: train on reference solutions until the accuracy suits reinforcement learning, neither 0 nor 1."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from klab.grid.errors import UserError
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks.task import TURN_END, Example, Task
 
-LOW, HIGH = 0.2, 0.5
-BATCH, LEARNING_RATE, RAMP = 128, 3e-3, 50
+MIN_ACCURACY, MAX_ACCURACY = 0.2, 0.5
+BATCH_SIZE, LEARNING_RATE, LR_WARMUP_UPDATES = 128, 3e-3, 50
 EVALUATE_EVERY, EVALUATION_EXAMPLES, PATIENCE = 10, 256, 40
 
 Progress = Callable[[int, int, float], None]
@@ -30,11 +31,12 @@ def warm_up(
     """Train a policy of one cell in place until its accuracy first reaches `target`.
 
     Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn
-    for each of 256 held-out examples. A step over the upper limit is undone, and repeated at a quarter of the
-    learning rate. An accuracy inside 0.2..0.5 that has not improved for 40 evaluations is taken as it is.
+    for each of 256 held-out examples. Where the accuracy exceeds the upper limit, the updates since the evaluation
+    before are undone and repeated at a quarter of the learning rate. An accuracy inside 0.2..0.5 that has not improved
+    for 40 evaluations is accepted.
 
     Returns:
-        a record: updates, accuracy, examples seen.
+        a record: updates, accuracy, number of training examples.
 
     Raises:
         UserError: no reference solutions, or an accuracy outside 0.2..0.5 after `updates_max` updates.
@@ -48,12 +50,12 @@ def warm_up(
     rate, update, accuracy = LEARNING_RATE, 0, 0.0
     best, waited = 0.0, 0
     kept = _snapshot(policy)
-    while accuracy < target and update < updates_max and not (waited >= PATIENCE and accuracy >= LOW):
+    while accuracy < target and update < updates_max and not (waited >= PATIENCE and accuracy >= MIN_ACCURACY):
         for _ in range(min(EVALUATE_EVERY, updates_max - update)):
             update += 1
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, update / RAMP)
-            batch = [train[chooser.randrange(len(train))] for _ in range(BATCH)]
+                group["lr"] = rate * min(1.0, update / LR_WARMUP_UPDATES)
+            batch = [train[chooser.randrange(len(train))] for _ in range(BATCH_SIZE)]
             optimizer.zero_grad()
             rollout = solution_rollout(policy, task, batch)
             torch.autograd.backward(-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum())
@@ -61,25 +63,26 @@ def warm_up(
         accuracy = sampled_accuracy(policy, task, examples, seed)
         if progress is not None:
             progress(update, updates_max, accuracy)
-        if accuracy > HIGH:
+        if accuracy > MAX_ACCURACY:
             _restore(policy, kept)
             accuracy, rate = 0.0, rate / 4
         else:
             kept = _snapshot(policy)
         best, waited = max(best, accuracy), 0 if accuracy > best else waited + 1
-    if not LOW <= accuracy <= HIGH:
+    if not MIN_ACCURACY <= accuracy <= MAX_ACCURACY:
         raise UserError(
-            f"the warm-up ended at an accuracy of {accuracy:.2f} after {update} updates, outside {LOW}..{HIGH}",
+            f"the warm-up ended at an accuracy of {accuracy:.2f} after {update} updates, "
+            f"outside {MIN_ACCURACY}..{MAX_ACCURACY}",
             key="policy.warmup_updates_max",
             value=updates_max,
             hint="Allow more updates, enlarge the policy, or choose an easier task.",
         )
-    return {"updates": update, "accuracy": accuracy, "examples": update * BATCH}
+    return {"updates": update, "accuracy": accuracy, "examples": update * BATCH_SIZE}
 
 
 def solution_rollout(policy: StackedPolicy, task: Task, examples: Sequence[Example]) -> Rollout:
-    """The reference solutions as trajectories, one per example: the policy's turns, each with its end token, and
-    between them what the environment answers, which is no own token."""
+    """The reference solutions as trajectories, one per example: turns of the policy, each with an end-of-sequence token
+    and part of the mask, and between them the environment's answers, which are not."""
     tokenizer = policy.tokenizer
     prompts = tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
     turns = [_turns(task, example) for example in examples]
@@ -108,7 +111,7 @@ def solution_rollout(policy: StackedPolicy, task: Task, examples: Sequence[Examp
 
 
 def _turns(task: Task, example: Example) -> list[str]:
-    """A reference solution: the policy's turns, and between them the environment's answers."""
+    """A reference solution: turns of the policy at even indices, the environment's answers between them."""
     first, *later = example.solution.split(TURN_END)
     turns = [first]
     for turn in later:
@@ -117,22 +120,21 @@ def _turns(task: Task, example: Example) -> list[str]:
 
 
 def sampled_accuracy(policy: StackedPolicy, task: Task, examples: Sequence[Example], seed: int) -> float:
-    """Share of correct completions, one drawn per example at temperature 1."""
+    """Fraction of correct completions, one sampled per example at temperature 1."""
     prompts = policy.tokenizer([e.prompt for e in examples], add_special_tokens=False)["input_ids"]
     generator = torch.Generator(policy.device).manual_seed(seed)
 
     def environment(cell: int, trajectory: int, transcript: str) -> str | None:
         return task.respond(examples[trajectory], transcript)
 
-    drawn = sample(
+    rollout = sample(
         policy,
         [prompts],
-        group_size=1,
-        max_new_tokens=task.max_new_tokens,
-        generators=[generator],
-        environment=environment if getattr(task, "interactive", True) else None,
+        [generator],
+        SamplingOptions(group_size=1, max_new_tokens=task.max_new_tokens),
+        environment if getattr(task, "interactive", True) else None,
     )[0]
-    return sum(task.score(e, text).correct for e, text in zip(examples, drawn.texts, strict=True)) / len(examples)
+    return sum(task.score(e, text).correct for e, text in zip(examples, rollout.texts, strict=True)) / len(examples)
 
 
 def _snapshot(policy: StackedPolicy) -> dict[str, Tensor]:

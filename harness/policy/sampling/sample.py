@@ -1,4 +1,4 @@
-"""Sampling: draw trajectories of every cell of a policy, token by token."""
+"""klab's own sampler: trajectories of every cell of a policy, token by token."""
 
 from __future__ import annotations
 
@@ -11,36 +11,27 @@ from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice, sample_tokens, uniform_numbers
-from klab.harness.policy.sampling.trajectory_builder import Environment, TrajectoryBuilder
+from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
+from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 
 MAX_JOINT_LOGITS = 2**22
-"""Logits of several cells are drawn from in one call as long as there are no more of them than this."""
+"""Tokens of several cells are drawn in one call as long as that takes no more logits than this."""
 
 
 def sample(
     policy: Policy,
     prompts: Sequence[Sequence[Sequence[int]]],
-    *,
-    group_size: int,
-    max_new_tokens: int,
     generators: Sequence[torch.Generator | UniformSlice],
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    greedy: bool = False,
+    options: SamplingOptions,
     environment: Environment | None = None,
     plain: bool = False,
 ) -> list[Rollout]:
-    """Sample `group_size` trajectories of every prompt of every cell.
+    """Sample trajectories; see `SampleFunction` for arguments and result.
 
-    Each cell draws from its own generator, once per step for all of its trajectories, until all of them have ended.
+    In every step, each cell draws one random number per trajectory from its own generator, until all of its
+    trajectories have ended, so that its rollout does not depend on the cells beside it.
 
     Args:
-        prompts: token ids [C][P][length]; every cell has as many prompts as it likes, at least one, none of them empty.
-        max_new_tokens: budget of own tokens per trajectory, its end tokens included.
-        generators: one per cell, on the policy's device; not used with `greedy`.
-        temperature: divides the logits.
-        top_p: draw from the smallest set of most likely tokens that holds this much probability.
-        environment: answers when the policy ends a turn; without it, the end token ends the trajectory.
         plain: the reference path: every trajectory on its own, its whole sequence forwarded anew for every token.
 
     Raises:
@@ -52,28 +43,26 @@ def sample(
     for listed in prompts:
         if not listed or not all(listed):
             raise UserError("a prompt is empty", key="task")
-    drafts = [
-        TrajectoryBuilder(policy, cell, [list(p) for p in prompts[cell]], group_size, max_new_tokens, environment)
-        for cell in range(policy.cells)
-    ]
+    builders = [TrajectoryBuilder(policy, cell, listed, options, environment) for cell, listed in enumerate(prompts)]
     with torch.no_grad():
-        decoding = policy.decoder([draft.prompts for draft in drafts], group_size, plain)
+        decoder = policy.decoder(prompts, options.group_size, plain)
         active = list(range(policy.cells))
-        logits = decoding.start()
+        logits = decoder.start()
         while active:
-            together = sum(logits[cell].numel() for cell in active) <= MAX_JOINT_LOGITS
-            for cells in [active] if together else [[cell] for cell in active]:
+            joint = sum(logits[cell].numel() for cell in active) <= MAX_JOINT_LOGITS
+            for cells in [active] if joint else [[cell] for cell in active]:
                 rows = torch.cat([logits[cell] for cell in cells])
-                numbers = [
-                    uniform_numbers(generators[cell], len(logits[cell]), rows.device) for cell in cells if not greedy
-                ]
-                tempered = rows if temperature == 1.0 else rows / temperature
-                chosen, logp = sample_tokens(tempered, torch.cat(numbers) if numbers else None, top_p)
-                drawn = zip(chosen.tolist(), logp.tolist(), strict=True)
+                uniforms = None
+                if not options.greedy:
+                    drawn = [uniform_numbers(generators[cell], len(logits[cell]), rows.device) for cell in cells]
+                    uniforms = torch.cat(drawn)
+                tempered = rows if options.temperature == 1.0 else rows / options.temperature
+                tokens, logp = sample_tokens(tempered, uniforms, options.top_p)
+                sampled = zip(tokens.tolist(), logp.tolist(), strict=True)
                 for cell in cells:
-                    drafts[cell].write(islice(drawn, len(logits[cell])))
-            active = [cell for cell in active if not drafts[cell].finished]
+                    builders[cell].add_tokens(islice(sampled, len(logits[cell])))
+            active = [cell for cell in active if not builders[cell].finished]
             if active:
-                newest = {cell: drafts[cell].newest for cell in active}
-                logits = decoding.step(newest, {cell: drafts[cell].open for cell in active})
-    return [Rollout.of(draft) for draft in drafts]
+                last_tokens = {cell: builders[cell].last_tokens for cell in active}
+                logits = decoder.step(last_tokens, {cell: builders[cell].unfinished for cell in active})
+    return [builder.build() for builder in builders]

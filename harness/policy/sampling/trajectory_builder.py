@@ -1,123 +1,152 @@
-"""Trajectories while they are being written, token by token or turn by turn, with what the environment answers."""
+"""Trajectories under construction, token by token or turn by turn, with the environment's answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.prompt import closing_tokens
-
-Environment = Callable[[int, int, str], str | None]
-"""`environment(cell, trajectory, transcript)`: the environment's answer to what was written after the prompt so far
-(both sides, without end tokens), called when the policy has ended its turn; None ends the episode."""
+from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
+from klab.harness.policy.special_tokens import trailing_special_tokens
 
 
 class TrajectoryBuilder:
-    """N = P × group_size trajectories of one cell while they are being written; N of everything.
+    """The N = P × group_size trajectories of one cell while they are generated. Every list has an entry for each.
+
+    Args:
+        cell: index that the environment is asked with.
+        prompts: token ids [P][length].
 
     Attributes:
-        open: not ended yet.
-        spent: own tokens.
-        truncated: ended by the budget of own tokens.
-        written: tokens, own ones and the environment's.
-        own: which of them the policy wrote.
-        logp: their log-probabilities, 0 where they are the environment's.
+        unfinished: whether it goes on.
+        num_generated: number of tokens that the policy generated.
+        truncated: whether the limit of new tokens ended it.
+        tokens: token ids, the policy's and the environment's.
+        generated: which of them the policy generated.
+        logp: their log-probabilities, 0 for those of the environment.
     """
 
     def __init__(
         self,
         policy: Policy,
         cell: int,
-        prompts: list[list[int]],
-        group_size: int,
-        budget: int,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions,
         environment: Environment | None,
     ) -> None:
-        self.policy, self.cell, self.prompts, self.group_size = policy, cell, prompts, group_size
-        self.budget, self.environment = budget, environment
-        self.eos_token_ids, self.closing = policy.eos_token_ids, closing_tokens(policy.tokenizer)
-        N = len(prompts) * group_size
-        self.open = [True] * N
-        self.spent = [0] * N
+        self.policy, self.cell, self.options, self.environment = policy, cell, options, environment
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.eos_token_ids = policy.eos_token_ids
+        self._trailing = trailing_special_tokens(policy.tokenizer)
+        N = len(prompts) * options.group_size
+        self.unfinished = [True] * N
+        self.num_generated = [0] * N
         self.truncated = [False] * N
-        self.answers: list[list[int]] = [[] for _ in range(N)]  # environment tokens still to be written
-        self.written: list[list[int]] = [[] for _ in range(N)]
-        self.own: list[list[bool]] = [[] for _ in range(N)]
+        self.tokens: list[list[int]] = [[] for _ in range(N)]
+        self.generated: list[list[bool]] = [[] for _ in range(N)]
         self.logp: list[list[float]] = [[] for _ in range(N)]
-        self.decoded: dict[tuple[int, ...], str] = {}  # many trajectories are equal
+        self._answers: list[list[int]] = [[] for _ in range(N)]  # the environment's tokens that are still to be added
+        self._decoded: dict[tuple[int, ...], str] = {}  # many trajectories are equal
 
     @property
     def finished(self) -> bool:
-        return not any(self.open)
+        return not any(self.unfinished)
 
     @property
-    def newest(self) -> Tensor:
-        """[N], the last token of each trajectory; any token for those that have ended."""
-        return torch.tensor([row[-1] for row in self.written], device=self.policy.device)
+    def last_tokens(self) -> Tensor:
+        """int64 [N], the last token of each trajectory."""
+        return torch.tensor([tokens[-1] for tokens in self.tokens], device=self.policy.device)
 
-    def write(self, drawn: Iterable[tuple[int, float]]) -> None:
-        """One more token per open trajectory: the next of an environment's answer, or else the one that was drawn.
+    def add_tokens(self, sampled: Iterable[tuple[int, float]]) -> None:
+        """Add a token to every unfinished trajectory: the next of the environment's answer, else the sampled one.
 
         Args:
-            drawn: for every trajectory a token and its log-probability.
+            sampled: a token and its log-probability for each of the N trajectories.
         """
-        for row, (token, value) in enumerate(drawn):
-            if not self.open[row]:
+        for i, (token, logp) in enumerate(sampled):
+            if not self.unfinished[i]:
                 continue
-            if self.answers[row]:
-                self.written[row].append(self.answers[row].pop(0))
-                self.own[row].append(False)
-                self.logp[row].append(0.0)
+            if self._answers[i]:
+                self.tokens[i].append(self._answers[i].pop(0))
+                self.generated[i].append(False)
+                self.logp[i].append(0.0)
                 continue
-            self.written[row].append(token)
-            self.own[row].append(True)
-            self.logp[row].append(value)
-            self.spent[row] += 1
+            self.tokens[i].append(token)
+            self.generated[i].append(True)
+            self.logp[i].append(logp)
+            self.num_generated[i] += 1
             if token in self.eos_token_ids:
-                self.open[row] = self._answered(row)
-            elif self.spent[row] >= self.budget:
-                self.open[row], self.truncated[row] = False, True
+                self.unfinished[i] = self._environment_answers(i)
+            elif self.num_generated[i] >= self.options.max_new_tokens:
+                self.unfinished[i], self.truncated[i] = False, True
 
-    def turn(self, row: int, tokens: Sequence[int], logp: Sequence[float]) -> None:
-        """A whole turn of an open trajectory at once, and the environment's answer to it.
+    def add_turn(self, i: int, tokens: Sequence[int], logp: Sequence[float]) -> None:
+        """Add a whole turn of the policy to an unfinished trajectory, and the environment's answer to it.
 
-        Without an end token or tokens of the budget left, what stopped the turn (the model's context) truncates it.
+        A turn without an end-of-sequence token was cut off, by the limit of new tokens or the model's context: the
+        trajectory is truncated.
         """
-        self.written[row] += tokens
-        self.own[row] += [True] * len(tokens)
-        self.logp[row] += logp
-        self.spent[row] += len(tokens)
+        self.tokens[i] += tokens
+        self.generated[i] += [True] * len(tokens)
+        self.logp[i] += logp
+        self.num_generated[i] += len(tokens)
         if tokens and tokens[-1] in self.eos_token_ids:
-            self.open[row] = self._answered(row)
-            self.written[row] += self.answers[row]
-            self.own[row] += [False] * len(self.answers[row])
-            self.logp[row] += [0.0] * len(self.answers[row])
-            self.answers[row] = []
+            self.unfinished[i] = self._environment_answers(i)
+            self.tokens[i] += self._answers[i]
+            self.generated[i] += [False] * len(self._answers[i])
+            self.logp[i] += [0.0] * len(self._answers[i])
+            self._answers[i] = []
         else:
-            self.open[row], self.truncated[row] = False, True
+            self.unfinished[i], self.truncated[i] = False, True
 
-    def _answered(self, row: int) -> bool:
+    def _environment_answers(self, i: int) -> bool:
+        """Ask the environment after a turn; whether the trajectory goes on."""
         if self.environment is None:
             return False
-        answer = self.environment(self.cell, row, self.text(row, own_only=False))
+        answer = self.environment(self.cell, i, self._text(i, generated_only=False))
         if answer is None:
             return False
-        if self.spent[row] >= self.budget:
-            self.truncated[row] = True
+        if self.num_generated[i] >= self.options.max_new_tokens:
+            self.truncated[i] = True
             return False
-        self.answers[row] = list(self.policy.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        self._answers[i] = list(self.policy.tokenizer(answer, add_special_tokens=False)["input_ids"])
         return True
 
-    def text(self, row: int, own_only: bool) -> str:
-        """What was written, without end tokens and without other special tokens at the end."""
-        pairs = zip(self.written[row], self.own[row], strict=True)
-        kept = tuple(token for token, own in pairs if token not in self.eos_token_ids and (own or not own_only))
-        if kept not in self.decoded:
+    def _text(self, i: int, generated_only: bool) -> str:
+        """A trajectory's text without end-of-sequence tokens, and without other special tokens at its end."""
+        pairs = zip(self.tokens[i], self.generated[i], strict=True)
+        kept = tuple(
+            token for token, generated in pairs if token not in self.eos_token_ids and (generated or not generated_only)
+        )
+        if kept not in self._decoded:
             shown = list(kept)
-            while shown and shown[-1] in self.closing:
+            while shown and shown[-1] in self._trailing:
                 shown.pop()
-            self.decoded[kept] = str(self.policy.tokenizer.decode(shown, skip_special_tokens=False))
-        return self.decoded[kept]
+            self._decoded[kept] = str(self.policy.tokenizer.decode(shown, skip_special_tokens=False))
+        return self._decoded[kept]
+
+    def build(self) -> Rollout:
+        """The trajectories as a rollout."""
+        device = self.policy.device
+        logp_dtype = torch.float64 if self.policy.dtype == torch.float64 else torch.float32
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens], device=device)
+        present = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+
+        def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+            values = torch.tensor(list(chain.from_iterable(rows)), dtype=dtype, device=device)
+            return torch.zeros(present.shape, dtype=dtype, device=device).masked_scatter_(present, values)
+
+        return Rollout(
+            prompts=self.prompts,
+            group_size=self.options.group_size,
+            tokens=padded(self.tokens, torch.long),
+            mask=padded(self.generated, torch.bool),
+            present=present,
+            logp=padded(self.logp, logp_dtype),
+            truncated=torch.tensor(self.truncated, device=device),
+            texts=[self._text(i, generated_only=True) for i in range(len(self.tokens))],
+        )

@@ -1,12 +1,11 @@
-"""Rollouts from vLLM: the same call as `klab.harness.policy.sampling.sample.sample`, and the same rollouts.
+"""vLLM as a sampler: the same call as klab's own (`sample.py`), and the same kind of rollouts.
 
-One engine per process, next to the trainer on its GPU. Before every draw the policy is saved as a checkpoint folder,
-the one that the engine was started from, and the engine loads it again (`collective_rpc("reload_weights")`). Every
-trajectory is a request with a seed of its own, so that a rollout that is drawn again is drawn alike as far as vLLM
-computes alike; prefix caching shares the prompts. Where the environment answers, the trajectory goes on as a new
-request.
+One engine per process, beside the trainer on its GPU. Before every rollout the policy is saved over the checkpoint
+folder that the engine was started from, and the engine reloads it (`collective_rpc("reload_weights")`). Every
+trajectory is a request with a seed of its own, so that sampling is repeatable as far as vLLM's arithmetic is; prefix
+caching shares the prompts. After an answer of the environment, the trajectory goes on as a new request.
 
-The log-probabilities are those of the tempered, full distribution: vLLM's raw ones at temperature 1, else its processed
+Log-probabilities are those of the tempered, full distribution: vLLM's raw ones at temperature 1, else its processed
 ones (with the temperature, and with top-p, which must then be 1). Needs vllm 0.10.2.
 """
 
@@ -26,9 +25,10 @@ from klab.grid.user_code import is_installed
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice, uniform_numbers
-from klab.harness.policy.sampling.trajectory_builder import Environment, TrajectoryBuilder
+from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
+from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 
-MEMORY = 0.3
+GPU_MEMORY_UTILIZATION = 0.3
 """The engine's share of the GPU's memory: its weights and its cache."""
 
 
@@ -46,7 +46,11 @@ class Completion(Protocol):
 
 
 def require_vllm() -> None:
-    """Raises a UserError where vllm is not installed."""
+    """Check that vllm is installed.
+
+    Raises:
+        UserError: it is not.
+    """
     if not is_installed("vllm"):
         raise UserError(
             "vllm is not installed",
@@ -75,7 +79,11 @@ def vllm_sampler(dtype: str | None) -> VllmSampler:
 
 
 class VllmSampler:
-    """Draws trajectories with vLLM; see `klab.harness.policy.sampling.sample.sample` for the arguments."""
+    """A `SampleFunction`.
+
+    Args:
+        dtype: of the engine, the policy's if None.
+    """
 
     def __init__(self, dtype: str | None) -> None:
         self._dtype = dtype
@@ -87,50 +95,45 @@ class VllmSampler:
         self,
         policy: Policy,
         prompts: Sequence[Sequence[Sequence[int]]],
-        *,
-        group_size: int,
-        max_new_tokens: int,
         generators: Sequence[torch.Generator | UniformSlice],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        greedy: bool = False,
+        options: SamplingOptions,
         environment: Environment | None = None,
     ) -> list[Rollout]:
         from vllm import SamplingParams
 
-        found = []
+        rollouts = []
         for cell, listed in enumerate(prompts):
-            engine = self._synchronised(policy, cell, "raw_logprobs" if temperature == 1.0 else "processed_logprobs")
-            draft = TrajectoryBuilder(policy, cell, [list(p) for p in listed], group_size, max_new_tokens, environment)
-            while not draft.finished:
-                going = [row for row, open_ in enumerate(draft.open) if open_]
-                seeds = (
-                    (uniform_numbers(generators[cell], len(draft.open), policy.device) * 2**31)
-                    .long()
-                    .flatten()
-                    .tolist()
-                )
-                settings = [
+            mode = "raw_logprobs" if options.temperature == 1.0 else "processed_logprobs"
+            engine = self._synchronised_engine(policy, cell, mode)
+            builder = TrajectoryBuilder(policy, cell, listed, options, environment)
+            while not builder.finished:
+                unfinished = [i for i, goes_on in enumerate(builder.unfinished) if goes_on]
+                uniforms = uniform_numbers(generators[cell], len(builder.unfinished), policy.device)
+                seeds = (uniforms * 2**31).long().flatten().tolist()
+                params = [
                     SamplingParams(
-                        temperature=0.0 if greedy else temperature,
-                        top_p=top_p,
-                        seed=seeds[row],
-                        max_tokens=max_new_tokens - draft.spent[row],
+                        temperature=0.0 if options.greedy else options.temperature,
+                        top_p=options.top_p,
+                        seed=seeds[i],
+                        max_tokens=options.max_new_tokens - builder.num_generated[i],
                         logprobs=0,
-                        stop_token_ids=sorted(draft.eos_token_ids),
+                        stop_token_ids=sorted(builder.eos_token_ids),
                         ignore_eos=True,
                         detokenize=False,
                     )
-                    for row in going
+                    for i in unfinished
                 ]
-                asked = [{"prompt_token_ids": draft.prompts[row // group_size] + draft.written[row]} for row in going]
-                answers = engine.generate(asked, settings, use_tqdm=False)
-                for row, answer in zip(going, answers, strict=True):
-                    write(draft, row, answer.outputs[0])
-            found.append(Rollout.of(draft))
-        return found
+                requests = [
+                    {"prompt_token_ids": builder.prompts[i // options.group_size] + builder.tokens[i]}
+                    for i in unfinished
+                ]
+                outputs = engine.generate(requests, params, use_tqdm=False)
+                for i, output in zip(unfinished, outputs, strict=True):
+                    add_completion(builder, i, output.outputs[0])
+            rollouts.append(builder.build())
+        return rollouts
 
-    def _synchronised(self, policy: Policy, cell: int, mode: str) -> Any:
+    def _synchronised_engine(self, policy: Policy, cell: int, mode: str) -> Any:
         """The engine with the weights of one cell."""
         folder = Path(self._home.name) / "policy"
         replace_checkpoint(policy, cell, folder)
@@ -146,7 +149,7 @@ class VllmSampler:
             dtype=self._dtype or str(policy.dtype).removeprefix("torch."),
             seed=0,
             max_model_len=policy.context_length,
-            gpu_memory_utilization=MEMORY,
+            gpu_memory_utilization=GPU_MEMORY_UTILIZATION,
             enable_prefix_caching=True,
             generation_config="vllm",
             logprobs_mode=mode,
@@ -155,17 +158,17 @@ class VllmSampler:
         return self._engine
 
 
-def write(draft: TrajectoryBuilder, row: int, completion: Completion) -> None:
-    """Put what vLLM wrote into a trajectory, with the log-probabilities that it drew with."""
+def add_completion(builder: TrajectoryBuilder, i: int, completion: Completion) -> None:
+    """Add a completion of vLLM to a trajectory, with the log-probabilities that it was drawn with."""
     tokens = [int(token) for token in completion.token_ids]
     if completion.logprobs is None or len(completion.logprobs) != len(tokens):
         raise RuntimeError("vllm did not return a log-probability for every token")
     values = [float(each[token].logprob) for token, each in zip(tokens, completion.logprobs, strict=True)]
-    draft.turn(row, tokens, values)
+    builder.add_turn(i, tokens, values)
 
 
 def replace_checkpoint(policy: Policy, cell: int, folder: Path) -> None:
-    """Save one cell over the checkpoint in `folder`, file by file: whoever has the old ones open keeps them."""
+    """Save one cell over the checkpoint in `folder`, file by file: readers that have an old file open keep it."""
     scratch = folder.with_name(folder.name + ".new")
     policy.save(scratch, cell)
     folder.mkdir(exist_ok=True)

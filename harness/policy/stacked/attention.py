@@ -1,7 +1,8 @@
-"""Attention, and where tokens stand for it.
+"""Attention over padded rows of slots, and the interface of whatever places tokens in them.
 
-A forward pass holds its tokens in one flat axis. For attention they are spread over lanes of equal length: a lane is a
-trajectory, a group's prefix tree, or the newest tokens of a cached one.
+A forward pass holds the tokens of all cells in one flat axis without padding. Attention alone needs sequences, so for
+attention tokens are copied into *slots*: rows of equal length, one row per trajectory, per group of trajectories that
+share a prompt, or per group's newest tokens in incremental decoding.
 """
 
 from __future__ import annotations
@@ -17,46 +18,53 @@ MAX_EXPLICIT_KEYS = 96
 
 
 class AttentionLayout(Protocol):
-    """Where A cells' M tokens stand: A·L lanes of S slots. Tokens and slots are numbered through all cells.
+    """Placement of A cells' M tokens each in A·L rows of S slots. Tokens and slots are numbered through all cells.
 
     Attributes:
-        positions: int64 [A·L or 1, S], each slot's position in its sequence, for the rotary embedding.
-        limit: one more than the largest position.
-        slots: int64 [A·L·S], the token in each slot.
-        places: int64 [A·M], a slot in which each token stands.
-        kept: int64 [A·K], the tokens that the caller wants states of; None for all.
+        positions: int64 [A·L or 1, S], position of each slot in its sequence, for the rotary embedding.
+        position_limit: one more than the largest position.
+        token_of_slot: int64 [A·L·S], the token in each slot; padding repeats some token.
+        slot_of_token: int64 [A·M], a slot that holds the token.
+        output_index: int64 [A·K], tokens whose final hidden states are returned; None for all.
     """
 
     positions: Tensor
-    limit: int
-    slots: Tensor
-    places: Tensor
-    kept: Tensor | None
+    position_limit: int
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+    output_index: Tensor | None
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[heads, A·L, S, size] of queries, keys and values -> the same shape as the queries."""
+        """Attention of one layer; a cache of keys and values is read and extended here.
+
+        Args:
+            queries, keys, values: [heads, A·L, S, head_dim] of the new tokens.
+
+        Returns:
+            the same shape as the queries.
+        """
         ...
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def attention(queries: Tensor, keys: Tensor, values: Tensor, attn_bias: Tensor | None) -> Tensor:
     """Scaled dot-product attention with grouped key-value heads.
 
     Args:
-        queries: [heads, L, Q, size].
-        keys, values: [kv_heads, L, K, size].
-        bias: [L or 1, Q, K], 0 where a query sees a key and −inf where not; None: causal, Q = K.
+        queries: [num_heads, rows, Q, head_dim].
+        keys, values: [num_kv_heads, rows, K, head_dim].
+        attn_bias: [rows or 1, Q, K], 0 where a query attends to a key and −inf where not; None: causal, Q = K.
 
     Returns:
-        [heads, L, Q, size].
+        [num_heads, rows, Q, head_dim].
     """
-    H, L, Q, size = queries.shape
-    N, _, K, _ = keys.shape
-    if H != N:
-        keys, values = (x.repeat_interleave(H // N, 0) for x in (keys, values))
-    if bias is None:
+    H, rows, Q, head_dim = queries.shape
+    num_kv_heads, _, K, _ = keys.shape
+    if num_kv_heads != H:
+        keys, values = (x.repeat_interleave(H // num_kv_heads, 0) for x in (keys, values))
+    if attn_bias is None:
         return functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     if K > MAX_EXPLICIT_KEYS or queries.device.type != "cpu":
-        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-    scores = torch.bmm(queries.reshape(H * L, Q, size), keys.reshape(H * L, K, size).transpose(1, 2))
-    shares = torch.add(bias, scores.view(H, L, Q, K), alpha=size**-0.5).softmax(-1)
-    return torch.bmm(shares.view(H * L, Q, K), values.reshape(H * L, K, size)).view(H, L, Q, size)
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=attn_bias)
+    scores = torch.bmm(queries.reshape(H * rows, Q, head_dim), keys.reshape(H * rows, K, head_dim).transpose(1, 2))
+    probs = torch.add(attn_bias, scores.view(H, rows, Q, K), alpha=head_dim**-0.5).softmax(-1)
+    return torch.bmm(probs.view(H * rows, Q, K), values.reshape(H * rows, K, head_dim)).view(H, rows, Q, head_dim)

@@ -1,9 +1,9 @@
-"""Stacks of cells of equal shapes, and the decoder's layers on them, operation by operation."""
+"""The decoder's layers on stacks of cells with equal sizes, one torch operation at a time.
+
+It serves every architecture, adapters, GPUs and 16-bit weights, and is the reference for `packed_layers.py`.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,105 +12,87 @@ from torch.utils.checkpoint import checkpoint
 from klab.grid.errors import UserError
 from klab.harness.policy.stacked.attention import AttentionLayout
 from klab.harness.policy.stacked.config import Architecture
-from klab.harness.policy.stacked.layers import embedded, gated, linear, normed, rotated
-
-if TYPE_CHECKING:
-    from klab.harness.policy.stacked.policy import StackedPolicy
-
-Weights = dict[str, Tensor]
-"""Parameters by name, with a leading cell axis or of one cell."""
+from klab.harness.policy.stacked.layers import apply_rotary, embed, linear, rms_norm, swiglu
+from klab.harness.policy.stacked.model import StackedModel, Weights
 
 
-def stacked_states(policy: StackedPolicy, weights: Weights, tokens: Tensor, arrangement: AttentionLayout) -> Tensor:
-    """`Decoder.hidden`.
+def batched_forward(model: StackedModel, weights: Weights, tokens: Tensor, layout: AttentionLayout) -> Tensor:
+    """Final, normalised hidden states [A, K, hidden_size] of the layout's K output tokens per cell.
+
+    Args:
+        weights: of A cells.
+        tokens: token ids [A, M].
+        layout: which token attends to which, and which are output tokens.
 
     Raises:
-        UserError: sequences that are longer than the model's context.
+        UserError: a sequence exceeds the model's context.
     """
-    a = policy.architecture
+    a = model.architecture
     heads = a.num_heads + 2 * a.num_kv_heads
-    if arrangement.limit > a.context_length:
-        raise UserError(f"sequences of {arrangement.limit} tokens exceed the model's context", value=a.context_length)
-    turns = policy.rotary(arrangement.positions, policy.dtype, arrangement.limit)
-    # one gather takes tokens to (head, lane, slot), one takes the mixed values back
+    if layout.position_limit > a.context_length:
+        raise UserError(
+            f"sequences of {layout.position_limit} tokens exceed the model's context", value=a.context_length
+        )
+    rotary = model.rotary(layout.positions, model.dtype, layout.position_limit)
+    # one gather takes qkv from (token, head) to (head, row, slot), another takes the attention output back
     head = torch.arange(heads, device=tokens.device)[:, None]
-    spread = (arrangement.slots * heads + head).view(-1)
-    head, stride = head[: a.num_heads, 0], len(arrangement.slots)
-    collect = (arrangement.places[:, None] + head * stride).view(-1)
-    kept = arrangement.kept
-    collect_kept = collect if kept is None else (arrangement.places[kept][:, None] + head * stride).view(-1)
-    x = embedded(weights["embedding"], tokens)
+    qkv_index = (layout.token_of_slot * heads + head).view(-1)
+    head, stride = head[: a.num_heads, 0], len(layout.token_of_slot)
+    attn_index = (layout.slot_of_token[:, None] + head * stride).view(-1)
+    output = layout.output_index
+    output_attn_index = attn_index
+    if output is not None:
+        output_attn_index = (layout.slot_of_token[output][:, None] + head * stride).view(-1)
+    x = embed(weights["embedding"], tokens)
     for layer in range(a.num_layers):
-        here = kept if layer == a.num_layers - 1 else None
-        back = collect if here is None else collect_kept
-        inputs = (policy, x, weights, layer, arrangement, turns, spread, back, here)
-        if policy.gradient_checkpointing and torch.is_grad_enabled():
+        last = layer == a.num_layers - 1
+        index, chosen = (output_attn_index, output) if last else (attn_index, None)
+        inputs = (model, x, weights, layer, layout, rotary, qkv_index, index, chosen)
+        if model.gradient_checkpointing and torch.is_grad_enabled():
             x = checkpoint(_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             x = _layer(*inputs)
-    return normed(x, weights["norm"].unsqueeze(1), a.norm_eps)
+    return rms_norm(x, weights["norm"].unsqueeze(1), a.norm_eps)
 
 
 def _layer(
-    policy: StackedPolicy,
+    model: StackedModel,
     x: Tensor,
     weights: Weights,
     layer: int,
-    arrangement: AttentionLayout,
-    turns: tuple[Tensor, Tensor],
-    spread: Tensor,
-    collect: Tensor,
-    kept: Tensor | None,
+    layout: AttentionLayout,
+    rotary: tuple[Tensor, Tensor],
+    qkv_index: Tensor,
+    attn_index: Tensor,
+    output: Tensor | None,
 ) -> Tensor:
-    """One layer on x [A, M, hidden]; with `kept`, the new states [A, K, hidden] of those tokens alone."""
-    a, A, at = policy.architecture, len(x), f"layers.{layer}."
-    heads, turning = a.num_heads + 2 * a.num_kv_heads, a.num_heads + a.num_kv_heads
-    h = normed(x, weights[at + "input_norm"].unsqueeze(1), a.norm_eps)
-    qkv = _product(policy, h, weights, at + "qkv").view(-1, a.head_dim)
-    slots = qkv.index_select(0, spread).view(heads, -1, arrangement.positions.shape[1], a.head_dim)
-    turned, values = torch.split(slots, [turning, a.num_kv_heads])
+    """One layer on x [A, M, hidden_size]; with `output`, only those tokens' new states [A, K, hidden_size]."""
+    a, A, prefix = model.architecture, len(x), f"layers.{layer}."
+    heads, rotated_heads = a.num_heads + 2 * a.num_kv_heads, a.num_heads + a.num_kv_heads
+    h = rms_norm(x, weights[prefix + "input_norm"].unsqueeze(1), a.norm_eps)
+    qkv = _linear(model, h, weights, prefix + "qkv").view(-1, a.head_dim)
+    qkv = qkv.index_select(0, qkv_index).view(heads, -1, layout.positions.shape[1], a.head_dim)
+    queries_keys, values = torch.split(qkv, [rotated_heads, a.num_kv_heads])
     if a.qk_norm:
-        turned = _head_normed(a, turned, weights[at + "q_norm"], weights[at + "k_norm"])
-    queries, keys = torch.split(rotated(turned, *turns), [a.num_heads, a.num_kv_heads])
-    mixed = arrangement.attend(layer, queries, keys, values).reshape(-1, a.head_dim)
-    if kept is not None:
-        x = x.flatten(0, 1).index_select(0, kept).view(A, -1, a.hidden_size)
-    mixed = mixed.index_select(0, collect).view(A, -1, a.num_heads * a.head_dim)
-    x = x + _product(policy, mixed, weights, at + "out")
-    h = normed(x, weights[at + "mlp_norm"].unsqueeze(1), a.norm_eps)
-    return x + _product(policy, gated(_product(policy, h, weights, at + "gate_up")), weights, at + "down")
+        queries_keys = _qk_norm(a, queries_keys, weights[prefix + "q_norm"], weights[prefix + "k_norm"])
+    queries, keys = torch.split(apply_rotary(queries_keys, *rotary), [a.num_heads, a.num_kv_heads])
+    attn = layout.attend(layer, queries, keys, values).reshape(-1, a.head_dim)
+    if output is not None:
+        x = x.flatten(0, 1).index_select(0, output).view(A, -1, a.hidden_size)
+    attn = attn.index_select(0, attn_index).view(A, -1, a.num_heads * a.head_dim)
+    x = x + _linear(model, attn, weights, prefix + "out")
+    h = rms_norm(x, weights[prefix + "mlp_norm"].unsqueeze(1), a.norm_eps)
+    return x + _linear(model, swiglu(_linear(model, h, weights, prefix + "gate_up")), weights, prefix + "down")
 
 
-def _product(policy: StackedPolicy, x: Tensor, weights: Weights, name: str) -> Tensor:
+def _linear(model: StackedModel, x: Tensor, weights: Weights, name: str) -> Tensor:
     out = linear(x, weights[name], weights.get(name + "_bias"))
-    return out if policy.adapters is None else policy.adapters.added(out, x, weights, name)
+    return out if model.adapters is None else model.adapters.add_to(out, x, weights, name)
 
 
-def _head_normed(a: Architecture, turned: Tensor, query_scale: Tensor, key_scale: Tensor) -> Tensor:
-    """Norm of each head's queries and keys [heads + kv_heads, A·L, S, size] with scales [A, size]."""
+def _qk_norm(a: Architecture, queries_keys: Tensor, query_scale: Tensor, key_scale: Tensor) -> Tensor:
+    """RMS norm of each head's queries and keys [heads + kv_heads, A·L, S, head_dim] with scales [A, head_dim]."""
     A = len(query_scale)
     scale = torch.cat((query_scale.expand(a.num_heads, A, -1), key_scale.expand(a.num_kv_heads, A, -1))).unsqueeze(2)
-    by_cell = turned.reshape(len(turned), A, -1, a.head_dim)
-    return normed(by_cell, scale, a.norm_eps).view(turned.shape)
-
-
-def equal_shapes(shapes: Sequence[Hashable]) -> list[list[int]]:
-    """Indices with equal shapes together, in order of first appearance."""
-    found: dict[Hashable, list[int]] = {}
-    for index, shape in enumerate(shapes):
-        found.setdefault(shape, []).append(index)
-    return list(found.values())
-
-
-def joined(slices: Sequence[Tensor]) -> Tensor:
-    """Slices of some cells as one stack; a single one is not copied."""
-    return slices[0].unsqueeze(0) if len(slices) == 1 else torch.stack(list(slices))
-
-
-def stacked(cells: Sequence[Weights], dtype: torch.dtype, device: torch.device | str) -> Weights:
-    """The parameters of single cells as leaf tensors with a leading cell axis."""
-    found = {}
-    for name in cells[0]:
-        stack = torch.stack([cell[name].to(dtype) for cell in cells]).to(device)
-        found[name] = stack.requires_grad_()
-    return found
+    by_cell = queries_keys.reshape(len(queries_keys), A, -1, a.head_dim)
+    return rms_norm(by_cell, scale, a.norm_eps).view(queries_keys.shape)

@@ -1,78 +1,32 @@
-"""Reading and writing ordinary Hugging Face checkpoint folders as the stacked decoder's parameters."""
+"""Weights of ordinary Hugging Face checkpoint folders, read and written as one cell's parameters."""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
+from klab.harness.policy.pretrained import first_line
 from klab.harness.policy.stacked.config import Architecture
-
-_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Tokenizer classes without rules of their own."""
-
-
-def read_config(folder: str | Path, trusted: bool = False) -> Any:
-    """The transformers configuration of a folder or hub id; `trusted`: its own Python code may run.
-
-    Raises:
-        UserError: there is none, or it needs code that is not trusted.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trusted)
-    except (OSError, ValueError) as error:
-        if not trusted and "custom code" in str(error):
-            raise UserError(
-                "the model brings Python code of its own, which is run only where you say so",
-                file=folder,
-                key="policy.trust_remote_code",
-                value=False,
-            ) from error
-        raise UserError(f"no readable model configuration: {_first_line(error)}", file=folder) from error
-
-
-def read_tokenizer(folder: str | Path, trusted: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id; `trusted`: as in `read_config`. Raises UserError where there is none.
-
-    One that says of itself that it is all in its `tokenizer.json` is taken at its word: `AutoTokenizer` would give a
-    Qwen2 model Qwen2's own way to split text.
-    """
-    from transformers import AutoTokenizer
-
-    loader: Any = PreTrainedTokenizerFast if _tokenizer_class(Path(folder)) in _GENERIC else AutoTokenizer
-    try:
-        return cast(PreTrainedTokenizerFast, loader.from_pretrained(str(folder), trust_remote_code=trusted))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no readable tokenizer: {_first_line(error)}", file=folder) from error
-
-
-def _tokenizer_class(folder: Path) -> str | None:
-    try:
-        found: str | None = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found
 
 
 def read_weights(folder: str | Path, architecture: Architecture) -> dict[str, Tensor]:
-    """One cell's parameters under the stacked decoder's names.
+    """One cell's parameters under the names of `Architecture.parameter_shapes`.
 
     Raises:
         UserError: a missing file or tensor, or a tensor of another shape than the configuration says.
     """
-    state = _state(folder)
+    state = _read_state_dict(folder)
     found = {}
-    for name, shape in architecture.shapes().items():
+    for name, shape in architecture.parameter_shapes().items():
         parts = []
-        for source in _sources(name):
+        for source in _hf_names(name):
             if source not in state:
                 raise UserError(f"the checkpoint has no tensor {source!r}", file=folder)
             part = state[source]
@@ -97,8 +51,8 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, value in weights.items():
-        sources = _sources(name)
-        sizes = _sizes(name, architecture) if len(sources) > 1 else [value.shape[-1]]
+        sources = _hf_names(name)
+        sizes = _split_sizes(name, architecture) if len(sources) > 1 else [value.shape[-1]]
         for source, part in zip(sources, torch.split(value, sizes, -1), strict=True):
             transposed = part.t() if value.dim() == 2 and name != "embedding" else part
             state[source] = transposed.contiguous()
@@ -110,7 +64,7 @@ def write_checkpoint(
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _sources(name: str) -> list[str]:
+def _hf_names(name: str) -> list[str]:
     """Names of the tensors of a transformers checkpoint that make up a parameter, in order along its last axis."""
     if name == "embedding":
         return ["model.embed_tokens.weight"]
@@ -134,14 +88,14 @@ def _sources(name: str) -> list[str]:
     return [at + part + ending for part in inside[kind]]
 
 
-def _sizes(name: str, architecture: Architecture) -> list[int]:
+def _split_sizes(name: str, architecture: Architecture) -> list[int]:
     if "qkv" in name:
         narrow = architecture.num_kv_heads * architecture.head_dim
         return [architecture.num_heads * architecture.head_dim, narrow, narrow]
     return [architecture.intermediate_size] * 2
 
 
-def _state(folder: str | Path) -> dict[str, Tensor]:
+def _read_state_dict(folder: str | Path) -> dict[str, Tensor]:
     path = Path(folder)
     files = [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
@@ -159,9 +113,5 @@ def _state(folder: str | Path) -> dict[str, Tensor]:
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
-        raise UserError(f"no readable weights: {_first_line(error)}", file=folder) from error
+        raise UserError(f"no readable weights: {first_line(error)}", file=folder) from error
     return dict(model.state_dict())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

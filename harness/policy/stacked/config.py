@@ -1,4 +1,4 @@
-"""What the stacked decoder needs to know of a Llama, Qwen2 or Qwen3 configuration."""
+"""The architecture of a Llama, Qwen2 or Qwen3 model, read from its transformers configuration."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Sizes and switches of a decoder.
+    """Sizes and options of a decoder-only transformer.
 
     Attributes:
         qkv_bias, out_bias, mlp_bias: whether those projections have a bias.
         qk_norm: RMS norm on each head's queries and keys (Qwen3).
         tied: whether the output layer is the embedding.
-        context: the longest sequence that the rotary embedding was made for.
+        context_length: the longest sequence that the rotary embedding was made for.
     """
 
     family: str
@@ -42,15 +42,15 @@ class Architecture:
     context_length: int
 
     @classmethod
-    def of(cls, config: Any) -> Architecture:
-        """From a transformers configuration.
+    def from_config(cls, config: Any) -> Architecture:
+        """Read a transformers configuration.
 
         Raises:
             UserError: another family, an activation other than SiLU, or sliding-window attention.
         """
         family = str(config.model_type)
         if family not in FAMILIES:
-            raise UserError("not in the stacked decoder", key="model_type", value=family, allowed=FAMILIES)
+            raise UserError("not in the stacked engine", key="model_type", value=family, allowed=FAMILIES)
         if config.hidden_act != "silu":
             raise UserError("unsupported activation", key="hidden_act", value=config.hidden_act, allowed=("silu",))
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -75,8 +75,8 @@ class Architecture:
             context_length=config.max_position_embeddings,
         )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter of one cell; matrices are [in, out]."""
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of one cell; matrices are [in, out], the transpose of transformers'."""
         wide = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         found: dict[str, tuple[int, ...]] = {"embedding": (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_layers):
@@ -104,27 +104,29 @@ class Architecture:
         return found
 
 
-class Rotary:
-    """Cosines and sines of the rotary position embedding, in float32 like transformers', for every static scaling.
+class RotaryEmbedding:
+    """Factors of the rotary position embedding, in float32 as in transformers, for every scaling that is fixed.
 
     Attributes:
-        tables: by type of number and device, replaced by larger ones as positions grow.
+        inv_freq: [head_dim / 2], inverse frequencies.
+        attention_scaling: factor of cosines and sines.
+        tables: by dtype and device, cosines and sines [positions, head_dim]; replaced by longer ones on demand.
 
     Raises:
         UserError: a scaling whose frequencies depend on the length of the input (`dynamic`, `longrope`).
     """
 
-    def __init__(self, config: Any, head_size: int) -> None:
+    def __init__(self, config: Any, head_dim: int) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         parameters = config.rope_parameters
         kind = parameters.get("rope_type", "default")
-        self.scaling = 1.0
+        self.attention_scaling = 1.0
         if kind == "default":
             base = parameters["rope_theta"]
-            self.frequencies = 1.0 / (base ** (torch.arange(0, head_size, 2, dtype=torch.float) / head_size))
+            self.inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         elif kind in ("linear", "llama3", "yarn"):
-            self.frequencies, self.scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+            self.inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         else:
             raise UserError(
                 "unsupported rotary scaling",
@@ -134,17 +136,19 @@ class Rotary:
             )
         self.tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype, limit: int) -> tuple[Tensor, Tensor]:
-        """Factors [..., head_size] at `positions` (below `limit`): cosines twice, and sines with the first half
-        negated.
+    def __call__(self, positions: Tensor, dtype: torch.dtype, position_limit: int) -> tuple[Tensor, Tensor]:
+        """Cosines (repeated for both halves) and sines (negated in the first half) [..., head_dim] at positions [...].
 
         With swap(x) the vector with its halves exchanged, the embedding of x is x · cosines + swap(x) · sines.
+
+        Args:
+            position_limit: larger than every position.
         """
         key = (dtype, positions.device)
         cosines, sines = self.tables.get(key, (None, None))
-        if cosines is None or sines is None or len(cosines) < limit:
-            angles = torch.arange(max(limit, 64)).float()[:, None] * self.frequencies[None, :]
-            cosine, sine = angles.cos() * self.scaling, angles.sin() * self.scaling
+        if cosines is None or sines is None or len(cosines) < position_limit:
+            angles = torch.arange(max(position_limit, 64)).float()[:, None] * self.inv_freq[None, :]
+            cosine, sine = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
             cosines = torch.cat((cosine, cosine), -1).to(positions.device, dtype)
             sines = torch.cat((-sine, sine), -1).to(positions.device, dtype)
             self.tables[key] = (cosines, sines)

@@ -1,22 +1,20 @@
-"""The parameters of one layer of a stacked decoder, for `klab.harness.policy.stacked.packed_layers`."""
+"""The parameters of one decoder layer as a named tuple, and which architectures the packed layers support."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from klab.harness.policy.stacked.config import Architecture
 
-if TYPE_CHECKING:
-    from klab.harness.policy.stacked.policy import StackedPolicy
 
+def supports_packing(architecture: Architecture) -> bool:
+    """Whether `packed_layers.py` computes this architecture: plain multi-head attention without norms on heads.
 
-def suits(architecture: Architecture) -> bool:
-    """Whether these layers are of this architecture: as many key-value heads as heads, no norm on them.
-
-    Widths are multiples of 16 numbers, so that every cell's stretch begins where memory that is allocated alone does:
-    the bits of products depend on that.
+    Widths must be multiples of 16 numbers, so that every cell's segment begins at an aligned address, as memory that
+    is allocated for it alone does: the bits of a matrix product depend on the alignment of its operands.
     """
     a = architecture
     aligned = all(width % 16 == 0 for width in (a.hidden_size, a.num_heads * a.head_dim, a.intermediate_size))
@@ -24,7 +22,7 @@ def suits(architecture: Architecture) -> bool:
 
 
 class LayerWeights(NamedTuple):
-    """One layer's parameters [C, …], or their gradients; biases may be absent."""
+    """One layer's parameters [C, …] of C cells, or their gradients; architectures without biases have None."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -38,6 +36,6 @@ class LayerWeights(NamedTuple):
     down_bias: Tensor | None
 
     @classmethod
-    def of(cls, policy: StackedPolicy, number: int) -> LayerWeights:
-        """Those of a layer."""
-        return cls(*(policy.parameters.get(f"layers.{number}.{name}") for name in cls._fields))  # type: ignore[arg-type]
+    def of_layer(cls, parameters: Mapping[str, Tensor], layer: int) -> LayerWeights:
+        """Those of one layer among all parameters of a stack."""
+        return cls(*(parameters.get(f"layers.{layer}.{name}") for name in cls._fields))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021) of stacked cells over one frozen base, saved as ordinary PEFT adapter folders.
+"""Low-rank adapters (LoRA, Hu et al. 2021) of stacked cells over one frozen base model, saved as PEFT adapter folders.
 
 Cell c computes x·W + (alpha/rank)·x·A[c]·B[c], with W stored once for all cells, A [C, in, rank] and B [C, rank, out].
-The decoder's joined matrices carry an adapter per projection of the transformers model, as PEFT has them. Over a base
-of 16 bits, adapters are float32 and their products are computed in it (PEFT's `autocast_adapter_dtype`).
+A layer's concatenated matrices have an adapter per projection of the transformers model, as in PEFT. Over a base of 16
+bits, adapters are float32 and their products are computed in float32 (PEFT's `autocast_adapter_dtype`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
+from klab.harness.policy.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.layers import linear
 
@@ -26,21 +27,20 @@ PROJECTIONS = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-"""The matrices of a layer, and the projections whose outputs stand in them side by side."""
+"""The matrices of a layer, and the projections of the transformers model that are concatenated in each."""
 
 TARGETS = tuple(part for parts in PROJECTIONS.values() for part in parts)
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """The adapters of an architecture.
+    """Which adapters an architecture has.
 
     Attributes:
         rank, alpha: the products are multiplied by alpha/rank.
-        targets: the projections that have one, in every layer.
-        sizes: [in, out] of every projection.
-        layers: of the architecture.
+        targets: the projections that have one, the same in every layer.
+        sizes: (in, out) of every projection.
+        num_layers: of the architecture.
     """
 
     rank: int
@@ -50,8 +50,8 @@ class Adapters:
     num_layers: int
 
     @classmethod
-    def of(cls, section: Any, architecture: Architecture) -> Adapters:
-        """From the grid's `policy.lora`.
+    def from_section(cls, section: Any, architecture: Architecture) -> Adapters:
+        """Read the grid's `policy.lora`.
 
         Raises:
             UserError: no targets, or one that the decoder's layers do not have.
@@ -74,8 +74,9 @@ class Adapters:
         }
         return cls(section.rank, section.alpha, tuple(n for n in TARGETS if n in chosen), sizes, a.num_layers)
 
-    def initial(self, seeds: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """One cell per seed, on the CPU: A uniform in ±1/√in (PEFT's kaiming_uniform with a = √5), B zero."""
+    def initial_weights(self, seeds: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """New adapters, one cell per seed, on the CPU: A [C, in, rank] uniform in ±1/√in (PEFT's kaiming_uniform with
+        a = √5), B [C, rank, out] zero."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         found = {}
         for layer in range(self.num_layers):
@@ -86,17 +87,17 @@ class Adapters:
                 found[f"layers.{layer}.{part}.B"] = torch.zeros(len(seeds), self.rank, outputs, dtype=dtype)
         return found
 
-    def added(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-        """The output [A, M, out] of matrix `name` for x [A, M, in], with what its adapters add."""
+    def add_to(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+        """The output `out` [A, M, out] of matrix `name` for inputs x [A, M, in], plus what its adapters compute."""
         at, kind = name.rsplit(".", 1)
         parts = PROJECTIONS[kind]
         if not any(part in self.targets for part in parts):
             return out
         pieces = torch.split(out, [self.sizes[part][1] for part in parts], -1)
-        changed = [self._changed(p, x, weights, f"{at}.{part}") for p, part in zip(pieces, parts, strict=True)]
-        return torch.cat(changed, -1) if len(changed) > 1 else changed[0]
+        adapted = [self._add_projection(p, x, weights, f"{at}.{part}") for p, part in zip(pieces, parts, strict=True)]
+        return torch.cat(adapted, -1) if len(adapted) > 1 else adapted[0]
 
-    def _changed(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    def _add_projection(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
         down, up = weights.get(name + ".A"), weights.get(name + ".B")
         if down is None or up is None:
             return out
@@ -108,17 +109,17 @@ class Adapters:
         return self.alpha / self.rank
 
     @torch.no_grad()
-    def merged(self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One cell's weights with its adapters multiplied out: W + (alpha/rank)·A·B."""
+    def merge(self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One cell's weights with its adapters merged into them: W + (alpha/rank)·A·B."""
         found = dict(base)
         for layer in range(self.num_layers):
             for kind, parts in PROJECTIONS.items():
-                changes = [self._change(adapters, f"layers.{layer}.{part}", base["embedding"]) for part in parts]
+                deltas = [self._delta(adapters, f"layers.{layer}.{part}", base["embedding"]) for part in parts]
                 name = f"layers.{layer}.{kind}"
-                found[name] = (base[name] + torch.cat(changes, -1)).to(base[name].dtype)
+                found[name] = (base[name] + torch.cat(deltas, -1)).to(base[name].dtype)
         return found
 
-    def _change(self, adapters: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    def _delta(self, adapters: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
         down, up = adapters.get(name + ".A"), adapters.get(name + ".B")
         if down is None or up is None:
             return like.new_zeros(self.sizes[name.rsplit(".", 1)[1]])
@@ -149,9 +150,9 @@ def write_adapters(
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(described, indent=1))
-    state = {_source(name): value.t().contiguous() for name, value in adapters.items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=1))
+    state = {_peft_name(name): value.t().contiguous() for name, value in adapters.items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def read_adapters(folder: str | Path, settings: Adapters) -> dict[str, Tensor]:
@@ -163,27 +164,27 @@ def read_adapters(folder: str | Path, settings: Adapters) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(folder)
-    if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
-        raise UserError("no adapters: neither file may be missing", file=folder, allowed=(CONFIG, WEIGHTS))
-    described = json.loads((path / CONFIG).read_text())
+    if not (path / ADAPTER_CONFIG).exists() or not (path / ADAPTER_WEIGHTS).exists():
+        raise UserError("no adapters: both files are needed", file=folder, allowed=(ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    described = json.loads((path / ADAPTER_CONFIG).read_text())
     mine = (settings.rank, settings.alpha, sorted(settings.targets))
     theirs = (described.get("r"), described.get("lora_alpha"), sorted(described.get("target_modules") or ()))
     if mine != theirs:
         raise UserError(f"adapters (rank, alpha, targets) {theirs}, the policy has {mine}", file=folder)
-    state, found = load_file(path / WEIGHTS), {}
+    state, found = load_file(path / ADAPTER_WEIGHTS), {}
     for layer in range(settings.num_layers):
         for part in settings.targets:
             inputs, outputs = settings.sizes[part]
             for end, shape in (("A", (inputs, settings.rank)), ("B", (settings.rank, outputs))):
                 name = f"layers.{layer}.{part}.{end}"
-                value = state.get(_source(name))
+                value = state.get(_peft_name(name))
                 if value is None or tuple(value.t().shape) != shape:
-                    raise UserError(f"no tensor {_source(name)!r} of the shape that the policy has", file=folder)
+                    raise UserError(f"no tensor {_peft_name(name)!r} of the shape that the policy has", file=folder)
                 found[name] = value.t()
     return found
 
 
-def _source(name: str) -> str:
+def _peft_name(name: str) -> str:
     """The name of an adapter's tensor in a PEFT checkpoint."""
     _, layer, part, end = name.split(".")
     block = "mlp" if part in ("gate_proj", "up_proj", "down_proj") else "self_attn"

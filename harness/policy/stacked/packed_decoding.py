@@ -1,74 +1,78 @@
-"""`Decoding` for policies that compute cells of unequal sizes together: all cells in every step."""
+"""Incremental decoding of models that compute cells of unequal sizes together: all cells in every step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from klab.harness.policy.stacked.kv_cache import GrowingPrefixTree
-from klab.harness.policy.stacked.packed_layers import final_states
-from klab.harness.policy.stacked.packed_layout import AttentionRows, Indices, PackedLayout
-
-if TYPE_CHECKING:
-    from klab.harness.policy.stacked.policy import StackedPolicy
+from klab.harness.policy.prefix_tree import Indices
+from klab.harness.policy.stacked.growing_prefix_tree import GrowingPrefixTree
+from klab.harness.policy.stacked.model import StackedModel
+from klab.harness.policy.stacked.packed_layers import packed_forward
+from klab.harness.policy.stacked.packed_layout import AttentionRows, PackedLayout
 
 
 class PackedDecoder:
-    """The trajectories of every cell of a policy, growing by one token per step.
+    """An `IncrementalDecoder` over packed layouts.
 
     Attributes:
-        tables: by layer, queries, keys and values [rows, 3 · heads · size] of all tokens so far.
-        filled: how many rows of them are in use.
-        seen: by cell, the row in each slot of its lanes [L, K].
+        caches: by layer, queries, keys and values [capacity, 3 · heads · head_dim] of all tokens so far.
+        num_cached: how many rows of them are in use.
+        key_index: by cell, the row of the caches in each slot of its rows [L, S].
     """
 
-    def __init__(self, policy: StackedPolicy, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
-        self.policy = policy
-        self.cells = [GrowingPrefixTree(listed, group_size) for listed in prompts]
-        width = 3 * policy.architecture.num_heads * policy.architecture.head_dim
-        self.tables = [torch.empty(0, width, dtype=policy.dtype) for _ in range(policy.architecture.num_layers)]
-        self.filled = 0
-        self.seen: dict[int, Indices] = {}
+    def __init__(self, model: StackedModel, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
+        self.model = model
+        self.trees = [GrowingPrefixTree(listed, group_size) for listed in prompts]
+        width = 3 * model.architecture.num_heads * model.architecture.head_dim
+        self.caches = [torch.empty(0, width, dtype=model.dtype) for _ in range(model.architecture.num_layers)]
+        self.num_cached = 0
+        self.key_index: dict[int, Indices] = {}
 
     def start(self) -> dict[int, Tensor]:
-        """See `Decoding.start`."""
-        plans = {cell: each.start(self.policy.dtype) for cell, each in enumerate(self.cells)}
+        start, rows = self.num_cached, {}
+        for cell, tree in enumerate(self.trees):
+            rows[cell] = tree.prefill(self.model.dtype, self.num_cached)
+            self._extend(cell, rows[cell])
         return {
-            cell: rows.repeat_interleave(self.cells[cell].group_size, 0) for cell, rows in self._logits(plans).items()
+            cell: logits.repeat_interleave(self.trees[cell].group_size, 0)
+            for cell, logits in self._logits(rows, start).items()
         }
 
-    def step(self, newest: Mapping[int, Tensor], open_rows: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
-        """See `Decoding.step`."""
-        lanes, rows = {}, {}
-        for cell, tokens in newest.items():
-            going, branches = np.array(open_rows[cell]), self.cells[cell]
-            gathered = branches.move(going)
+    def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
+        start, rows, index = self.num_cached, {}, {}
+        for cell, tokens in last_tokens.items():
+            going, tree = np.array(unfinished[cell]), self.trees[cell]
+            gathered = tree.rearrange(going)
             if gathered is not None:
-                self.seen[cell] = self.seen[cell][gathered]
-            plan = branches.grow(tokens.numpy(), going)
-            lanes[cell], rows[cell] = plan.lanes(self.policy.dtype), torch.from_numpy(plan.rows)
-        return {cell: each.index_select(0, rows[cell]) for cell, each in self._logits(lanes).items()}
+                self.key_index[cell] = self.key_index[cell][gathered]
+            step = tree.grow(tokens.numpy(), going)
+            keys = np.concatenate((self.key_index[cell], self.num_cached + step.token_of_slot), 1)
+            rows[cell] = step.attention_rows(self.model.dtype, keys)
+            self._extend(cell, rows[cell])
+            index[cell] = torch.from_numpy(step.token_of_trajectory)
+        return {cell: logits.index_select(0, index[cell]) for cell, logits in self._logits(rows, start).items()}
 
-    def _logits(self, lanes: Mapping[int, AttentionRows]) -> dict[int, Tensor]:
-        policy, start, placed = self.policy, self.filled, []
-        for cell, each in lanes.items():
-            before = self.seen.get(cell, np.zeros((len(each.slots), 0), dtype=np.int64))
-            self.seen[cell] = np.concatenate((before, self.filled + each.slots), 1)
-            placed.append(replace(each, seen=self.seen[cell]))
-            self.filled += len(each.tokens)
-        self._make_room()
-        layout = PackedLayout(list(lanes), placed, policy.architecture.num_heads, policy.cells, start)
-        hidden = final_states(policy, layout, self.tables).split_with_sizes(layout.kept_sizes)
-        head = policy.head(policy.parameters)
-        return {cell: torch.mm(each, head[cell]) for cell, each in zip(lanes, hidden, strict=True)}
+    def _extend(self, cell: int, rows: AttentionRows) -> None:
+        assert rows.key_index is not None
+        self.key_index[cell] = rows.key_index
+        self.num_cached += len(rows.tokens)
 
-    def _make_room(self) -> None:
-        if self.filled > len(self.tables[0]):
-            for number, table in enumerate(self.tables):
-                self.tables[number] = table.new_empty(2 * self.filled, table.shape[1])
-                self.tables[number][: len(table)] = table
+    def _logits(self, rows: Mapping[int, AttentionRows], start: int) -> dict[int, Tensor]:
+        """Logits [J, vocab_size] of each cell's output tokens, whose keys and values are cached."""
+        model = self.model
+        self._reserve()
+        layout = PackedLayout(list(rows), list(rows.values()), model.architecture.num_heads, model.cells, start)
+        hidden = packed_forward(model, layout, self.caches).split_with_sizes(layout.output_sizes)
+        head = model.lm_head(model.parameters)
+        return {cell: torch.mm(each, head[cell]) for cell, each in zip(rows, hidden, strict=True)}
+
+    def _reserve(self) -> None:
+        """Double the capacity of caches that are too small."""
+        if self.num_cached > len(self.caches[0]):
+            for number, cache in enumerate(self.caches):
+                self.caches[number] = cache.new_empty(2 * self.num_cached, cache.shape[1])
+                self.caches[number][: len(cache)] = cache

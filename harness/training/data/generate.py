@@ -8,9 +8,8 @@ from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice
 from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.sampling.trajectory_builder import Environment
+from klab.harness.policy.sampling.sampler import Environment, SampleFunction, SamplingOptions
 from klab.harness.training.data.prompts import encode_prompts
-from klab.harness.training.data.sampler_mismatch import SampleFunction
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.packed_cell import CellFailure, PackedCell
 from klab.harness.training.runtime.rng import generator
@@ -49,6 +48,7 @@ def generate(
         for member, listed in zip(members, examples, strict=True)
     ]
     cuts = [budget.sampling_slices([len(p) for p in listed], group_size, max_new_tokens) for listed in prompts]
+    options = SamplingOptions(group_size, max_new_tokens, temperature=temperature, top_p=top_p, greedy=purpose is None)
     found: list[list[Rollout]] = [[] for _ in members]
     for turn in range(max(map(len, cuts))):
         cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
@@ -56,16 +56,12 @@ def generate(
         sampled = sampler(
             policy if len(cells) == len(members) else policy.select(cells),
             [prompts[c][cuts[c][turn]] for c in cells],
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            generators=[
+            [
                 UniformSlice(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
                 for c, start in zip(cells, starts, strict=True)
             ],
-            temperature=temperature,
-            top_p=top_p,
-            greedy=purpose is None,
-            environment=_environment(
+            options,
+            _environment(
                 [members[c] for c in cells],
                 [examples[c][start:] for c, start in zip(cells, starts, strict=True)],
                 group_size,

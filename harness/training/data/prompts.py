@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from klab.grid.cell import Cell
 from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.prompt import ChatTemplate, check_ids, prompt_ids
-from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
+from klab.harness.policy.pretrained import read_config, read_tokenizer
+from klab.harness.policy.prompt import ChatTemplate, prompt_ids
 from klab.tasks.task import Example, SplitName, Task
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def encode_prompts(policy: Policy, member: PackedCell, examples: Sequence[Exampl
     chat, room = chat_template(member.cell), policy.context_length - member.max_new_tokens + 1
     found = []
     for example in examples:
-        ids = list(prompt_ids(policy.tokenizer, example.prompt, chat, member.now))
-        check_ids(ids, policy.tokenizer, policy.vocab_size)
+        ids = list(policy.encode_prompt(example.prompt, chat, member.now))
         if len(ids) > room:
             raise _too_long(example, len(ids), policy.context_length, member.max_new_tokens)
         found.append(ids)

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -15,29 +12,9 @@ from klab.grid.errors import UserError
 from klab.grid.schema.sections import Sampler
 from klab.harness.objective.kl import k3
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import UniformSlice
 from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.sampling.trajectory_builder import Environment
+from klab.harness.policy.sampling.sampler import SampleFunction
 from klab.harness.training.packed_cell import PackedCell
-
-
-class SampleFunction(Protocol):
-    """Whoever draws trajectories; see `klab.harness.policy.sampling.sample.sample`."""
-
-    def __call__(
-        self,
-        policy: Policy,
-        prompts: Sequence[Sequence[Sequence[int]]],
-        *,
-        group_size: int,
-        max_new_tokens: int,
-        generators: Sequence[torch.Generator | UniformSlice],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        environment: Environment | None = None,
-    ) -> list[Rollout]: ...
 
 
 def sample_function(sampler: Sampler | None) -> SampleFunction:

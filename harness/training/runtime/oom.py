@@ -7,7 +7,6 @@ import gc
 import torch
 
 from klab.grid.cell import Cell
-from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
@@ -48,8 +47,7 @@ def explain_oom(error: Exception, cell: Cell, rows: int | None = None) -> Except
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, and what can be made again."""
-    static_decoding.forget()
+    """Give back memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

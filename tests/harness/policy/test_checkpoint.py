@@ -1,4 +1,4 @@
-"""The stacked decoder reads and writes ordinary Hugging Face checkpoints and computes what transformers computes."""
+"""Stacked policies read and writes ordinary Hugging Face checkpoints and compute what transformers computes."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no readable model configuration"):
         StackedPolicy.from_pretrained(tmp_path / "nowhere")
     GPT2LMHeadModel(GPT2Config(vocab_size=15, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(UserError, match=r"stacked decoder.*gpt2"):
+    with pytest.raises(UserError, match=r"stacked engine.*gpt2"):
         StackedPolicy.from_pretrained(tmp_path / "gpt2")
     decoder(1).save(tmp_path / "small", 0)
     with pytest.raises(UserError, match="another architecture"):

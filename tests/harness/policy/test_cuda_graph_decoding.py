@@ -11,11 +11,11 @@ import torch
 from klab.grid.errors import UserError
 from klab.grid.schema.policy import Lora
 from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.stacked import cuda_graph_decoding as static_decoding
-from klab.harness.policy.stacked.cuda_graph_decoding import StaticCacheDecoder
+from klab.harness.policy.sampling.sampler import SamplingOptions
+from klab.harness.policy.stacked import cuda_graph_decoding
+from klab.harness.policy.stacked.cuda_graph_decoding import GraphCache, StaticCacheDecoder
 from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.policy import StackedPolicy
-from klab.harness.training.runtime.oom import free_memory
 from tests.support.tiny_policy import decoder, generators
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -27,8 +27,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_decoding, "BLOCK", 8)
-    monkeypatch.setattr(static_decoding, "FEWEST_LANES", 2)
+    monkeypatch.setattr(cuda_graph_decoding, "BLOCK", 8)
+    monkeypatch.setattr(cuda_graph_decoding, "MIN_ROWS", 2)
 
 
 def some_prompts(cells: int, count: int = 3) -> list[list[list[int]]]:
@@ -40,7 +40,7 @@ def some_prompts(cells: int, count: int = 3) -> list[list[list[int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_growing_memory(family: str, dtype: torch.dtype, tolerance: float) -> None:
     policy, prompts, draw = decoder(2, dtype=dtype, **FAMILIES[family]), some_prompts(2), random.Random(1)
-    ways = [KVCacheDecoder(policy, prompts, 4), StaticCacheDecoder(policy, prompts, 4)]
+    ways = [KVCacheDecoder(policy, prompts, 4), StaticCacheDecoder(policy, prompts, 4, GraphCache())]
     shapes = set()
     with torch.no_grad():
         logits = [way.start() for way in ways]
@@ -54,8 +54,8 @@ def test_logits_are_those_of_growing_memory(family: str, dtype: torch.dtype, tol
                 break
             newest = {c: torch.tensor([draw.randint(3, 14) for _ in range(12)]) for c in opened}
             logits = [way.step(newest, opened) for way in ways]
-            shapes.add((ways[1].lanes, ways[1].tape.length))
-    assert {lanes for lanes, _ in shapes} == {12, 6, 3}
+            shapes.add((ways[1].num_rows, ways[1].runner.length))
+    assert {rows for rows, _ in shapes} == {12, 6, 3}
     assert max(length for _, length in shapes) == 32
 
 
@@ -68,9 +68,8 @@ def rollouts(policy: StackedPolicy, cells: list[int]) -> Any:
     return sample(
         policy,
         [prompts[c] for c in cells],
-        group_size=4,
-        max_new_tokens=20,
-        generators=generators(cells),
+        generators(cells),
+        SamplingOptions(group_size=4, max_new_tokens=20),
         environment=answered,
     )
 
@@ -85,9 +84,9 @@ def test_samples_are_the_same_and_memory_is_used_again(monkeypatch: pytest.Monke
                 value.add_(0.1)
     expected = None
     for _ in range(2):  # weights change in place between rollouts
-        monkeypatch.setenv(static_decoding.VARIABLE, "growing")
+        monkeypatch.setenv(cuda_graph_decoding.VARIABLE, "growing")
         grown = rollouts(policy, [0, 1, 2])
-        monkeypatch.setenv(static_decoding.VARIABLE, "static")
+        monkeypatch.setenv(cuda_graph_decoding.VARIABLE, "static")
         for mine, other in zip(rollouts(policy, [0, 1, 2]), grown, strict=True):
             assert torch.equal(mine.tokens, other.tokens)
             assert torch.equal(mine.mask, other.mask)
@@ -95,19 +94,20 @@ def test_samples_are_the_same_and_memory_is_used_again(monkeypatch: pytest.Monke
         assert any(not each.mask[each.present].all() for each in grown)  # the environment answered
         assert expected is None or not all(torch.equal(a.tokens, b) for a, b in zip(grown, expected, strict=True))
         expected = [each.tokens for each in grown]
-        tapes = static_decoding._tapes[policy]
-        assert 1 < len(tapes) <= static_decoding.SHAPES_KEPT
+        assert 1 < len(policy.graphs.runners) <= cuda_graph_decoding.MAX_RECORDINGS
         with torch.no_grad():
             for value in policy.parameters.values():
                 value.mul_(1.1)
     assert isinstance(policy.decoder(some_prompts(3), 1), StaticCacheDecoder)
-    free_memory()
-    assert policy not in static_decoding._tapes
+    policy.release_memory()
+    assert not policy.graphs.runners
 
 
-@pytest.mark.parametrize("way", [KVCacheDecoder, StaticCacheDecoder])
-def test_the_context_is_the_limit(way: type[KVCacheDecoder] | type[StaticCacheDecoder]) -> None:
-    decoding = way(decoder(1, max_position_embeddings=11), [[[3, 4, 5]]], 2)
+@pytest.mark.parametrize("static", [False, True])
+def test_the_context_is_the_limit(static: bool) -> None:
+    policy = decoder(1, max_position_embeddings=11)
+    given = policy, [[[3, 4, 5]]], 2
+    decoding = StaticCacheDecoder(*given, policy.graphs) if static else KVCacheDecoder(*given)
     newest, opened = {0: torch.tensor([6, 7])}, {0: [True, False]}
     with torch.no_grad():
         decoding.start()
@@ -118,9 +118,9 @@ def test_the_context_is_the_limit(way: type[KVCacheDecoder] | type[StaticCacheDe
 
 
 def test_an_unknown_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(static_decoding.VARIABLE, raising=False)
-    assert not static_decoding.uses_static_cache(torch.device("cpu"))
-    assert static_decoding.uses_static_cache(torch.device("cuda"))
-    monkeypatch.setenv(static_decoding.VARIABLE, "statik")
+    monkeypatch.delenv(cuda_graph_decoding.VARIABLE, raising=False)
+    assert not cuda_graph_decoding.uses_static_cache(torch.device("cpu"))
+    assert cuda_graph_decoding.uses_static_cache(torch.device("cuda"))
+    monkeypatch.setenv(cuda_graph_decoding.VARIABLE, "statik")
     with pytest.raises(UserError, match=r"KLAB_DECODING.*did you mean 'static'"):
-        static_decoding.uses_static_cache(torch.device("cpu"))
+        cuda_graph_decoding.uses_static_cache(torch.device("cpu"))

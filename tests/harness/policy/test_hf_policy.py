@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klab.grid import UserError
-from klab.harness.policy.hf.policy import BOUNDLESS, TransformersPolicy
+from klab.harness.policy.hf.policy import UNLIMITED_CONTEXT, TransformersPolicy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import ALPHABET, generators
@@ -38,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def drawn(policy: TransformersPolicy, plain: bool = False) -> list[Rollout]:
-    return sample(policy, PROMPTS, group_size=3, max_new_tokens=12, generators=generators([0, 1]), plain=plain)
+    return sample(policy, PROMPTS, generators([0, 1]), SamplingOptions(group_size=3, max_new_tokens=12), plain=plain)
 
 
 def expected(model: Any, rollout: Rollout) -> Tensor:
@@ -56,7 +57,7 @@ def expected(model: Any, rollout: Rollout) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_and_scored_as_transformers_does(made: Any, family: str) -> None:
     policy = TransformersPolicy.from_pretrained(made(family), [0, 1])
-    assert policy.model.cached == (family != "Mamba")
+    assert policy.model.has_kv_cache == (family != "Mamba")
     rollouts, plain = drawn(policy), drawn(policy, plain=True)
     assert any(len(set(each.present.sum(1).tolist())) > 1 for each in rollouts), "none left before the others"
     scores = token_scores(policy, rollouts, logits=True, entropy=True, states=True)
@@ -111,7 +112,7 @@ def test_gradients_are_those_of_each_cell_alone_and_recomputed_ones_the_same(mad
 def test_gradients_are_those_of_transformers(made: Any) -> None:
     """Gemma's embedding is also its output layer: one parameter, with the gradient of both."""
     policy = TransformersPolicy.from_pretrained(made("Gemma"), dtype=torch.float64)
-    rollout = sample(policy, PROMPTS[:1], group_size=1, max_new_tokens=6, generators=generators([0]))[0]
+    rollout = sample(policy, PROMPTS[:1], generators([0]), SamplingOptions(group_size=1, max_new_tokens=6))[0]
     (score,) = token_scores(policy, [rollout])
     score.logp.sum().backward()
     model = AutoModelForCausalLM.from_pretrained(made("Gemma"), dtype=torch.float64)
@@ -199,7 +200,7 @@ def test_saved_is_an_ordinary_checkpoint(made: Any, tmp_path: Path, family: str)
 
 
 def test_a_model_without_a_context_of_its_own(made: Any) -> None:
-    assert TransformersPolicy.from_pretrained(made("Bloom")).context_length == BOUNDLESS
+    assert TransformersPolicy.from_pretrained(made("Bloom")).context_length == UNLIMITED_CONTEXT
 
 
 def test_what_cannot_be_loaded(made: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from klab.grid.schema.policy import HfPolicy, Lora
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import configuration, decoder, generators, written
@@ -81,7 +82,7 @@ def test_the_merged_weights_are_the_same_policy() -> None:
         policy = adapted(section, [2], family, torch.float64, **changes)
         assert policy.adapters is not None
         base = {name: value[0] for name, value in policy.shared.items()}
-        whole = policy.adapters.merged(base, {name: value[0] for name, value in policy.parameters.items()})
+        whole = policy.adapters.merge(base, {name: value[0] for name, value in policy.parameters.items()})
         dense = StackedPolicy(policy.config, policy.tokenizer, {name: value[None] for name, value in whole.items()})
         torch.testing.assert_close(logits(dense), logits(policy), rtol=0, atol=1e-12)
 
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule() -> None:
         policy = adapted(section, [2], family, torch.float64, **changes)
         assert policy.adapters is not None
         base = {name: value[0] for name, value in policy.shared.items()}
-        whole = policy.adapters.merged(base, {name: value[0] for name, value in policy.parameters.items()})
+        whole = policy.adapters.merge(base, {name: value[0] for name, value in policy.parameters.items()})
         dense = StackedPolicy(
             policy.config, policy.tokenizer, {name: value[None].requires_grad_() for name, value in whole.items()}
         )
@@ -140,7 +141,7 @@ def life(
     pack = adapted(section, seeds, family, num_key_value_heads=2)
     pack.gradient_checkpointing = checkpointing
     prompts = [[[3 + seed, 4, 5][: 1 + seed % 3], [6, 7]] for seed in seeds]
-    rollouts = sample(pack, prompts, group_size=4, max_new_tokens=5, generators=generators(seeds))
+    rollouts = sample(pack, prompts, generators(seeds), SamplingOptions(group_size=4, max_new_tokens=5))
     scores = token_scores(pack, rollouts)
     torch.autograd.backward([(s.logp * torch.linspace(-1, 2, s.logp.shape[1])).sum() for s in scores])
     return [

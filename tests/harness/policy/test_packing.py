@@ -10,6 +10,7 @@ import torch
 
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, generators
@@ -44,7 +45,10 @@ def life(
     """Rollout, scores and gradients of every cell of a pack."""
     pack = selected(policy, cells)
     rollouts = sample(
-        pack, [prompts[c] for c in cells], group_size=group_size, max_new_tokens=budget, generators=generators(cells)
+        pack,
+        [prompts[c] for c in cells],
+        generators(cells),
+        SamplingOptions(group_size=group_size, max_new_tokens=budget),
     )
     scores = token_scores(pack, rollouts)
     weights = [torch.linspace(-1, 2, s.logp.numel()).view(s.logp.shape) for s in scores]
@@ -91,7 +95,7 @@ def test_a_frozen_copy_holds_weights_that_all_cells_share_once() -> None:
     assert {value.stride(0) for value in frozen.parameters.values()} == {0}
     assert all(value.stride(0) > 0 for value in different.frozen_copy().parameters.values())
     prompts = [prompts_of(cell, 3, ragged=True) for cell in range(3)]
-    rollouts = sample(policy, prompts, group_size=4, max_new_tokens=5, generators=generators(range(3)))
+    rollouts = sample(policy, prompts, generators(range(3)), SamplingOptions(group_size=4, max_new_tokens=5))
     with torch.no_grad():
         for own, held in zip(token_scores(policy, rollouts), token_scores(frozen, rollouts), strict=True):
             assert torch.equal(own.logp, held.logp)

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from klab.grid import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
-from klab.harness.policy.prompt import check_ids, end_tokens, prompt_ids
+from klab.harness.policy.pretrained import check_ids, read_tokenizer
+from klab.harness.policy.prompt import PromptEncoder, prompt_ids
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
-from klab.harness.policy.stacked.checkpoint import read_tokenizer
+from klab.harness.policy.special_tokens import eos_token_ids
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import generators
 
@@ -71,15 +73,17 @@ def test_a_template_that_fails_or_is_missing() -> None:
         prompt_ids(tokenizer, "abcd")
 
 
-def test_end_tokens() -> None:
+def test_eos_token_ids() -> None:
     tokenizer = character_tokenizer(LETTERS)
-    assert end_tokens(tokenizer, None, 18) == {1}
-    assert end_tokens(tokenizer, {"eos_token_id": 5}, 18) == {1, 5}
-    assert end_tokens(tokenizer, {"eos_token_id": [5, 7, 99]}, 18) == {1, 5, 7}
+    assert eos_token_ids(tokenizer, None, 18) == {1}
+    assert eos_token_ids(tokenizer, {"eos_token_id": 5}, 18) == {1, 5}
+    assert eos_token_ids(tokenizer, {"eos_token_id": [5, 7, 99]}, 18) == {1, 5, 7}
     tokenizer.eos_token = None
-    assert end_tokens(tokenizer, {"eos_token_id": [5]}, 18) == {5}
-    with pytest.raises(UserError, match=r"the tokenizer has no end token.*eos_token_id in generation_config\.json"):
-        end_tokens(tokenizer, {"eos_token_id": None}, 18)
+    assert eos_token_ids(tokenizer, {"eos_token_id": [5]}, 18) == {5}
+    with pytest.raises(
+        UserError, match=r"the tokenizer has no end-of-sequence token.*eos_token_id in generation_config\.json"
+    ):
+        eos_token_ids(tokenizer, {"eos_token_id": None}, 18)
 
 
 IM_END = "{% for m in messages %}[{{ m.role }}:{{ m.content }}<|im_end|>\n{% endfor %}["
@@ -96,8 +100,8 @@ def turned(template: str, *special: str) -> PreTrainedTokenizerFast:
 def test_the_token_that_closes_the_assistants_turn_ends_it() -> None:
     tokenizer = turned(IM_END, "<|im_end|>", "<|im_end|>more")
     (closing,) = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
-    assert end_tokens(tokenizer, None, 64) == {tokenizer.eos_token_id, closing}
-    assert end_tokens(tokenizer, None, closing) == {tokenizer.eos_token_id}  # a token that the model cannot write
+    assert eos_token_ids(tokenizer, None, 64) == {tokenizer.eos_token_id, closing}
+    assert eos_token_ids(tokenizer, None, closing) == {tokenizer.eos_token_id}  # a token that the model cannot write
 
 
 @pytest.mark.parametrize(
@@ -110,17 +114,17 @@ def test_the_token_that_closes_the_assistants_turn_ends_it() -> None:
     ],
 )
 def test_a_template_that_closes_with_text_adds_no_end_token(template: str) -> None:
-    assert end_tokens(turned(template, "<|im_end|>"), None, 64) == {1}
+    assert eos_token_ids(turned(template, "<|im_end|>"), None, 64) == {1}
 
 
 def test_special_tokens_at_the_end_are_no_part_of_the_answer(tmp_path: Path) -> None:
     tokenizer = character_tokenizer(LETTERS)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     policy = load_policy(section(checkpoint(tmp_path, "GPT2", tokenizer)), tmp_path, 1, "cpu")
-    builder = TrajectoryBuilder(policy, 0, [[4]], 1, 8, None)
+    builder = TrajectoryBuilder(policy, 0, [[4]], SamplingOptions(1, 8), None)
     written = ["a", "<|im_end|>", "b", "<unk>", "<pad>", "<|im_end|>"]
-    builder.turn(0, list(tokenizer.convert_tokens_to_ids(written)), [0.0] * len(written))
-    assert builder.text(0, own_only=True) == "a<|im_end|>b<unk>"
+    builder.add_turn(0, list(tokenizer.convert_tokens_to_ids(written)), [0.0] * len(written))
+    assert builder.build().texts == ["a<|im_end|>b<unk>"]
 
 
 def test_templates_that_print_the_date_print_that_of_the_run() -> None:
@@ -132,11 +136,21 @@ def test_templates_that_print_the_date_print_that_of_the_run() -> None:
     assert prompt_ids(turned(latest), "x", "auto", 0.0) == prompt_ids(turned("01"), "x", "auto")
 
 
+def test_an_encoder_keeps_what_it_encoded_and_knows_the_models_vocabulary() -> None:
+    tokenizer = turned("{{ strftime_now('%d') }}[{{ messages[0].content }}")
+    encode = PromptEncoder(tokenizer, len(tokenizer))
+    assert encode("abc", "never") == prompt_ids(tokenizer, "abc", "never")
+    assert encode("abc", "auto", 0.0) == prompt_ids(tokenizer, "abc", "auto", 0.0) != encode("abc", "auto", 86_400.0)
+    assert encode("abc", "auto", 0.0) is encode("abc", "auto", 0.0)
+    with pytest.raises(UserError, match="does not belong to the model"):
+        PromptEncoder(tokenizer, 5)("abc", "never")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tokenizer_without_an_end_token(tmp_path: Path, family: str) -> None:
     tokenizer = character_tokenizer(LETTERS)
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="the tokenizer has no end token"):
+    with pytest.raises(UserError, match="the tokenizer has no end-of-sequence token"):
         load_policy(section(checkpoint(tmp_path, family, tokenizer)), tmp_path, 1, "cpu")
 
 
@@ -150,7 +164,7 @@ def test_a_tokenizer_without_a_padding_token_is_as_good(tmp_path: Path, family: 
         policy = load_policy(section(folder), folder, 1, "cpu")
         assert (policy.tokenizer.pad_token_id is None) == (name == "without")
         prompts = [[[4, 5, 6, 7], [8]]]
-        found.append(sample(policy, prompts, group_size=2, max_new_tokens=5, generators=generators([0]))[0])
+        found.append(sample(policy, prompts, generators([0]), SamplingOptions(group_size=2, max_new_tokens=5))[0])
     assert found[0].tokens.tolist() == found[1].tokens.tolist()
     assert found[0].logp.tolist() == found[1].logp.tolist()
 
@@ -198,12 +212,12 @@ def test_code_of_the_checkpoint_runs_only_where_it_is_trusted(tmp_path: Path, mo
         load_policy(section(folder), folder, 1, "cpu")
     policy = load_policy(section(folder, trust_remote_code=True), folder, 1, "cpu")
     prompts = [[[4, 5, 6, 7], [8]]]
-    drawn = sample(policy, prompts, group_size=2, max_new_tokens=5, generators=generators([0]))[0]
-    plain = sample(policy, prompts, group_size=2, max_new_tokens=5, generators=generators([0]), plain=True)[0]
+    drawn = sample(policy, prompts, generators([0]), SamplingOptions(group_size=2, max_new_tokens=5))[0]
+    plain = sample(policy, prompts, generators([0]), SamplingOptions(group_size=2, max_new_tokens=5), plain=True)[0]
     assert drawn.tokens.tolist() == plain.tokens.tolist()
 
 
 def test_the_stacked_decoder_cannot_be_forced_on_another_architecture(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "GPT2", LETTERS)
-    with pytest.raises(UserError, match="not in the stacked decoder"):
+    with pytest.raises(UserError, match="not in the stacked engine"):
         load_policy(section(folder, engine="stacked"), folder, 1, "cpu")

@@ -10,6 +10,7 @@ from klab.grid.errors import UserError
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.categorical import UniformSlice, sample_tokens, uniform_numbers
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from tests.support.tiny_policy import decoder, generators
 
@@ -31,7 +32,11 @@ def test_caching_and_merging_draw_what_full_passes_draw(group_size: int, budget:
     policy = decoder(1, family, torch.float64, num_key_value_heads=2)
     found = [
         sample(
-            policy, [PROMPTS], group_size=group_size, max_new_tokens=budget, generators=generators([7]), plain=plain
+            policy,
+            [PROMPTS],
+            generators([7]),
+            SamplingOptions(group_size=group_size, max_new_tokens=budget),
+            plain=plain,
         )[0]
         for plain in (False, True)
     ]
@@ -42,7 +47,7 @@ def test_caching_and_merging_draw_what_full_passes_draw(group_size: int, budget:
 def test_recorded_log_probabilities_are_the_scores_of_the_tempered_policy() -> None:
     policy = decoder(1, dtype=torch.float64)
     rollout = sample(
-        policy, [PROMPTS], group_size=5, max_new_tokens=6, generators=generators([1]), temperature=0.8, top_p=0.6
+        policy, [PROMPTS], generators([1]), SamplingOptions(group_size=5, max_new_tokens=6, temperature=0.8, top_p=0.6)
     )[0]
     scores = token_scores(policy, [rollout], temperature=0.8)[0].logp
     torch.testing.assert_close(rollout.logp, scores, rtol=0, atol=1e-11)
@@ -50,7 +55,7 @@ def test_recorded_log_probabilities_are_the_scores_of_the_tempered_policy() -> N
 
 
 def test_a_trajectory_ends_with_its_end_token_or_its_budget() -> None:
-    rollout = sample(decoder(1), [PROMPTS], group_size=20, max_new_tokens=12, generators=generators([0]))[0]
+    rollout = sample(decoder(1), [PROMPTS], generators([0]), SamplingOptions(group_size=20, max_new_tokens=12))[0]
     for row in range(60):
         tokens = rollout.tokens[row][rollout.present[row]].tolist()
         assert (1 in tokens) != bool(rollout.truncated[row])
@@ -85,7 +90,7 @@ def test_top_p_draws_from_the_smallest_likely_set_and_records_the_full_distribut
 def test_greedy_takes_the_most_likely_token_and_leaves_the_generator_alone() -> None:
     policy, seeds = decoder(1), generators([3])
     before = seeds[0].get_state()
-    rollout = sample(policy, [PROMPTS], group_size=2, max_new_tokens=6, generators=seeds, greedy=True)[0]
+    rollout = sample(policy, [PROMPTS], seeds, SamplingOptions(group_size=2, max_new_tokens=6, greedy=True))[0]
     assert torch.equal(seeds[0].get_state(), before)
     assert torch.equal(rollout.tokens[0::2], rollout.tokens[1::2])
     logits = token_scores(policy, [rollout], logits=True)[0].logits
@@ -95,7 +100,7 @@ def test_greedy_takes_the_most_likely_token_and_leaves_the_generator_alone() -> 
 
 def test_one_uniform_number_per_trajectory_and_step() -> None:
     policy, seeds, expected = decoder(1), generators([3]), generators([3])
-    rollout = sample(policy, [PROMPTS], group_size=2, max_new_tokens=4, generators=seeds)[0]
+    rollout = sample(policy, [PROMPTS], seeds, SamplingOptions(group_size=2, max_new_tokens=4))[0]
     for _ in range(rollout.tokens.shape[1]):
         torch.rand(6, 1, generator=expected[0], dtype=torch.float64)
     assert torch.equal(seeds[0].get_state(), expected[0].get_state())
@@ -112,9 +117,8 @@ def test_an_environment_takes_turns_and_its_tokens_are_not_the_policys(plain: bo
     rollout = sample(
         policy,
         [PROMPTS],
-        group_size=8,
-        max_new_tokens=10,
-        generators=generators([2]),
+        generators([2]),
+        SamplingOptions(group_size=8, max_new_tokens=10),
         environment=environment,
         plain=plain,
     )[0]
@@ -137,14 +141,14 @@ def test_an_environment_takes_turns_and_its_tokens_are_not_the_policys(plain: bo
 
 
 def test_a_rollout_survives_a_flat_dictionary() -> None:
-    rollout = sample(decoder(1), [PROMPTS], group_size=3, max_new_tokens=5, generators=generators([0]))[0]
+    rollout = sample(decoder(1), [PROMPTS], generators([0]), SamplingOptions(group_size=3, max_new_tokens=5))[0]
     again = Rollout.from_dict(rollout.to_dict())
     assert_same(again, rollout)
     assert all(isinstance(v, torch.Tensor | list) for v in rollout.to_dict().values())
 
 
 def test_rows_are_whole_groups() -> None:
-    rollout = sample(decoder(1), [PROMPTS], group_size=3, max_new_tokens=5, generators=generators([0]))[0]
+    rollout = sample(decoder(1), [PROMPTS], generators([0]), SamplingOptions(group_size=3, max_new_tokens=5))[0]
     assert rollout.groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     part = rollout.select_prompts(slice(1, 3))
     assert part.prompts == PROMPTS[1:]
@@ -158,7 +162,7 @@ def test_prompts_sampled_apart_are_the_prompts_sampled_together(cut: int) -> Non
     policy, size = decoder(1, dtype=torch.float64), 2
 
     def drawn(prompts: list[list[int]], generator: torch.Generator | UniformSlice) -> Rollout:
-        return sample(policy, [prompts], group_size=size, max_new_tokens=40, generators=[generator], top_p=0.9)[0]
+        return sample(policy, [prompts], [generator], SamplingOptions(group_size=size, max_new_tokens=40, top_p=0.9))[0]
 
     whole = drawn(PROMPTS, generators([4])[0])
     total = size * len(PROMPTS)
@@ -173,8 +177,8 @@ def test_prompts_sampled_apart_are_the_prompts_sampled_together(cut: int) -> Non
 def test_mistakes_are_named() -> None:
     policy = decoder(1, max_position_embeddings=8)
     with pytest.raises(UserError, match="empty"):
-        sample(policy, [[[]]], group_size=1, max_new_tokens=2, generators=generators([0]))
+        sample(policy, [[[]]], generators([0]), SamplingOptions(group_size=1, max_new_tokens=2))
     with pytest.raises(UserError, match="context"):
-        sample(policy, [PROMPTS], group_size=8, max_new_tokens=20, generators=generators([0]))
+        sample(policy, [PROMPTS], generators([0]), SamplingOptions(group_size=8, max_new_tokens=20))
     with pytest.raises(ValueError, match="1 cells"):
-        sample(policy, [PROMPTS, PROMPTS], group_size=1, max_new_tokens=2, generators=generators([0]))
+        sample(policy, [PROMPTS, PROMPTS], generators([0]), SamplingOptions(group_size=1, max_new_tokens=2))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from klab.harness.policy.prefix_tree import build_prefix_tree
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import TokenScores, token_scores
+from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
 from klab.harness.policy.stacked.policy import StackedPolicy
-from klab.harness.policy.stacked.prefix_tree import build_prefix_tree
 from tests.support.tiny_policy import decoder, written
 
 
@@ -37,12 +38,12 @@ def gradients(policy: StackedPolicy, scores: list[TokenScores]) -> dict[str, Ten
     return dict(zip(names, torch.autograd.grad(loss, [policy.parameters[n] for n in names]), strict=True))
 
 
-@pytest.mark.parametrize("shape", ["by_group", "by_trajectory"])
+@pytest.mark.parametrize("shape", ["row_per_group", "row_per_trajectory"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_merging_changes_neither_values_nor_gradients(shape: str, family: str) -> None:
-    size = {"by_group": {}, "by_trajectory": {"group_size": 12, "longest": 20, "alphabet": 5}}[shape]
+    size = {"row_per_group": {}, "row_per_trajectory": {"group_size": 12, "longest": 20, "alphabet": 5}}[shape]
     rollout = ragged(0, **size)
-    assert (rollout.prefix_tree().bias is None) == (shape == "by_trajectory")
+    assert (rollout.prefix_tree(MAX_EXPLICIT_KEYS).attn_bias is None) == (shape == "row_per_trajectory")
     policy = decoder(1, family, torch.float64, num_key_value_heads=2)
     merged = token_scores(policy, [rollout], entropy=True, logits=True)
     plain = token_scores(policy, [rollout], entropy=True, logits=True, plain=True)
@@ -57,7 +58,7 @@ def test_merging_changes_neither_values_nor_gradients(shape: str, family: str) -
 def test_identical_trajectories_are_forwarded_once() -> None:
     once = written([[3, 4]], [[5, 6, 7, 1]])
     often = written([[3, 4]], [[5, 6, 7, 1]] * 8)
-    assert len(often.prefix_tree().tokens) == len(once.prefix_tree().tokens)
+    assert len(often.prefix_tree(MAX_EXPLICIT_KEYS).tokens) == len(once.prefix_tree(MAX_EXPLICIT_KEYS).tokens)
     policy = decoder(1)
     scores = token_scores(policy, [often])[0].logp
     assert torch.equal(scores, token_scores(policy, [once])[0].logp.expand(8, -1))
@@ -65,7 +66,7 @@ def test_identical_trajectories_are_forwarded_once() -> None:
 
 def test_every_distinct_prefix_is_forwarded_once() -> None:
     rollout = written([[3, 4], [3]], [[5, 6, 1], [5, 7, 1], [5, 6, 1], [8, 1], [8, 1], [1]])
-    built = build_prefix_tree(rollout.prompts, rollout.groups, rollout.tokens, rollout.present.sum(1))
+    built = build_prefix_tree(rollout.prompts, rollout.groups, rollout.tokens, rollout.present.sum(1), 96)
     # prompts 3 4 | 3, then 5, 5 6, 5 7 of the first and 8 of the second; the rest is padding (zeros)
     assert sorted(built.tokens[:7].tolist()) == [3, 3, 4, 5, 6, 7, 8]
     assert not built.tokens[7:].any()

@@ -13,10 +13,16 @@ import torch
 from safetensors import safe_open
 
 from klab.grid.errors import UserError
-from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
-from klab.harness.policy.sampling.vllm import VllmSampler, replace_checkpoint, require_vllm, vllm_sampler, write
+from klab.harness.policy.sampling.vllm import (
+    VllmSampler,
+    add_completion,
+    replace_checkpoint,
+    require_vllm,
+    vllm_sampler,
+)
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.harness.policy.test_rollout import PROMPTS, assert_same
@@ -54,11 +60,11 @@ def test_without_a_gpu_the_message_says_so(engine: Any) -> None:
 def test_what_an_engine_returns_becomes_the_rollout_that_klab_would_have_drawn(engine: Any) -> None:
     policy = decoder(1, dtype=torch.float64)
     rollout = sample(
-        policy, [PROMPTS], group_size=4, max_new_tokens=9, generators=generators([7]), environment=answering
+        policy, [PROMPTS], generators([7]), SamplingOptions(group_size=4, max_new_tokens=9), environment=answering
     )[0]
     assert bool((rollout.present & ~rollout.mask).any())
     assert 0 < int(rollout.truncated.sum()) < 12
-    draft = TrajectoryBuilder(policy, 0, PROMPTS, 4, 9, answering)
+    builder = TrajectoryBuilder(policy, 0, PROMPTS, SamplingOptions(4, 9), answering)
     for row in range(12):
         turns: list[list[tuple[int, float]]] = [[]]
         for token, value, own, there in zip(
@@ -70,16 +76,16 @@ def test_what_an_engine_returns_becomes_the_rollout_that_klab_would_have_drawn(e
                 turns.append([])
         for turn in filter(None, turns):
             logprobs = [{token: engine.Logprob(value), 99: engine.Logprob(-1.0)} for token, value in turn]
-            write(draft, row, engine.CompletionOutput([token for token, _ in turn], logprobs))
-    assert draft.finished
-    assert_same(Rollout.of(draft), rollout)
+            add_completion(builder, row, engine.CompletionOutput([token for token, _ in turn], logprobs))
+    assert builder.finished
+    assert_same(builder.build(), rollout)
 
 
 def test_an_engine_without_log_probabilities_is_an_error(engine: Any) -> None:
-    draft = TrajectoryBuilder(decoder(), 0, PROMPTS, 1, 9, None)
+    builder = TrajectoryBuilder(decoder(), 0, PROMPTS, SamplingOptions(1, 9), None)
     for logprobs in (None, [{3: engine.Logprob(0.0)}]):
         with pytest.raises(RuntimeError, match="a log-probability for every token"):
-            write(draft, 0, engine.CompletionOutput([3, 4], logprobs))
+            add_completion(builder, 0, engine.CompletionOutput([3, 4], logprobs))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -90,10 +96,8 @@ def test_rollouts_are_those_of_the_policies_as_they_are_now(engine: Any, tempera
         return sampler(
             policy,
             [PROMPTS, PROMPTS[:2]],
-            group_size=6,
-            max_new_tokens=12,
-            generators=generators([1, 2]),
-            temperature=temperature,
+            generators([1, 2]),
+            SamplingOptions(group_size=6, max_new_tokens=12, temperature=temperature),
             environment=answering,
         )
 
@@ -118,12 +122,7 @@ def test_another_temperature_needs_other_log_probabilities_hence_another_engine(
     policy, sampler = decoder(), VllmSampler("float64")
     for temperature in (1.0, 0.5, 0.5):
         rollout = sampler(
-            policy,
-            [PROMPTS],
-            group_size=2,
-            max_new_tokens=4,
-            generators=generators([1]),
-            temperature=temperature,
+            policy, [PROMPTS], generators([1]), SamplingOptions(group_size=2, max_new_tokens=4, temperature=temperature)
         )[0]
         scores = token_scores(policy, [rollout], temperature=temperature)[0].logp
         torch.testing.assert_close(rollout.logp, scores, rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ import torch
 
 from klab.grid import Objective
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training.data.prompts import encode_prompts
@@ -130,9 +131,8 @@ def test_a_lagged_rollout_comes_from_the_policy_of_that_many_updates_ago(
             again = sample(
                 old,
                 [encode_prompts(old, member, examples)],
-                group_size=4,
-                max_new_tokens=4,
-                generators=[generator("cpu", "rollout", number, member.cell.seed)],
+                [generator("cpu", "rollout", number, member.cell.seed)],
+                SamplingOptions(group_size=4, max_new_tokens=4),
             )[0]
             assert torch.equal(again.tokens, experience.rollout.tokens)
             assert torch.equal(again.logp, experience.rollout.logp)
@@ -157,10 +157,8 @@ def test_greedy_baseline_scores_one_greedy_completion_per_prompt(make_run: MakeR
     greedy = sample(
         trained.policy,
         [encode_prompts(trained.policy, member, examples)],
-        group_size=1,
-        max_new_tokens=4,
-        generators=[torch.Generator()],
-        greedy=True,
+        [torch.Generator()],
+        SamplingOptions(group_size=1, max_new_tokens=4, greedy=True),
     )[0]
     rewards = [member.task.score(e, text).reward for e, text in zip(examples, greedy.texts, strict=True)]
     assert experience.greedy_rewards is not None

@@ -11,6 +11,7 @@ from klab.grid import Objective, UserError
 from klab.grid.schema.sections import Sampler, load_section
 from klab.harness.objective import TokenBatch
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
@@ -76,10 +77,8 @@ def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
     again = sample(
         mu,
         [encode_prompts(mu, member, rollout_prompts(member, 1))],
-        group_size=4,
-        max_new_tokens=4,
-        generators=[generator("cpu", "rollout", 1, 0)],
-        temperature=sampler.get("temperature", 0.8),
+        [generator("cpu", "rollout", 1, 0)],
+        SamplingOptions(group_size=4, max_new_tokens=4, temperature=sampler.get("temperature", 0.8)),
     )[0]
     assert torch.equal(again.tokens, experience.rollout.tokens)
     assert torch.equal(again.logp, experience.rollout.logp)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from klab.harness.policy.sampling.sample import sample
+from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.stacked.policy import StackedPolicy
 
 
@@ -68,12 +69,14 @@ class LLM:
         rollout = sample(
             self.policy,
             [[prompt]],
-            group_size=1,
-            max_new_tokens=settings.max_tokens,
-            generators=[torch.Generator().manual_seed(settings.seed)],
-            temperature=settings.temperature or 1.0,
-            top_p=settings.top_p,
-            greedy=settings.temperature == 0.0,
+            [torch.Generator().manual_seed(settings.seed)],
+            SamplingOptions(
+                group_size=1,
+                max_new_tokens=settings.max_tokens,
+                temperature=settings.temperature or 1.0,
+                top_p=settings.top_p,
+                greedy=settings.temperature == 0.0,
+            ),
         )[0]
         tokens = rollout.tokens[0].tolist()
         other = {self.policy.vocab_size + 1: Logprob(-9.0)}  # more entries than the drawn token are possible

@@ -1,0 +1,131 @@
+"""What every checkpoint folder has beside its weights: configuration, tokenizer, generation configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerFast
+
+from klab.grid.errors import UserError
+
+GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Tokenizer classes without rules of their own."""
+
+
+def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a folder or hub id.
+
+    Args:
+        trust_remote_code: whether Python code of the checkpoint may run.
+
+    Raises:
+        UserError: there is none, or it needs code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if not trust_remote_code and "custom code" in str(error):
+            raise UserError(
+                "the model brings Python code of its own, which is run only where you say so",
+                file=folder,
+                key="policy.trust_remote_code",
+                value=False,
+            ) from error
+        raise UserError(f"no readable model configuration: {first_line(error)}", file=folder) from error
+
+
+def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub id.
+
+    One whose class has no rules of its own is read from its `tokenizer.json` alone: `AutoTokenizer` would replace its
+    way to split text by the one that the model's architecture usually has.
+
+    Args:
+        trust_remote_code: whether Python code of the checkpoint may run.
+
+    Raises:
+        UserError: no readable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    loader: Any = PreTrainedTokenizerFast if _tokenizer_class(Path(folder)) in _GENERIC_TOKENIZERS else AutoTokenizer
+    try:
+        return cast(PreTrainedTokenizerFast, loader.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no readable tokenizer: {first_line(error)}", file=folder) from error
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    try:
+        found: str | None = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
+
+
+def read_generation_config(folder: str | Path) -> dict[str, Any] | None:
+    """The contents of a checkpoint's `generation_config.json`; None where there is no such file.
+
+    Raises:
+        UserError: it is not a JSON mapping.
+    """
+    file = Path(folder) / GENERATION_CONFIG
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"cannot be read: {error}", file=file) from error
+    if not isinstance(found, dict):
+        raise UserError("not a mapping", file=file)
+    return found
+
+
+def write_generation_config(folder: Path, generation_config: Mapping[str, Any] | None) -> None:
+    """The inverse of `read_generation_config`."""
+    if generation_config is not None:
+        (folder / GENERATION_CONFIG).write_text(json.dumps(generation_config, indent=2) + "\n")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Check that the model's embedding has a row for every token of the vocabulary (special tokens apart).
+
+    Raises:
+        UserError: it has not.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise _wrong_tokenizer(tokenizer, vocab_size, f"it has {tokenizer.vocab_size} tokens")
+
+
+def check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Check that the model's embedding has a row for every one of some token ids.
+
+    Raises:
+        UserError: it has not.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise _wrong_tokenizer(tokenizer, vocab_size, f"it gives token {largest} ({token!r})")
+
+
+def _wrong_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int, found: str) -> UserError:
+    return UserError(
+        f"the tokenizer does not belong to the model: {found}, the model's embedding has {vocab_size}",
+        file=tokenizer.name_or_path,
+        key="policy.model",
+        hint="Take the tokenizer that the model was trained with, or enlarge the model's embedding.",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, its type if it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
