@@ -138,14 +138,14 @@ def load_model(policy: Any) -> Model | None:
     """
     if policy.name != "hf":
         return None
-    from klab.harness.policy.prompt import check_vocabulary, end_tokens, read_generation
-    from klab.harness.policy.stacked.checkpoint import read_config, read_tokenizer
+    from klab.harness.policy.pretrained import check_vocabulary, read_config, read_generation_config, read_tokenizer
+    from klab.harness.policy.special_tokens import eos_token_ids
 
     folder = _small_files(policy.model, policy.revision)
     config = read_config(folder, policy.trust_remote_code).get_text_config()
     tokenizer = read_tokenizer(folder, policy.trust_remote_code)
     check_vocabulary(tokenizer, config.vocab_size)
-    end_tokens(tokenizer, read_generation(folder), config.vocab_size)
+    eos_token_ids(tokenizer, read_generation_config(folder), config.vocab_size)
     return tokenizer, config
 
 
