@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from klab.grid import UserError
 from klab.harness.dispatch.backends import Executor, JobStatus
 from klab.harness.dispatch.local.backend import LocalExecutor, abandoned_cells
 from klab.harness.dispatch.local.queue_files import log_path
@@ -156,7 +157,10 @@ def _state(run: Run, snapshot: Snapshot, job: JobStatus | None) -> tuple[State, 
     if event == "cancelled":
         return "cancelled", ""
     if snapshot.failed:
-        return "failed", explaining_line(run.cell(snapshot.id).error() or "")
+        try:
+            return "failed", explaining_line(run.cell(snapshot.id).error() or "")
+        except UserError as error:
+            return "failed", str(error)
     if job is not None:
         return _from_scheduler(job, snapshot)
     if event == "started":

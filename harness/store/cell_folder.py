@@ -217,11 +217,10 @@ class CellFolder:
     def error(self) -> str | None:
         """Why the cell failed, None when it did not."""
         try:
-            text = (self.path / "error.txt").read_text(errors="replace")
+            with files.open_file(self.path / "error.txt") as file:
+                text = (file.read(files.LINE_BYTES) or b"").decode(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except IsADirectoryError as error:
-            raise files.damaged_file(self.path / "error.txt", "is a folder, not a file") from error
         first, _, rest = text.partition("\n")
         return rest if first.startswith("schema:") else text
 

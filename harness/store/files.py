@@ -7,12 +7,15 @@ contents in place.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,6 +23,13 @@ from zlib import crc32
 from klab.grid import UserError
 
 SCHEMA = 1
+
+RECORD_BYTES = 2**24
+TABLE_BYTES = 2**27
+LINES_BYTES = 2**28
+LINE_BYTES = 2**20
+"""Most bytes of a single record, of a manifest, of a file of lines, and of one line."""
+
 _CRC = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*}\s*$')
 _CRC_SPAN = 64
 _TAIL = len(',"crc":"00000000"}')
@@ -30,7 +40,7 @@ def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write `data` to a temporary neighbour and rename it over `path`; with `durable` it also survives a power cut."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             _write_all(descriptor, data)
             if durable:
@@ -122,21 +132,54 @@ def damaged_file(file: Path | str, problem: str) -> UserError:
     )
 
 
+def open_file(path: Path | str) -> FileIO:
+    """An ordinary file, opened for reading. A run folder may come from anybody: pipes and devices could block or never
+    end, and a link could lead anywhere.
+
+    Raises:
+        UserError: when it is a link, a folder, or no ordinary file.
+        FileNotFoundError, NotADirectoryError: when there is no such file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise damaged_file(path, "is a link, not a file") from error
+        if error.errno == errno.ENXIO:
+            raise damaged_file(path, "is not an ordinary file") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "is a folder, not a file" if stat.S_ISDIR(mode) else "is not an ordinary file"
+        raise damaged_file(path, kind)
+    return FileIO(descriptor)
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record stored in `path`, or None when there is no such file."""
     data = read_bytes(path)
     return None if data is None else decode_record(data, path)
 
 
-def read_bytes(path: Path | str) -> bytes | None:
-    """What stands in `path`, or None when there is no such file."""
+def read_bytes(path: Path | str, largest: int = RECORD_BYTES) -> bytes | None:
+    """The contents of a file that klab wrote, or None when there is no such file.
+
+    Raises:
+        UserError: when it is no ordinary file, larger than `largest` bytes, or begins with something else than `{`;
+            such files are not read.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > largest:
+                most = f"{largest / 2**20:,.0f} MiB"
+                raise damaged_file(path, f"has {size / 2**20:,.0f} MiB, and such a file has {most} at most")
+            if os.pread(file.fileno(), 1, 0) not in (b"", b"{"):
+                raise damaged_file(path, "is not valid JSON: it does not begin with {")
             return file.readall()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except IsADirectoryError as error:
-        raise damaged_file(path, "is a folder, not a file") from error
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
@@ -144,7 +187,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: b
     data = b"".join(encode_record(record) + b"\n" for record in records)
     if not data:
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = _whole_size(descriptor)
         try:
@@ -165,7 +208,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when a whole line is damaged (the message names it).
     """
-    lines = (read_bytes(path) or b"").split(b"\n")[:-1]
+    lines = (read_bytes(path, LINES_BYTES) or b"").split(b"\n")[:-1]
     try:
         return _unseal_lines(lines)
     except (ValueError, LookupError, TypeError, RecursionError):  # the plain way tells which line is wrong, and why
@@ -191,23 +234,27 @@ def _unseal_lines(lines: list[bytes]) -> list[dict[str, Any]]:
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole record of a line file without reading the rest; None when there is none."""
+    """The last whole record of a line file without reading the rest; None when there is none.
+
+    Raises:
+        UserError: when it is damaged, or longer than `LINE_BYTES`.
+    """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             end = file.seek(0, os.SEEK_END)
             tail = b""
             while end > 0:
                 step = min(end, 1 << 14)
                 end -= step
                 file.seek(end)
-                tail = file.read(step) + tail
+                tail = (file.read(step) or b"") + tail
                 whole = tail[: tail.rfind(b"\n") + 1].rstrip(b"\n")
                 if whole and (b"\n" in whole or end == 0):
                     return decode_record(whole.rsplit(b"\n", 1)[-1], path)
+                if len(tail) > LINE_BYTES:
+                    raise damaged_file(path, f"ends in a line of more than {LINE_BYTES / 2**20:.0f} MiB")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except IsADirectoryError as error:
-        raise damaged_file(path, "is a folder, not a file") from error
     return None
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from klab.grid import UserError
-from klab.harness.store.files import decode_record, encode_record
+from klab.harness.store.files import encode_record, read_record
 from klab.harness.store.process import ProcessId
 
 STALE_SECONDS = 120.0
@@ -125,7 +125,7 @@ class Lock:
 def _create(path: Path, data: bytes) -> bool:
     """For file systems without hard links; a reader may see the file before its text, and then waits."""
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
     try:
@@ -138,10 +138,8 @@ def _create(path: Path, data: bytes) -> bool:
 def read_lock(path: Path) -> dict[str, Any] | None:
     """What the holder wrote; None when the lock is free, {} when its file is unreadable."""
     try:
-        return decode_record(path.read_bytes(), path)
-    except FileNotFoundError:
-        return None
-    except (UserError, IsADirectoryError):
+        return read_record(path)
+    except UserError:
         return {}
 
 
@@ -177,7 +175,7 @@ def _break_stale(path: Path, token: object) -> None:
     """Remove the stale lock that carries `token`. One breaker at a time, so that nobody removes a successor's lock."""
     breaking = path.with_name(f"{path.name}.breaking")
     try:
-        os.close(os.open(breaking, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        os.close(os.open(breaking, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:
         if untouched_seconds(breaking) > _BREAKING_SECONDS:
             breaking.unlink(missing_ok=True)

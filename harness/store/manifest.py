@@ -114,7 +114,7 @@ def read_table(path: Path, key: str, cuts: tuple[str, ...]) -> dict[str, Any] | 
     Raises:
         UserError: as `files.decode_record` does.
     """
-    data = files.read_bytes(path)
+    data = files.read_bytes(path, files.TABLE_BYTES)
     if data is None:
         return None
     try:

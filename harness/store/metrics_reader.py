@@ -19,7 +19,6 @@ from pyarrow import csv
 from klab.grid import UserError
 from klab.harness.store import files
 
-_LARGEST = 1 << 30
 _COMMAS = bytes.maketrans(b":", b",")
 
 
@@ -53,11 +52,11 @@ def read_metric_columns(paths: Mapping[str, Path]) -> dict[str, MetricColumns]:
 
 def _intact_lines(path: Path) -> bytes:
     try:
-        data = files.read_bytes(path) or b""
+        data = files.read_bytes(path, files.LINES_BYTES) or b""
     except UserError:
         return b""
     data = data[: data.rfind(b"\n") + 1]
-    return data if len(data) < _LARGEST and files.line_checksums_match(data.split(b"\n")[:-1]) else b""
+    return data if files.line_checksums_match(data.split(b"\n")[:-1]) else b""
 
 
 def _layout(data: bytes) -> tuple[tuple[str, bool], ...] | None:

@@ -75,7 +75,7 @@ def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]
 def _stamp(path: str) -> list[int] | None:
     """What differs after any write to a file, and for any other file in its place; None when there is none."""
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -115,8 +115,8 @@ def have_changed(new: StepTimes, old: StepTimes) -> bool:
 
 def _tail(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with files.open_file(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _BYTES))
-            return file.read()
-    except OSError:
+            return file.read(_BYTES) or b""
+    except (OSError, UserError):
         return b""
