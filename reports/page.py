@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +55,7 @@ def render(
     *,
     metric: str = "reward_final",
     baseline: str | None = None,
+    only: Collection[str] | None = None,
     figures: bool = True,
     gradients: pd.DataFrame | None = None,
     progress: Progress | None = None,
@@ -66,6 +67,7 @@ def render(
         out: folder for the report; by default the first run's own ``report``.
         metric: the result that cells are ranked by, see `columns.RESULTS`.
         baseline: id of the cell to compare with, instead of the grid file's.
+        only: ids of the cells to report; None: all.
         figures: also write each figure as PDF, SVG and PNG.
         gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by
             default read from
@@ -82,7 +84,7 @@ def render(
     tell = progress or (lambda text: None)
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     tell("reading")
-    study = load_runs(listed, baseline=baseline)
+    study = load_runs(listed, baseline=baseline, only=only)
     folder = Path(out) if out is not None else _default_folder(study)
     gradients = gradients if gradients is not None else load_gradients(study)
     tell("comparing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,15 +84,23 @@ def load_run(path: str | Path, *, baseline: str | None = None, cache: bool = Tru
     return load_runs([path], baseline=baseline, cache=cache)
 
 
-def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache: bool = True) -> Study:
+def load_runs(
+    paths: Sequence[str | Path],
+    *,
+    baseline: str | None = None,
+    only: Collection[str] | None = None,
+    cache: bool = True,
+) -> Study:
     """The study of several run folders together; a cell that stands in two of them is taken from the first that
     finished it.
 
     Args:
         baseline: id (or a part of it) of a cell or configuration to compare with, instead of the grid file's.
+        only: ids of the cells to look at; None: all.
 
     Raises:
-        UserError: when a folder is not a run, is of another schema, or the baseline is not in it.
+        UserError: when a folder is not a run, is of another schema, or the baseline or every cell of ``only`` is not in
+            it.
     """
     if not paths:
         raise UserError("nothing to report: name at least one run folder")
@@ -102,8 +110,11 @@ def load_runs(paths: Sequence[str | Path], *, baseline: str | None = None, cache
     configurations: dict[str, Cell] = {}
     tables, notes = [], []
     for run, name, frames in zip(runs, names, parts, strict=True):
-        tables.append(_described(run, name, frames.cells, configurations))
+        chosen = frames.cells if only is None else frames.cells[frames.cells["cell"].isin(list(only))]
+        tables.append(_described(run, name, chosen, configurations))
     cells = pd.concat(tables, ignore_index=True)
+    if only is not None and cells.empty:
+        raise UserError("none of these cells is in the run", value=next(iter(only), ""))
     tasks = task_labels(configurations)
     cells["task"] = [tasks[group] for group in cells["group"]]
     cells, dropped = _unique(cells)
@@ -167,7 +178,7 @@ def _joined(
         frames = []
         for name, part in zip(names, parts, strict=True):
             frame: pd.DataFrame = getattr(part, kind)
-            if len(parts) > 1:
+            if len(parts) > 1 or len(cells) < len(part.cells):
                 frame = frame[frame["cell"].isin(cells.loc[cells["run"] == name, "cell"])].astype({"cell": "str"})
             frames.append(frame)
         joined = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]

@@ -110,17 +110,22 @@ def gradients(
         show(COLUMNS, [[row[column] for column in COLUMNS] for row in rows], "Against the gradient of E[R] − β·KL")
 
 
-def measure_run(run: Run, most: int) -> None:
-    """Measure a run's configurations for its report, unless that was done before or they are more than ``most``."""
-    if (run.report / "gradients.json").exists():
+def measure_run(run: Run, most: int, own_code: bool = False) -> None:
+    """Measure a run's configurations for its report, unless that was done before or they are more than ``most``.
+
+    Args:
+        own_code: measure those with the user's own functions too, which are imported and called.
+    """
+    if (run.report / "gradients.json").exists() and not own_code:
         return
     cells = _by_group([Cell.from_resolved(run.resolved(identity)) for identity in run.cells])
+    cells = {name: each for name, each in cells.items() if own_code or not each[0].is_custom}
     if not 0 < len(cells) <= most:
         return
     import torch
 
     torch.set_num_threads(1)
-    with user_code.searching(known=run.user_code()):
+    with user_code.searching(known=run.user_code() if own_code else None):
         rows = _survey_rows(
             {name: (objective, size) for name, (objective, size, _) in cells.items()}, 0, 3, 3, None, None, SAMPLES
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from klab.grid import UserError
-from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.gradients import measure_run
 from klab.harness.cli.table import console, show
 from klab.harness.cli.text import say, show_json
@@ -45,6 +45,12 @@ def report(
     gradients: Annotated[
         bool, typer.Option("--gradients/--no-gradients", help="Measure each configuration's gradient in the exact lab.")
     ] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure gradients also of cells with the user's own code, which is run.")
+    ] = False,
+    grid: Annotated[
+        str | None, typer.Option("--grid", metavar="GRID", help="Report only the cells of this grid file.")
+    ] = None,
     track: Annotated[
         list[str] | None, typer.Option("--track", help="Also send the curves to tensorboard or wandb; may be repeated.")
     ] = None,
@@ -60,8 +66,9 @@ def report(
     from klab.reports.tables import formatted
 
     paths = [run.path for run in opened]
+    only = None if grid is None else {cell.id for cell in grid_of(grid).cells}
     if form is not None:
-        study = load_runs(paths, baseline=baseline)
+        study = load_runs(paths, baseline=baseline, only=only)
         say(formatted([compare(study, task, metric) for task in study.tasks], form).rstrip("\n"))
         return
     from klab.reports.page import render
@@ -71,12 +78,13 @@ def report(
             status.update("report: measuring gradients")
             for run in opened:
                 with suppress(OSError):
-                    measure_run(run, MEASURED)
+                    measure_run(run, MEASURED, own_code=measure)
         page = render(
             paths,
             out,
             metric=metric,
             baseline=baseline,
+            only=only,
             figures=figures,
             progress=lambda text: status.update(f"report: {text}"),
         )
@@ -88,7 +96,7 @@ def report(
     if as_json:
         show_json({"page": str(page)})
         return
-    study = load_runs(paths, baseline=baseline)
+    study = load_runs(paths, baseline=baseline, only=only)
     for task in study.tasks:
         _show(compare(study, task, metric))
     for note in study.notes:

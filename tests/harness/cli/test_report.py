@@ -89,3 +89,31 @@ def test_watch_shows_curves_and_ends_when_nothing_runs(runs: Path, capsys: pytes
     assert _klab("watch", "other", "--runs", runs, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)[0]["reward_mean"]) == 4
     assert _klab("watch", "other", "--runs", runs) == 0
+
+
+def test_a_report_can_be_limited_to_the_cells_of_a_grid(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = QUICKSTART.replace("updates: 60", "updates: 10").replace("seeds: 5", "seeds: 2")
+    (tmp_path / "fewer.yaml").write_text(text)
+    words = ("report", "quick", "--runs", runs, "--out", tmp_path / "r", "--no-figures", "--no-gradients")
+    assert _klab(*words, "--grid", tmp_path / "fewer.yaml") == 0
+    out = capsys.readouterr().out
+    assert "2/2" in out
+    assert "3/3" not in out
+    (tmp_path / "none.yaml").write_text(text.replace("updates: 10", "updates: 11"))
+    assert _klab(*words, "--grid", tmp_path / "none.yaml") == 2
+    assert "none of these cells is in the run" in capsys.readouterr().err
+
+
+def test_a_report_runs_the_users_code_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "from pathlib import Path\nPath('imported').touch()\ndef soft(ratio, advantage): return ratio\n"
+    (tmp_path / "klab_test_report_weights.py").write_text(code)
+    axes = "axes: {weight: [ppo_clip, 'klab_test_report_weights:soft']}"
+    write_run(tmp_path / "own", f"name: own\ntask: {{name: addition}}\ntraining: {{updates: 4}}\nseeds: 2\n{axes}\n")
+    words = ("report", "own", "--runs", tmp_path, "--no-figures", "--json")
+    assert _klab(*words) == 0
+    assert not (tmp_path / "imported").exists()
+    assert _klab(*words, "--measure") == 0
+    assert (tmp_path / "imported").exists()
