@@ -29,6 +29,9 @@ DELTA = 0.05
 """Differences smaller than this count as none, unless `delta` says otherwise: five points of a reward in [0, 1]."""
 SHARES = (0.5, 0.35, 0.15)
 """How the error rate is divided between contrasts, effects and interactions where the design crosses axes."""
+ALONE = 0.9
+"""The share that several contrasts use where there is nothing else: the rest covers that their variances are shrunk. A
+single contrast is an exact test and uses all."""
 
 
 class Best(NamedTuple):
@@ -171,7 +174,8 @@ class _Inference:
         rows = self._rows("contrasts")
         if self.several:
             rows = np.concatenate([rows, self._rows("across")[changed]])
-        family = self._family(rows, ALPHA * (SHARES[0] if self.squares else 1.0))
+        share = SHARES[0] if self.squares else ALONE if len(rows) > 1 else 1.0
+        family = self._family(rows, ALPHA * share)
         table, across = (
             self._named(self.others),
             self._named(self._representatives(changed if self.several else changed[:0])),
