@@ -20,6 +20,7 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.rollouts import score_completions
+from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, is_padding, pack_micro_batches
@@ -44,6 +45,7 @@ class EvalSet:
     reference: Rollout | None
 
 
+@message_type
 @dataclass(frozen=True, slots=True)
 class EvalOutputs:
     """What some of a cell's prompts came to; M = prompts × `evaluation_samples`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ def _make_durable(folder: Path) -> None:
     files.sync_folder(folder)
 
 
-@cache
 def _provenance(processes: int) -> dict[str, Any]:
     hardware = {**machine.hardware(), "processes": processes, "threads": torch.get_num_threads()}
     return {"versions": machine.versions(), "hardware": hardware}

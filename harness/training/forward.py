@@ -11,6 +11,7 @@ from torch import Tensor
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
+from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.optim.critic import Critics
 from klab.harness.training.pack_settings import PackSettings
 
@@ -24,6 +25,7 @@ class Models:
     critics: Critics | None = None
 
 
+@message_type
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
     """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for

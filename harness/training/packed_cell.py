@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from klab.grid.cell import Cell
 from klab.grid.schema.training import STACKABLE
 from klab.harness.objective import axis_functions
 from klab.harness.policy.pretrained import GENERATION_CONFIG
-from klab.harness.training.data.prompts import chat_template, prompts_that_fit
+from klab.harness.training.data.prompts import PromptLengths, chat_template, prompts_that_fit
 from klab.harness.training.optim.schedule import RolloutSchedule
 from klab.tasks.task import Example, SplitName, Task
 
@@ -32,13 +32,16 @@ class CellFailure(Exception):
 class PackedCell:
     """A cell, its task, and the folder of its starting policy (which is also its reference policy).
 
-    ``now`` is the time, in seconds since 1970, that chat templates which print the date are given: the run's creation.
+    Attributes:
+        now: the time, in seconds since 1970, that chat templates which print the date are given: the run's creation.
+        prompt_lengths: shared by the cells of a call, so that the prompts of a task are measured once.
     """
 
     cell: Cell
     task: Task
     start: Path
     now: float | None = None
+    prompt_lengths: PromptLengths = field(default_factory=PromptLengths, compare=False, repr=False)
 
     @property
     def id(self) -> str:
@@ -63,8 +66,10 @@ class PackedCell:
         return "greedy_rewards" in axis_functions(self.cell.objective).needs
 
     def split(self, name: SplitName) -> Sequence[Example]:
-        """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.fitting`."""
-        return prompts_that_fit(self.task, name, self.cell, self.start, self.max_new_tokens, self.now)
+        """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.prompts_that_fit`."""
+        return prompts_that_fit(
+            self.task, name, self.cell, self.start, self.max_new_tokens, self.now, self.prompt_lengths
+        )
 
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.

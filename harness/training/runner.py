@@ -25,6 +25,7 @@ from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
 from klab.harness.training.data.overlong import check_overlong_buffer
+from klab.harness.training.data.prompts import PromptLengths
 from klab.harness.training.data.sampler_mismatch import check_sampler
 from klab.harness.training.distributed.commands import CommandChannel
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -90,6 +91,7 @@ def run_cells(
     runner = PackRunner(run, progress or (lambda _: None), stop or (lambda: False), channel)
     with configure_torch(threads), _shutting_down(channel):
         folders = {folder.id: folder for folder in map(run.cell, cell_ids)}
+        lengths = PromptLengths()
         waiting: dict[tuple[str, int], list[_Ready]] = {}
         for identity, folder in folders.items():
             with runner.isolate_failure(identity):
@@ -99,7 +101,7 @@ def run_cells(
                     continue
                 folder.clear_failure()
                 try:
-                    member, state = prepare_cell(run, folder, runner.report_warmup)
+                    member, state = prepare_cell(run, folder, runner.report_warmup, lengths)
                 except _StopRequested:
                     runner.states[identity] = "interrupted"
                     continue
@@ -131,12 +133,16 @@ class _StopRequested(Exception):
 
 
 def prepare_cell(
-    run: Run, folder: CellFolder, watch: Callable[[int, int, float], None] | None = None
+    run: Run,
+    folder: CellFolder,
+    watch: Callable[[int, int, float], None] | None = None,
+    lengths: PromptLengths | None = None,
 ) -> tuple[PackedCell, CellState | None]:
+    """Load a cell's task, make its initial policy unless the run has it, and read its checkpoint if there is one."""
     cell = folder.cell()
     task = load_task(cell.task)
     start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
-    member = PackedCell(cell, task, start, run.created)
+    member = PackedCell(cell, task, start, run.created, lengths or PromptLengths())
     check_overlong_buffer(member)
     check_sampler(member)
     return member, checkpoint.resume(folder, device())

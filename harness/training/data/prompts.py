@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from klab.harness.training.packed_cell import PackedCell
 
 _SHOWN = 60
-_lengths: dict[tuple[str, ...], list[int]] = {}
 
 
 def encode_prompts(policy: Policy, member: PackedCell, examples: Sequence[Example]) -> list[list[int]]:
@@ -46,8 +44,48 @@ def chat_template(cell: Cell) -> ChatTemplate:
     return chosen
 
 
+class PromptLengths:
+    """Token counts of prompts, measured once per task, split, tokenizer and template.
+
+    The cells of one call share an instance, so that a thousand cells of one task tokenize it once.
+    """
+
+    def __init__(self) -> None:
+        self._lengths: dict[tuple[str, ...], list[int]] = {}
+        self._tokenizers: dict[tuple[str, bool], PreTrainedTokenizerFast] = {}
+        self._contexts: dict[tuple[str, bool], int | None] = {}
+
+    def measure(
+        self, split: Sequence[Example], name: SplitName, cell: Cell, start: Path, now: float | None
+    ) -> list[int]:
+        """Tokens of every prompt of a split of the cell's task."""
+        chat = chat_template(cell)
+        key = (str(start), chat, name, cell.task.model_dump_json(), str(now))
+        if len(self._lengths.get(key, ())) != len(split):
+            model = (str(start), _trusted(cell))
+            if model not in self._tokenizers:
+                self._tokenizers[model] = read_tokenizer(*model)
+            tokenizer = self._tokenizers[model]
+            self._lengths[key] = [len(prompt_ids(tokenizer, example.prompt, chat, now)) for example in split]
+        return self._lengths[key]
+
+    def context(self, cell: Cell, start: Path) -> int | None:
+        """Positions that the model of a checkpoint has; None where its config does not say."""
+        model = (str(start), _trusted(cell))
+        if model not in self._contexts:
+            config = read_config(*model).get_text_config()
+            self._contexts[model] = getattr(config, "max_position_embeddings", None)
+        return self._contexts[model]
+
+
 def prompts_that_fit(
-    task: Task, name: SplitName, cell: Cell, start: Path, max_new_tokens: int, now: float | None = None
+    task: Task,
+    name: SplitName,
+    cell: Cell,
+    start: Path,
+    max_new_tokens: int,
+    now: float | None = None,
+    lengths: PromptLengths | None = None,
 ) -> Sequence[Example]:
     """A split of a cell's task without the prompts that are longer than `training.max_prompt_tokens`.
 
@@ -57,6 +95,7 @@ def prompts_that_fit(
     Args:
         start: the folder of the starting policy, whose tokenizer counts.
         now: the time that templates which print the date are given.
+        lengths: what has been measured before.
 
     Raises:
         UserError: no prompt is left; or one that is left would exceed the context with its completion.
@@ -64,40 +103,20 @@ def prompts_that_fit(
     split, limit = task.split(name), cell.training.max_prompt_tokens
     if limit is None and task.alphabet is not None:
         return split
-    lengths = _measured(split, name, cell, start, now)
-    kept = range(len(split)) if limit is None else [i for i, length in enumerate(lengths) if length <= limit]
+    known = lengths or PromptLengths()
+    tokens = known.measure(split, name, cell, start, now)
+    kept = range(len(split)) if limit is None else [i for i, length in enumerate(tokens) if length <= limit]
     if not kept:
         raise UserError(
-            f"every prompt of the split {name!r} is longer: the shortest has {min(lengths)} tokens",
+            f"every prompt of the split {name!r} is longer: the shortest has {min(tokens)} tokens",
             key="training.max_prompt_tokens",
             value=limit,
         )
-    context = _context(str(start), _trusted(cell))
-    longest = max(kept, key=lambda i: lengths[i])
-    if context is not None and lengths[longest] > context - max_new_tokens + 1:
-        raise _too_long(split[longest], lengths[longest], context, max_new_tokens)
+    context = known.context(cell, start)
+    longest = max(kept, key=lambda i: tokens[i])
+    if context is not None and tokens[longest] > context - max_new_tokens + 1:
+        raise _too_long(split[longest], tokens[longest], context, max_new_tokens)
     return split if len(kept) == len(split) else [split[i] for i in kept]
-
-
-def _measured(split: Sequence[Example], name: str, cell: Cell, start: Path, now: float | None) -> list[int]:
-    """Tokens of every prompt of a split; counted once for all cells of a process."""
-    chat = chat_template(cell)
-    key = (str(start), chat, name, cell.task.model_dump_json(), str(now))
-    if len(_lengths.get(key, ())) != len(split):
-        tokenizer = _tokenizer(str(start), _trusted(cell))
-        _lengths[key] = [len(prompt_ids(tokenizer, example.prompt, chat, now)) for example in split]
-    return _lengths[key]
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(start: str, trusted: bool) -> PreTrainedTokenizerFast:
-    return read_tokenizer(start, trusted)
-
-
-@lru_cache(maxsize=8)
-def _context(start: str, trusted: bool) -> int | None:
-    context: int | None = getattr(read_config(start, trusted).get_text_config(), "max_position_embeddings", None)
-    return context
 
 
 def _trusted(cell: Cell) -> bool:

@@ -14,6 +14,7 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.dynamic_sampling import SampledGroups, SamplingStats, fill, shortfall
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.sampler_mismatch import sample_function, sampling_policy
+from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
 from klab.harness.training.pack_settings import PackSettings
@@ -22,6 +23,9 @@ from klab.harness.training.runtime.rng import permutation, sample_indices
 from klab.harness.training.runtime.timeout import time_limit
 from klab.harness.training.runtime.timer import PhaseTimer
 from klab.tasks.task import Example, Score, Task
+
+message_type(Rollout)
+message_type(Score)
 
 
 @dataclass(slots=True)

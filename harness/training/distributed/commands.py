@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ START_PACK, FORGET_PACKS, EXIT = "begin", "end", "leave"
 """Orders that are no methods of a pack: begin one, forget them all, and do nothing more."""
 
 
+@message_type
 @dataclass(frozen=True, slots=True)
 class Command:
     """The next step: a method of pack number `pack`, or another word. `released`: packs that rank 0 has let go."""

@@ -8,17 +8,17 @@ place than the others, ends the job: it goes on from its checkpoints when it is 
 
 from __future__ import annotations
 
-import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from klab.harness.training.distributed.messages import ForgedMessage, decode, encode, message_type
 from klab.harness.training.packed_cell import CellFailure
 from klab.harness.training.runtime.oom import is_out_of_memory
 
@@ -42,6 +42,7 @@ class PropagatedCellFailure(PropagatedError, CellFailure):
     """One process could not go on with a cell of the pack, and all of them know."""
 
 
+@message_type
 @dataclass(frozen=True, slots=True)
 class _Failure:
     """An error on its way to the other processes. `position`: of the cell to blame, in the pack."""
@@ -59,9 +60,11 @@ class ProcessGroup:
     One process is a process_group of its own, and whatever it exchanges stays what it is.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, secret: bytes = b"") -> None:
         self.rank = rank
         self.size = size
+        self._secret = secret
+        self._exchanges = 0
         self._broken = False
 
     @property
@@ -91,10 +94,10 @@ class ProcessGroup:
             return [work()]
         error = None
         try:
-            message = pickle.dumps((name, _moved(work(), torch.device("cpu"))))
+            message = self._encode((name, work()))
         except Exception as problem:
-            error, message = problem, pickle.dumps((name, self._failure(problem)))
-        return [_moved(value, torch.device(device)) for value in self._meet(message, error)]
+            error, message = problem, self._encode((name, self._failure(problem)))
+        return self._exchange(message, error, device)
 
     def run_collectively(self, work: Callable[[], T], state: Callable[[], object] = lambda: None) -> T:
         """`work`, which all processes do at the same time, exchanging as they go.
@@ -170,9 +173,18 @@ class ProcessGroup:
         """Whether the processes lost one another, or an exchange was left before its end."""
         return self._broken
 
-    def _meet(self, message: bytes, error: Exception | None) -> list[Any]:
-        """One exchange of messages; raises in all processes where one of them is a failure."""
-        received = [pickle.loads(each) for each in self._gather(message)]
+    def _encode(self, value: Any) -> bytes:
+        return encode(value, self._secret, self.rank, self._exchanges)
+
+    def _exchange(self, message: bytes, error: Exception | None, device: torch.device | str = "cpu") -> list[Any]:
+        """Send a message to all processes and receive theirs; raises in all of them where one is a failure."""
+        number, self._exchanges = self._exchanges, self._exchanges + 1
+        try:
+            received = [
+                decode(each, self._secret, rank, number, device) for rank, each in enumerate(self._gather(message))
+            ]
+        except ForgedMessage as forged:
+            self._lost(str(forged))
         names, values = [name for name, _ in received], [value for _, value in received]
         failures = [value for value in values if isinstance(value, _Failure)]
         sound = {name for name, value in received if not isinstance(value, _Failure)}
@@ -185,7 +197,7 @@ class ProcessGroup:
 
     def _fail(self, error: Exception) -> NoReturn:
         """Tell the others, in the exchange in which they wait, that this process raised."""
-        self._meet(pickle.dumps(("an error", self._failure(error))), error)
+        self._exchange(self._encode(("an error", self._failure(error))), error)
         raise AssertionError("an exchange with a failure raises")
 
     def _failure(self, error: Exception) -> _Failure:
@@ -254,19 +266,3 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
                 bucket = []
             bucket.append(part)
         yield bucket
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """The value with all tensors in it on `device`, detached, and none of them a part of a larger one."""
-    if isinstance(value, Tensor):
-        moved = value.detach().to(device)
-        whole = moved.numel() * moved.element_size() == moved.untyped_storage().nbytes()
-        return moved if whole and moved.is_contiguous() else moved.clone(memory_format=torch.contiguous_format)
-    if is_dataclass(value) and not isinstance(value, type):
-        plain = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
-        return replace(value, **{name: _moved(part, device) for name, part in plain.items()})
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(part, device) for part in value)
-    if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
-    return value

@@ -1,8 +1,22 @@
-"""How the processes of a job find one another: rank 0 writes its address into a file, and the others go there."""
+"""How the processes of a job find one another: rank 0 writes address, port and a secret into a file that others read.
+
+The file can be read by its owner only (mode 0600) and is removed once all processes have joined. Rank 0 listens on one
+address alone: the loopback when all processes are on one machine, else that of the interface which `GLOO_SOCKET_IFNAME`
+names, else that of its host name. Processes prove that they know the secret, and sign all messages with it (see
+`messages.py`). Sums of gradients travel unsigned, as numbers: on a network that is not trusted, a cluster's own
+isolation of jobs has to protect them.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import hmac
+import json
 import os
+import secrets
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -20,15 +34,18 @@ RENDEZVOUS_SECONDS = 300.0
 """How long the processes of a job wait for one another at its start."""
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""How long a process waits in an exchange for those that live and do not come."""
+"""Timeout of a collective operation while all peers are alive."""
 
 LOOPBACK = "127.0.0.1"
+
+_SIOCGIFADDR = 0x8915
+"""Linux' request for an interface's IPv4 address (ioctls.h)."""
 
 
 def rendezvous(
     rank: int,
     size: int,
-    meeting: Path,
+    file: Path,
     *,
     device: torch.device,
     address: str = LOOPBACK,
@@ -37,7 +54,7 @@ def rendezvous(
     """Meet the other processes of the job; returns when all are there.
 
     Args:
-        meeting: a file that all of them see and no other job has; it exists while they meet.
+        file: all processes see it and no other job has it; it exists while they meet.
         device: where they train; gradients are summed by NCCL on GPUs and by Gloo on processors.
         address: where the others reach this process, if it is rank 0; `LOOPBACK`: all are on one machine.
         watch: called while rank 0 waits; may raise.
@@ -47,44 +64,92 @@ def rendezvous(
     """
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     if rank == 0:
-        store = _lead(size, meeting, address, deadline, watch)
+        store, address, secret = _listen(size, file, address, deadline, watch)
     else:
-        store, address = _follow(rank, size, meeting, deadline)
+        store, address, secret = _connect(rank, size, file, deadline)
     if address == LOOPBACK and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     if rank == 0:
-        meeting.unlink(missing_ok=True)
-    return ProcessGroup(rank, size)
+        file.unlink(missing_ok=True)
+    return ProcessGroup(rank, size, secret)
 
 
-def _lead(size: int, meeting: Path, address: str, deadline: float, watch: Callable[[], None]) -> Any:
-    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-    partial = meeting.with_name(meeting.name + ".partial")
-    partial.write_text(f"{address} {store.port}")
-    partial.rename(meeting)
+def _listen(size: int, file: Path, address: str, deadline: float, watch: Callable[[], None]) -> tuple[Any, str, bytes]:
+    listener = _bind(address)
+    address, port = listener.getsockname()[:2]
+    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    secret = secrets.token_bytes(32)
+    partial = file.with_name(file.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        json.dump({"address": address, "port": port, "secret": secret.hex()}, opened)
+    partial.rename(file)
     try:
         for rank in range(1, size):
-            while not store.check([f"process {rank}"]):
+            while not store.check([_key(rank)]):
                 watch()
                 if time.monotonic() > deadline:
                     raise ProcessGroupLost(
                         f"klab: process {rank} of {size} did not come within {RENDEZVOUS_SECONDS:.0f} s"
                     )
                 time.sleep(0.02)
+            if not hmac.compare_digest(store.get(_key(rank)).decode(), _proof(rank, secret)):
+                raise ProcessGroupLost(f"klab: what came as process {rank} of {size} does not know this job's secret")
     except BaseException:
-        meeting.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         raise
-    return store
+    return store, address, secret
 
 
-def _follow(rank: int, size: int, meeting: Path, deadline: float) -> tuple[Any, str]:
-    while not meeting.exists():
+def _connect(rank: int, size: int, file: Path, deadline: float) -> tuple[Any, str, bytes]:
+    while not file.exists():
         if time.monotonic() > deadline:
-            raise ProcessGroupLost(f"klab: process 0 of {size} did not come within {RENDEZVOUS_SECONDS:.0f} s")
+            raise _absent(0, size)
         time.sleep(0.02)
-    address, port = meeting.read_text().split()
-    store = TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
-    store.set(f"process {rank}", "is here")
-    return store, address
+    found = json.loads(file.read_text())
+    address, secret = found["address"], bytes.fromhex(found["secret"])
+    store = TCPStore(address, found["port"], is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
+    store.set(_key(rank), _proof(rank, secret))
+    return store, address, secret
+
+
+def _absent(rank: int, size: int) -> ProcessGroupLost:
+    return ProcessGroupLost(f"klab: process {rank} of {size} did not come within {RENDEZVOUS_SECONDS:.0f} s")
+
+
+def _bind(address: str) -> socket.socket:
+    """A socket that listens on a free port of one address."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    if address != LOOPBACK and interface and sys.platform == "linux":
+        address = _interface_address(interface)
+    family, _, _, _, where = min(
+        socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM), key=lambda found: found[0] != socket.AF_INET
+    )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind(where)
+    listener.listen(1024)
+    return listener
+
+
+def _interface_address(name: str) -> str:
+    """The IPv4 address of a network interface.
+
+    Raises:
+        ProcessGroupLost: where there is no such interface, or it has none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError as error:
+            raise ProcessGroupLost(f"klab: GLOO_SOCKET_IFNAME={name}: {error.strerror}") from error
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _key(rank: int) -> str:
+    return f"process {rank}"
+
+
+def _proof(rank: int, secret: bytes) -> str:
+    return hashlib.blake2b(_key(rank).encode(), key=secret).hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 from klab.harness.store import Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
+from klab.harness.training.data.prompts import PromptLengths
 from klab.harness.training.distributed.commands import EXIT, FORGET_PACKS, START_PACK, CommandChannel
 from klab.harness.training.distributed.process_group import ProcessGroup, PropagatedError
 from klab.harness.training.pack import Pack, device
@@ -67,10 +68,10 @@ def _start_copy(channel: CommandChannel, run: Run, members: Sequence[tuple[str, 
     """This process's copy of the pack that rank 0 begins, from the same files."""
 
     def made() -> Pack:
-        built = []
+        built, lengths = [], PromptLengths()
         for identity, start in members:
             cell = run.cell(identity).cell()
-            built.append(PackedCell(cell, load_task(cell.task), Path(start), run.created))
+            built.append(PackedCell(cell, load_task(cell.task), Path(start), run.created, lengths))
         if update is None:
             return Pack(built, channel)
         states = [checkpoint.read(run.cell(m.id).checkpoint / checkpoint.FILE, m.id, device()) for m in built]
