@@ -285,7 +285,13 @@ _ADVANTAGE = _axis(
         "Li et al. 2023 (ReMax)",
         needs=("greedy_rewards",),
     ),
-    Value("length_baseline", "r − Σ H·R / Σ H", "", "Hao et al. 2025 (OPO)", statistics="group"),
+    Value(
+        "length_baseline",
+        "r − Σ H·r_τ / Σ H",
+        "r_τ: a trajectory's return",
+        "Hao et al. 2025 (OPO)",
+        statistics="group",
+    ),
     Value(
         "gae",
         "Σ_{i≥j} (γλ)^{i−j}·(reward_i + γ·V_{i+1} − V_i)",

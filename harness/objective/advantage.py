@@ -145,10 +145,10 @@ def greedy_baseline(returns: Returns, *, greedy_rewards: Float[Tensor, " N"]) ->
 
 @ADVANTAGES.register("length_baseline")
 def length_baseline(returns: Returns) -> Float[Tensor, "N T"]:
-    """r − Σ H·R / Σ H over the group (OPO, Hao et al. 2025)."""
+    """r − Σ H·r_τ / Σ H over the group, r_τ a trajectory's return, KL in the reward included (OPO, Hao et al. 2025)."""
     weight = lengths(returns.mask).to(returns.returns.dtype)
-    anchor, _ = returns.group_mean_and_std(returns.rewards[:, None], returns.has_tokens)
-    shares = torch.cat([masked(weight * (returns.rewards[:, None] - anchor), returns.has_tokens), weight], 1)
+    anchor, _ = returns.group_mean_and_std(returns.trajectory_returns, returns.has_tokens)
+    shares = torch.cat([masked(weight * (returns.trajectory_returns - anchor), returns.has_tokens), weight], 1)
     sums = returns.groups.to_rows(returns.groups.to_groups(shares).sum(1))
     return returns.returns - (anchor + sums[:, :1] / sums[:, 1:].clamp(min=1))
 

@@ -34,7 +34,7 @@ from klab.harness.objective.metrics import TokenStats, update_metrics
 from klab.harness.objective.placement import PLACEMENTS, Placement
 from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
-from klab.harness.objective.weight import SOLVERS, WEIGHTS
+from klab.harness.objective.weight import SOLVERS, WEIGHTS, zero_preserving_product
 
 PATHS = Registry("path")
 
@@ -265,9 +265,9 @@ def _terms(
     kappa = masked(batch.logp - batch.logp_reference, mask)
     rho = log_rho.detach().exp()
     weight = functions.weight(rho, advantages, **context.solved).detach()
-    factor = weight if batch.correction is None else weight * batch.correction.detach()
+    factor = weight if batch.correction is None else zero_preserving_product(weight, batch.correction.detach())
     logp = kappa if functions.placement.log_ratio_surrogate else masked(batch.logp, mask)
-    surrogate = masked(factor * advantages * functions.path(logp, log_rho), mask)
+    surrogate = masked(zero_preserving_product(factor, advantages) * functions.path(logp, log_rho), mask)
     policy_loss = -functions.aggregation(surrogate, mask, context.totals)
     if functions.placement.loss is None:
         kl_loss = torch.zeros_like(policy_loss)

@@ -21,6 +21,12 @@ _ROUNDS, _CUTS = 11, 8
 """Rounds of the search for `adaptive`, and how many parts each divides the bracket into: 8^-11 ≈ 1e-10."""
 
 
+def zero_preserving_product(left: Float[Tensor, "N T"], right: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """left·right, and 0 where either is 0: a token without advantage, or whose weight vanishes, moves nothing, also
+    where ρ overflows to infinity."""
+    return torch.where((left == 0) | (right == 0), 0.0, left * right)
+
+
 @WEIGHTS.register("one")
 def constant_one(ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """1: no importance weight."""
@@ -98,7 +104,7 @@ def sigmoid(
 ) -> Float[Tensor, "N T"]:
     """4ρ·p(1−p) with p = σ(τ(ρ−1)), τ = τ_pos where A > 0, else τ_neg (SAPO, Gao et al. 2025)."""
     gate = torch.sigmoid(torch.where(advantage > 0, tau_pos * (ratio - 1), tau_neg * (ratio - 1)))
-    return 4 * ratio * gate * (1 - gate)
+    return zero_preserving_product(4 * ratio, gate * (1 - gate))
 
 
 @WEIGHTS.register("adaptive")

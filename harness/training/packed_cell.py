@@ -66,7 +66,7 @@ class PackedCell:
         return "greedy_rewards" in axis_functions(self.cell.objective).needs
 
     def split(self, name: SplitName) -> Sequence[Example]:
-        """The examples of the task whose prompts are not too long; see `klab.harness.training.data.prompts.prompts_that_fit`."""
+        """The examples of the task whose prompts are not too long; see `data.prompts.prompts_that_fit`."""
         return prompts_that_fit(
             self.task, name, self.cell, self.start, self.max_new_tokens, self.now, self.prompt_lengths
         )

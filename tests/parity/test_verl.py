@@ -139,8 +139,8 @@ def in_reward(estimator: str, placement: str, advantage: Any, **values: Any) -> 
 @pytest.mark.parametrize(("estimator", "theirs"), {"k1": "kl", "k2": "mse", "k3": "low_var_kl", "abs": "abs"}.items())
 @pytest.mark.parametrize(
     ("advantage", "name"),
-    [(GROUP_NORM, "grpo"), ("leave_one_out", "rloo"), ("greedy_baseline", "remax")],
-    ids=["grpo", "rloo", "remax"],
+    [(GROUP_NORM, "grpo"), ("leave_one_out", "rloo"), ("greedy_baseline", "remax"), ("length_baseline", "opo")],
+    ids=["grpo", "rloo", "remax", "opo"],
 )
 def test_kl_in_the_reward(advantage: Any, name: str, estimator: str, theirs: str) -> None:
     data = probe(drift=0.3)

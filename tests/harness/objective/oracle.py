@@ -189,7 +189,7 @@ def _advantage(o: Any, ts: list[Trajectory], returns: list[list[float]], mates: 
         case "greedy_baseline":
             return r - t.greedy
         case "length_baseline":
-            return r - sum(ts[m].length * ts[m].reward for m in mates) / sum(ts[m].length for m in mates)
+            return r - sum(ts[m].length * returns[m][0] for m in mates) / sum(ts[m].length for m in mates)
         case "gae":
             return 0.0
     raise AssertionError(o.advantage)
