@@ -1,6 +1,6 @@
 """What is compared: the axes of the objective, cells, and the grid files that enumerate them.
 
-Names are imported when they are first asked for: looking at a run needs none of the models of a grid file.
+Names are imported on first use, so that reading a finished run does not load the models of a grid file.
 """
 
 from typing import TYPE_CHECKING

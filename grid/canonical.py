@@ -1,8 +1,8 @@
-"""Which axes and parameters of an objective act on the gradient, and which are written but idle.
+"""The canonical form of an objective: the axes and parameters that act on the gradient, without those that are idle.
 
-Only facts that follow from the formulas alone are used here (no measurement): for example the ratio is idle where the
-weight is 1 and nothing else contains it. Equalities that need algebra between values (k2 in the loss = k1 in the
-advantage) are found by measurement, in `klab.harness.exact.equivalence`.
+Only facts that follow from the formulas are used here: for example the ratio is idle where the weight is 1 and nothing
+else contains it. Equalities between different values (k2 in the loss = k1 in the advantage) are found by comparing
+gradients, in `klab.harness.exact.equivalence`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ _WITH_RATIO = ("loss_reweighted", "loss_corrected")
 
 @dataclass(frozen=True, slots=True)
 class CanonicalForm:
-    """``canonical``: the active settings; ``idle``: why each other axis or parameter in use does not act."""
+    """Which settings of an objective act.
+
+    Attributes:
+        canonical: the active axes and, as ``axis.parameter``, their parameters; equal for equal algorithms.
+        idle: the other settings, each with the reason why it has no effect.
+    """
 
     canonical: dict[str, Any]
     idle: dict[str, str]
 
 
 def keeps_unit_ratio(weight: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether w(ρ = 1) = 1: true of every built-in weight but a mask that excludes 1."""
+    """Whether w = 1 where ρ = 1: true of every built-in weight except a mask that excludes 1."""
     if names_user_code(weight):
         return False
     return weight != "mask" or arguments["low"] <= 1.0 <= arguments["high"]
@@ -38,7 +43,7 @@ def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, A
     Args:
         axes: the chosen value of every axis.
         arguments: the resolved parameters of each chosen value, by axis.
-        on_policy: every ratio is 1 by the training schedule.
+        on_policy: whether the training schedule makes every ratio 1.
     """
     value = dict(axes)
     kept = {axis: dict(parameters) for axis, parameters in arguments.items()}

@@ -23,15 +23,18 @@ from klab.grid.schema.sections import (
 )
 
 ID_VERSION = 2
-"""Version of the id algorithm; part of what is hashed, raised whenever the same cell would get another id."""
+"""Version of the id algorithm, part of what is hashed; raised whenever the same cell would get another id."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the study with a seed.
+    """One configuration of a study with one seed.
 
-    ``algorithm`` is the named algorithm that the objective came from; ``spellings`` are the written forms that this
-    cell stands for, when several have the same canonical form. Neither is part of the cell's identity.
+    Attributes:
+        objective, task, policy, training, seed: what is trained; together the cell's identity.
+        algorithm: the named algorithm that the objective came from, if any; no part of the identity.
+        spellings: how the grid file wrote this cell, several ways where they have one canonical form; no part of the
+            identity.
     """
 
     objective: Objective
@@ -44,7 +47,7 @@ class Cell:
 
     @cached_property
     def group(self) -> str:
-        """The id without the seed: the cells of a group are repetitions of one configuration."""
+        """The id without the seed: cells of one group are repetitions of one configuration."""
         return self._named(hashlib.sha256(self.identity.encode()))
 
     @cached_property
@@ -54,7 +57,7 @@ class Cell:
 
     @property
     def identity(self) -> str:
-        """What ids are hashes of, the seed apart: version, active settings and sections, as JSON."""
+        """The text that ids are hashes of, apart from the seed: id version, active settings and sections, as JSON."""
         objective = _objective_json(self.objective, self.training.on_policy)
         return f"[{ID_VERSION},{objective},{_sections_json(self.task, self.policy, self.training)}]"
 
@@ -66,7 +69,7 @@ class Cell:
             seeded = digest.copy()
             seeded.update(f"@{seed}".encode())
             cell = replace(self, seed=seed)
-            cell.__dict__.update(id=self._named(seeded, seed), group=self.group)  # what the properties would find
+            cell.__dict__.update(id=self._named(seeded, seed), group=self.group)  # fills the cached properties
             cells.append(cell)
         return cells
 
@@ -75,7 +78,7 @@ class Cell:
         return f"{readable}{'' if seed is None else f'-s{seed}'}-{digest.hexdigest()[:8]}"
 
     def canonical(self) -> dict[str, Any]:
-        """Everything that can change a number of this cell: active settings only, defaults resolved."""
+        """Everything that can change a number of this cell: active settings only, with defaults filled in."""
         return {
             "objective": self.objective.canonical(self.training.on_policy),
             "task": self.task.model_dump(mode="json"),

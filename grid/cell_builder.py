@@ -1,4 +1,4 @@
-"""From written variants to cells: algorithms filled in, parameters that do not apply dropped, idle settings noticed."""
+"""From variants to cells: fills in named algorithms, drops parameters that do not apply, reports idle settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from klab.grid.schema.sections import Section, TrainingSection, load_section
 from klab.grid.user_code import names_user_code
 from klab.grid.variant import Variant
 
-_UNUSED = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
-"""What a training setting is set to where it does nothing."""
+_TRAINING_DEFAULTS = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
+"""Defaults of the training section: what a setting without effect is replaced by, so that ids do not depend on it."""
 
 NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
-"""Values that say that nothing happens: where the axis is idle, they are true rather than silent no-ops."""
+"""Values that mean "nothing": writing one on an axis that is idle anyway is correct, not a setting without effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """What a written objective section means."""
+    """A written objective section, and the objective that it describes."""
 
     written: Mapping[str, Any]
     algorithm: str | None
@@ -32,7 +32,8 @@ class _Chosen:
 
 
 class CellBuilder:
-    """Builds the cells of one grid file, each distinct section once, and keeps account of what acts anywhere."""
+    """Builds the cells of one grid file, validating each distinct section once, and records which settings act in some
+    cell."""
 
     def __init__(self) -> None:
         self._sections: dict[str, Section] = {}
@@ -46,7 +47,7 @@ class CellBuilder:
         self._accounted: set[tuple[int, bool]] = set()
 
     def cell(self, variant: Variant, seed: int, count: bool = True) -> Cell:
-        """The cell of a variant; with ``count``, its settings enter the account of `refuse_idle`."""
+        """The cell of a variant; with ``count``, `refuse_idle` takes its settings into account."""
         task = self._section("task", variant.sections["task"])
         policy = self._section("policy", variant.sections["policy"])
         chosen = self._objective(variant.sections["objective"])
@@ -55,7 +56,9 @@ class CellBuilder:
         if count:
             self._account(chosen, training.on_policy)
             self._account_training(variant.sections["training"], idle)
-        written = {name: _UNUSED[name] for name in idle if getattr(training, name) != _UNUSED[name]}
+        written = {
+            name: _TRAINING_DEFAULTS[name] for name in idle if getattr(training, name) != _TRAINING_DEFAULTS[name]
+        }
         if written:
             training = training.model_copy(update=written)
         spellings = (variant.spelling,)
@@ -80,11 +83,13 @@ class CellBuilder:
         return {**self._settings[chosen.objective], "algorithm": variant.sections["objective"].get("algorithm")}
 
     def refuse_idle(self) -> None:
-        """Raises UserError when a written setting acts in no cell at all: a silent no-op."""
+        """Raises UserError when a written setting has an effect in none of the cells built so far."""
         for key, reason in self._reasons.items():
             if key not in self._acting:
                 raise UserError(
-                    f"acts in no cell of this grid: {reason}", key=key, hint="Remove it, or change what makes it idle."
+                    f"has no effect in any cell of this grid: {reason}.",
+                    key=key,
+                    hint="Remove it, or change what makes it idle.",
                 )
 
     def _section(self, kind: str, given: Mapping[str, Any]) -> Section:
@@ -101,7 +106,7 @@ class CellBuilder:
         return self._section("training", self._written_training(variant, algorithm))  # type: ignore[return-value]
 
     def _written_training(self, variant: Variant, algorithm: str | None) -> Mapping[str, Any]:
-        """The written training settings, on top of those that belong to the named algorithm."""
+        """The training settings of the named algorithm, overridden by the written ones."""
         written = variant.sections["training"]
         own = load_algorithm(algorithm).training if algorithm else {}
         if algorithm and own:
@@ -154,7 +159,7 @@ class CellBuilder:
 
 
 def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:
-    """Training settings that do nothing beside this objective, and why."""
+    """Training settings that have no effect with this objective, and why."""
     idle = {}
     if training.equal_groups != "refill":
         idle["refill_rounds"] = "only equal_groups: refill draws again"
@@ -174,7 +179,7 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
 
 
 def _layers(section: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The named algorithm of an objective section, and its settings with the written ones on top."""
+    """The named algorithm of an objective section, and its settings overridden by the written ones."""
     written = dict(section)
     named = written.pop("algorithm", None)
     if named is None:
@@ -192,7 +197,7 @@ def _layers(section: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _applicable(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without the parameters that no chosen value uses, validated all the same."""
+    """The settings without the parameters that no chosen value uses; those are validated, too."""
     chosen = {axis: split_value(axis, written.get(axis, AXES[axis].default)) for axis in AXES}
     used = {name for axis, (value, _) in chosen.items() for name in value_of(axis, value).parameters}
     own = {name for _, extra in chosen.values() for name in extra}

@@ -1,4 +1,4 @@
-"""The one exception for the user's mistakes."""
+"""`UserError`: the one exception for what the user can put right."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def nearest(word: Any, allowed: Iterable[str]) -> str | None:
 
 
 class UserError(ValueError):
-    """Something that the user can put right: one message with the file, the key, the value, and what would be valid.
+    """An error in a grid file, an argument or the environment, in one message that says what would be valid.
 
     Args:
         problem: what is wrong, in one clause.
-        file: the file in which it stands.
+        file: the file that contains it.
         key: the dotted key, for example ``axes.weight``.
         value: the offending value; shown as written.
         allowed: the valid values or keys; the nearest one is named.
@@ -51,7 +51,7 @@ class UserError(ValueError):
         super().__init__(str(self))
 
     def with_location(self, *, file: Any = None, prefix: str | None = None) -> UserError:
-        """The same mistake, placed in ``file`` and under the key ``prefix`` where it did not say so itself."""
+        """The same error with ``prefix`` before its key, and ``file`` where it names none."""
         key = self.key
         if prefix:
             key = f"{prefix}.{key}" if key else prefix

@@ -1,4 +1,4 @@
-"""From axes to variants: the designs product, one_at_a_time, zip and list, and exclude rules."""
+"""The designs of a grid file (product, one_at_a_time, zip, list) and its exclude rules: from axes to variants."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Settings = Callable[[Variant, str], Mapping[str, Any]]
 """A variant's settings in one section, as exclude rules see them."""
 
 DESIGNS = ("product", "one_at_a_time", "zip", "list")
-LARGEST = 1_000_000
+MAX_VARIANTS = 1_000_000
 
 
 def expand(
     baseline: Variant, data: Mapping[str, Any], settings: Settings
 ) -> tuple[list[Variant], dict[str, tuple[Any, ...]]]:
-    """All variants of the design that no exclude rule removes, and the written values of every varied field.
+    """The variants of the design without the excluded ones, and the written values of every varied field.
 
     Args:
         baseline: the unchanged configuration.
@@ -51,9 +51,7 @@ def expand(
         if identity in seen:
             if design == "one_at_a_time" and not variant.changes:
                 continue
-            raise UserError(
-                "this cell stands twice", key="cells" if design == "list" else "axes", value=variant.spelling
-            )
+            raise UserError("duplicate cell", key="cells" if design == "list" else "axes", value=variant.spelling)
         seen.add(identity)
         variants.append(variant)
     kept = _excluded(variants, data.get("exclude", []), settings)
@@ -69,10 +67,10 @@ def _axes(axes: object) -> dict[str, tuple[Any, ...]]:
         if not isinstance(values, list):
             raise UserError("not a list of values", key=f"axes.{key}", value=values)
         if not values:
-            raise UserError("has no values", key=f"axes.{key}", value=values)
+            raise UserError("needs at least one value", key=f"axes.{key}", value=values)
         for index, value in enumerate(values):
             if any(value == other and type(value) is type(other) for other in values[:index]):
-                raise UserError("this value stands twice", key=f"axes.{key}", value=value)
+                raise UserError("duplicate value", key=f"axes.{key}", value=value)
         result[key] = tuple(values)
     return result
 
@@ -92,8 +90,8 @@ def _designed(design: str, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[list
     size = 1
     for values in axes.values():
         size *= len(values)
-    if size > LARGEST:
-        raise UserError(f"the product has {size} variants; at most {LARGEST} are allowed", key="axes")
+    if size > MAX_VARIANTS:
+        raise UserError(f"the product has {size} cells; at most {MAX_VARIANTS} are allowed", key="axes")
     yield from ([*zip(axes, values, strict=True)] for values in itertools.product(*axes.values()))
 
 

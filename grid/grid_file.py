@@ -1,4 +1,4 @@
-"""The grid file: one YAML document that enumerates cells."""
+"""The grid file: one YAML document that describes a study, read into a `Grid` of cells."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ _NAME_LIMIT = 80
 
 @dataclass(frozen=True)
 class Equality:
-    """Cells that proved to be the same algorithm: the one that runs, those that it stands for, and all their groups."""
+    """Cells that were found to be the same algorithm, by their ids.
+
+    Attributes:
+        runs: the cell that is trained.
+        merged: the cells that it stands for.
+        groups: the groups of all of them.
+    """
 
     runs: str
     merged: tuple[str, ...]
@@ -48,11 +54,14 @@ class Equality:
 
 @dataclass(frozen=True)
 class Grid:
-    """A study: its cells in a deterministic order, and what is needed to run and to report them.
+    """A study: its cells, and what is needed to run and to report them.
 
-    ``axes`` maps each varied field (dotted) to its written values; ``baseline`` is the group of the cell without
-    changes, when that cell is part of the study; ``text`` is the file as given; ``equalities`` are the cells that were
-    merged because their gradients are equal (see `klab.harness.dispatch.merging`).
+    Attributes:
+        cells: in a deterministic order.
+        axes: each varied field by its dotted key, with its values as written.
+        baseline: the group of the configuration without changes; None where the study does not contain it.
+        file, text: where the grid file is, and what it says.
+        equalities: cells that were merged because their gradients are equal (`klab.harness.dispatch.merging`).
     """
 
     name: str
@@ -74,7 +83,7 @@ class Grid:
         return tuple(dict.fromkeys(cell.group for cell in self.cells))
 
     def cell(self, identity: str) -> Cell:
-        """The cell with this id, or the only one whose id has this part.
+        """The cell with this id, or the only one whose id contains it.
 
         Raises:
             UserError: when there is none, or more than one.
@@ -98,7 +107,7 @@ def load_grid(path: str | Path) -> Grid:
 
 
 def parse_grid(text: str, file: str | Path) -> Grid:
-    """The grid that a file's text describes; ``file`` is named in mistakes."""
+    """The grid that a file's text describes; ``file`` is named in errors."""
     data = parse_yaml(text, file)
     try:
         return _grid(data, str(file), text)
@@ -150,7 +159,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
 def _with_seeds(
     first: Mapping[str, Cell], spellings: Mapping[str, Mapping[str, None]], seeds: Sequence[int]
 ) -> dict[str, Cell]:
-    """Every configuration with all its spellings and every seed, from the cells of the first one."""
+    """The cells of every seed, with all spellings, from the cells of the first seed."""
     cells: dict[str, Cell] = {}
     for identity, cell in first.items():
         words = spellings[identity]
@@ -164,7 +173,7 @@ def _with_seeds(
 
 
 def _baseline(builder: CellBuilder, variant: Variant, cells: Iterable[Cell]) -> str | None:
-    """The group of the unchanged configuration, when some spelling of it is part of the study."""
+    """The group of the baseline configuration where some cell has it, in whatever spelling."""
     try:
         group = builder.cell(variant, 0, count=False).group
     except UserError:
@@ -179,14 +188,14 @@ def _name(name: object) -> str:
         raise UserError("missing: the study needs a name", key="name", value=name)
     allowed = all(letter.isalnum() or letter in "-_." for letter in name)
     if not allowed or name.startswith(".") or len(name) > _NAME_LIMIT:
-        raise UserError("becomes a folder: letters, digits, '-', '_' and '.' only", key="name", value=name)
+        raise UserError("is a folder's name: letters, digits, '-', '_' and '.' only", key="name", value=name)
     return name
 
 
 def _seeds(seeds: object) -> tuple[int, ...]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         if not 1 <= seeds <= 100_000:
-            raise UserError("a count of at least 1, or a list of seeds", key="seeds", value=seeds)
+            raise UserError("not a count of at least 1 or a list of seeds", key="seeds", value=seeds)
         return tuple(range(seeds))
     if (
         isinstance(seeds, list)
@@ -194,11 +203,11 @@ def _seeds(seeds: object) -> tuple[int, ...]:
         and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
     ):
         if len(set(seeds)) < len(seeds):
-            raise UserError("a seed stands twice", key="seeds", value=seeds)
+            raise UserError("duplicate seed", key="seeds", value=seeds)
         if min(seeds) < 0 or max(seeds) >= 2**63:
             raise UserError("seeds are whole numbers from 0 to 2^63 − 1", key="seeds", value=seeds)
         return tuple(seeds)
-    raise UserError("a count of at least 1, or a list of seeds", key="seeds", value=seeds)
+    raise UserError("not a count of at least 1 or a list of seeds", key="seeds", value=seeds)
 
 
 def _track(track: object) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One point on the axes of the objective, frozen and validated."""
+"""The objective: one value on each axis with its parameters, validated and frozen."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Objective:
 
     >>> Objective(weight="power", q=0.25).arguments("weight")
     {'q': 0.25}
+
+    Not a pydantic model: which parameters exist depends on the values chosen, so a model would only wrap this code, and
+    constructing one takes 1.5 to 1.8 times as long (20,000 objectives: 4.9 s instead of 2.7 s).
 
     Raises:
         UserError: for an unknown axis, value or parameter, a value out of range, or a parameter that no value uses.
@@ -117,11 +120,11 @@ class Objective:
 
     @property
     def is_custom(self) -> bool:
-        """Whether some axis value is the user's own function, about which nothing is assumed."""
+        """Whether some axis value is the user's own function, about which klab assumes nothing."""
         return any(names_user_code(getattr(self, axis)) for axis in AXES)
 
     def canonical_form(self, on_policy: bool = False) -> CanonicalForm:
-        """What of this objective is active, and why the rest is not (see `klab.grid.canonical`)."""
+        """Which settings act, and why the others have no effect (see `klab.grid.canonical`)."""
         if on_policy not in self._forms:
             self._forms[on_policy] = canonicalize(
                 {axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy
@@ -129,7 +132,7 @@ class Objective:
         return self._forms[on_policy]
 
     def canonical(self, on_policy: bool = False) -> dict[str, Any]:
-        """Active axes and parameters only; objectives with equal canonical forms are the same algorithm.
+        """The active axes and parameters; objectives with equal canonical forms are the same algorithm.
 
         Args:
             on_policy: the training schedule makes every ratio 1 (one update per rollout, no lag).
@@ -161,7 +164,7 @@ def _rebuild(settings: dict[str, Any]) -> Objective:
 
 
 def split_value(axis: str, written: object) -> tuple[str, dict[str, Any]]:
-    """An axis value as written, ``name`` or ``{name: …, parameter: …}``, as its name and its parameters.
+    """The name and the parameters of an axis value as written: ``name`` or ``{name: …, parameter: …}``.
 
     Raises:
         UserError: for an unknown value, or a parameter that the value does not have.

@@ -1,4 +1,4 @@
-"""One configuration as it is written: four sections, and how they differ from the baseline."""
+"""A variant: one configuration as the grid file writes it, before validation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = tuple[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The written settings of one configuration: the four sections, and how it differs from the baseline."""
+    """One configuration as written: the four sections, and its changes from the baseline as ``key=value``."""
 
     sections: Mapping[str, Mapping[str, Any]]
     changes: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Variant:
 
     @property
     def spelling(self) -> str:
-        """The changes as one line, as a person would write them."""
+        """The changes in one line; `baseline` where there are none."""
         return ", ".join(self.changes) or "baseline"
 
 
@@ -60,10 +60,10 @@ class VariantFactory:
         }
 
     def variant(self, changes: Iterable[Change]) -> Variant:
-        """The baseline with some dotted fields set; a change to the written value is no change.
+        """The baseline with some dotted fields set. A field set to the value it already has is not a change.
 
         Raises:
-            UserError: for a key that means nothing, or a section that is not a mapping.
+            UserError: for an unknown key, or a section that is not a mapping.
         """
         sections = dict(self._baseline.sections)
         words = []
@@ -89,7 +89,7 @@ class VariantFactory:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One field of a section set to a value. `before` and `value` are kept so that their ids stay theirs."""
+    """A section before and after one field is set. References to `before` and `value` keep their ids unique."""
 
     before: Mapping[str, Any]
     value: Any
@@ -99,10 +99,10 @@ class _Step:
 
 @lru_cache(maxsize=4096)
 def split_key(key: str) -> tuple[str, str | None]:
-    """Which section and field a dotted axis key means; None stands for the whole section.
+    """The section and the field that a dotted key names; None stands for the whole section.
 
     Raises:
-        UserError: for a key that means nothing.
+        UserError: for an unknown key.
     """
     if key in _OBJECTIVE_KEYS:
         return "objective", key
@@ -126,7 +126,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 
 def format_value(value: Any) -> str:
-    """An axis value in few characters, for labels and tables."""
+    """An axis value in short, for labels and tables: ``power(q=0.5)``."""
     if isinstance(value, Mapping):
         rest = ", ".join(f"{key}={format_value(item)}" for key, item in value.items() if key != "name")
         return f"{value['name']}({rest})" if "name" in value and rest else str(value.get("name", rest))
@@ -147,7 +147,7 @@ def as_mapping(key: str, value: object) -> Mapping[str, Any]:
 
 
 def _with(section: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
-    """A section with one field set; a dotted field reaches into the section inside it (`critic.lr`)."""
+    """A section with one field set; a dotted field is set in the nested section (`critic.lr`)."""
     name, _, rest = field.partition(".")
     if not rest:
         return {**section, name: value}

@@ -1,4 +1,4 @@
-"""Named algorithms: points on the axes, one short YAML each, constants traced to the paper or the released code."""
+"""Named algorithms: one short YAML each, with constants traced to the paper or the released code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ _KEYS = ("title", "source", "objective", "training", "constants", "note")
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A published algorithm: its settings, where its constants come from, and what the axes cannot say about it.
+    """A published algorithm.
 
-    ``training`` holds the settings of the training section that are part of the algorithm (a critic, dynamic sampling);
-    what a grid file writes goes before them.
+    Attributes:
+        name, title: its key in grid files, and its name in print.
+        source: citations, by the labels of `klab.grid.sources`.
+        objective: axis values and parameters.
+        training: training settings that belong to it (a critic, dynamic sampling); the grid file's override them.
+        constants: where each constant comes from.
+        note: what differs from the source.
     """
 
     name: str

@@ -35,7 +35,7 @@ Minutes = Annotated[int, Field(ge=1), BeforeValidator(_whole_minutes)]
 
 
 class Section(BaseModel):
-    """A part of a cell's configuration. Frozen and hashable; unknown keys are mistakes."""
+    """A section of a grid file. Frozen and hashable; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 

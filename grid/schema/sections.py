@@ -1,4 +1,4 @@
-"""The sections of a grid file beside the objective, each a frozen, validated model."""
+"""Loading and checking the sections of a grid file other than the objective; and the `resources` section."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def load_section(kind: str, given: object) -> Section:
 
     Args:
         kind: ``task``, ``policy``, ``training`` or ``resources``.
-        given: what stands in the grid file.
+        given: what the grid file contains.
 
     Raises:
         UserError: naming the key, the value, and the nearest valid one.
@@ -263,10 +263,10 @@ def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
 def _check_critic(critic: Critic) -> None:
     if critic.kind == "model" and critic.coefficient != Critic().coefficient:
         raise UserError(
-            "does nothing to a critic that is trained apart",
+            "has no effect on a critic of kind 'model'",
             key="training.critic.coefficient",
             value=critic.coefficient,
-            hint="Its steps are set by training.critic.lr; or choose kind: head.",
+            hint="Its step size is training.critic.lr; or choose kind: head.",
         )
 
 

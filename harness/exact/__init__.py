@@ -1,6 +1,6 @@
-"""The exact lab: policies small enough to enumerate, and what a cell's gradient really is on them.
+"""The exact lab: what a cell's gradient estimator is, measured on policies small enough to enumerate.
 
-Names are resolved on first use, so that `klab.harness.exact.equivalence` can be imported without torch.
+Names are imported on first use, so that `klab.harness.exact.equivalence` can be used without torch.
 """
 
 from __future__ import annotations

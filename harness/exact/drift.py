@@ -1,4 +1,4 @@
-"""The gap between behaviour and current policy: random perturbation, or inner updates of the cell itself."""
+"""Drift between behaviour and current policy: random perturbation, or several updates of the cell on one rollout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from klab.harness.exact.tabular_setting import Setting
 from klab.harness.exact.updates import sampled_updates
 
 STEP = 0.1
-"""Length in logit space of one inner update: every cell walks equally far, whatever the scale of its gradient."""
+"""Length of one inner update in logit space: the same for every cell, whatever the scale of its gradient."""
 
 ROLLOUT_GROUPS = 16
 """Groups of the one rollout that the inner updates reuse."""
@@ -33,8 +33,8 @@ def inner_updates(
     """The policies after 1, 2, ..., `updates` inner updates of the cell on one rollout of the behaviour policy.
 
     The rollout of `groups` groups is sampled once and reused, as in training; each update moves the logits by `step`
-    along the cell's own gradient at the policy reached so far. A gradient that vanishes or is not finite leaves the
-    policy where it is: such a cell does not drift.
+    along the cell's gradient at the current policy. A gradient that vanishes or is not finite leaves the policy where
+    it is.
 
     Args:
         objective: the cell's objective.

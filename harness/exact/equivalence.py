@@ -1,15 +1,15 @@
-"""Which cells are the same algorithm under their training schedule.
+"""Finds cells that are the same algorithm: equal canonical forms, or equal gradients on probe updates.
 
-Two cells are the same when their tasks, policies, schedules and seeds are and their objectives have the same gradient
-on the probe updates of `klab.harness.exact.probes` to a relative 1e-12. Objectives with equal canonical forms need no
-measurement. The others are told apart by their fingerprints (`klab.harness.exact.fingerprints`).
+Two cells are the same when their tasks, policies, schedules and seeds are equal and their objectives have the same
+gradient, to a relative 1e-12, on the probe updates of `klab.harness.exact.probes`. Objectives with equal canonical
+forms need no measurement; the others are compared by their fingerprints (`klab.harness.exact.fingerprints`).
 
-Where training takes an objective apart, equal gradients do not make equal algorithms, and only equal canonical forms
-count: a critic learns the returns, in which a KL stands or not; a sampler's correction multiplies the surrogate and
-not the KL term.
+Two exceptions, in which equal gradients of the loss are not enough:
 
-Measurement cannot tell two clipping widths apart whose thresholds no probe ratio separates. Off-policy, objectives that
-give different values to the same parameter of a weight are therefore never merged by measurement.
+* Where training uses more of an objective than its gradient, only equal canonical forms count: a critic learns the
+  returns, which may contain a KL penalty; a sampler's correction multiplies the surrogate and not the KL term.
+* Probes cannot tell apart two clipping widths between whose thresholds no probe ratio lies. Off-policy, objectives that
+  give different values to the same parameter of a weight are never merged by measurement.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOLERANCE = 1e-12
 """Largest relative difference of two gradients that count as equal."""
 
 FLOOR = 1e-14
-"""Differences below this share of the whole update's gradient are rounding, whatever the block they stand in."""
+"""Differences below this share of the whole update's gradient count as rounding in every block."""
 
 BLOCKS = 4
-"""Blocks of a fingerprint: no, mild and strong drift, and the comb of single tokens."""
+"""Blocks of a fingerprint: no drift, mild drift, strong drift, and one-token trajectories with a grid of ratios."""
 
 ByKey = dict[tuple[str, bool, str], list[Cell]]
-"""Cells by surroundings, whether they are on-policy, and canonical form."""
+"""Cells by everything but the objective, whether they are on-policy, and canonical form."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class EquivalenceClass:
     """Cells that are the same algorithm.
 
     Attributes:
-        members: the cells, in the order given; the first is the representative.
-        representative: the cell to run.
+        members: in the order given; the first is the representative.
+        representative: the cell that is trained for all of them.
         reason: why they are the same, one clause per distinct cause; empty for a class of one spelling.
     """
 
@@ -76,17 +76,17 @@ def equivalence_classes(
     wanted = {key: objective for key, objective in objectives.items() if key in contested}
     marks = fingerprints(wanted, cache=cache, known=known, progress=progress)
 
-    rooms: dict[tuple[str, bool], list[str]] = defaultdict(list)
-    for surroundings, on_policy, canonical in by_key:
-        rooms[surroundings, on_policy].append(canonical)
+    forms_of: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for shared, on_policy, canonical in by_key:
+        forms_of[shared, on_policy].append(canonical)
     partitions: dict[tuple[tuple[str, ...], bool], list[list[str]]] = {}
     classes: list[EquivalenceClass] = []
-    for (surroundings, on_policy), forms in rooms.items():
+    for (shared, on_policy), forms in forms_of.items():
         alike = (tuple(forms), on_policy)
         if alike not in partitions:
             partitions[alike] = _partition(forms, on_policy, marks)
         for equal in partitions[alike]:
-            members = tuple(cell for form in equal for cell in by_key[surroundings, on_policy, form])
+            members = tuple(cell for form in equal for cell in by_key[shared, on_policy, form])
             classes.append(EquivalenceClass(members, members[0], _reason(members, len(equal) > 1)))
     position = {id(cell): index for index, cell in enumerate(cell for found in by_key.values() for cell in found)}
     return sorted(classes, key=lambda found: position[id(found.representative)])
@@ -118,20 +118,22 @@ def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Pa
 
 
 def _by_key(cells: Iterable[Cell]) -> tuple[ByKey, dict[tuple[str, bool], Objective]]:
-    """Cells by surroundings, schedule and canonical form; and an objective of every form."""
+    """Cells by shared settings, schedule and canonical form; and one objective of every form."""
     by_key: ByKey = defaultdict(list)
     objectives: dict[tuple[str, bool], Objective] = {}
     for cell in cells:
         canonical, on_policy = canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy
-        by_key[_surroundings(cell), on_policy, canonical].append(cell)
+        by_key[_shared_settings(cell), on_policy, canonical].append(cell)
         objectives.setdefault((canonical, on_policy), cell.objective)
     return by_key, objectives
 
 
-def _surroundings(cell: Cell) -> str:
-    """What equal algorithms have in common beside their gradients."""
-    own = canonical_text(cell.objective, cell.training.on_policy) if _taken_apart(cell.training) else ""
-    return f"{_sections(cell.task, cell.policy, cell.training)}@{cell.seed}{own}"
+def _shared_settings(cell: Cell) -> str:
+    """What equal algorithms must have in common beside their gradients, as text."""
+    form = (
+        canonical_text(cell.objective, cell.training.on_policy) if _uses_more_than_the_gradient(cell.training) else ""
+    )
+    return f"{_sections(cell.task, cell.policy, cell.training)}@{cell.seed}{form}"
 
 
 @lru_cache(maxsize=65536)
@@ -140,17 +142,17 @@ def _sections(task: TaskSection, policy: PolicySection, training: TrainingSectio
     return json.dumps([*plain, training.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE))], sort_keys=True)
 
 
-def _taken_apart(training: TrainingSection) -> bool:
+def _uses_more_than_the_gradient(training: TrainingSection) -> bool:
     """Whether training reads more of an objective than the gradient of its loss."""
     corrected = training.sampler is not None and training.sampler.correction in ("tis", "icepop")
     return training.critic is not None or corrected
 
 
 def _contested(by_key: ByKey) -> set[tuple[str, bool]]:
-    """Canonical forms that share their surroundings with another form: only those need a fingerprint."""
+    """Canonical forms that share everything else with another form: only those need a fingerprint."""
     forms: dict[tuple[str, bool], set[str]] = defaultdict(set)
-    for surroundings, on_policy, canonical in by_key:
-        forms[surroundings, on_policy].add(canonical)
+    for shared, on_policy, canonical in by_key:
+        forms[shared, on_policy].add(canonical)
     return {(form, on) for (_, on), found in forms.items() if len(found) > 1 for form in found}
 
 

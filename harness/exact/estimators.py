@@ -1,4 +1,4 @@
-"""A cell's gradient, update by update, from the objective that trains: `objective_loss` on tabular rows."""
+"""A cell's gradient on each update of a tabular policy, computed by the same `objective_loss` that trains."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.func import grad, vmap
 
 from klab.grid import Objective
+from klab.grid.catalogue import value_of
 from klab.harness.exact.tabular import Trajectories
 from klab.harness.exact.tabular_setting import Layout, Setting
 from klab.harness.exact.updates import Updates
 from klab.harness.objective import TokenBatch, axis_functions, objective_loss
-
-PER_TRAJECTORY = ("raw", "positive", "greedy_baseline", "gae")
-"""Advantages of a trajectory that do not depend on the other trajectories of its update (`gae` unless whitened)."""
-
-BATCH_STATISTICS = ("batch_norm", "group_center_batch_norm")
-"""Advantages with statistics over the whole update, not the group."""
 
 ROWS_AT_ONCE = 32_768
 """Trajectories per call of the objective: bounds memory, and keeps its temporaries in the cache."""
@@ -28,38 +24,43 @@ ROWS_AT_ONCE = 32_768
 def couples_groups(objective: Objective, fixed_length: bool) -> bool:
     """Whether an update's gradient depends on more than the sum of its groups' own terms."""
     return (
-        objective.advantage in BATCH_STATISTICS
-        or (objective.advantage == "gae" and objective.whiten == "batch")
-        or objective.weight == "adaptive"
+        objective.is_custom
+        or "update" in (_statistics(objective, "advantage"), _statistics(objective, "weight"))
         or (objective.aggregation == "token_mean" and not fixed_length)
-        or objective.is_custom
     )
 
 
 def couples_trajectories(objective: Objective, fixed_length: bool) -> bool:
     """Whether an update's gradient is more than the mean of one term per trajectory."""
-    return objective.advantage not in PER_TRAJECTORY or couples_groups(objective, fixed_length)
+    return couples_groups(objective, fixed_length) or _statistics(objective, "advantage") != "trajectory"
+
+
+def _statistics(objective: Objective, axis: str) -> str:
+    """How much of an update the chosen value depends on: its `trajectory`, its `group` or the whole `update`."""
+    if axis == "advantage" and objective.advantage == "gae" and objective.whiten == "batch":
+        return "update"
+    return value_of(axis, getattr(objective, axis)).statistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gradients:
-    """What each of U updates does.
+    """The gradients of U updates, and the sums of their weights.
 
     Attributes:
-        ascent: minus the gradient of the loss with respect to the policy's logits, float64 `[U, contexts * V]`.
-        weight, weight_square, tokens: sums of w, w^2 and 1 over the own tokens of each update, `[U]`.
+        ascent: minus the gradient of the loss with respect to the policy's flattened logits.
+        weight, weight_square, tokens: sums of w, w^2 and 1 over the own tokens of each update.
     """
 
-    ascent: Tensor
-    weight: Tensor
-    weight_square: Tensor
-    tokens: Tensor
+    ascent: Float64[Tensor, "U contexts*V"]
+    weight: Float64[Tensor, " U"]
+    weight_square: Float64[Tensor, " U"]
+    tokens: Float64[Tensor, " U"]
 
 
 def update_gradients(objective: Objective, setting: Setting, updates: Updates) -> Gradients:
     """The gradient of each update, by calling the objective on its trajectories.
 
-    Updates whose groups do not interact are laid side by side in one large batch: one call of the objective, whose mean
+    Updates whose groups do not interact are concatenated into one large batch: one call of the objective, whose mean
     over trajectories is undone afterwards. Objectives with statistics over the update are mapped over updates
     (`torch.func.vmap`); the user's own functions are called update by update.
     """
@@ -88,12 +89,12 @@ def _layouts(updates: Updates, trajectories: Trajectories, vocabulary: int) -> t
     return tuple(Layout.of(members, trajectories, vocabulary) for members in pieces)
 
 
-Evaluated = tuple[Tensor, Tensor | None, Tensor]
-"""Gradient of each update's loss with respect to logp `[U, N, T]` and the logits `[U, N, T, V]`, and the weights."""
+Evaluated = tuple[Float[Tensor, "*U N T"], Float[Tensor, "*U N T V"] | None, Float[Tensor, "*U N T"]]
+"""Gradient of each update's loss with respect to logp and, where they are used, the logits; and the weights."""
 
 
 def _side_by_side(
-    objective: Objective, setting: Setting, members: Tensor, group_size: int, with_logits: bool
+    objective: Objective, setting: Setting, members: Int64[Tensor, "U N"], group_size: int, with_logits: bool
 ) -> Evaluated:
     count, size = members.shape
     batch = setting.batch(members.flatten(), torch.arange(count * size) // group_size, with_logits)
@@ -105,13 +106,15 @@ def _side_by_side(
     )
 
 
-def _mapped(objective: Objective, setting: Setting, members: Tensor, group_size: int, with_logits: bool) -> Evaluated:
+def _mapped(
+    objective: Objective, setting: Setting, members: Int64[Tensor, "U N"], group_size: int, with_logits: bool
+) -> Evaluated:
     groups = torch.arange(members.shape[1]) // group_size
 
     def loss(logp: Tensor, logits: Tensor | None, chosen: Tensor) -> tuple[Tensor, Tensor]:
         batch = setting.batch(chosen, groups, with_logits)
-        outcome = objective_loss(objective, batch.replace(logp=logp, logits=logits))
-        return outcome.loss, outcome.token_stats.weight
+        output = objective_loss(objective, batch.replace(logp=logp, logits=logits))
+        return output.loss, output.token_stats.weight
 
     logp, logits = setting.logp[members], setting.logits[members] if with_logits else None
     wanted = (0, 1) if with_logits else 0
@@ -121,7 +124,7 @@ def _mapped(objective: Objective, setting: Setting, members: Tensor, group_size:
 
 
 def _one_by_one(
-    objective: Objective, setting: Setting, members: Tensor, group_size: int, with_logits: bool
+    objective: Objective, setting: Setting, members: Int64[Tensor, "U N"], group_size: int, with_logits: bool
 ) -> Evaluated:
     groups = torch.arange(members.shape[1]) // group_size
     found = [loss_gradients(objective, setting.batch(row, groups, with_logits)) for row in members]
@@ -134,14 +137,14 @@ def _one_by_one(
 
 
 def loss_gradients(objective: Objective, batch: TokenBatch) -> Evaluated:
-    """Gradient of the loss with respect to logp `[N, T]` and, where given, the logits `[N, T, V]`; and the weights."""
+    """Gradient of the loss with respect to logp and, where given, the logits; and the weights."""
     leaves = [batch.logp.detach().requires_grad_()]
     if batch.logits is not None:
         leaves.append(batch.logits.detach().requires_grad_())
     with torch.enable_grad():
-        outcome = objective_loss(objective, batch.replace(logp=leaves[0], logits=leaves[1] if leaves[1:] else None))
-    if outcome.loss.requires_grad:
-        gradients = torch.autograd.grad(outcome.loss, leaves, allow_unused=True, materialize_grads=True)
+        output = objective_loss(objective, batch.replace(logp=leaves[0], logits=leaves[1] if leaves[1:] else None))
+    if output.loss.requires_grad:
+        gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
     else:
         gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
-    return gradients[0], gradients[1] if leaves[1:] else None, outcome.token_stats.weight
+    return gradients[0], gradients[1] if leaves[1:] else None, output.token_stats.weight

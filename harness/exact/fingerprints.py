@@ -1,7 +1,6 @@
-"""Fingerprints of objectives: their gradients on the probe updates, computed once.
+"""Fingerprints of objectives, i.e. summaries of their gradients on the probe updates, with a cache on disk.
 
-They are kept in the user's cache folder, by canonical form and version of the code, so that a second look needs neither
-torch nor time.
+The cache is keyed by canonical form and version of the code, so that a second `klab plan` needs neither torch nor time.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def fingerprints(
     Args:
         objectives: by canonical form and schedule.
         cache: the folder; `cache_folder()` when None.
-        known: what `known_fingerprints` found there, not to be read again.
+        known: what `known_fingerprints` found there, to save reading it again.
         workers: processes that compute; with more than one, the numbers are the same.
         progress: called while fingerprints are computed.
     """

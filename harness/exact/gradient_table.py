@@ -20,12 +20,13 @@ INNER_UPDATES = (4, 16)
 """Numbers of inner updates of the cell itself after which it is measured."""
 
 ENUMERATED_GROUPS = 4_000
-"""Most multisets that a survey enumerates: groups of 3 at V = H = 3. Larger groups are sampled."""
+"""Most groups (multisets of trajectories) that the table enumerates: groups of 3 at V = H = 3; larger ones are
+sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradientRow:
-    """One configuration in one setting.
+    """One configuration in one drift setting.
 
     Attributes:
         group: the configuration (a cell's `group`, or an algorithm's name).

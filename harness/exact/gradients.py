@@ -1,4 +1,4 @@
-"""Exact objectives of a tabular policy and their gradients, by summation over every trajectory."""
+"""Expected reward, KL and entropy of a tabular policy and their gradients, by summation over every trajectory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from klab.harness.exact.tabular import Reward, TabularPolicy
@@ -14,14 +15,14 @@ Direction = Literal["reverse", "forward"]
 Scale = Literal["sum", "mean"]
 
 
-def expected_reward(policy: TabularPolicy, reward: Reward) -> Tensor:
-    """E_pi[R], a scalar; differentiable in the policy's logits."""
+def expected_reward(policy: TabularPolicy, reward: Reward) -> Float64[Tensor, ""]:
+    """E_pi[R]; differentiable in the policy's logits."""
     return (policy.probabilities() * policy.reward_of(reward)).sum()
 
 
 def exact_kl(
     policy: TabularPolicy, reference: TabularPolicy, direction: Direction = "reverse", scale: Scale = "sum"
-) -> Tensor:
+) -> Float64[Tensor, ""]:
     """KL divergence between the trajectory distributions, in nats; differentiable in both policies' logits.
 
     Args:
@@ -49,7 +50,7 @@ def exact_kl(
     return (here.sum(-1).exp() * log_ratio).sum()
 
 
-def exact_entropy(policy: TabularPolicy, scale: Scale = "sum") -> Tensor:
+def exact_entropy(policy: TabularPolicy, scale: Scale = "sum") -> Float64[Tensor, ""]:
     """Entropy of the trajectory distribution in nats (`sum`), or E[-(1/H) log pi(tau)] (`mean`); differentiable."""
     surprise = -policy.logp()
     if scale == "mean":
@@ -59,8 +60,10 @@ def exact_entropy(policy: TabularPolicy, scale: Scale = "sum") -> Tensor:
     return (policy.probabilities() * surprise).sum()
 
 
-def gradient_of(policy: TabularPolicy, value: Callable[[TabularPolicy], Tensor]) -> Tensor:
-    """Gradient of `value(policy)` with respect to the logits, `[contexts, V]`, detached.
+def gradient_of(
+    policy: TabularPolicy, value: Callable[[TabularPolicy], Float64[Tensor, ""]]
+) -> Float64[Tensor, "contexts V"]:
+    """Gradient of `value(policy)` with respect to the logits, detached.
 
     Example:
         >>> gradient_of(TabularPolicy(torch.zeros(1, 2)), exact_entropy)
@@ -80,8 +83,8 @@ def exact_gradient(
     beta: float,
     kl: Direction = "reverse",
     scale: Scale = "sum",
-) -> Tensor:
-    """The exact gradient of E_pi[R] - beta * KL with respect to the policy's logits, `[contexts, V]`.
+) -> Float64[Tensor, "contexts V"]:
+    """The exact gradient of E_pi[R] - beta * KL with respect to the policy's logits.
 
     Args:
         policy: pi, the policy that is differentiated (and that the expectation is under).

@@ -1,4 +1,4 @@
-"""The standard setting on which cells are compared: one prompt, V symbols, H steps, a random binary reward."""
+"""The standard test instance of the exact lab: one prompt, V symbols, H steps, a random binary reward."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from klab.harness.exact.updates import (
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """A random behaviour policy (logits of standard deviation 1), reference (0.5 further) and reward in {0, 1}, from a
-    seed.
+    """A random behaviour policy, reference policy and binary reward, determined by a seed.
 
-    The reward is 1 on a random half of the trajectories.
+    The behaviour policy has normal logits of standard deviation 1; the reference adds normal noise of standard
+    deviation 0.5 to them. The reward is 1 on a random half of the trajectories.
     """
 
     vocabulary: int = 3
@@ -69,9 +69,9 @@ class Instance:
 
 
 class SharedUpdates:
-    """The updates over which cells are measured, drawn from one behaviour policy once and shared by all cells.
+    """The updates on which cells are measured, drawn once from one behaviour policy and shared by all cells.
 
-    Sharing them (common random numbers) makes differences between cells far less noisy than the cells themselves.
+    With common random numbers, differences between cells are far less noisy than the cells' own estimates.
 
     Args:
         behaviour: the policy that trajectories come from.

@@ -1,14 +1,14 @@
-"""Probe updates, and the fingerprint that an objective leaves on them.
+"""The probe update: one fixed update on which different objectives have different gradients; and fingerprints of them.
 
-A probe is one update whose groups cover what can tell two objectives apart: no drift, mild drift, strong drift, ragged
-lengths, a trajectory without own tokens, environment tokens between own ones, rewards that are mixed, binary, all
-equal, all negative; and a comb of one-token trajectories whose log-ratios lie densely in [-3, 3] and sparsely out to 6,
-with advantages of both signs, so that every threshold of a weight has ratios on both sides and no weight is 0 or 1
-everywhere. The probe of an on-policy schedule is the same update with every log-ratio to the behaviour policy set to 0.
+Its groups cover what can distinguish two objectives: no drift, mild drift and strong drift, ragged lengths, a
+trajectory without own tokens, environment tokens between own ones, and rewards that are mixed, binary, all equal or all
+negative. A further block (the comb) has one-token trajectories with log-ratios densely in [-3, 3] and sparsely out to
+6, with advantages of both signs, so that every threshold of a weight has ratios on both sides and no weight is 0 or 1
+everywhere. For an on-policy schedule it is the same update with every log-ratio to the behaviour policy set to 0.
 
 The fingerprint is the gradient of the loss with respect to the logits (through the log-probabilities and, for `full`,
-directly), seen block by block: its norm and its products with `PROJECTIONS` fixed random directions. There is no critic
-in it (V = 0): cells with one are never merged by measurement.
+directly), summarised block by block: its norm and its products with `PROJECTIONS` fixed random directions. V is 0 in
+it: cells with a critic are never merged by measurement.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from klab.grid import Objective
@@ -42,19 +43,19 @@ _COMB = 96
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """One probe update, and the blocks of it that are compared apart.
+    """The probe update, and its blocks, which are compared separately.
 
     Attributes:
         batch: the update; its log-probabilities belong to its logits.
-        scores: gradient of each token's log-probability with respect to its logits, `[N, T, V]`.
+        scores: gradient of each token's log-probability with respect to its logits.
         blocks: the row ranges.
-        directions: `[PROJECTIONS, N, T, V]`.
+        directions: the random directions of the projections.
     """
 
     batch: TokenBatch
-    scores: Tensor
+    scores: Float64[Tensor, "N T V"]
     blocks: tuple[slice, ...]
-    directions: Tensor
+    directions: Float64[Tensor, "projections N T V"]
 
 
 @lru_cache(maxsize=2)
@@ -111,14 +112,14 @@ def probe(on_policy: bool) -> Probe:
     return Probe(batch, scores, tuple(blocks), normal(PROJECTIONS, rows, POSITIONS, VOCABULARY))
 
 
-def _ragged_mask(lengths: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Own tokens at random positions, so that environment tokens lie before, between and after them: `[G, T]`."""
+def _ragged_mask(lengths: tuple[int, ...], generator: torch.Generator) -> Bool[Tensor, "G T"]:
+    """Own tokens at random positions, so that environment tokens lie before, between and after them."""
     order = torch.rand(len(lengths), POSITIONS, generator=generator).argsort(-1)
     return order < torch.tensor(lengths)[:, None]
 
 
-def _comb(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Log-ratios `[_COMB]`, dense near 0 and sparse to +-6, shuffled, with rewards of both signs in every group."""
+def _comb(generator: torch.Generator) -> tuple[Float64[Tensor, " comb"], Float64[Tensor, " comb"]]:
+    """Log-ratios, dense near 0 and sparse to +-6, shuffled, with rewards of both signs in every group."""
     inner = torch.linspace(-3.0, 3.0, _COMB - 8, dtype=torch.float64)
     outer = torch.tensor([-6.0, -5.0, -4.2, -3.5, 3.4, 4.1, 5.0, 6.0], dtype=torch.float64)
     log_ratios = torch.cat([inner, outer])[torch.randperm(_COMB, generator=generator)]
@@ -126,8 +127,8 @@ def _comb(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return log_ratios, signs * (0.5 + torch.rand(_COMB, generator=generator, dtype=torch.float64))
 
 
-def probe_gradient(objective: Objective, on_policy: bool) -> Tensor:
-    """Gradient of the loss with respect to every logit of the probe, `[N, T, V]`."""
+def probe_gradient(objective: Objective, on_policy: bool) -> Float64[Tensor, "N T V"]:
+    """Gradient of the loss with respect to every logit of the probe update."""
     lab = probe(on_policy)
     batch = lab.batch
     if "logits" not in axis_functions(objective).needs:

@@ -1,4 +1,4 @@
-"""The product of the five main axes, measured cell by cell into an append-only file, and resumed from it."""
+"""Measures every combination of the five main axes into an append-only file, from which it resumes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _CHUNK = 40
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """Where a sweep measures: instance, drift of the current policy, group size, groups of each Monte Carlo estimate.
+    """Settings of a sweep: instance, drift of the current policy, group size, groups of each Monte Carlo estimate.
 
-    Multisets of trajectories are enumerated instead of sampled where there are at most as many as `groups`.
+    Groups (multisets of trajectories) are enumerated instead of sampled where there are at most `groups` of them.
     """
 
     vocabulary: int = 3
@@ -119,12 +119,12 @@ def _lab(plan: SweepPlan) -> tuple[Setting, SharedUpdates]:
 
 
 def _resume(file: Path, plan: SweepPlan) -> dict[str, dict[str, Any]]:
-    """Measured forms of an earlier life of the same sweep; starts the file when there is none."""
+    """What an interrupted sweep of the same settings has measured; starts the file where there is none."""
     head = {"schema": 1, "plan": asdict(plan)}
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     if lines and lines[-1:] != [line for line in lines[-1:] if line.endswith("\n")]:
-        lines = lines[:-1]  # torn by a crash
+        lines = lines[:-1]  # cut off by a crash
         file.write_text("".join(lines))
     if not lines:
         file.write_text(json.dumps(head) + "\n")

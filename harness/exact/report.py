@@ -1,4 +1,4 @@
-"""What a cell's gradient estimator is worth: bias, direction, variance, effective sample size, mean squared error."""
+"""Quality of a cell's gradient estimator: bias, cosine, variance, effective sample size, mean squared error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from klab.grid import Objective
@@ -33,10 +34,8 @@ MSE_TRAJECTORIES = 128
 class EstimatorReport:
     """Moments of one cell's gradient estimator in one setting.
 
-    Every ratio below is relative to the norm of the true gradient g* (`Setting.truth`), so cells and aggregations
-    compare.
-
-    Where gradients overflow the numbers are not finite.
+    Relative numbers are relative to the norm of the true gradient g* (`Setting.truth`), so that cells with different
+    aggregations compare. Where gradients overflow, numbers are not finite.
 
     Attributes:
         bias: |E g - g*| / |g*|; with Monte Carlo the squared length of the noise is subtracted first, never below 0.
@@ -51,7 +50,7 @@ class EstimatorReport:
         standard_error: root mean square error of E g relative to |g*|, 0 when enumerated: `bias` is within a few of it.
         method: `trajectories` or `groups` (enumerated), or `monte carlo`.
         updates: how many updates were enumerated or drawn.
-        expectation, truth: E g and g*, both `[contexts, V]`.
+        expectation, truth: E g and g*.
     """
 
     bias: float
@@ -65,8 +64,8 @@ class EstimatorReport:
     standard_error: float
     method: Method
     updates: int
-    expectation: Tensor
-    truth: Tensor
+    expectation: Float64[Tensor, "contexts V"]
+    truth: Float64[Tensor, "contexts V"]
 
     def mean_squared_error(self, trajectories: int) -> float:
         """bias^2 + variance / n at `trajectories` = n independent trajectories, relative to |g*|^2."""
@@ -189,7 +188,7 @@ def report(objective: Objective, setting: Setting, updates: Updates) -> Estimato
     )
 
 
-def _effective_sample_size(found: Gradients, weights: Tensor) -> float:
+def _effective_sample_size(found: Gradients, weights: Float64[Tensor, " U"]) -> float:
     weight, square, tokens = (
         float(weights @ sums.to(weights.dtype)) for sums in (found.weight, found.weight_square, found.tokens)
     )

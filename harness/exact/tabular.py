@@ -1,4 +1,4 @@
-"""Softmax policies small enough to enumerate: one row of logits per prefix, every trajectory written down.
+"""Softmax policies small enough to enumerate: one row of logits per prefix.
 
 A policy over V symbols and horizon H has one row of V logits for each prefix shorter than H, prefixes in breadth-first
 order (length 0, then length 1 in lexicographic order, ...). A one-step bandit is the case H = 1: a single row. With an
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from klab.grid import UserError
@@ -30,18 +31,18 @@ class Trajectories:
     """Every trajectory of a policy, in lexicographic order of its tokens.
 
     Attributes:
-        tokens: long `[M, H]`; positions after the end symbol repeat the end symbol.
-        mask: bool `[M, H]`, true on the policy's own tokens.
-        contexts: long `[M, H]`, the row of the logits that each token is drawn from (the last own row on padding).
+        tokens: positions after the end symbol repeat the end symbol.
+        mask: true on the policy's own tokens.
+        contexts: the row of the logits that each token is drawn from (the last own row on padding).
     """
 
-    tokens: Tensor
-    mask: Tensor
-    contexts: Tensor
+    tokens: Int64[Tensor, "M H"]
+    mask: Bool[Tensor, "M H"]
+    contexts: Int64[Tensor, "M H"]
 
     @property
-    def lengths(self) -> Tensor:
-        """Own tokens of each trajectory, long `[M]`."""
+    def lengths(self) -> Int64[Tensor, " M"]:
+        """Number of own tokens of each trajectory."""
         return self.mask.sum(-1)
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ class TabularPolicy:
     """An autoregressive softmax policy given by its logits.
 
     Attributes:
-        logits: float64 `[contexts, V]`, one row per prefix shorter than H, breadth first. Other dtypes are converted.
+        logits: one row per prefix shorter than H, breadth first. Other dtypes are converted.
         end: id of the end symbol, negative ids counting from the last; None when every trajectory has H tokens.
 
     Example:
@@ -123,7 +124,7 @@ class TabularPolicy:
         3
     """
 
-    logits: Tensor
+    logits: Float64[Tensor, "contexts V"]
     end: int | None = None
 
     def __post_init__(self) -> None:
@@ -157,8 +158,8 @@ class TabularPolicy:
         noise = torch.randn(self.logits.shape, generator=generator, dtype=torch.float64)
         return TabularPolicy(self.logits.detach() + scale * noise, self.end)
 
-    def moved(self, direction: Tensor) -> TabularPolicy:
-        """This policy with `direction` (shape of the logits) added to its logits."""
+    def moved(self, direction: Float64[Tensor, "contexts V"]) -> TabularPolicy:
+        """This policy with `direction` added to its logits."""
         return TabularPolicy(self.logits.detach() + direction, self.end)
 
     @property
@@ -176,26 +177,26 @@ class TabularPolicy:
         """Every trajectory, lexicographic."""
         return enumerate_trajectories(self.vocabulary, self.horizon, self.end)
 
-    def token_logits(self) -> Tensor:
-        """Logits that each token was drawn from, `[M, H, V]`; differentiable."""
+    def token_logits(self) -> Float64[Tensor, "M H V"]:
+        """Logits that each token is drawn from; differentiable."""
         return self.logits[self.trajectories.contexts]
 
-    def token_logp(self) -> Tensor:
-        """Log-probability of each own token, `[M, H]`, 0 on padding; differentiable."""
+    def token_logp(self) -> Float64[Tensor, "M H"]:
+        """Log-probability of each own token, 0 on padding; differentiable."""
         every = self.trajectories
         chosen = torch.log_softmax(self.logits, -1)[every.contexts, every.tokens]
         return torch.where(every.mask, chosen, torch.zeros_like(chosen))
 
-    def logp(self) -> Tensor:
-        """Log-probability of each trajectory, `[M]`; differentiable."""
+    def logp(self) -> Float64[Tensor, " M"]:
+        """Log-probability of each trajectory; differentiable."""
         return self.token_logp().sum(-1)
 
-    def probabilities(self) -> Tensor:
-        """Probability of each trajectory, `[M]`, summing to 1; differentiable."""
+    def probabilities(self) -> Float64[Tensor, " M"]:
+        """Probability of each trajectory, summing to 1; differentiable."""
         return self.logp().exp()
 
-    def conditionals(self) -> Tensor:
-        """The distribution of the next symbol in each context, `[contexts, V]`; differentiable."""
+    def conditionals(self) -> Float64[Tensor, "contexts V"]:
+        """The distribution of the next symbol in each context; differentiable."""
         return torch.softmax(self.logits, -1)
 
     def greedy(self) -> int:
@@ -205,14 +206,14 @@ class TabularPolicy:
         follows = (best[every.contexts] == every.tokens) | ~every.mask
         return int(follows.all(-1).nonzero()[0, 0])
 
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Indices of `count` independent trajectories, long `[count]`, by inversion of the distribution function."""
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Int64[Tensor, " count"]:
+        """Indices of `count` independent trajectories, by inversion of the distribution function."""
         edges = self.probabilities().detach().cumsum(0)
         draws = torch.rand(count, generator=generator, dtype=torch.float64) * edges[-1]
         return torch.searchsorted(edges, draws, right=True).clamp_(max=len(edges) - 1)
 
-    def token_scores(self) -> Tensor:
-        """Gradient of each token's log-probability with respect to the logits, `[M, H, contexts * V]`, 0 on padding."""
+    def token_scores(self) -> Float64[Tensor, "M H contexts*V"]:
+        """Gradient of each token's log-probability with respect to the flattened logits, 0 on padding."""
         every = self.trajectories
         rows, vocabulary = self.logits.shape
         scores = torch.zeros(len(every), self.horizon, rows, vocabulary, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The setting of a measurement: current, behaviour and reference policy and a reward, tabulated."""
+"""The setting of a measurement: a current, a behaviour and a reference policy that can be enumerated, and a reward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from klab.grid import Objective
@@ -16,22 +17,22 @@ from klab.harness.objective import TokenBatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Where the tokens of U updates of N trajectories stand.
+    """Which entry of the policy's logits each token of U updates of N trajectories is drawn from.
 
     Attributes:
-        members: long `[U, N]`, indices of trajectories.
-        entries: long `[U, N * H]`, the entry (context * V + symbol) of the flattened logits that each token picks.
-        own: float64 `[U, N * H]`, 1 on own tokens.
-        tokens: `[U]`, own tokens of each update.
+        members: indices of trajectories.
+        entries: the entry (context * V + symbol) of the flattened logits of each token.
+        own: 1 on own tokens, 0 elsewhere.
+        tokens: number of own tokens of each update.
     """
 
-    members: Tensor
-    entries: Tensor
-    own: Tensor
-    tokens: Tensor
+    members: Int64[Tensor, "U N"]
+    entries: Int64[Tensor, "U N*H"]
+    own: Float64[Tensor, "U N*H"]
+    tokens: Float64[Tensor, " U"]
 
     @classmethod
-    def of(cls, members: Tensor, trajectories: Trajectories, vocabulary: int) -> Layout:
+    def of(cls, members: Int64[Tensor, "U N"], trajectories: Trajectories, vocabulary: int) -> Layout:
         entries = (trajectories.contexts * vocabulary + trajectories.tokens)[members].flatten(1)
         own = trajectories.mask[members].flatten(1).to(torch.float64)
         return cls(members, entries, own, own.sum(1))
@@ -61,8 +62,8 @@ class Setting:
         return self.policy.trajectories
 
     @cached_property
-    def rewards(self) -> Tensor:
-        """Reward of each trajectory, `[M]`."""
+    def rewards(self) -> Float64[Tensor, " M"]:
+        """Reward of each trajectory."""
         return self.policy.reward_of(self.reward).detach()
 
     @cached_property
@@ -75,12 +76,12 @@ class Setting:
         """Expected own tokens of a trajectory of the behaviour policy."""
         return float((self._probabilities * self.trajectories.lengths).sum())
 
-    def batch(self, members: Tensor, groups: Tensor, with_logits: bool) -> TokenBatch:
+    def batch(self, members: Int64[Tensor, " N"], groups: Int64[Tensor, " N"], with_logits: bool) -> TokenBatch:
         """The token batch of the trajectories `members`.
 
         Args:
-            members: indices of trajectories, long `[N]`.
-            groups: the group of each, long `[N]`.
+            members: indices of trajectories.
+            groups: the group of each.
             with_logits: whether to include both logit tensors, which the estimator `full` reads.
         """
         return TokenBatch(
@@ -96,16 +97,21 @@ class Setting:
             greedy_rewards=self._greedy_reward.expand(members.shape),
         )
 
-    def parameter_gradients(self, layout: Layout, logp_gradient: Tensor, logits_gradient: Tensor | None) -> Tensor:
+    def parameter_gradients(
+        self,
+        layout: Layout,
+        logp_gradient: Float64[Tensor, "U N H"],
+        logits_gradient: Float64[Tensor, "U N H V"] | None,
+    ) -> Float64[Tensor, "U contexts*V"]:
         """Chain per-token gradients of each update to the policy's logits.
 
         Args:
             layout: U updates of N trajectories.
-            logp_gradient: gradient with respect to each token's log-probability, `[U, N, H]`.
-            logits_gradient: gradient with respect to the logits themselves, `[U, N, H, V]`.
+            logp_gradient: gradient with respect to each token's log-probability.
+            logits_gradient: gradient with respect to the logits themselves.
 
         Returns:
-            `[U, contexts * V]`, summed over the trajectories of each update.
+            summed over the trajectories of each update.
         """
         rows, vocabulary = self.policy.logits.shape
         picked = torch.zeros(len(layout.members), rows * vocabulary, dtype=torch.float64)
@@ -117,8 +123,8 @@ class Setting:
             gradients.scatter_add_(1, contexts, logits_gradient.flatten(1, 2))
         return gradients.flatten(1)
 
-    def truth(self, objective: Objective) -> Tensor:
-        """The gradient that the cell is measured against, `[contexts, V]`.
+    def truth(self, objective: Objective) -> Float64[Tensor, "contexts V"]:
+        """The true gradient, with which the cell's is compared.
 
         It is the gradient of E[R] - beta * KL(pi || reference) at the current policy: KL summed over tokens, or
         averaged over each trajectory's own tokens where the cell divides its returns by the length (`kl_scale: mean` in
@@ -135,8 +141,8 @@ class Setting:
         factors = {"sequence_sum": 1.0, "constant": 1.0 / self.policy.horizon}
         return factors.get(objective.aggregation, 1.0 / self.mean_length)
 
-    def true_gradient(self, beta: float, scale: Scale) -> Tensor:
-        """`exact_gradient` at the current policy, remembered per (beta, scale)."""
+    def true_gradient(self, beta: float, scale: Scale) -> Float64[Tensor, "contexts V"]:
+        """`exact_gradient` at the current policy, cached per (beta, scale)."""
         if (beta, scale) not in self._truths:
             self._truths[beta, scale] = exact_gradient(self.policy, self.reference, self.reward, beta, "reverse", scale)
         return self._truths[beta, scale]
@@ -154,27 +160,27 @@ class Setting:
         return self.policy.conditionals().detach()
 
     @cached_property
-    def logp(self) -> Tensor:
-        """Log-probability of each token under the current policy, `[M, H]`."""
+    def logp(self) -> Float64[Tensor, "M H"]:
+        """Log-probability of each token under the current policy."""
         return self.policy.token_logp().detach()
 
     @cached_property
-    def logp_behaviour(self) -> Tensor:
+    def logp_behaviour(self) -> Float64[Tensor, "M H"]:
         """The same under the behaviour policy."""
         return self.behaviour.token_logp().detach()
 
     @cached_property
-    def logp_reference(self) -> Tensor:
+    def logp_reference(self) -> Float64[Tensor, "M H"]:
         """The same under the reference policy."""
         return self.reference.token_logp().detach()
 
     @cached_property
-    def logits(self) -> Tensor:
-        """The logits behind each token under the current policy, `[M, H, V]`."""
+    def logits(self) -> Float64[Tensor, "M H V"]:
+        """The logits that each token is drawn from under the current policy."""
         return self.policy.token_logits().detach()
 
     @cached_property
-    def logits_reference(self) -> Tensor:
+    def logits_reference(self) -> Float64[Tensor, "M H V"]:
         """The same under the reference policy."""
         return self.reference.token_logits().detach()
 

@@ -1,6 +1,6 @@
-"""Updates of the lab: which trajectories one update is made of, and how probable each such update is.
+"""The updates of the exact lab: which trajectories each is made of, and its probability.
 
-An update of the lab is `group_size` trajectories of the one prompt that a tabular policy has (or several such groups),
+An update is `group_size` trajectories of the one prompt that a tabular policy has (or several such groups),
 drawn independently from the behaviour policy. Statistics over "the batch" (whitening, adaptive exponent, token-mean
 denominator) are statistics over one such update. The objective does not depend on the order inside a group, so groups
 are enumerated as multisets with multinomial weights.
@@ -14,6 +14,7 @@ from itertools import combinations_with_replacement
 from typing import Literal
 
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from klab.harness.exact.tabular import TabularPolicy
@@ -30,15 +31,15 @@ class Updates:
     """U updates of N trajectories each.
 
     Attributes:
-        members: long `[U, N]`, indices into the policy's trajectories; the first `group_size` columns are the first
+        members: indices into the policy's trajectories; the first `group_size` columns are the first
             group.
-        weights: float64 `[U]`, the probability of each update (exact), or 1/U (Monte Carlo); sums to 1.
+        weights: the probability of each update (exact), or 1/U (Monte Carlo); sums to 1.
         group_size: trajectories of a group; N is a multiple of it.
         method: how the updates were obtained.
     """
 
-    members: Tensor
-    weights: Tensor
+    members: Int64[Tensor, "U N"]
+    weights: Float64[Tensor, " U"]
     group_size: int
     method: Method
 
@@ -84,11 +85,11 @@ def sampled_updates(
     return Updates(members, torch.full((count,), 1.0 / count, dtype=torch.float64), group_size, "monte carlo")
 
 
-def _log_factorial(counts: Tensor) -> Tensor:
+def _log_factorial(counts: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
     return torch.lgamma(counts.to(torch.float64) + 1)
 
 
-def _log_multiplicities(members: Tensor) -> Tensor:
+def _log_multiplicities(members: Int64[Tensor, "U N"]) -> Float64[Tensor, " U"]:
     """Sum over distinct members of log(multiplicity!), from sorted rows: the k-th equal neighbour contributes log k."""
     run = torch.ones_like(members)
     for column in range(1, members.shape[1]):

@@ -34,8 +34,14 @@ def test_what_the_file_writes_goes_first() -> None:
 @pytest.mark.parametrize(
     ("training", "said"),
     [
-        ({"refill_rounds": 5}, r"training\.refill_rounds: acts in no cell .* only equal_groups: refill draws again"),
-        ({"overlong_penalty": 2.0}, r"training\.overlong_penalty: acts in no cell .* there is no overlong_buffer"),
+        (
+            {"refill_rounds": 5},
+            r"training\.refill_rounds: has no effect .* only equal_groups: refill draws again",
+        ),
+        (
+            {"overlong_penalty": 2.0},
+            r"training\.overlong_penalty: has no effect .* there is no overlong_buffer",
+        ),
     ],
 )
 def test_settings_of_what_is_not_asked_for_are_mistakes(training: dict[str, object], said: str) -> None:

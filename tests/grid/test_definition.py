@@ -57,6 +57,19 @@ def test_any_dotted_field_is_an_axis():
     assert {cell.training.updates_per_rollout for cell in grid.cells} == {2}
 
 
+def test_a_field_of_a_nested_section_is_set_beside_the_others():
+    critic = {"kind": "head", "coefficient": 0.3}
+    grid = grid_of(
+        objective={"advantage": "gae"},
+        training={"updates_per_rollout": 2, "critic": critic},
+        axes={"training.critic.lr": [1e-3, 2e-3]},
+    )
+    assert [cell.training.critic.model_dump(exclude_unset=True) for cell in grid.cells] == [
+        {**critic, "lr": 1e-3},
+        {**critic, "lr": 2e-3},
+    ]
+
+
 def test_algorithms_are_baselines_and_axis_values():
     grid = grid_of(objective={"algorithm": "dapo"}, axes={"advantage": ["raw", "group_norm"]})
     assert all(cell.objective.eps_high == 0.28 for cell in grid.cells)
@@ -162,8 +175,8 @@ def test_resolved_cells_round_trip_and_notice_tampering():
         ("name: a\ntask: addition\naxes: {weigth: [one]}", "did you mean 'weight'"),
         ("name: a\ntask: addition\naxes: {weight: [ppo_clp]}", "did you mean 'ppo_clip'"),
         ("name: a\ntask: addition\naxes: {weight: one}", "not a list"),
-        ("name: a\ntask: addition\naxes: {weight: []}", "has no values"),
-        ("name: a\ntask: addition\naxes: {weight: [one, one]}", "stands twice"),
+        ("name: a\ntask: addition\naxes: {weight: []}", "needs at least one value"),
+        ("name: a\ntask: addition\naxes: {weight: [one, one]}", "duplicate value"),
         ("name: a\ntask: additon", "did you mean 'addition'"),
         ("name: a\ntask: {name: addition, digit: 2}", "did you mean 'digits'"),
         ("name: a\ntask: {name: addition, digits: two}", "task.digits"),
@@ -174,16 +187,16 @@ def test_resolved_cells_round_trip_and_notice_tampering():
         ("name: a\ntask: addition\npolicy: {name: tiny, hidden: 30}", "policy.hidden"),
         ("name: a\ntask: addition\npolicy: {name: hf}", "policy.model: missing"),
         ("name: a\ntask: addition\nobjective: {algorithm: grop}", "did you mean 'grpo'"),
-        ("name: a\ntask: addition\nobjective: {beta: 0.1, placement: none}", "acts in no cell"),
+        ("name: a\ntask: addition\nobjective: {beta: 0.1, placement: none}", "has no effect in any cell"),
         ("name: a\ntask: addition\naxes: {ratio: [token, sequence_mean]}", "every ratio is 1"),
         ("name: a\ntask: addition\ndesign: products", "did you mean 'product'"),
         ("name: a\ntask: addition\ndesign: zip\naxes: {estimator: [k1], beta: [0.1, 0.2]}", "one length"),
         ("name: a\ntask: addition\nexclude: [{estimator: k3}]", "the grid is empty"),
         ("name: a\ntask: addition\nexclude: [{estimator: k1}]", "matches no cell"),
         ("name: a\ntask: addition\nseeds: 0", "seeds"),
-        ("name: a\ntask: addition\nseeds: [1, 1]", "stands twice"),
-        ("name: a\ntask: addition\ndesign: list\ncells: [{beta: 0.1}, {beta: 0.1}]", "this cell stands twice"),
-        ("name: ../a\ntask: addition", "becomes a folder"),
+        ("name: a\ntask: addition\nseeds: [1, 1]", "duplicate seed"),
+        ("name: a\ntask: addition\ndesign: list\ncells: [{beta: 0.1}, {beta: 0.1}]", "duplicate cell"),
+        ("name: ../a\ntask: addition", "is a folder's name"),
         ("task: addition", "name: missing"),
         ("name: a", "task: missing"),
         ("name: a\nname: b\ntask: addition", "line 2, column 1: duplicate key 'name'"),

@@ -39,7 +39,7 @@ def test_a_setting_is_left_off_where_it_does_nothing_and_refused_where_it_never_
 ) -> None:
     cells = grid_of(training=CONTROLS[section], design="list", cells=[idle, acting]).cells
     assert [getattr(cell.training, section) is None for cell in cells] == [True, False]
-    with pytest.raises(UserError, match=rf"training\.{section}: acts in no cell"):
+    with pytest.raises(UserError, match=rf"training\.{section}: has no effect in any cell"):
         grid_of(training=CONTROLS[section], design="list", cells=[idle])
 
 
@@ -59,7 +59,7 @@ def test_an_algorithm_brings_its_critic_which_the_grid_file_may_change_or_take_a
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        ({"critic": {"coefficient": 0.1}}, "does nothing to a critic that is trained apart"),
+        ({"critic": {"coefficient": 0.1}}, "has no effect on a critic of kind 'model'"),
         ({"critic": {"kind": "heads"}}, "did you mean 'head'"),
         ({"critic": {"clip": 0.0}}, "training.critic.clip"),
         ({"beta_control": {}}, "training.beta_control.target"),

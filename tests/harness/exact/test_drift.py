@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -53,6 +55,13 @@ def test_a_cell_without_gradient_does_not_drift() -> None:
     constant = torch.ones(27)
     policies = inner_updates(GRPO, lab.behaviour, lab.reference, constant, 8, 3)
     assert [drift_size(lab.behaviour, policy) for policy in policies] == [0.0] * 3
+
+
+def test_the_size_of_a_drift_is_the_kl_from_behaviour_to_policy() -> None:
+    behaviour, policy = (TabularPolicy(torch.tensor([row]).log()) for row in ([0.5, 0.3, 0.2], [0.9, 0.05, 0.05]))
+    expected = sum(b * math.log(b / p) for b, p in ((0.5, 0.9), (0.3, 0.05), (0.2, 0.05)))
+    assert drift_size(behaviour, policy) == pytest.approx(expected, abs=1e-6)
+    assert drift_size(policy, behaviour) != pytest.approx(expected, abs=1e-2)
 
 
 def test_random_drift_is_reproducible_and_scales() -> None:
