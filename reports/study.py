@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,8 +230,18 @@ def _besides_task(cell: Cell) -> str:
     return json.dumps({key: value for key, value in cell.canonical().items() if key not in ("task", "seed")})
 
 
+def _inputs(run: Run) -> Iterator[str]:
+    """Notes about code, data and models that are not the same for all cells, or not what they were."""
+    earlier = run.earlier_inputs()
+    if earlier:
+        names = ", ".join(dict.fromkeys(name for changed in earlier.values() for name in changed))
+        yield f"{len(earlier)} cells of {run.name} were trained with other versions of {names} than the rest."
+    if changed := run.changed_inputs(missing=False):
+        yield f"Changed since {run.name} was launched: {', '.join(changed)}."
+
+
 def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
-    notes = []
+    notes = [note for run in runs for note in _inputs(run)]
     for task, part in cells.groupby("task", sort=False):
         budgets = sorted(part["updates_planned"].unique())
         if len(budgets) > 1:

@@ -28,11 +28,12 @@ class Checks:
 
     Args:
         folder: the run folder that a launch would use.
+        accept_changes: whether cells may be added under changed code, data or models.
         look_inside: load code, data and models, in a process of its own; otherwise only what a launch refuses anyway.
     """
 
-    def __init__(self, study: Grid, folder: Path, look_inside: bool) -> None:
-        self._study, self._folder = study, folder
+    def __init__(self, study: Grid, folder: Path, look_inside: bool, accept_changes: bool = False) -> None:
+        self._study, self._folder, self._accept_changes = study, folder, accept_changes
         self._preflight = Preflight(study) if look_inside else None
 
     def finish(self) -> list[str]:
@@ -42,7 +43,7 @@ class Checks:
             typer.Exit: with exit code 2, after all mistakes were printed to standard error.
         """
         refusals: list[Callable[[], None]] = [
-            lambda: Run.check_grid(self._folder, self._study),
+            lambda: Run.check_grid(self._folder, self._study, self._accept_changes),
             lambda: require_trackers(self._study.track),
             lambda: require_samplers(self._study),
         ]

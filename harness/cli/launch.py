@@ -66,13 +66,16 @@ def launch(
     profile: Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")] = None,
     merge: MergeOption = True,
     check: CheckOption = True,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Add cells although code, data or models changed since the launch.")
+    ] = False,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Run a grid file's cells. Launching again continues: results stay, running cells go on, the rest is run."""
     study = grid_of(grid)
     folder = runs / study.name
-    checks = Checks(study, folder, check)
+    checks = Checks(study, folder, check, accept_changes)
     if merge:
         study = merged_grid(study, folder, quiet=as_json).grid
     flags = {
@@ -100,7 +103,7 @@ def launch(
     if dry_run:
         _rehearse(study, folder, executor, workers, size, resources, retry_failed, as_json)
         return
-    run = Run.create(folder, study)
+    run = Run.create(folder, study, accept_changes=accept_changes)
     tracking = Tracking(run, study.track)
     ids = {cell.id for cell in study.cells}
     given_to_all: dict[str, Any] = {"workers": workers, "retry_failed": retry_failed, "cells_per_job": size}

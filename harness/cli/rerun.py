@@ -51,7 +51,7 @@ def rerun(
     repeated = changed(stored, settings or [])
     with (
         tempfile.TemporaryDirectory(prefix="klab-rerun-") as scratch,
-        user_code.searching(known=opened.user_code()),
+        user_code.searching(known=opened.user_code(stored.id)),
     ):
         folder = _repeat(opened, repeated, keep or Path(scratch) / "run", device, quiet=as_json)
         error = folder.error()
@@ -60,12 +60,18 @@ def rerun(
         timeouts = {"stored": timeouts_of(stored), "repeated": timeouts_of(folder)}
         lives = {"stored": kernels_of(stored), "repeated": kernels_of(folder)}
     same = error is None and difference is None
+    inputs = opened.changed_inputs(stored.id)
     if as_json:
         verdict = None if settings else same
         found = {"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results}
-        show_json({**found, "kernels": lives, "reward_timeouts": timeouts})
+        show_json({**found, "changed_inputs": inputs, "kernels": lives, "reward_timeouts": timeouts})
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
+        if inputs:
+            text = (
+                f"Not as they were when the cell was trained: {', '.join(inputs)}. Of code, the run's copies were used."
+            )
+            console().print(text, markup=False, soft_wrap=True)
         if not settings and (other := other_kernels(**lives)):
             console().print(other, markup=False, soft_wrap=True)
         if not settings and any(timeouts.values()):

@@ -13,7 +13,7 @@ from klab.grid import Cell, Grid, Objective
 from klab.grid.grid_file import Equality
 from klab.grid.user_code import python_command
 from klab.harness.exact.equivalence import contested_fingerprints, equivalence_classes
-from klab.harness.exact.fingerprints import cache_folder
+from klab.harness.store.machine import cache_folder
 
 Progress = Callable[[int, int], None]
 """Called with (objectives measured so far, objectives to measure)."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -16,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from klab.grid import Objective
-from klab.harness.store.machine import home_folder
+from klab.harness.store.machine import cache_folder
 
 Fingerprints = dict[tuple[str, bool], list[float]]
 """Fingerprints by canonical form and schedule."""
@@ -96,13 +95,6 @@ def _computed(
 def known_fingerprints(keys: Collection[tuple[str, bool]], *, cache: Path | None = None) -> Fingerprints:
     """The fingerprints that the cache has of these keys (needs no torch)."""
     return _read(_cache_file(cache), keys)
-
-
-def cache_folder() -> Path:
-    """Where fingerprints are kept: `$KLAB_CACHE`, else `klab` in the user's cache folder."""
-    if given := os.environ.get("KLAB_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "klab"
 
 
 def code_version() -> str:

@@ -117,6 +117,17 @@ def locations(records: Mapping[str, Record], run: Path) -> dict[str, Location]:
     return found
 
 
+def changed(records: Mapping[str, Record], run: Path, missing: bool = True) -> list[str]:
+    """The files of the user's own folders that have other contents now; with ``missing``, also those that are gone."""
+    found: dict[str, None] = {}
+    for each in records.values():
+        if each["folder"] is not None:
+            home = Path(os.path.normpath(run / each["folder"]))
+            different = changed_files(each, home)
+            found.update(dict.fromkeys(path for path in different if missing or (home / path).exists()))
+    return list(found)
+
+
 def changed_files(record: Record, home: Path) -> list[str]:
     """The recorded files of which `home` has another version, or none."""
     changed = []

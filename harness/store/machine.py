@@ -91,3 +91,10 @@ def home_folder() -> Path:
         return Path.home()
     except RuntimeError:
         return Path(os.devnull)
+
+
+def cache_folder() -> Path:
+    """Where what was computed once is kept: `$KLAB_CACHE`, else `klab` in the user's cache folder."""
+    if given := os.environ.get("KLAB_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "klab"

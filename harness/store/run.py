@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,14 @@ class Run:
         self._folders = path / "cells"
 
     @classmethod
-    def create(cls, path: str | Path, grid: Grid, created: float | None = None) -> Run:
+    def create(cls, path: str | Path, grid: Grid, created: float | None = None, accept_changes: bool = False) -> Run:
         """The run of `grid` in the folder `path`; an existing one is continued, and gets the grid's new cells.
 
         A grid that has only some of the run's cells leaves the run as it is.
 
         Args:
             created: the time to record as that of the creation, for a run that repeats another's cells; None: now.
+            accept_changes: add cells although code, data or models are not those that the run was made with.
 
         Raises:
             UserError: when the folder belongs to another grid (the message says how they differ), or is not klab's.
@@ -65,20 +66,23 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         with Lock(path / "lock", purpose="creating the run", wait=_LOCK_WAIT):
             existing = cls.open(path).manifest if (path / "manifest.json").exists() else None
-            manifest = _manifest(grid, existing, path, created)
+            manifest = _manifest(grid, existing, path, created, accept_changes)
             if manifest is not existing:
                 files.replace(path / "grid.yaml", grid.text.encode())
                 files.replace(path / "manifest.json", _manifest_text(manifest))
         return cls(path, manifest)
 
     @classmethod
-    def check_grid(cls, path: str | Path, grid: Grid) -> None:
+    def check_grid(cls, path: str | Path, grid: Grid, accept_changes: bool = False) -> None:
         """Raises UserError, as `create` would, where the run of `grid` cannot be at `path`. Writes nothing."""
         path = Path(path).resolve()
         _require_run_folder(path)
         if (path / "manifest.json").exists():
+            run = cls.open(path)
             cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
-            _refuse_other(grid, cls.open(path).manifest, cells, path)
+            _refuse_other(grid, run.manifest, cells, path)
+            if not accept_changes and not cells.keys() <= run.manifest["cells"].keys():
+                _refuse_changes(run.changed_inputs(), path)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -165,12 +169,51 @@ class Run:
                 raise UserError("is a link: nothing is written through it", file=folder, hint="Remove it.")
         return folder
 
-    def user_code(self) -> dict[str, Location]:
-        """Where each name of user code in the grid is to be loaded from; see `klab.harness.store.code`."""
+    def user_code(self, identity: str | None = None) -> dict[str, Location]:
+        """Where each name of user code in the grid is to be loaded from; see `klab.harness.store.code`.
+
+        Args:
+            identity: the cell whose code is wanted, which may be older than that of cells added later.
+        """
         from klab.harness.store import code
 
-        code.check(self.manifest.get("code", {}), self.path / "manifest.json")
-        return code.locations(self.manifest.get("code", {}), self.path)
+        records = self._made_with(identity).get("code", {})
+        code.check(records, self.path / "manifest.json")
+        return code.locations(records, self.path)
+
+    def changed_inputs(self, identity: str | None = None, missing: bool = True) -> list[str]:
+        """Code, data and models that are not what the run, or one cell of it, was made with; ``missing``: or are gone."""
+        from klab.harness.store import code, inputs
+
+        made = self._made_with(identity)
+        file = self.path / "manifest.json"
+        code.check(made.get("code", {}), file)
+        inputs.check(made.get("inputs", {}), file)
+        return [
+            *code.changed(made.get("code", {}), self.path, missing),
+            *inputs.changed(made.get("inputs", {}), self.path, missing),
+        ]
+
+    def earlier_inputs(self) -> dict[str, list[str]]:
+        """Cells that were finished with other code, data or models than the run has now, and what is different."""
+        found: dict[str, list[str]] = {}
+        for each in self._superseded():
+            for identity in each["cells"]:
+                found.setdefault(str(identity), [str(name) for name in each["changed"]])
+        return found
+
+    def _made_with(self, identity: str | None) -> Mapping[str, Any]:
+        earlier = (each for each in self._superseded() if identity in each["cells"])
+        return next(earlier, self.manifest) if identity is not None else self.manifest
+
+    def _superseded(self) -> list[Mapping[str, Any]]:
+        found = self.manifest.get("superseded", [])
+        if not isinstance(found, list) or not all(
+            isinstance(each, Mapping) and all(isinstance(each.get(key), list) for key in ("cells", "changed"))
+            for each in found
+        ):
+            raise files.damaged_file(self.path / "manifest.json", "has no valid 'superseded'")
+        return found
 
     @property
     def policies(self) -> Path:
@@ -199,17 +242,29 @@ class Run:
         raise UserError(problem, file=self.path, key="cell", value=part, allowed=found or cells)
 
 
-def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path, created: float | None = None) -> dict[str, Any]:
+def _manifest(
+    grid: Grid, existing: dict[str, Any] | None, path: Path, created: float | None, accept_changes: bool
+) -> dict[str, Any]:
     from klab.grid import user_code
-    from klab.harness.store import code
+    from klab.harness.store import code, inputs
 
     cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
     known: dict[str, Any] = {}
+    known_inputs: dict[str, Any] = {}
+    superseded: list[Any] = []
     if existing is not None:
         _refuse_other(grid, existing, cells, path)
         if cells.keys() < existing["cells"].keys() or (existing["cells"] == cells and existing["grid"] == grid.text):
             return existing
-        known = existing.get("code", {})
+        known, known_inputs = existing.get("code", {}), existing.get("inputs", {})
+        run = Run(path, existing)
+        superseded = list(existing.get("superseded", []))
+        if changed := run.changed_inputs():
+            if not accept_changes:
+                _refuse_changes(changed, path)
+            done = [each for each in existing["cells"] if (path / "cells" / each / "result.json").exists()]
+            superseded.append({"cells": done, "changed": changed, "code": known, "inputs": known_inputs})
+            known, known_inputs = {}, {}
     with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
         used = code.record((name for name in code.names(grid.cells) if name not in known), path)
     return {
@@ -230,8 +285,20 @@ def _manifest(grid: Grid, existing: dict[str, Any] | None, path: Path, created: 
         ],
         "grid": grid.text,
         "code": {**known, **used},
+        "inputs": {**inputs.record(grid.cells, path), **known_inputs},
+        "superseded": superseded,
         "cells": cells,
     }
+
+
+def _refuse_changes(changed: Sequence[str], path: Path) -> None:
+    if changed:
+        raise UserError(
+            f"was made with other versions of {', '.join(changed)}: cells that are added now would not be comparable",
+            file=path,
+            hint="Give the grid another name, or choose another place with --runs; --accept-changes adds the cells all "
+            "the same, and the report says so.",
+        )
 
 
 def _refuse_other(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) -> None:
