@@ -68,9 +68,7 @@ def rerun(
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
         if inputs:
-            text = (
-                f"Not as they were when the cell was trained: {', '.join(inputs)}. Of code, the run's copies were used."
-            )
+            text = f"Changed since the cell was trained: {', '.join(inputs)}. Of code, the run's copies were used."
             console().print(text, markup=False, soft_wrap=True)
         if not settings and (other := other_kernels(**lives)):
             console().print(other, markup=False, soft_wrap=True)

@@ -182,7 +182,11 @@ class Run:
         return code.locations(records, self.path)
 
     def changed_inputs(self, identity: str | None = None, missing: bool = True) -> list[str]:
-        """Code, data and models that are not what the run, or one cell of it, was made with; ``missing``: or are gone."""
+        """Code, data and models that are not what the run, or one cell of it, was made with.
+
+        Args:
+            missing: count what is gone, too.
+        """
         from klab.harness.store import code, inputs
 
         made = self._made_with(identity)
