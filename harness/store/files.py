@@ -64,6 +64,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def share_folder(folder: Path) -> None:
+    """Give a folder and its files the modes that the umask allows: libraries write some for their owner only."""
+    probe = folder / f".umask.{secrets.token_hex(6)}.tmp"
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    probe.unlink()
+    folder.chmod(mode)
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode & 0o666)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove temporaries that a killed writer left in `folder`; the caller must be its only writer."""
     with os.scandir(folder) as entries:

@@ -24,6 +24,7 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
     partial = folder.path / "policy.partial"
     shutil.rmtree(partial, ignore_errors=True)
     pack.policy.save(partial, position)
+    files.share_folder(partial)
     _make_durable(partial)
     shutil.rmtree(folder.policy, ignore_errors=True)
     partial.rename(folder.policy)

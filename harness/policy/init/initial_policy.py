@@ -19,6 +19,7 @@ from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import Progress, warm_up
 from klab.harness.policy.stacked.policy import StackedPolicy
+from klab.harness.store.files import share_folder
 from klab.tasks.task import Task
 
 _TRAINING_FIELDS = ("lora", "gradient_checkpointing")
@@ -126,10 +127,10 @@ def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: 
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         policy.save(scratch)
-        scratch.chmod(0o755)
         (scratch / "warmup.json").write_text(
             json.dumps({"schema": 1, **_identity(section, task_section), **record}, indent=1)
         )
+        share_folder(scratch)
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,19 @@ from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run
+
+
+def test_everything_that_a_job_writes_follows_the_umask(make_grid: Callable[..., Grid], place: Path) -> None:
+    """A group can share a run folder, the weights in it too."""
+    before = os.umask(0o002)
+    try:
+        run = Run.create(place / "runs/little", make_grid(checkpoint_updates=1))
+        launch(run, InlineExecutor(), workers=1)
+    finally:
+        os.umask(before)
+    assert count(statuses(run)) == {"finished": 1}
+    closed = [path for path in run.path.rglob("*") if not path.is_symlink() and not path.stat().st_mode & 0o020]
+    assert closed == []
 
 
 def test_a_cell_that_was_cancelled_does_not_start_until_it_is_launched_again(
