@@ -1,4 +1,4 @@
-"""Cells that are the same algorithm under their training schedule are run once."""
+"""Merging cells that are the same algorithm under their training schedule, so that it is run once."""
 
 from __future__ import annotations
 

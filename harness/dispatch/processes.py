@@ -1,7 +1,7 @@
 """Several processes that train a job's cells together: started on this machine, or tasks of a Slurm job.
 
-The first one leads: it holds the claims and writes; the others do what it says. They hear
-no signals, and end when the first one does. As a program this module is one of the others:
+The first one leads: it holds the claims and writes all files; the others follow its commands. They ignore signals, and
+end when the first one does. As a program this module is one of the others:
 `python -m klab.harness.dispatch.processes RUN RANK SIZE THREADS MEETING`.
 """
 

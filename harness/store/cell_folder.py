@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STATES = ("finished", "diverged")
 _ROWS = "rows"
-"""Key of result.json that counts the lines of the other records; nobody else's business."""
+"""Key of result.json with the number of lines of the other files; not part of the result."""
 _CLAIMS: dict[Path, Lock] = {}
 """The claims of this process: cell folder -> lock."""
 
@@ -82,13 +82,13 @@ class CellFolder:
             lock.release()
 
     def refresh_claim(self) -> None:
-        """Show that this process, which holds the claim, lives."""
+        """Renew the time stamp of this process's claim, which shows other machines that it lives."""
         lock = _CLAIMS.get(self.path)
         if lock is not None:
             lock.refresh()
 
     def revoke(self) -> None:
-        """Take the claim away from whoever has it; its next write raises `ClaimRevoked` there."""
+        """Take the claim away from its holder, whose next write raises `ClaimRevoked`."""
         (self.path / "claim").unlink(missing_ok=True)
 
     def claim_holder(self) -> dict[str, Any] | None:
@@ -97,7 +97,7 @@ class CellFolder:
         return record if record is not None and not is_stale(self.path / "claim", record) else None
 
     def assert_owner(self) -> None:
-        """Raises `ClaimRevoked` when this process's claim was taken away; a process that never claimed passes."""
+        """Raises `ClaimRevoked` when this process's claim was revoked; a process that never claimed the cell passes."""
         lock = _CLAIMS.get(self.path)
         if lock is not None and not lock.is_ours():
             raise ClaimRevoked(f"cell {self.id} was cancelled or taken over by another process")
@@ -160,14 +160,14 @@ class CellFolder:
         files.append_lines(self.path / "attempts.jsonl", [event], durable=True)
 
     def heartbeat(self) -> dict[str, Any] | None:
-        """The newest sign of life: the holder and what `beat` was given. A damaged one counts as none."""
+        """The newest heartbeat: the process and its progress. A damaged one counts as none."""
         try:
             return files.read_record(self.path / "heartbeat")
         except UserError:
             return None
 
     def write_heartbeat(self, progress: Mapping[str, Any]) -> None:
-        """Replace the sign of life."""
+        """Replace the heartbeat: progress, process and time."""
         self.assert_owner()
         self._make()
         record = {**progress, **ProcessId.current().to_record()}
@@ -181,7 +181,7 @@ class CellFolder:
         return record
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write the result, last of all: from then on the cell is never run again."""
+        """Write the result, after everything else: from then on the cell is never run again."""
         if result.get("state") not in STATES:
             raise ValueError(f"a result's state is finished or diverged, not {result.get('state')!r}")
         self.assert_owner()
@@ -225,7 +225,7 @@ class CellFolder:
         return rest if first.startswith("schema:") else text
 
     def record_failure(self, text: str) -> None:
-        """Record why the cell failed. Says nothing when the cell is no longer this process's."""
+        """Record why the cell failed; does nothing when this process's claim was revoked."""
         try:
             self.assert_owner()
         except ClaimRevoked:

@@ -1,4 +1,4 @@
-"""Files that survive a kill at any instant: replaced whole, or appended to line by line, and checked when read.
+"""Stored files: replaced atomically or appended to line by line, with checksums that are verified when read.
 
 Every JSON object carries `schema` and `crc` (CRC-32 of the text before it), so that a damaged file is noticed instead
 of believed. Operating system errors (full disk, I/O error, read-only folder) propagate as `OSError` and leave the old

@@ -1,4 +1,4 @@
-"""Locks that name their holder, work on network folders, and are broken safely when the holder is gone.
+"""Lock files that name their holder, work on network file systems, and are broken safely when the holder is dead.
 
 A lock is a file made by `link` from a private temporary: atomic on NFS as well. Its holder touches it while it lives; a
 lock is stale when its process is known to be dead, or, for another machine's process, when it was not touched for
@@ -28,20 +28,26 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LockHeld(UserError):
-    """Somebody else holds the lock."""
+    """Another process holds the lock."""
 
     def __init__(self, path: Path, holder: ProcessId | None, age: float, purpose: str) -> None:
         who = str(holder) if holder else "an unknown process"
         super().__init__(
             f"is held by {who} for {age:.0f} s{f' ({purpose})' if purpose else ''}",
             file=path,
-            hint="Wait for it, or end that process; a dead holder's lock is broken by itself.",
+            hint="Wait for it, or end that process; the lock of a dead process is removed automatically.",
         )
         self.holder = holder
 
 
 class Lock:
-    """A lock file. As a context manager it is touched in the background while held; `wait` is in seconds."""
+    """A lock file. As a context manager it is refreshed in the background while held.
+
+    Args:
+        purpose: shown to those who wait.
+        wait: seconds to wait for another holder.
+        details: more entries of the record.
+    """
 
     def __init__(
         self, path: Path, *, purpose: str = "", wait: float = 0.0, details: dict[str, Any] | None = None
@@ -57,7 +63,7 @@ class Lock:
         """Take the lock.
 
         Raises:
-            LockHeld: when somebody else has it and does not give it back within `wait` seconds.
+            LockHeld: when another process does not give it back within `wait` seconds.
         """
         deadline = time.monotonic() + self.wait
         while not self._link():
@@ -85,7 +91,7 @@ class Lock:
         return record is not None and record.get("token") == self.token
 
     def refresh(self) -> None:
-        """Show that the holder lives."""
+        """Renew the time stamp that shows other machines that the holder lives."""
         with suppress(OSError):
             os.utime(self.path)
 
@@ -144,7 +150,7 @@ def read_lock(path: Path) -> dict[str, Any] | None:
 
 
 def is_stale(path: Path, record: dict[str, Any]) -> bool:
-    """Whether a lock's holder is gone (see the module's text)."""
+    """Whether a lock's holder is known to be dead, or on another machine and silent for `STALE_SECONDS`."""
     holder = ProcessId.from_record(record)
     alive = holder.is_alive() if holder else None
     return (not alive) if alive is not None else untouched_seconds(path) > STALE_SECONDS

@@ -1,4 +1,4 @@
-"""What a run was made with and on: versions, the commit, the hardware. Read without importing torch."""
+"""Versions, commit and hardware of a run. Read without importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A record with one large table, a row to a line, of which only the rows that are asked for are parsed.
+"""The manifest's file format: a record with one large table, whose rows are parsed when they are asked for.
 
 The file is an ordinary sealed record, which `files.decode_record` reads as well; its checksum is verified whole.
 """

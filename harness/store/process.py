@@ -1,4 +1,4 @@
-"""Who holds a lock: a process, told apart from every later process that happens to get its number."""
+"""Identity of a process: host, boot, number and start time, so that a reused process number is told apart."""
 
 from __future__ import annotations
 

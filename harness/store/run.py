@@ -1,4 +1,4 @@
-"""A run's folder: the grid, the manifest of its cells, and where everything lies. It holds no absolute path."""
+"""A run folder: its grid, the manifest of its cells, and the paths of everything in it. It holds no absolute path."""
 
 from __future__ import annotations
 

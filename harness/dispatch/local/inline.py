@@ -1,4 +1,4 @@
-"""Cells in this process, one pack after the other, in the foreground."""
+"""Training in this process, one pack after the other, in the foreground."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of packs from measured step times, such that the last worker ends as soon as it can.
+"""Pack sizes that minimise the time until the last worker ends, from measured step times.
 
 Measured are seconds per update and cell (`step_times`), by pack size. Of a size that was not measured, seconds per
 update of the whole pack lie on the line between its measured neighbours; below the smallest and above the largest, a

@@ -1,4 +1,4 @@
-"""How long cells will take, from cells of the same shape that were measured before."""
+"""Estimated wall-clock time of a launch, from finished cells of the same shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells into packs: which cells one job trains together."""
+"""Packs: which cells one job trains together."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _IDLE = ("updates", "evaluate_every", "evaluation_prompts", "evaluation_samples"
 
 
 def stacking_key(resolved: Mapping[str, Any]) -> str:
-    """Cells with equal shapes can be stacked; seeds, objectives and optimizer settings may differ."""
+    """Cells with equal keys can be stacked; seeds, objectives and optimizer settings may differ."""
     training = {key: value for key, value in resolved["training"].items() if key not in STACKABLE}
     return json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
 
 
 def stacking_keys(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The shape of every cell; one that shares its sections with another cell is not worked out again."""
+    """The `stacking_key` of every cell; computed once for cells that share their sections."""
     known: dict[tuple[int, ...], str] = {}
     found: dict[str, str] = {}
     for identity, resolved in cells.items():
@@ -54,7 +54,7 @@ def stacking_keys(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def cost_key(resolved: Mapping[str, Any]) -> str:
-    """Cells of one kind take equally long for an update; a short word for it."""
+    """A short key that is equal for cells whose updates take equally long."""
     training = {key: value for key, value in resolved["training"].items() if key not in (*STACKABLE, *_IDLE)}
     text = json.dumps([resolved["task"], resolved["policy"], training], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

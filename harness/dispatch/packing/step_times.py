@@ -1,4 +1,4 @@
-"""Measured step times: what an update of a cell took, by shape, hardware and pack size; one file beside the runs.
+"""Measured step times: seconds per update and cell, by cost, hardware and pack size, in one file beside the runs.
 
 Jobs of this machine append a line when all their cells are finished; planning reads them. They decide how cells are
 packed, never what a cell computes, so a file that is lost or damaged costs nothing but time.
@@ -60,7 +60,7 @@ class HardwareKey:
         return cls.of_this_machine(min(resources.cpus, machine.cores()), on_gpu)
 
 
-def record_job(run: Run, cells: Sequence[str], place: HardwareKey, busy: float = 1.0) -> None:
+def record_job(run: Run, cells: Sequence[str], key: HardwareKey, busy: float = 1.0) -> None:
     """Write down what an update of these cells took, which one job trained together from beginning to end.
 
     The median over updates counts, without the first, for it pays for what is done once. Nothing is written for cells
@@ -76,38 +76,38 @@ def record_job(run: Run, cells: Sequence[str], place: HardwareKey, busy: float =
         if any(count > 1 for count in begun) or len(rows) < _LEAST:
             return
         spent = [sum(value for key, value in row.items() if key.startswith("seconds")) for row in rows]
-        append_measurement(run.path.parent, place, cost_key(run.resolved(cells[0])), len(cells), busy * median(spent))
+        append_measurement(run.path.parent, key, cost_key(run.resolved(cells[0])), len(cells), busy * median(spent))
 
 
-def append_measurement(runs: Path, place: HardwareKey, word: str, size: int, seconds: float) -> None:
+def append_measurement(runs: Path, key: HardwareKey, cost: str, size: int, seconds: float) -> None:
     """Add a measurement: seconds per update and cell of this `cost_key`, in a pack of `size` cells."""
     path = runs / FILE
-    record = {"at": time.time(), "hardware": place.hardware, "threads": place.threads, "kind": word}
+    record = {"at": time.time(), "hardware": key.hardware, "threads": key.threads, "kind": cost}
     files.append_lines(path, [{**record, "size": size, "seconds": seconds}])
     if path.stat().st_size > 2 * _BYTES:
         newest = _tail(path)
         files.replace(path, newest[newest.find(b"\n") + 1 :], durable=False)
 
 
-def read_step_times(runs: Path, place: HardwareKey | None) -> StepTimes:
-    """What was measured at this place; lines that cannot be read are left out."""
+def read_step_times(runs: Path, key: HardwareKey | None) -> StepTimes:
+    """What was measured on this hardware; lines that cannot be read are left out."""
     found: dict[str, dict[int, list[float]]] = {}
-    for line in _tail(runs / FILE).split(b"\n") if place is not None else ():
+    for line in _tail(runs / FILE).split(b"\n") if key is not None else ():
         try:
             record = files.decode_record(line, runs / FILE)
             where = HardwareKey(record["hardware"], record["threads"])
             size, seconds = int(record["size"]), float(record["seconds"])
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if where == place and size > 0 and 0 < seconds < math.inf:
+        if where == key and size > 0 and 0 < seconds < math.inf:
             found.setdefault(record["kind"], {}).setdefault(size, []).append(seconds)
     return {each: {size: min(times[-LAST:]) for size, times in by_size.items()} for each, by_size in found.items()}
 
 
 def have_changed(new: StepTimes, old: StepTimes) -> bool:
     """Whether there are sizes that were not measured before, or times that changed by more than noise."""
-    for word, times in new.items():
-        before = old.get(word, {})
+    for cost, times in new.items():
+        before = old.get(cost, {})
         if any(size not in before or abs(math.log(times[size] / before[size])) > math.log(NOISE) for size in times):
             return True
     return False

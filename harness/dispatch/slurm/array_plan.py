@@ -1,4 +1,4 @@
-"""How many job arrays a launch becomes, and how they share one limit of concurrency."""
+"""Splitting a launch into job arrays that share one limit of concurrency."""
 
 from __future__ import annotations
 

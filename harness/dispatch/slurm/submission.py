@@ -1,4 +1,4 @@
-"""The record of one job array: written before `sbatch`, so that a job nobody wrote down is found again by name."""
+"""The record of one job array, written before `sbatch`: a job whose id was never recorded is found by its name."""
 
 from __future__ import annotations
 
