@@ -11,12 +11,12 @@ import typer
 
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources
-from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of
+from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.merged import MergeOption, merged_grid
 from klab.harness.cli.progress import Board, follow, report_problem
 from klab.harness.cli.table import console
-from klab.harness.cli.text import show_json
+from klab.harness.cli.text import say, show_json
 from klab.harness.cli.tracking import Tracking
 from klab.harness.dispatch.backends import Executor, Pack
 from klab.harness.dispatch.gpus import default_device, require_gpu
@@ -26,7 +26,7 @@ from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.packing.packs import make_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.dispatch.status import count, statuses
-from klab.harness.store import Run
+from klab.harness.store import Run, adoption
 
 
 class Where(StrEnum):
@@ -69,6 +69,9 @@ def launch(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Add cells although code, data or models changed since the launch.")
     ] = False,
+    adopt: Annotated[
+        str | None, typer.Option("--adopt", metavar="RUN", help="First take over the finished cells that RUN has, too.")
+    ] = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
@@ -103,7 +106,10 @@ def launch(
     if dry_run:
         _rehearse(study, folder, executor, workers, size, resources, retry_failed, as_json)
         return
+    adopted_from = run_of(adopt, runs) if adopt is not None else None
     run = Run.create(folder, study, accept_changes=accept_changes)
+    if adopted_from is not None:
+        _adopt(run, adopted_from, as_json)
     tracking = Tracking(run, study.track)
     ids = {cell.id for cell in study.cells}
     given_to_all: dict[str, Any] = {"workers": workers, "retry_failed": retry_failed, "cells_per_job": size}
@@ -202,6 +208,16 @@ def _rehearse(
 def _shortened(pack: Pack, shown: int = 4) -> Sequence[str]:
     more = len(pack.cells) - shown
     return [*pack.cells[:shown], *([f"… {more} more"] if more > 0 else [])]
+
+
+def _adopt(run: Run, other: Run, quiet: bool) -> None:
+    found = adoption.adopt(run, other)
+    lines = [f"{len(found.adopted)} cells adopted from {other.path}"]
+    if found.different:
+        names = dict.fromkeys(name for each in found.different.values() for name in each)
+        lines.append(f"{len(found.different)} not adopted: trained with another {', '.join(names)}")
+    for line in () if quiet else lines:
+        say(line)
 
 
 def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:

@@ -44,6 +44,15 @@ def record(cells: Iterable[Cell], run: Path) -> dict[str, Record]:
     return found
 
 
+def labels(cells: Iterable[Cell]) -> list[str]:
+    """The labels of everything that exists, here or on the hub, and that these cells name."""
+    return [
+        label
+        for label, key, name in _named(cells)
+        if Path(name).expanduser().exists() or (key in _HUB_KEYS and _commit(_HUB_KEYS[key], name))
+    ]
+
+
 def changed(records: Mapping[str, Record], run: Path, missing: bool = True) -> list[str]:
     """The labels of what has other contents now; with ``missing``, also of what is gone."""
     digests, found = Digests(), []

@@ -177,7 +177,7 @@ class Run:
         """
         from klab.harness.store import code
 
-        records = self._made_with(identity).get("code", {})
+        records = self.made_with(identity).get("code", {})
         code.check(records, self.path / "manifest.json")
         return code.locations(records, self.path)
 
@@ -189,7 +189,7 @@ class Run:
         """
         from klab.harness.store import code, inputs
 
-        made = self._made_with(identity)
+        made = self.made_with(identity)
         file = self.path / "manifest.json"
         code.check(made.get("code", {}), file)
         inputs.check(made.get("inputs", {}), file)
@@ -206,7 +206,8 @@ class Run:
                 found.setdefault(str(identity), [str(name) for name in each["changed"]])
         return found
 
-    def _made_with(self, identity: str | None) -> Mapping[str, Any]:
+    def made_with(self, identity: str | None = None) -> Mapping[str, Any]:
+        """The records `code` and `inputs` of the run, or of a cell that was finished before they were others."""
         earlier = (each for each in self._superseded() if identity in each["cells"])
         return next(earlier, self.manifest) if identity is not None else self.manifest
 

@@ -214,6 +214,14 @@ def test_rerun_refuses_settings_that_do_not_exist(run: Run, ask: Ask) -> None:
     assert "section.name=value" in ask("rerun", "little", run.cells[0], "--set", "lr", code=2)
 
 
+def test_launch_adopts_finished_cells_of_a_renamed_grid(run: Run, make_grid: MakeGrid, ask: Ask) -> None:
+    make_grid("renamed", seeds=1)
+    text = ask("launch", "renamed.yaml", "--on", "here", "--no-check", "--adopt", "little")
+    assert "1 cells adopted" in text
+    assert "1 finished" in text
+    assert "no such run" in ask("launch", "renamed.yaml", "--no-check", "--adopt", "nothing", code=2)
+
+
 def test_launch_says_when_cells_failed(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
     make_grid(task={"name": "slow_tasks:Chore", "fail_unless": "there"})
     assert "the file is not there" in ask("launch", "little.yaml", "--on", "here", code=2)
