@@ -69,7 +69,7 @@ class HfPolicy(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
     engine: Literal["auto", "stacked", "transformers"] = "auto"
-    """What runs the model: klab's stacked decoder (Llama, Qwen2, Qwen3) or `transformers`; `auto` takes the first that
+    """What runs the model: klab's stacked engine (Llama, Qwen2, Qwen3) or `transformers`; `auto` takes the first that
     can."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Whether prompts are wrapped in the tokenizer's chat template; `auto`: where it has one."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,22 +24,22 @@ class PrefixTree:
     """One cell's M distinct tokens and their placement, for attention, in L rows of S slots.
 
     Attributes:
-        tokens: token ids [M].
-        token_of_slot: [L, S], the token in each slot; padding repeats some token.
-        positions: [L, S], position of each slot in its sequence.
-        slot_of_token: [M], a slot (flat index into [L, S]) that holds the token.
-        output_index: [K], tokens after which a trajectory goes on: each prompt's last, and every inner prefix.
-        logits_index: [N, T], which of the K output tokens predicts each token of a trajectory; 0 for padding.
-        attn_bias: [L, S, S], 0 where a slot attends to another and −inf where not; None for causal rows.
+        tokens: token ids.
+        token_of_slot: the token in each slot; padding repeats some token.
+        positions: position of each slot in its sequence.
+        slot_of_token: a slot (flat index into [L, S]) that holds the token.
+        output_index: tokens after which a trajectory goes on: each prompt's last, and every inner prefix.
+        logits_index: which of the K output tokens predicts each token of a trajectory; 0 for padding.
+        attn_bias: 0 where a slot attends to another and −inf where not; None for causal rows.
     """
 
-    tokens: Tensor
-    token_of_slot: Tensor
-    positions: Tensor
-    slot_of_token: Tensor
-    output_index: Tensor
-    logits_index: Tensor
-    attn_bias: Tensor | None
+    tokens: Int[Tensor, " M"]
+    token_of_slot: Int[Tensor, "L S"]
+    positions: Int[Tensor, "L S"]
+    slot_of_token: Int[Tensor, " M"]
+    output_index: Int[Tensor, " K"]
+    logits_index: Int[Tensor, "N T"]
+    attn_bias: Float[Tensor, "L S S"] | None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -20,28 +21,28 @@ class Rollout:
     Attributes:
         prompts: P lists of token ids.
         group_size: trajectories per prompt; trajectory i continues prompt i // group_size.
-        tokens: int64 [N, T], token ids, 0 after a trajectory's end.
-        mask: bool [N, T], the tokens that the policy generated (end-of-sequence tokens included).
-        present: bool [N, T], all tokens but padding: the policy's and the environment's.
-        logp: float [N, T], the sampler's log-probabilities of generated tokens under the tempered, full distribution
+        tokens: token ids, 0 after a trajectory's end.
+        mask: the tokens that the policy generated (end-of-sequence tokens included).
+        present: all tokens but padding: the policy's and the environment's.
+        logp: the sampler's log-probabilities of generated tokens under the tempered, full distribution
             (top-p restricts what is drawn, not what is recorded); 0 elsewhere.
-        truncated: bool [N], whether the limit of new tokens ended it.
+        truncated: whether the limit of new tokens ended it.
         texts: N texts of generated tokens, without end-of-sequence tokens.
     """
 
     prompts: list[list[int]]
     group_size: int
-    tokens: Tensor
-    mask: Tensor
-    present: Tensor
-    logp: Tensor
-    truncated: Tensor
+    tokens: Int[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+    present: Bool[Tensor, "N T"]
+    logp: Float[Tensor, "N T"]
+    truncated: Bool[Tensor, " N"]
     texts: list[str]
     _prefix_trees: dict[int | None, PrefixTree] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def groups(self) -> Tensor:
-        """int64 [N], which prompt each trajectory continues."""
+    def groups(self) -> Int[Tensor, " N"]:
+        """Which prompt each trajectory continues."""
         return self.grouping.index
 
     @property

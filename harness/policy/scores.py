@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.harness.policy.rollout import Rollout
@@ -28,16 +29,16 @@ class TokenScores:
     """One cell's trajectories under a policy, N trajectories of at most T tokens; 0 outside the rollout's mask.
 
     Attributes:
-        logp: [N, T], log-probability of each generated token; carries the gradient where gradients are enabled.
-        entropy: [N, T], entropy in nats of the distribution that each was drawn from; without gradient.
-        logits: [N, T, vocab_size], divided by the temperature; carries the gradient.
-        states: [N, T, hidden_size], the final hidden state that predicts each; carries the gradient.
+        logp: log-probability of each generated token; carries the gradient where gradients are enabled.
+        entropy: entropy in nats of the distribution that each was drawn from; without gradient.
+        logits: divided by the temperature; carries the gradient.
+        states: the final hidden state that predicts each; carries the gradient.
     """
 
-    logp: Tensor
-    entropy: Tensor | None = None
-    logits: Tensor | None = None
-    states: Tensor | None = None
+    logp: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"] | None = None
+    logits: Float[Tensor, "N T vocab_size"] | None = None
+    states: Float[Tensor, "N T hidden_size"] | None = None
 
 
 class Scorer(Protocol):
@@ -79,14 +80,18 @@ def token_scores(
 
 
 def gather_scores(
-    rollout: Rollout, logits_index: Tensor, logits: Tensor, states: Tensor | None, options: ScoreOptions
+    rollout: Rollout,
+    logits_index: Int[Tensor, "N T"],
+    logits: Float[Tensor, "K vocab_size"],
+    states: Float[Tensor, "K hidden_size"] | None,
+    options: ScoreOptions,
 ) -> TokenScores:
     """The scores of a rollout from logits that were computed once for several of its tokens.
 
     Args:
-        logits_index: int64 [N, T], the row of `logits` that predicts each token.
-        logits: [K, vocab_size], float32 or wider.
-        states: [K, hidden_size], the hidden states they were computed from; None if they are not wanted.
+        logits_index: the row of `logits` that predicts each token.
+        logits: float32 or wider.
+        states: the hidden states they were computed from; None if they are not wanted.
     """
     tempered = logits if options.temperature == 1.0 else logits / options.temperature
     mask, V = rollout.mask, logits.shape[-1]
@@ -106,7 +111,9 @@ def gather_scores(
     return scores
 
 
-def gather_rows(values: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    """[N, T, width], rows of values [K, width] by index [N, T]; 0 outside the mask [N, T]."""
+def gather_rows(
+    values: Float[Tensor, "K width"], index: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]
+) -> Float[Tensor, "N T width"]:
+    """Rows of `values` by index; 0 outside the mask."""
     rows = values.index_select(0, index.view(-1)).view(*index.shape, -1)
     return torch.where(mask.unsqueeze(-1), rows, 0.0)

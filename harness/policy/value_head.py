@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -21,8 +22,8 @@ class ValueHead:
             name: torch.zeros(shape, dtype=dtype, device=device).requires_grad_() for name, shape in shapes.items()
         }
 
-    def __call__(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """Values [N, T] of each cell's states [N, T, hidden_size]."""
+    def __call__(self, states: Sequence[Float[Tensor, "N T hidden_size"]]) -> list[Float[Tensor, "N T"]]:
+        """Values of each cell's states."""
         weights, biases = (value.unbind(0) for value in self.parameters.values())
         return [
             each.to(weight.dtype) @ weight + bias for each, weight, bias in zip(states, weights, biases, strict=True)

@@ -68,8 +68,8 @@ class CachedDecoder:
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         found = {}
         for cell, tokens in last_tokens.items():
-            going = torch.tensor(unfinished[cell], device=self.policy.device)
-            stay = going[self._cached[cell]].nonzero().view(-1)
+            live = torch.tensor(unfinished[cell], device=self.policy.device)
+            stay = live[self._cached[cell]].nonzero().view(-1)
             if len(stay) < len(self._cached[cell]):
                 self._caches[cell].batch_select_indices(stay)
                 self._masks[cell], self._cached[cell] = self._masks[cell][stay], self._cached[cell][stay]
@@ -98,19 +98,19 @@ class UncachedDecoder:
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         found = {}
         for cell, tokens in last_tokens.items():
-            going = [i for i, goes_on in enumerate(unfinished[cell]) if goes_on]
-            for i in going:
+            live = [i for i, goes_on in enumerate(unfinished[cell]) if goes_on]
+            for i in live:
                 self._sequences[cell][i].append(int(tokens[i]))
-            found[cell] = self._logits(cell, going)
+            found[cell] = self._logits(cell, live)
         return found
 
-    def _logits(self, cell: int, going: Sequence[int]) -> Tensor:
+    def _logits(self, cell: int, live: Sequence[int]) -> Tensor:
         device = self.policy.device
-        tokens, mask = pad_rows([self._sequences[cell][i] for i in going], device)
+        tokens, mask = pad_rows([self._sequences[cell][i] for i in live], device)
         values, _ = self.policy.logits(self._weights[cell], tokens, mask, tokens.shape[1])
-        last = values[torch.arange(len(going), device=device), mask.sum(1) - 1]
+        last = values[torch.arange(len(live), device=device), mask.sum(1) - 1]
         every = last.new_zeros(len(self._sequences[cell]), last.shape[-1])
-        return every.index_copy_(0, torch.tensor(going, device=device), last)
+        return every.index_copy_(0, torch.tensor(live, device=device), last)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

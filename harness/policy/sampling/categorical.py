@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -21,21 +22,25 @@ class UniformSlice:
     total: int
 
 
-def uniform_numbers(generator: torch.Generator | UniformSlice, count: int, device: torch.device) -> Tensor:
-    """Uniform random numbers float64 [count, 1] in [0, 1)."""
+def uniform_numbers(
+    generator: torch.Generator | UniformSlice, count: int, device: torch.device
+) -> Float[Tensor, "count 1"]:
+    """Uniform random numbers in [0, 1), float64."""
     if isinstance(generator, torch.Generator):
         return torch.rand(count, 1, generator=generator, device=device, dtype=torch.float64)
     every = torch.rand(generator.total, 1, generator=generator.generator, device=device, dtype=torch.float64)
     return every[generator.first : generator.first + count]
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
-    """Tokens [N] drawn from logits [N, vocab_size], and their log-probabilities [N]; each row by itself.
+def sample_tokens(
+    logits: Float[Tensor, "N vocab_size"], uniforms: Float[Tensor, "N 1"] | None, top_p: float
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """Tokens drawn from logits, and their log-probabilities; each row by itself.
 
     Log-probabilities are those of the full distribution, whatever `top_p`.
 
     Args:
-        uniforms: float64 [N, 1] in [0, 1); None takes the most likely tokens.
+        uniforms: float64 in [0, 1); None takes the most likely tokens.
         top_p: draw from the smallest set of most likely tokens that holds this much probability.
     """
     logp = (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(-1)

@@ -44,13 +44,13 @@ class KVCacheDecoder:
         active = list(last_tokens)
         steps = []
         for cell in active:
-            going = np.array(unfinished[cell])
-            gathered = self.trees[cell].rearrange(going)
+            live = np.array(unfinished[cell])
+            gathered = self.trees[cell].rearrange(live)
             if gathered is not None:
                 rows, slots = (torch.from_numpy(index).to(self.model.device) for index in gathered)
                 self._split_cache(cell)
                 self._caches[(cell,)] = [(k[:, rows, slots], v[:, rows, slots]) for k, v in self._caches[(cell,)]]
-            steps.append(self.trees[cell].grow(last_tokens[cell].cpu().numpy(), going))
+            steps.append(self.trees[cell].grow(last_tokens[cell].cpu().numpy(), live))
         found: dict[int, Tensor] = {}
         caches: dict[tuple[int, ...], KVCache] = {}
         for members in self.model.stacks([step.shape for step in steps]):

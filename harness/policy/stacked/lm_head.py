@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from klab.harness.policy.stacked.layers import linear
@@ -28,8 +29,10 @@ def max_logits(device: torch.device) -> int:
     return MAX_LOGITS.get(device.type, MAX_LOGITS["cuda"])
 
 
-def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [A, K, hidden_size] times weight [A, hidden_size, vocab_size], in float32 or wider."""
+def float32_linear(
+    x: Float[Tensor, "A K hidden_size"], weight: Float[Tensor, "A hidden_size vocab_size"]
+) -> Float[Tensor, "A K vocab_size"]:
+    """x times weight, cell by cell, in float32 or wider."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return linear(x, weight, None)
     out: Tensor = _Float32Linear.apply(x, weight)  # type: ignore[no-untyped-call]
@@ -37,20 +40,25 @@ def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def selective_log_softmax(
-    hidden: Tensor, head: Tensor, rows: Tensor, tokens: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Float[Tensor, "K hidden_size"],
+    head: Float[Tensor, "hidden_size vocab_size"],
+    rows: Int[Tensor, " P"],
+    tokens: Int[Tensor, " P"],
+    temperature: float,
+    entropy: bool,
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " K_or_0"]]:
     """Log-probabilities of chosen tokens, and the entropy in nats of every row's distribution, chunk by chunk.
 
     Args:
-        hidden: [K, hidden_size].
-        head: [hidden_size, vocab_size].
-        rows: int64 [P], ascending, on the CPU: the row that predicts each token.
-        tokens: int64 [P], token ids.
+        hidden: final hidden states.
+        head: the output layer.
+        rows: the row that predicts each token, ascending, on the CPU.
+        tokens: token ids.
         temperature: divides the logits.
         entropy: whether it is wanted; it carries no gradient.
 
     Returns:
-        log-probabilities [P], and entropies [K] or empty; float32 or wider.
+        log-probabilities, and the entropies of the K rows, or none; float32 or wider.
     """
     K = len(hidden)
     step = max(1, max_logits(hidden.device) // head.shape[1])

@@ -45,11 +45,11 @@ class PackedDecoder:
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         start, rows, index = self.num_cached, {}, {}
         for cell, tokens in last_tokens.items():
-            going, tree = np.array(unfinished[cell]), self.trees[cell]
-            gathered = tree.rearrange(going)
+            live, tree = np.array(unfinished[cell]), self.trees[cell]
+            gathered = tree.rearrange(live)
             if gathered is not None:
                 self.key_index[cell] = self.key_index[cell][gathered]
-            step = tree.grow(tokens.numpy(), going)
+            step = tree.grow(tokens.numpy(), live)
             keys = np.concatenate((self.key_index[cell], self.num_cached + step.token_of_slot), 1)
             rows[cell] = step.attention_rows(self.model.dtype, keys)
             self._extend(cell, rows[cell])
