@@ -59,7 +59,7 @@ def test_launchers_controllers_and_workers_killed(
     settings |= {"training": {"updates": 60, "checkpoint_updates": 1, "evaluate_every": 20}}
     quiet = finished("storm", **settings)
     run = make_run("storm", **settings)
-    launch = [sys.executable, "-m", "klab.harness.cli.main", "launch", tmp_path / "storm.yaml"]
+    launch = [sys.executable, "-m", "klab.harness.cli.main", "launch", tmp_path / "storm.yaml", "--no-check"]
     launch += ["--runs", tmp_path / "runs", "--max-parallel", "2", "--cells-per-job", "3"]
     killed = {"launcher": 0, "controller": 0, "worker": 0}
     try:

@@ -65,7 +65,7 @@ def test_a_read_only_run_can_be_looked_at(
     more = make_run("fixed", "runs", **{**SETTINGS, "seeds": 3})
     folder = tmp_path / "runs"
     target = (
-        [str(tmp_path / "fixed.yaml"), "--runs", str(folder), "--on", "here"]
+        [str(tmp_path / "fixed.yaml"), "--runs", str(folder), "--on", "here", "--no-check"]
         if words == ["launch"]
         else [str(run.path)]
     )

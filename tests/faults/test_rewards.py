@@ -31,6 +31,7 @@ def test_each_cell_fails_with_its_reason_and_the_sound_one_finishes(make_run: Ma
         "-m",
         "klab.harness.cli.main",
         "launch",
+        "--no-check",
         tmp_path / "troubles.yaml",
         "--runs",
         tmp_path / "runs",

@@ -37,6 +37,7 @@ class Lab:
         self.cluster = cluster
         self.folder = folder
         self.policy = policy
+        self.working_folder = ROOT
 
     def grid(self, name: str, **settings: Any) -> Path:
         """A grid file; see `tests.support.small_cells.write_grid`."""
@@ -50,10 +51,16 @@ class Lab:
         return text
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
-        """Start klab."""
+        """Start klab; launches leave checks out, for some of these cells are meant to fail."""
+        words = (*words, "--no-check") if words[0] == "launch" else words
         command = [sys.executable, "-m", "klab.harness.cli.main", *map(str, words), "--runs", str(self.folder / "runs")]
         return subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=self.working_folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     def launch(self, grid: Path, *flags: str, code: int = 0) -> Run:

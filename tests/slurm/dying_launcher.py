@@ -36,4 +36,4 @@ def arm(point: str) -> None:
 
 if __name__ == "__main__":
     arm(sys.argv[1])
-    sys.exit(main(["launch", sys.argv[2], "--on", "slurm", "--runs", sys.argv[3]]))
+    sys.exit(main(["launch", sys.argv[2], "--no-check", "--on", "slurm", "--runs", sys.argv[3]]))

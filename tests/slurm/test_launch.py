@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,22 @@ def _plain(text: str) -> list[str]:
         line for line in text.splitlines() if line and not line.startswith(("#SBATCH --job-name", "#SBATCH --depend"))
     ]
     return kept
+
+
+def test_jobs_find_code_by_import_path_and_by_file_and_nothing_in_its_way(lab: Lab, tmp_path: Path) -> None:
+    """In a folder with files that are called as what is installed; each job loads the user's own from there."""
+    soft = "def soft(ratio, advantage):\n    return ratio.tanh()\n"
+    for name in ("grid", "reports", "yaml", "random", "torch", "submitit"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('this file was imported')\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "queue.py").write_text("from queue import SimpleQueue\n" + soft)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/weights.py").write_text("from .aside import soft\n")
+    (tmp_path / "more/aside.py").write_text(soft)
+    grid = lab.grid("collisions", cells=[{"weight": "queue:soft"}, {"weight": f"{tmp_path}/more/weights.py:soft"}])
+    text = grid.read_text().replace("tests.support.small_cells:", f"{ROOT}/tests/support/small_cells.py:")
+    grid.write_text(text)
+    lab.working_folder = tmp_path
+    run = lab.launch(grid)
+    lab.until_finished(run)
+    assert starts(run) == [1, 1]

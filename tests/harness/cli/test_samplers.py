@@ -24,6 +24,6 @@ def test_without_vllm(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("fast.yaml").write_text(STUDY)
-    assert main(["launch", "fast.yaml", "--on", where, "--no-merge"]) == 2
+    assert main(["launch", "fast.yaml", "--on", where, "--no-merge", "--no-check"]) == 2
     assert "training.sampler.engine: vllm is not installed" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -25,8 +25,8 @@ def test_launching_sends_every_update_of_every_seed_once(tmp_path: Path, monkeyp
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader", reason="needs tensorboard")
     monkeypatch.chdir(tmp_path)
     Path("tracked.yaml").write_text(STUDY)
-    assert main(["launch", "tracked.yaml", "--on", "here"]) == 0
-    assert main(["launch", "tracked.yaml", "--on", "here"]) == 0
+    assert main(["launch", "tracked.yaml", "--on", "here", "--no-check"]) == 0
+    assert main(["launch", "tracked.yaml", "--on", "here", "--no-check"]) == 0
     files = sorted(Path("runs/tracked/report/tensorboard").rglob("events.*"))
     assert [file.parent.name for file in files] == ["seed-0", "seed-1"]
     for file in files:
@@ -38,7 +38,7 @@ def test_watching_sends_nothing_that_was_not_asked_for(tmp_path: Path, monkeypat
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     monkeypatch.chdir(tmp_path)
     Path("tracked.yaml").write_text(STUDY)
-    assert main(["launch", "tracked.yaml", "--on", "here"]) == 0
+    assert main(["launch", "tracked.yaml", "--on", "here", "--no-check"]) == 0
     shutil.rmtree("runs/tracked/report")
     assert main(["watch", "runs/tracked"]) == 0
     assert not Path("runs/tracked/report/tensorboard").exists()

@@ -45,6 +45,7 @@ def klab_launch(*options: str) -> subprocess.Popen[bytes]:
         "launch",
         "little.yaml",
         "--no-merge",
+        "--no-check",
         "--max-parallel",
         "2",
         *options,
