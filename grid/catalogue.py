@@ -32,6 +32,8 @@ class Value:
             ``logits_reference`` (those of the whole vocabulary), ``greedy_rewards``.
         statistics: how much of an update one token's term depends on: its own ``trajectory``, its ``group``, or the
             whole ``update``.
+        group_centred: of an advantage: whether it compares with the trajectory's own group, so that the reward cancels
+            in a group of one.
         in_family: of a weight: whether min(ρ, 1) ≤ w ≤ max(ρ, 1) for every ρ and A (the family of Bai & Zhang 2026).
         monotone: of a weight: whether w is non-decreasing in ρ.
     """
@@ -43,6 +45,7 @@ class Value:
     parameters: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     statistics: Literal["trajectory", "group", "update"] = "trajectory"
+    group_centred: bool = False
     in_family: bool | None = None
     monotone: bool | None = None
 
@@ -243,9 +246,24 @@ _ADVANTAGE = _axis(
     "advantage",
     "group_norm",
     Value("raw", "r", "no baseline", "Williams 1992"),
-    Value("group_norm", "(r − mean_G)/(std_G + eps)", "", "Shao et al. 2024 (GRPO)", _NORM, statistics="group"),
-    Value("group_center", "r − mean_G", "", "Liu et al. 2025b (Dr. GRPO)", statistics="group"),
-    Value("leave_one_out", "r − mean of the other G−1 returns", "", "Ahmadian et al. 2024 (RLOO)", statistics="group"),
+    Value(
+        "group_norm",
+        "(r − mean_G)/(std_G + eps)",
+        "",
+        "Shao et al. 2024 (GRPO)",
+        _NORM,
+        statistics="group",
+        group_centred=True,
+    ),
+    Value("group_center", "r − mean_G", "", "Liu et al. 2025b (Dr. GRPO)", statistics="group", group_centred=True),
+    Value(
+        "leave_one_out",
+        "r − mean of the other G−1 returns",
+        "",
+        "Ahmadian et al. 2024 (RLOO)",
+        statistics="group",
+        group_centred=True,
+    ),
     Value(
         "group_center_batch_norm",
         "(r − mean_G)/(std over the batch + eps)",
@@ -253,6 +271,7 @@ _ADVANTAGE = _axis(
         "Liu et al. 2025c (Lite-PPO)",
         _NORM,
         statistics="update",
+        group_centred=True,
     ),
     Value(
         "batch_norm",
@@ -269,8 +288,16 @@ _ADVANTAGE = _axis(
         "Bai & Zhang 2026",
         _NORM,
         statistics="group",
+        group_centred=True,
     ),
-    Value("position_center", "r_j − μ_j", "", "Bai & Zhang 2026, without the standard deviation", statistics="group"),
+    Value(
+        "position_center",
+        "r_j − μ_j",
+        "",
+        "Bai & Zhang 2026, without the standard deviation",
+        statistics="group",
+        group_centred=True,
+    ),
     Value(
         "positive",
         "1 where R > 0, else rejected",
@@ -291,6 +318,7 @@ _ADVANTAGE = _axis(
         "r_τ: a trajectory's return",
         "Hao et al. 2025 (OPO)",
         statistics="group",
+        group_centred=True,
     ),
     Value(
         "gae",

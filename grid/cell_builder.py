@@ -52,6 +52,7 @@ class CellBuilder:
         policy = self._section("policy", variant.sections["policy"])
         chosen = self._objective(variant.sections["objective"])
         training = self._training(variant, chosen.algorithm)
+        _refuse_groups_of_one(training, chosen.objective)
         idle = idle_training(training, chosen.objective)
         if count:
             self._account(chosen, training.on_policy)
@@ -156,6 +157,18 @@ class CellBuilder:
                     self._acting.add(name)
                 else:
                     self._reasons.setdefault(name, "no chosen value uses this parameter")
+
+
+def _refuse_groups_of_one(training: TrainingSection, objective: Objective) -> None:
+    """Raises UserError where the reward would cancel: a trajectory compared with itself learns nothing from it."""
+    if training.group_size == 1 and value_of("advantage", objective.advantage).group_centred:
+        raise UserError(
+            f"the advantage {objective.advantage!r} of a group of one does not depend on the reward",
+            key="training.group_size",
+            value=1,
+            hint="Sample 2 or more completions per prompt, or choose an advantage that does not compare within the "
+            "group, such as raw, batch_norm or gae.",
+        )
 
 
 def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:

@@ -12,6 +12,7 @@ from klab.grid import Cell, Objective, UserError, user_code
 from klab.grid.catalogue import AXES
 from klab.grid.user_code import names_user_code
 from klab.harness.preflight.process import Finding
+from klab.harness.training.data.set_sizes import small_set_notes
 from klab.tasks.task import Score, SplitName, Task, load_task
 
 T = TypeVar("T")
@@ -122,12 +123,7 @@ def load_and_score(section: Any) -> Task:
 
 def small_sets(cell: Cell, task: Task) -> Iterator[str]:
     """Sets with fewer prompts than are asked of them: allowed, but not what was written."""
-    asked, there = cell.training.evaluation_prompts, len(task.split("held_out"))
-    if asked > there:
-        yield f"training.evaluation_prompts: {asked}, but {there} prompts are held out: evaluations use these"
-    asked, there = cell.training.prompts, len(task.split("train"))
-    if asked > there:
-        yield f"training.prompts: {asked}, but there are {there} to train on: each rollout repeats some"
+    return small_set_notes(cell.training, len(task.split("train")), len(task.split("held_out")))
 
 
 def load_model(policy: Any) -> Model | None:

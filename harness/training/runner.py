@@ -27,6 +27,7 @@ from klab.harness.training.checkpoint import CellState
 from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.prompts import PromptLengths
 from klab.harness.training.data.sampler_mismatch import check_sampler
+from klab.harness.training.data.set_sizes import small_set_notes
 from klab.harness.training.distributed.commands import CommandChannel
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.distributed.worker import start_pack
@@ -105,6 +106,10 @@ def run_cells(
                 except _StopRequested:
                     runner.states[identity] = "interrupted"
                     continue
+                for note in small_set_notes(
+                    member.cell.training, len(member.split("train")), len(member.split("held_out"))
+                ):
+                    runner.print_once(note)
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():
             for together in _together(alike):
@@ -161,6 +166,13 @@ class PackRunner:
         self._stop = stop
         self._last_heartbeat = -HEARTBEAT_SECONDS
         self._rewards: dict[str, float | None] = {}
+        self._printed: set[str] = set()
+
+    def print_once(self, note: str) -> None:
+        """A line in the job's output, however many cells it is true of."""
+        if note not in self._printed:
+            self._printed.add(note)
+            print(note, file=sys.stderr, flush=True)
 
     def report_warmup(self, update: int, at_most: int, accuracy: float) -> None:
         """Follow the making of a starting policy: a line in the job's output, and a chance to stop."""

@@ -51,6 +51,7 @@ def summarize(
         "collapsed": fell is not None,
         "collapse_update": None if fell is None else rows[fell]["update"],
         "nonfinite_updates": sum(bool(row["nonfinite"]) for row in rows),
+        "zero_gradient": bool(rows) and all(row["gradient_norm"] == 0 for row in rows),
         "gradient_spikes": gradient_spikes([row["gradient_norm"] for row in rows]),
         "ess_min": min(_known(rows, "ess"), default=None),
         "seconds": _seconds(rows) + _seconds(evaluations),

@@ -253,3 +253,12 @@ def test_every_ready_study_loads(study):
     grid = load_grid(study)
     assert grid.cells
     assert grid.name == study.stem
+
+
+@pytest.mark.parametrize(
+    "advantage", ["group_norm", "group_center", "leave_one_out", "position_norm", "length_baseline"]
+)
+def test_groups_of_one_are_refused_where_the_reward_would_cancel(advantage):
+    with pytest.raises(UserError, match=r"training\.group_size.*group of one does not depend on the reward"):
+        grid_of(objective={"advantage": advantage}, axes={"training.group_size": [1, 4]})
+    assert len(grid_of(objective={"advantage": "batch_norm"}, axes={"training.group_size": [1, 4]}).cells) == 2

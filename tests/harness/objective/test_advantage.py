@@ -135,3 +135,17 @@ def test_gae_gets_a_whole_reward_kl_on_the_last_own_token() -> None:
 def test_greedy_baseline_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match="needs greedy_rewards, which the batch does not have"):
         _advantages(tokens([[0.0]]), "greedy_baseline")
+
+
+@pytest.mark.parametrize("advantage", sorted(AXES["advantage"].values))
+def test_the_reward_of_a_group_of_one_cancels_where_the_catalogue_says_so(advantage: str) -> None:
+    """Three groups of one with a KL in the reward; the first reward rises from 1 to 2."""
+    drift = [[0.1, 0.3], [0.2, -0.4], [0.0, 0.1]]
+    batch = tokens(drift, rewards=[1.0, 4.0, 7.0], groups=[0, 1, 2], greedy_rewards=torch.zeros(3))
+    objective = Objective(advantage=advantage, estimator="k1", placement="reward_to_go", beta=0.1)
+    better = batch.replace(rewards=torch.tensor([2.0, 4.0, 7.0], dtype=torch.float64))
+    one, two = (update_context(objective, each).advantages for each in (batch, better))
+    if AXES["advantage"].values[advantage].group_centred:
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    elif advantage != "positive":  # which reads the sign alone
+        assert not torch.allclose(one, two, rtol=0, atol=1e-3)

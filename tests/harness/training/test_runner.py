@@ -204,3 +204,14 @@ def test_rows_of_some_cells_have_more_columns_that_the_report_knows(make_run: Ma
         run = finished(make_run(f"run{number}", settings, [{"advantage": "gae"}], task=task))
         more |= set(run.cell(run.cells[0]).metrics()[0]) - set(METRICS)
     assert more == set(METRICS_OF_SOME)
+
+
+def test_sets_that_are_too_small_are_named_once_in_the_output(
+    make_run: MakeRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(training={"updates": 1, "prompts": 64, "evaluation_prompts": 640}, seeds=2)
+    finished(run)
+    said = capfd.readouterr().err
+    held_out, train = 16, 48
+    assert said.count(f"training.evaluation_prompts: 640, but {held_out} prompts are held out") == 1
+    assert said.count(f"training.prompts: 64, but there are {train} to train on") == 1

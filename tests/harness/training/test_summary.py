@@ -98,3 +98,11 @@ def test_a_gradient_far_above_the_median_before_it_is_a_spike() -> None:
     assert gradient_spikes([*calm, SPIKE * 1.01, 1.0]) == 1
     assert gradient_spikes([*calm, SPIKE * 0.99, None]) == 0
     assert gradient_spikes([*calm[:4], 100.0]) == 0, "too few before it to say"
+
+
+def test_a_cell_whose_every_gradient_was_zero_is_marked() -> None:
+    still = [row(u, 0.5, gradient_norm=0.0) for u in (1, 2)]
+    assert summarize(2, still, [])["zero_gradient"] is True
+    assert summarize(2, [still[0], row(2, 0.5, gradient_norm=1e-9)], [])["zero_gradient"] is False
+    assert summarize(2, [still[0], row(2, None, gradient_norm=None)], [])["zero_gradient"] is False
+    assert summarize(2, [], [])["zero_gradient"] is False
