@@ -250,6 +250,13 @@ def _check_training(section: TrainingSection) -> None:
 def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
     if sampler.low > sampler.high:
         raise UserError("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
+    if sampler.correction != "none" and section.top_p < 1.0:
+        raise UserError(
+            "corrects by a ratio of softmaxes over the whole vocabulary, but top_p draws from a part of it",
+            key="training.sampler.correction",
+            value=sampler.correction,
+            hint="Set training.top_p to 1, or the correction to none.",
+        )
     temperature = sampler.temperature or section.temperature
     if sampler.engine == "vllm" and section.top_p < 1.0 and temperature != 1.0:
         raise UserError(

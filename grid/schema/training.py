@@ -160,9 +160,11 @@ class TrainingSection(Section):
     max_prompt_tokens: Count | None = None
     """Longer prompts are left out; null: none are."""
     temperature: Positive = 1.0
-    """Sampling temperature; log-probabilities of the policy are at this temperature too."""
+    """Sampling temperature. Log-probabilities, ratios and KL are of the softmax of logits/temperature over the whole
+    vocabulary, of the policy, the behaviour policy and the reference alike; evaluations are at temperature 1."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling; 1 samples from the whole vocabulary."""
+    """Nucleus sampling; 1 samples from the whole vocabulary. Log-probabilities, ratios and KL stay those of the whole
+    vocabulary, so that gradients are biased by what is cut off; a correction of the sampler is refused beside it."""
     micro_batch: Count | None = None
     """Most trajectories in one forward pass; changes memory and time, no gradient."""
     token_budget: Count | None = None

@@ -12,7 +12,7 @@ from klab.grid import Cell, Objective, UserError, user_code
 from klab.grid.catalogue import AXES
 from klab.grid.user_code import names_user_code
 from klab.harness.preflight.process import Finding
-from klab.harness.training.data.set_sizes import small_set_notes
+from klab.harness.training.data.notes import sampling_notes, small_set_notes
 from klab.tasks.task import Score, SplitName, Task, load_task
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding]:
             task, model = tasks[task_key], models[policy_key]
             if task is None:
                 continue
-            for note in small_sets(cell, task):
+            for note in (*small_sets(cell, task), *sampling_notes(cell.training)):
                 yield Finding(f"{file}: {note}", False)
             if model is not None and task.alphabet is None:
                 yield from _tried(partial(check_prompts, cell, task, model), file, "policy")

@@ -24,10 +24,10 @@ from klab.harness.policy.init.initial_policy import initial_policy
 from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
+from klab.harness.training.data.notes import sampling_notes, small_set_notes
 from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.prompts import PromptLengths
 from klab.harness.training.data.sampler_mismatch import check_sampler
-from klab.harness.training.data.set_sizes import small_set_notes
 from klab.harness.training.distributed.commands import CommandChannel
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.distributed.worker import start_pack
@@ -106,9 +106,8 @@ def run_cells(
                 except _StopRequested:
                     runner.states[identity] = "interrupted"
                     continue
-                for note in small_set_notes(
-                    member.cell.training, len(member.split("train")), len(member.split("held_out"))
-                ):
+                training, sizes = member.cell.training, [len(member.split(name)) for name in ("train", "held_out")]
+                for note in (*small_set_notes(training, *sizes), *sampling_notes(training)):
                     runner.print_once(note)
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():

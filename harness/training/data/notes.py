@@ -1,0 +1,43 @@
+"""What a reader of a cell's numbers should know beforehand; `klab plan` and the job's output say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from klab.grid.schema.sections import TrainingSection
+
+
+def small_set_notes(training: TrainingSection, train: int, held_out: int) -> Iterator[str]:
+    """One line for each set with fewer prompts than asked for: allowed, but not what was written.
+
+    Args:
+        train, held_out: prompts in each split.
+    """
+    if training.evaluation_prompts > held_out:
+        yield (
+            f"training.evaluation_prompts: {training.evaluation_prompts}, but {held_out} prompts are held out: "
+            "evaluations use these"
+        )
+    if training.prompts > train:
+        yield f"training.prompts: {training.prompts}, but there are {train} to train on: each rollout repeats some"
+
+
+def sampling_notes(training: TrainingSection) -> Iterator[str]:
+    """One line where tokens are drawn from another distribution than the one that log-probabilities are of.
+
+    Log-probabilities, ratios and KL are of the softmax of logits/temperature over the whole vocabulary. With `top_p`
+    tokens come from a truncated, renormalised one: expectations are over that, and a ratio of whole softmaxes is not
+    the importance ratio between the truncated distributions.
+    """
+    if training.top_p < 1.0:
+        yield (
+            f"training.top_p: {training.top_p:g}: tokens are drawn from the most likely ones, while log-probabilities, "
+            "ratios and KL are of the softmax over the whole vocabulary; gradients are biased by the difference"
+        )
+    sampler = training.sampler
+    if sampler is not None and sampler.correction == "none" and sampler.temperature not in (None, training.temperature):
+        yield (
+            f"training.sampler.temperature: {sampler.temperature:g}: tokens are drawn at this temperature, while "
+            f"log-probabilities, ratios and KL are at training.temperature: {training.temperature:g}; nothing corrects "
+            "the difference"
+        )
