@@ -58,8 +58,12 @@ class Cell:
     @property
     def identity(self) -> str:
         """The text that ids are hashes of, apart from the seed: id version, active settings and sections, as JSON."""
-        objective = _objective_json(self.objective, self.training.on_policy)
-        return f"[{ID_VERSION},{objective},{_sections_json(self.task, self.policy, self.training)}]"
+        return f"[{ID_VERSION},{self.objective.canonical_text(self.training.on_policy)},{self.sections}]"
+
+    @property
+    def sections(self) -> str:
+        """Task, policy and training as JSON, without what cannot change a number."""
+        return _sections_json(self.task, self.policy, self.training)
 
     def with_seeds(self, seeds: Iterable[int]) -> list[Cell]:
         """The same configuration with other seeds."""
@@ -155,11 +159,6 @@ def _section_json(section: Section) -> str:
 @lru_cache(maxsize=65536)
 def _objective_data(objective: Objective) -> dict[str, Any]:
     return objective.settings()
-
-
-@lru_cache(maxsize=65536)
-def _objective_json(objective: Objective, on_policy: bool) -> str:
-    return json.dumps(objective.canonical_form(on_policy).canonical, sort_keys=True)
 
 
 @lru_cache(maxsize=65536)

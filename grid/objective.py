@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,7 @@ class Objective:
     _arguments: dict[str, dict[str, Any]]
     _key: str
     _forms: dict[bool, CanonicalForm]
+    _texts: dict[bool, str]
 
     def __init__(
         self,
@@ -101,6 +103,7 @@ class Objective:
         attributes["_arguments"] = arguments
         attributes["_key"] = repr([(written[axis], sorted(values.items())) for axis, values in arguments.items()])
         attributes["_forms"] = {}
+        attributes["_texts"] = {}
 
     def arguments(self, axis: str) -> dict[str, Any]:
         """Keyword arguments of the value chosen on ``axis``: its parameters, resolved."""
@@ -130,6 +133,13 @@ class Objective:
                 {axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy
             )
         return self._forms[on_policy]
+
+    def canonical_text(self, on_policy: bool = False) -> str:
+        """The canonical form as one line of JSON: what ids and the cache of fingerprints are keyed by."""
+        if on_policy not in self._texts:
+            form = self.canonical_form(on_policy).canonical
+            self._texts[on_policy] = json.dumps(form, sort_keys=True, default=str)
+        return self._texts[on_policy]
 
     def canonical(self, on_policy: bool = False) -> dict[str, Any]:
         """The active axes and parameters; objectives with equal canonical forms are the same algorithm.

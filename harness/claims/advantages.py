@@ -135,10 +135,10 @@ def positive_only(evidence: Evidence) -> None:
     evidence.headline("largest gap from the closed forms", max(gaps))
     evidence.stated("every factor has its closed form", max(gaps) < 1e-10)
     evidence.remark(
-        "All are positive multiples of grad p: RAFT++'s causal reading (negatives prevent the entropy "
-        "collapse) must come from finite"
+        "All are positive multiples of grad p: RAFT++'s causal reading (negatives prevent the entropy collapse) "
+        "must come from finite samples, inner steps or the coupling of prompts, not from the direction on one "
+        "prompt."
     )
-    evidence.remark("samples, inner steps or the coupling of prompts, not from the direction on one prompt.")
 
 
 def length_normalised(seed: int) -> tuple[Tensor, Tensor, Tensor]:

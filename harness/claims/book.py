@@ -1,4 +1,4 @@
-"""All claims, their selection and their examination, and the same as plain data and as Markdown."""
+"""The book of claims: selects claims, examines them, and writes the findings as plain data or Markdown."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a claim is: who says it, what was measured, and a verdict that follows from the measurements.
+"""A claim from the literature, the evidence for or against it, and the verdict that follows from the evidence.
 
-A claim is one short function that receives an `Evidence` and fills it with numbers and checks. Nothing types a verdict
-in: `verdict_of` derives it from the checks.
+A claim is one short function that receives an `Evidence` and records numbers and checks in it. Verdicts are never
+written by hand: `verdict_of` derives them from the checks.
 
 * *stated* checks test the statement in the generality in which its source makes it;
-* *restricted* checks test the part that is left when that fails: the statement under its condition, or in its range.
+* *restricted* checks test what remains when that fails: the statement under its condition, or in its range.
 """
 
 from __future__ import annotations
@@ -128,8 +128,7 @@ def verdict_of(checks: Sequence[Check], conditional: bool = False) -> Verdict:
     Args:
         checks: see the module's docstring; none means that nothing was decided.
         conditional: whether the source itself names the condition; then a statement that survives only in its
-        restricted
-            form holds under its condition, otherwise it is overclaimed.
+            restricted form holds under its condition, otherwise it is overclaimed.
     """
     if not checks:
         return Verdict.UNDECIDED

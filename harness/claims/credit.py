@@ -1,4 +1,4 @@
-"""Claims C40-C43 and C3B: which token answers for which KL, discounting, and what an on-policy schedule cannot test."""
+"""Claims C40-C43, C3B: credit assignment of the KL to tokens, discounting, and the limits of on-policy tests."""
 
 from __future__ import annotations
 
@@ -130,12 +130,9 @@ def causality_with_variable_length(evidence: Evidence) -> None:
     evidence.number("fixed length: relative error", relative(fixed.mean(to_go(fixed.kappa) / 4), exact))
     evidence.stated("equal for trajectories of variable length", max(missing) < EXACT)
     evidence.remark(
-        "1/H(tau) is not known before the end: K_i/H is no constant given the past, and E[(1/H) s] = grad "
-        "E[1/H] is not 0. The missing"
-    )
-    evidence.remark(
-        "term is a hidden incentive on the length. The printed instance (.57, .995) is one draw; the spread "
-        "over draws is wide."
+        "1/H(tau) is not known before the end: K_i/H is no constant given the past, and E[(1/H) s] = grad E[1/H] "
+        "is not 0. The missing term is a hidden incentive on the length. The printed instance (.57, .995) is one "
+        "draw; the spread over draws is wide."
     )
 
 
@@ -208,9 +205,7 @@ def fused_advantage(evidence: Evidence) -> None:
         sequence.spread(to_go(sequence.kappa)) < sequence.spread(total),
     )
     evidence.remark(
-        f"The whole gradient is {'quieter' if all(lower_gradient) else 'not always quieter'} than with a "
-        "separate k3-loss, whose coefficient"
-    )
-    evidence.remark(
-        "1 - delta is heavy-tailed (C15); but the advantage itself gains variance, since the KL is added to it."
+        f"The whole gradient is {'quieter' if all(lower_gradient) else 'not always quieter'} than with a separate "
+        "k3-loss, whose coefficient 1 - delta is heavy-tailed (C15); but the advantage itself gains variance, "
+        "since the KL is added to it."
     )

@@ -53,11 +53,9 @@ def reference_is_absent(evidence: Evidence) -> None:
     order = evidence.number("order of E_old[k3] in the distance to the reference", math.log2(near[0] / near[1]))
     evidence.stated("another reference leaves GRPO's (k3) gradient alone", changes["k3"] < EXACT)
     evidence.remark(
-        f"True of k1 as loss only ({changes['k1']:.0e}). GRPO uses k3: its coefficient 1 - ref/pi contains "
-        "the reference and vanishes"
-    )
-    evidence.remark(
-        f"there ({vanishing:.0e}); near it the penalty is of order {order:.2f}, so 'not second-order' is false as well."
+        f"True of k1 as loss only ({changes['k1']:.0e}). GRPO uses k3: its coefficient 1 - ref/pi contains the "
+        f"reference and vanishes there ({vanishing:.0e}); near it the penalty is of order {order:.2f}, so 'not "
+        "second-order' is false as well."
     )
 
 
@@ -142,10 +140,9 @@ def log_ratio_regularises(evidence: Evidence) -> None:
     evidence.stated("the reference changes the training", identical < 200)
     evidence.stated("it keeps the policy near the reference", drift < bound / 2)
     evidence.remark(
-        "grad = -r s whatever the reference: it shifts the loss, nothing else. GRPO uses ratios and "
-        "clipping as PPO does, and its samples"
+        "grad = -r s whatever the reference: it shifts the loss, nothing else. GRPO uses ratios and clipping as "
+        "PPO does, and its samples come from the behaviour policy, not from the reference."
     )
-    evidence.remark("come from the behaviour policy, not from the reference.")
 
 
 @claim("C54", "T", "Why GRPO Uses r − log r − 1", "E[k3] = KL, k3 >= 0, and k3 = x^2/2 + O(x^3) near the reference.")

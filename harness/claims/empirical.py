@@ -15,11 +15,9 @@ from klab.harness.claims.claim import Evidence, claim
 )
 def comedy_training(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical. Would decide it: a small language model, on-policy RLOO, four placements x beta "
-        "{.05,.1,.3,1} x >= 5 seeds, with"
-    )
-    evidence.remark(
-        "collapse as an outcome; the expected gradients (C21b, C13, C16) already predict which ones cannot regularise."
+        "Empirical. What would decide it: a small language model, on-policy RLOO, four placements x beta "
+        "{.05,.1,.3,1} x >= 5 seeds, with collapse as an outcome; the expected gradients (C21b, C13, C16) "
+        "already predict which ones cannot regularise."
     )
 
 
@@ -31,10 +29,10 @@ def comedy_training(evidence: Evidence) -> None:
 )
 def liu_training(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical. Would decide it: the three losses on one task at equal beta, off-policy minibatches, >= "
-        "5 seeds, reverse KL measured"
+        "Empirical. What would decide it: the three losses on one task at equal beta, off-policy minibatches, >= 5 "
+        "seeds, reverse KL measured one way for all. C12, C13 and C23 decide the expected gradients and fixed "
+        "points behind it."
     )
-    evidence.remark("one way for all. C12, C13 and C23 decide the expected gradients and fixed points behind it.")
 
 
 @claim(
@@ -45,12 +43,9 @@ def liu_training(evidence: Evidence) -> None:
 )
 def raft_ordering(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical (one run, positive-only data). Would decide it: `positive` advantages x weights one, "
-        "ratio, power, ppo_clip on one task"
-    )
-    evidence.remark(
-        "with several updates per rollout and >= 5 seeds. 'Neither extreme of rho^q is optimal' (Bai & Zhang) "
-        "extrapolates: q in (0,1) was never run."
+        "Empirical (one run, positive-only data). What would decide it: `positive` advantages x weights one, ratio, "
+        "power, ppo_clip on one task with several updates per rollout and >= 5 seeds. 'Neither extreme of rho^q "
+        "is optimal' (Bai & Zhang) extrapolates: q in (0,1) was never run."
     )
 
 
@@ -62,7 +57,7 @@ def raft_ordering(evidence: Evidence) -> None:
 )
 def gspo_efficiency(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical. Would decide it: sequence_mean with 3e-4/4e-4 against token with .2/.27 on one task, 4 "
+        "Empirical. What would decide it: sequence_mean with 3e-4/4e-4 against token with .2/.27 on one task, 4 "
         "minibatches, >= 5 seeds. C3Eb has the clipping."
     )
 
@@ -75,7 +70,7 @@ def gspo_efficiency(evidence: Evidence) -> None:
 )
 def minirl(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical. Would decide it: weights ratio and ppo_clip x updates_per_rollout {1,2,4,8} x >= 5 "
+        "Empirical. What would decide it: weights ratio and ppo_clip x updates_per_rollout {1,2,4,8} x >= 5 "
         "seeds, collapse as the outcome."
     )
 
@@ -88,7 +83,7 @@ def minirl(evidence: Evidence) -> None:
 )
 def gmpo(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical (greedy single evaluation, no seeds). Would decide it: the two on Countdown, >= 5 seeds, "
+        "Empirical (greedy single evaluation, no seeds). What would decide it: the two on Countdown, >= 5 seeds, "
         "with held-out sampling error."
     )
 
@@ -101,10 +96,9 @@ def gmpo(evidence: Evidence) -> None:
 )
 def cispo(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical (run-to-run spread of the asymptote .015: differences below .02 are noise). Would decide "
-        "it: weights truncate and ppo_clip"
+        "Empirical (run-to-run spread of the asymptote .015: differences below .02 are noise). What would decide it: "
+        "weights truncate and ppo_clip with clip-higher, 16 minibatches, >= 5 seeds, compared at equal tokens."
     )
-    evidence.remark("with clip-higher, 16 minibatches, >= 5 seeds, compared at equal tokens.")
 
 
 @claim(
@@ -115,10 +109,10 @@ def cispo(evidence: Evidence) -> None:
 )
 def ablation_of_normalisation(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical, and the two conflict. Would decide it: advantages group_norm, group_center, "
-        "group_center_batch_norm, positive on tasks of two"
+        "Empirical, and the two conflict. What would decide it: advantages group_norm, group_center, "
+        "group_center_batch_norm, positive on tasks of two difficulties, >= 5 seeds. C44 and C45 give the "
+        "expected scales."
     )
-    evidence.remark("difficulties, >= 5 seeds. C44 and C45 give the expected scales.")
 
 
 @claim(
@@ -130,19 +124,17 @@ def ablation_of_normalisation(evidence: Evidence) -> None:
 )
 def dapo_ladder(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical (one run per rung). Would decide it: the rungs as cells on one task at equal tokens, >= 5 seeds."
+        "Empirical (one run per rung). What would decide it: the rungs as cells on one task at equal tokens, "
+        ">= 5 seeds."
     )
 
 
 @claim("C63", "E", "Hochlehnert et al. 2025", "Seed and decoding noise on AIME dominates most reported gains.")
 def decoding_noise(evidence: Evidence) -> None:
     evidence.remark(
-        "Empirical. Would decide it here: the spread over seeds of every cell's final accuracy beside the "
-        "differences between cells; the report"
-    )
-    evidence.remark(
-        "prints both. The binomial part alone, 30 problems at p = .5: standard error "
-        f"{100 * math.sqrt(0.25 / 30):.1f} points."
+        "Empirical. What would decide it here: the spread over seeds of every cell's final accuracy beside the "
+        "differences between cells; the report prints both. The binomial part alone, 30 problems at p = .5: "
+        f"standard error {100 * math.sqrt(0.25 / 30):.1f} points."
     )
 
 

@@ -105,10 +105,9 @@ def k3_is_the_clear_winner(evidence: Evidence) -> None:
         f"Var k3 < Var k1 for Gaussians below {meeting:.3f} nats", all(r < 1 for d, r in ratios.items() if d < meeting)
     )
     evidence.remark(
-        "Var k3 < Var k1 exactly when Var(delta) < 2 Cov(delta, log delta). A peaked policy against a flat reference,"
-    )
-    evidence.remark(
-        "the usual state late in training, is on the wrong side: OpenRLHF's comment on k3 is right for such policies."
+        "Var k3 < Var k1 exactly when Var(delta) < 2 Cov(delta, log delta). A peaked policy against a flat "
+        "reference, the usual state late in training, is on the wrong side: OpenRLHF's comment on k3 is right "
+        "for such policies."
     )
 
 
@@ -164,11 +163,9 @@ def k3_is_unbiased(evidence: Evidence) -> None:
         "E[k3] = KL where ref << pi and the second moment is finite", abs(light - 0.5) < 1e-9 and abs(finite) < 1e-14
     )
     evidence.remark(
-        "Liu et al. report a sample std of 8.8; no such number exists. The variance is infinite and the "
-        "sample std grows with n;"
-    )
-    evidence.remark(
-        "what a given n shows depends on the draws (the book's own draws gave 11.6, 29 and 92, and a mean 23% low)."
+        "Liu et al. report a sample std of 8.8; no such number exists. The variance is infinite and the sample "
+        "std grows with n; what a given n shows depends on the draws (the book's own draws gave 11.6, 29 and 92, "
+        "and a mean 23% low)."
     )
 
 
@@ -285,8 +282,6 @@ def rao_blackwell_never_loses(evidence: Evidence) -> None:
     evidence.restricted("variance below Monte Carlo's on every random policy", wins == 20 and unbiased)
     evidence.remark(
         "Each step's conditional expectation lowers that step's variance; their sum is not one conditional "
-        "expectation, so the"
-    )
-    evidence.remark(
-        "steps' covariance may grow. The statement tested is the per-prefix sum, the form used in practice."
+        "expectation, so the steps' covariance may grow. The statement tested is the per-prefix sum, the form "
+        "used in practice."
     )

@@ -1,4 +1,4 @@
-"""Claims C23 and C41: where each placement of the KL comes to rest, and what normalisation does there."""
+"""Claims C23 and C41: fixed points of training for each placement of the KL, and what normalisation does there."""
 
 from __future__ import annotations
 
@@ -218,11 +218,8 @@ def same_optimum(evidence: Evidence) -> None:
         floors["normalised", 0.2] < 3 * floors["raw", 0.2],
     )
     evidence.remark(
-        "At the reverse-KL optimum every return is equal (r - beta log pi*/ref = beta log Z), so the "
-        "group's std goes to 0 and the"
+        "At the reverse-KL optimum every return is equal (r - beta log pi*/ref = beta log Z), so the group's std "
+        f"goes to 0 and the normalised advantage stays of order 1: a noise floor that shrinks as lr^{order:.1f}, "
+        "not with training. Raw has no floor at all here: its noise vanishes at the optimum; the book's 5.6e-7 "
+        "was a transient of its own bandit."
     )
-    evidence.remark(
-        f"normalised advantage stays of order 1: a noise floor that shrinks as lr^{order:.1f}, not with "
-        "training. Raw has no floor at all here:"
-    )
-    evidence.remark("its noise vanishes at the optimum; the book's 5.6e-7 was a transient of its own bandit.")

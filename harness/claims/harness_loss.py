@@ -1,4 +1,4 @@
-"""The harness's own loss on a tabular policy: what claims about code use instead of formulas."""
+"""klab's own `objective_loss` on a tabular policy, for claims about code instead of formulas."""
 
 from __future__ import annotations
 

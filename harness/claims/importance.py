@@ -98,11 +98,8 @@ def token_ratio_is_exact(evidence: Evidence) -> None:
     evidence.remark(f"The same without a baseline: {order(random_drift(0.3))}.")
     evidence.remark(
         "The printed table is reproduced with the advantage R - E_old[R]. With the raw reward R >= 0 every "
-        "weight with E_old[w s] != 0"
-    )
-    evidence.remark(
-        "(none, the means, powers) is worse: the baseline is part of the comparison. Token sampling is "
-        "immune to constants."
+        "weight with E_old[w s] != 0 (none, the means, powers) is worse: the baseline is part of the comparison. "
+        "Token sampling is immune to constants."
     )
 
 

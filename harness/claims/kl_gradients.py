@@ -203,12 +203,9 @@ def k3_loss_is_forward_kl(evidence: Evidence) -> None:
         "it is another direction than the reverse KL's", angle < 0.95 and float(expected[1] * reverse[1]) < 0
     )
     evidence.remark(
-        "'First-order biased approximation' is true near delta = 1 and understates it; '1 - delta "
-        "saturates, it cannot push"
-    )
-    evidence.remark(
-        "back' is about the coefficient alone: weighted by the sampling probability it is an ordinary "
-        "forward-KL gradient."
+        "'First-order biased approximation' is true near delta = 1 and understates it; '1 - delta saturates, it "
+        "cannot push back' is about the coefficient alone: weighted by the sampling probability it is an "
+        "ordinary forward-KL gradient."
     )
 
 

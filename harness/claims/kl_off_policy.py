@@ -212,10 +212,7 @@ def comedy_synthetic(evidence: Evidence) -> None:
         "k3 in reward has the largest mean bias of the placements that see the reference", all(largest_with_reference)
     )
     evidence.remark(
-        "k1 as loss has bias exactly 1 (zero expectation) and k3 in reward scatters around 1; which of the "
-        "two is larger depends on"
-    )
-    evidence.remark(
-        "the instance, so 'largest' is true of the placements whose gradient contains the reference, and "
-        "only on average."
+        "k1 as loss has bias exactly 1 (zero expectation) and k3 in reward scatters around 1; which of the two "
+        "is larger depends on the instance, so 'largest' is true of the placements whose gradient contains the "
+        "reference, and only on average."
     )

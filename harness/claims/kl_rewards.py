@@ -85,9 +85,9 @@ def always_a_penalty(evidence: Evidence) -> None:
     evidence.stated("a reward of -k3 lowers the KL", pulls["k3 in reward"] < 0)
     evidence.remark(
         "Its non-negativity is what makes it push under-represented tokens further down. The log-ratio's "
-        "'accidental reward' on"
+        "'accidental reward' on an under-represented token is the restoring force; as a differentiated loss k3 "
+        "does restore."
     )
-    evidence.remark("an under-represented token is the restoring force; as a differentiated loss k3 does restore.")
 
 
 @claim(

@@ -1,4 +1,4 @@
-"""Claims C51, C55, C56: what holds a policy near the one that produced its data."""
+"""Claims C51, C55, C56: trust regions, i.e. what keeps a policy near the one that produced its data."""
 
 from __future__ import annotations
 
@@ -155,7 +155,6 @@ def second_order(evidence: Evidence) -> None:
         abs(orders["one sample's k1 term (mean absolute change)"] - 1) < 0.1,
     )
     evidence.remark(
-        f"In expectation the k1 term is exactly -KL(old || pi) ({mirror:.0e}): of second order too, with "
-        "the wrong sign (C51). Only its"
+        f"In expectation the k1 term is exactly -KL(old || pi) ({mirror:.0e}): of second order too, with the "
+        "wrong sign (C51). Only its sampling noise is of first order."
     )
-    evidence.remark("sampling noise is of first order.")

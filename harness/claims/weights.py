@@ -43,9 +43,8 @@ def ratio_only_adds_variance(evidence: Evidence) -> None:
     evidence.stated("q = 1 has more variance than q = 0", noise[1.0] >= noise[0.0])
     evidence.remark(
         "Training moves mass exactly so that bad actions have rho < 1 and good ones have a small score: the "
-        "unbiased weight can be"
+        "unbiased weight can be the one without variance. What does grow is E[rho^2] = 1 + chi^2(pi || old)."
     )
-    evidence.remark("the one without variance. What does grow is E[rho^2] = 1 + chi^2(pi || old).")
 
 
 @claim("C36", "T*", "Bai & Zhang 2026", "Var_old(rho^q) <= Var_old(rho) for q in [0, 1], given E_old[rho] = 1.")

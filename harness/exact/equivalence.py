@@ -19,12 +19,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from klab.grid import Cell, Objective
-from klab.grid.schema.sections import NUMERICALLY_IDLE, PolicySection, TaskSection, TrainingSection
-from klab.harness.exact.fingerprints import Fingerprints, Progress, canonical_text, fingerprints, known_fingerprints
+from klab.grid.schema.sections import TrainingSection
+from klab.harness.exact.fingerprints import Fingerprints, Progress, fingerprints, known_fingerprints
 
 TOLERANCE = 1e-12
 """Largest relative difference of two gradients that count as equal."""
@@ -111,7 +110,7 @@ def count_classes(objectives: Iterable[Objective], on_policy: bool, *, cache: Pa
     forms: dict[tuple[str, bool], Objective] = {}
     for objective in objectives:
         written += 1
-        forms.setdefault((canonical_text(objective, on_policy), on_policy), objective)
+        forms.setdefault((objective.canonical_text(on_policy), on_policy), objective)
     marks = fingerprints(forms, cache=cache)
     measured = _partition([form for form, _ in forms], on_policy, marks)
     return {"written": written, "canonical": len(forms), "measured": len(measured)}
@@ -122,7 +121,8 @@ def _by_key(cells: Iterable[Cell]) -> tuple[ByKey, dict[tuple[str, bool], Object
     by_key: ByKey = defaultdict(list)
     objectives: dict[tuple[str, bool], Objective] = {}
     for cell in cells:
-        canonical, on_policy = canonical_text(cell.objective, cell.training.on_policy), cell.training.on_policy
+        on_policy = cell.training.on_policy
+        canonical = cell.objective.canonical_text(on_policy)
         by_key[_shared_settings(cell), on_policy, canonical].append(cell)
         objectives.setdefault((canonical, on_policy), cell.objective)
     return by_key, objectives
@@ -130,16 +130,9 @@ def _by_key(cells: Iterable[Cell]) -> tuple[ByKey, dict[tuple[str, bool], Object
 
 def _shared_settings(cell: Cell) -> str:
     """What equal algorithms must have in common beside their gradients, as text."""
-    form = (
-        canonical_text(cell.objective, cell.training.on_policy) if _uses_more_than_the_gradient(cell.training) else ""
-    )
-    return f"{_sections(cell.task, cell.policy, cell.training)}@{cell.seed}{form}"
-
-
-@lru_cache(maxsize=65536)
-def _sections(task: TaskSection, policy: PolicySection, training: TrainingSection) -> str:
-    plain = [task.model_dump(mode="json"), policy.model_dump(mode="json")]
-    return json.dumps([*plain, training.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE))], sort_keys=True)
+    apart = _uses_more_than_the_gradient(cell.training)
+    form = cell.objective.canonical_text(cell.training.on_policy) if apart else ""
+    return f"{cell.sections}@{cell.seed}{form}"
 
 
 def _uses_more_than_the_gradient(training: TrainingSection) -> bool:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,12 +26,6 @@ _BEFORE_MARK = ", ["
 
 Progress = Callable[[int, int], None]
 """Called with (fingerprints computed so far, fingerprints to compute)."""
-
-
-@lru_cache(maxsize=2**17)
-def canonical_text(objective: Objective, on_policy: bool) -> str:
-    """The canonical form as one line of JSON: the key of the fingerprint cache."""
-    return json.dumps(objective.canonical(on_policy), sort_keys=True, default=str)
 
 
 def fingerprints(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from klab.grid import Objective
-from klab.harness.exact.fingerprints import canonical_text, fingerprints
+from klab.harness.exact.fingerprints import fingerprints
 from klab.harness.store.machine import cores
 
 _WORTH_PROCESSES = 1_000
@@ -26,7 +26,7 @@ def main() -> None:
     wanted = {}
     for settings, on_policy in json.load(sys.stdin):
         objective = Objective(**settings)
-        wanted[canonical_text(objective, on_policy), on_policy] = objective
+        wanted[objective.canonical_text(on_policy), on_policy] = objective
     fingerprints(
         wanted,
         cache=Path(sys.argv[1]),

@@ -16,7 +16,6 @@ import torch
 
 from klab.grid import Objective, UserError
 from klab.grid.catalogue import AXES
-from klab.harness.exact.fingerprints import canonical_text
 from klab.harness.exact.instance import Instance, SharedUpdates
 from klab.harness.exact.tabular_setting import Setting
 
@@ -73,7 +72,7 @@ def sweep(
     """
     plan = plan or SweepPlan()
     chosen = list(main_axes_product(plan.aggregation)) if objectives is None else list(objectives)
-    keys = [canonical_text(objective, on_policy=False) for objective in chosen]
+    keys = [objective.canonical_text() for objective in chosen]
     known = _resume(file, plan)
     forms = dict(zip(keys, chosen, strict=True))
     missing = [(key, objective) for key, objective in forms.items() if key not in known]

@@ -17,7 +17,7 @@ from klab.grid import Cell, Objective
 from klab.grid.catalogue import AXES
 from klab.grid.schema.sections import AdditionTask, TinyPolicy, TrainingSection
 from klab.harness.exact.equivalence import contested_fingerprints, count_classes, equivalence_classes
-from klab.harness.exact.fingerprints import canonical_text, fingerprints
+from klab.harness.exact.fingerprints import fingerprints
 from klab.harness.exact.probes import probe, probe_gradient
 from tests.harness.exact.enumeration import weight_of
 
@@ -142,7 +142,7 @@ def test_inactive_axes_are_named(tmp_path: Path) -> None:
 
 def test_fingerprints_are_cached_and_a_torn_cache_is_repaired(tmp_path: Path) -> None:
     objectives = {
-        (canonical_text(Objective(estimator=name), False), False): Objective(estimator=name) for name in ("k1", "k2")
+        (Objective(estimator=name).canonical_text(), False): Objective(estimator=name) for name in ("k1", "k2")
     }
     computed: list[tuple[int, int]] = []
     first = fingerprints(objectives, cache=tmp_path, progress=lambda done, total: computed.append((done, total)))
@@ -185,7 +185,7 @@ print(len(equivalence_classes(cells, cache=Path({str(tmp_path)!r}))), "torch" in
 
 def test_processes_compute_the_same_fingerprints(tmp_path: Path) -> None:
     objectives = [Objective(estimator=name) for name in ("k1", "full")]
-    wanted = {(canonical_text(each, False), False): each for each in objectives}
+    wanted = {(each.canonical_text(), False): each for each in objectives}
     alone = fingerprints(wanted, cache=tmp_path / "alone")
     together = fingerprints(wanted, cache=tmp_path / "together", workers=2)
     assert list(together.items()) == list(alone.items())
