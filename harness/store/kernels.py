@@ -2,7 +2,8 @@
 
 MKL, by default, chooses among kernels by where in memory a matrix begins, so that a cell's numbers depend on its place
 in a pack. Its conditional numerical reproducibility (oneMKL Developer Guide, "Obtaining numerically reproducible
-results") ends that. MKL reads `MKL_CBWR` at its first product; whatever the user has set there stays.
+results") ends that. MKL reads `MKL_CBWR` at its first product; whatever the user has set there stays (nothing, as in
+`MKL_CBWR= klab …`, is MKL's default).
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def kernels() -> dict[str, str]:
     fix_kernels()  # the question itself makes MKL read its variable
     vendor, flags = processor()
     branch, capability = os.environ.get(MKL), os.environ.get(ATEN) or _capability(flags)
-    if branch is not None and vendor != "GenuineIntel":
+    if branch == "":
+        branch = "OFF"
+    elif branch is not None and vendor != "GenuineIntel":
         branch = _elsewhere(branch)
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "backends"):

@@ -53,7 +53,7 @@ def test_the_users_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not WITH_MKL, reason="this torch is built without MKL")
-@pytest.mark.parametrize("branch", [None, "COMPATIBLE", "AVX2,STRICT"])
+@pytest.mark.parametrize("branch", [None, "", "COMPATIBLE", "AVX2,STRICT"])
 def test_what_is_foretold_without_torch_is_what_mkl_says_with_it(branch: str | None) -> None:
     environment = {} if branch is None else {MKL: branch}
     foretold = told(f"{TELL}; import sys; sys.exit('torch' in sys.modules)", **environment)
