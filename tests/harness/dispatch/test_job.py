@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from klab.grid import Grid
 from klab.harness.dispatch.cancel import cancel
-from klab.harness.dispatch.job import run_job
+from klab.harness.dispatch.job import _claim, run_job
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.inline import InlineExecutor
 from klab.harness.dispatch.status import count, statuses
-from klab.harness.store import Run
+from klab.harness.store import CellFolder, Run
 
 
 def test_everything_that_a_job_writes_follows_the_umask(make_grid: Callable[..., Grid], place: Path) -> None:
@@ -70,3 +73,32 @@ def test_a_cancellation_between_claim_and_start_is_seen(make_grid: Callable[...,
     folder.append_attempt({"event": "started", "at": time.time()})
     assert run_job(run.path, (folder.id,), executor="local") == {}
     assert folder.metrics() == []
+
+
+class Interrupted(CellFolder):
+    """A cell's folder in which another process cancels the cell just before the worker's start is recorded."""
+
+    def append_attempt(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "started":
+            super().append_attempt({"event": "cancelled", "at": time.time()})
+        super().append_attempt(event)
+
+
+class Overtaken(CellFolder):
+    """A cell's folder in which another process finishes the cell just before this one claims it."""
+
+    def claim(self, *, purpose: str = "training", details: dict[str, Any] | None = None) -> None:
+        self.write_result({"state": "finished"})
+        super().claim(purpose=purpose, details=details)
+
+
+@pytest.mark.parametrize(("kind", "events"), [(Interrupted, ["cancelled", "started", "cancelled"]), (Overtaken, [])])
+def test_what_happens_while_a_worker_claims_a_cell_is_seen(
+    make_grid: Callable[..., Grid], place: Path, kind: type[CellFolder], events: list[str]
+) -> None:
+    run = Run.create(place / "runs/little", make_grid())
+    known = run.cell(run.cells[0])
+    folder = kind(known.path, known.id, known.resolved)
+    assert not _claim(folder, {})
+    assert [event["event"] for event in known.attempts()] == events
+    assert known.claim_holder() is None

@@ -12,6 +12,7 @@ import pytest
 
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources, load_section
+from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.local.inline import InlineExecutor
@@ -99,3 +100,13 @@ def test_each_process_has_a_gpu_of_its_own(make_grid: MakeGrid, place: Path, mon
     assert pool.next_gpus() == "2,1"
     pool.running.append(RunningJob(("other",), gpu="1"))
     assert pool.next_gpus() == "2,7"
+
+
+def test_gpus_go_to_the_least_loaded_and_running_cells_do_not_wait_again(
+    make_grid: Callable[..., Grid], place: Path
+) -> None:
+    pool = Pool(Run.create(place / "run", make_grid()))
+    pool.running += [RunningJob((name,), gpu=gpu) for name, gpu in (("one", "7"), ("two", "9"), ("three", "7"))]
+    pool.replace_queue([Pack(("one", "four")), Pack(("two",))], slots=4, threads=1, gpus=["7", "9"])
+    assert list(pool.waiting) == [Pack(("four",))]
+    assert pool.next_gpus() == "9"

@@ -19,7 +19,7 @@ from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.slurm import client as scheduler
 from klab.harness.dispatch.slurm.backend import SlurmExecutor
-from klab.harness.dispatch.slurm.submission import record_intent, submissions
+from klab.harness.dispatch.slurm.submission import folder, next_number, record_intent, submissions
 from klab.harness.dispatch.status import statuses
 from klab.harness.store import Run
 
@@ -427,3 +427,20 @@ def test_a_held_job_is_shown_as_held_and_can_be_cancelled(fake: Fake, run: Run, 
     with run.lock():  # nothing of a held job is submitted twice
         SlurmExecutor().submit(run, packs(run), run.resources)
     assert len(fake.calls("sbatch")) == 1
+
+
+def test_a_job_whose_other_cells_failed_is_ended_with_the_cancelled_one(fake: Fake, run: Run) -> None:
+    with run.lock():
+        SlurmExecutor().submit(run, packs(run, 2), run.resources)
+    name = submissions(run)[0].name
+    fake.queue(*[("101", str(n), "RUNNING", "None", "1:00", "0", "0", name) for n in range(3)])
+    run.cell(run.cells[1]).record_failure("ValueError: no")
+    SlurmExecutor().cancel(run, [run.cells[0]])
+    assert [call.split()[2:] for call in fake.calls("scancel")] == [["101_0"]]
+
+
+def test_a_number_of_a_submission_is_never_used_again(run: Run) -> None:
+    for number in (1, 2):
+        folder(run.jobs, number).mkdir(parents=True)
+    folder(run.jobs, 1).rmdir()
+    assert next_number(run.jobs) == 3
