@@ -1,4 +1,4 @@
-"""One cell's life: rollout, reward, update, evaluation, checkpoint.
+"""Training of cells: rollouts, rewards, updates, evaluations, checkpoints.
 
 `run_cells` is the only entry. It loads torch when it is called, so that importing this package costs nothing.
 """
@@ -25,7 +25,7 @@ def run_cells(
     threads: int = 1,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, str]:
-    """One life of a pack of cells; see `klab.harness.training.runner.run_cells`."""
+    """Train cells in packs; see `klab.harness.training.runner.run_cells`."""
     from klab.harness.training import runner
 
     return runner.run_cells(

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts, measured one way for every cell.
+"""Evaluation on held-out prompts, the same for every cell: accuracy, reward, pass@k, and exact KL to the reference.
 
 The prompts are the same for all cells of a run, whatever their seed. Completions are drawn at temperature 1 without
 top-p, and both divergences are exact at every own position (over the whole vocabulary), summed over a trajectory's
@@ -38,8 +38,8 @@ _LOGITS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class EvalSet:
-    """What stays the same between the evaluations of one cell: its prompts, and completions of the reference
-    policy; of the latter this process's share."""
+    """What all evaluations of one cell share: its prompts, and the reference policy's completions of this process's
+    part of them."""
 
     examples: list[Example]
     reference: Rollout | None
@@ -48,7 +48,7 @@ class EvalSet:
 @message_type
 @dataclass(frozen=True, slots=True)
 class EvalOutputs:
-    """What some of a cell's prompts came to; M = prompts × `evaluation_samples`.
+    """What evaluating some of a cell's prompts gave; M = prompts × `evaluation_samples`.
 
     Attributes:
         best: the score of each prompt's greedy completion.
@@ -67,7 +67,7 @@ class EvalOutputs:
 
     @classmethod
     def joined(cls, parts: Sequence[EvalOutputs]) -> EvalOutputs:
-        """Those of several shares of a cell's prompts, in order."""
+        """Concatenate the outputs for several parts of a cell's prompts."""
         tensors = ("tokens", "reverse", "forward", "entropy")
         return cls(
             [score for part in parts for score in part.best],
@@ -179,7 +179,7 @@ def _eval_outputs(
     budget: MemoryBudget,
     share: range,
 ) -> list[EvalOutputs]:
-    """Per cell, what a share of its prompts came to."""
+    """Evaluate a part of every cell's prompts."""
     examples = [eval_set.examples for eval_set in eval_sets]
     samples = settings.evaluation_samples
     greedy = generate(policy, members, examples, 1, None, settings.max_new_tokens, budget=budget, share=share)
@@ -220,11 +220,11 @@ def sequence_divergence(
     budget = replace(budget, rows=min(budget.rows or rows, rows))
     kl: list[list[Tensor]] = [[] for _ in rollouts]
     entropy: list[list[Tensor]] = [[] for _ in rollouts]
-    for turn in pack_micro_batches(rollouts, budget):
-        pieces = [piece for piece, _ in turn]
+    for micro_batch in pack_micro_batches(rollouts, budget):
+        pieces = [piece for piece, _ in micro_batch]
         mine, theirs = (token_scores(each, pieces, logits=True) for each in (policy, other))
         for c, piece in enumerate(pieces):
-            if is_padding(turn[c]):
+            if is_padding(micro_batch[c]):
                 continue
             p, q = _log_softmax(mine[c].logits), _log_softmax(theirs[c].logits)
             mass = p.exp()

@@ -1,4 +1,4 @@
-"""The end of a cell: its policy and its result, on the disk before anything that could make them again is removed."""
+"""Finalise a cell: save policy and result durably, then delete the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from klab.harness.training.summary import summarize
 
 
 def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, processes: int) -> str:
-    """Save the policy, write the result, remove the checkpoint that is no longer needed; in this order.
+    """Save the policy, write the result, delete the checkpoint; in this order.
 
     Returns:
-        the state in which the cell ends.
+        the cell's final state, `finished` or `diverged`.
     """
     folder.assert_owner()
     partial = folder.path / "policy.partial"
@@ -36,7 +36,7 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
 
 
 def _make_durable(folder: Path) -> None:
-    """Make a folder's files survive a power cut."""
+    """Sync a folder's files to disk, so that they survive a power cut."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

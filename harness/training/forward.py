@@ -41,7 +41,7 @@ class ForwardPass:
 def forward_pass(
     models: Models, settings: PackSettings, rollouts: Sequence[Rollout], critic_only: bool
 ) -> list[ForwardPass]:
-    """What the models say about some trajectories of every cell.
+    """Run the models over some trajectories of every cell.
 
     Args:
         critic_only: the critics learn critic_only, so that no gradient of theirs goes into the policies.

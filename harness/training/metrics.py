@@ -1,8 +1,8 @@
 """One row of metrics.jsonl: what one optimizer update saw and did.
 
-All figures are of the trajectories of that update (its minibatch): averaged over the minibatches of an epoch they
-are those of the rollout. A number that is not finite is stored as null. Seconds are wall time shared equally by the
-cells of the pack, and the phases of a rollout stand in the row of the update before which it was drawn.
+All metrics are of the trajectories of that update (its minibatch): averaged over the minibatches of an epoch they are
+those of the rollout. A number that is not finite is stored as null. Seconds are wall time divided equally among the
+cells of the pack; the seconds of a rollout are in the row of the update before which it was sampled.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def update_row(
 
 
 def sampled_figures(experience: Experience) -> Row:
-    """What the task and the sampler say about the trajectories of a minibatch."""
+    """Metrics of the trajectories of a minibatch that need no policy: rewards and lengths."""
     rollout, rewards = experience.rollout, experience.rewards.double()
     tokens = int(rollout.mask.sum())
     return {

@@ -1,4 +1,4 @@
-"""Cutting trajectories into micro-batches that fit in memory, and that processes can share."""
+"""Micro-batches: parts of a rollout that fit in memory, and that processes can share out."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
 MicroBatch = tuple[Rollout, slice]
-"""A micro-batch, and which rows of the whole it has."""
+"""Some rows of a cell's rollout, and which ones."""
 
 PackMicroBatch = tuple[MicroBatch, ...]
-"""The micro-batches, one of each cell of a pack, that go through the policies together, and which rows they are."""
+"""One micro-batch of every cell of a pack: what goes through the stacked policies together."""
 
 SAMPLING_FACTOR = 16
-"""Tokens that may be sampled at once for one that may be trained on: they leave keys and values only, where a backward
+"""Tokens that may be sampled at once for each that may be trained on: sampling keeps only keys and values, a backward
 pass needs every layer's activations."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """What may go through a policy at once.
+    """What may go through a policy at once. It changes memory and time, no gradient.
 
     Attributes:
         rows: trajectories.
-        tokens: own ones and the environment's of every trajectory, and the prompt of every group; None: any number.
+        tokens: of completions (environment tokens included) and of one prompt per group; None: any number.
         parts: in how many parts at least a rollout is sampled.
     """
 
@@ -38,13 +38,13 @@ class MemoryBudget:
     parts: int = 1
 
     def halved(self, rows: int) -> MemoryBudget:
-        """Half of this, where a whole is `rows` trajectories."""
+        """Half of this budget for rollouts of `rows` trajectories."""
         tokens = None if self.tokens is None else max(1, self.tokens // 2)
         return MemoryBudget(min(rows, self.rows or rows) // 2, tokens, 2 * self.parts)
 
     def sampling_slices(self, lengths: Sequence[int], group_size: int, max_new_tokens: int) -> list[slice]:
-        """Which prompts of these lengths to sample together: as many as fit if every completion is as long as it may
-        be, in about equal parts."""
+        """Prompts to sample together, given their lengths: as many as fit if every completion takes `max_new_tokens`,
+        in about equal parts."""
         count = -(-len(lengths) // self.parts)
         if self.tokens is not None:
             group = group_size * (max(lengths) + max_new_tokens)
@@ -57,7 +57,7 @@ UNLIMITED = MemoryBudget()
 
 
 def micro_batches(rollout: Rollout, budget: MemoryBudget) -> list[MicroBatch]:
-    """Pieces within the limit, and which rows: whole groups where these fit, else parts of one, a row at the least."""
+    """Cut a rollout into parts within the budget: whole groups where they fit, else parts of one, at least one row."""
     rows, size = rollout.tokens.shape[0], rollout.group_size
     most, most_tokens = budget.rows or rows, budget.tokens or math.inf
     if rows <= most and budget.tokens is None:
@@ -85,7 +85,7 @@ def micro_batches(rollout: Rollout, budget: MemoryBudget) -> list[MicroBatch]:
 def _parts(
     prompt: int, own: Sequence[int], start: int, end: int, most: int, most_tokens: float
 ) -> list[tuple[int, int]]:
-    """The rows of one group that is too large; `prompt`: the tokens of its prompt."""
+    """Cut one group that exceeds the budget; `prompt` is the length of its prompt."""
     bounds, first, spent = [], start, prompt
     for row in range(start, end):
         if row > first and (row - first >= most or spent + own[row] > most_tokens):
@@ -112,10 +112,10 @@ def _slice_rows(rollout: Rollout, first: int, last: int) -> Rollout:
 
 
 def align_micro_batches(pieces: Sequence[Sequence[MicroBatch]]) -> list[PackMicroBatch]:
-    """The pieces [cell][micro-batch] as turns [micro-batch][cell].
+    """Transpose micro-batches [cell][index] to [index][cell].
 
-    A cell that has no more of them repeats its first with no rows: it takes part in the forward pass alone, so that
-    packs stay together.
+    A cell that has fewer than others is padded with its first micro-batch, marked as having no rows: it takes part in
+    the stacked forward pass, and its result is not used.
     """
     most = max(len(listed) for listed in pieces)
     padded = [[*listed, *[(listed[0][0], slice(0, 0))] * (most - len(listed))] for listed in pieces]
@@ -123,14 +123,14 @@ def align_micro_batches(pieces: Sequence[Sequence[MicroBatch]]) -> list[PackMicr
 
 
 def is_padding(piece: MicroBatch) -> bool:
-    """Whether a piece stands for none of the cell's rows."""
+    """Whether a micro-batch stands for none of the cell's rows."""
     return bool(piece[1].start == piece[1].stop)
 
 
 def pack_micro_batches(
     rollouts: Sequence[Rollout], budget: MemoryBudget, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> list[PackMicroBatch]:
-    """The turns of a pack in pieces within the limit; where a cell's rows suffice, one for each process."""
+    """Micro-batches of a pack within the budget; at least one per process where a cell has as many rows."""
     return align_micro_batches(
         [micro_batches(rollout, _at_most_a_share(budget, rollout, process_group)) for rollout in rollouts]
     )
@@ -142,14 +142,14 @@ def map_micro_batches(
     work: Callable[[list[Rollout]], list[Tensor]],
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Tensor]:
-    """Per cell, what `work` says about its rows, within the limit at a time and shared among the processes."""
+    """Apply `work` to all rows of every cell, one micro-batch at a time, shared out among the processes."""
     every = pack_micro_batches(rollouts, budget, process_group)
-    found = {place: work([piece for piece, _ in every[place]]) for place in process_group.assigned(len(every))}
+    found = {index: work([piece for piece, _ in every[index]]) for index in process_group.assigned(len(every))}
     passes: dict[int, list[Tensor]] = {}
     for part in process_group.all_gather_object("rows", lambda: found, rollouts[0].tokens.device):
         passes |= part
     return [
-        torch.cat([passes[place][c] for place, turn in enumerate(every) if not is_padding(turn[c])])
+        torch.cat([passes[index][c] for index, pieces in enumerate(every) if not is_padding(pieces[c])])
         for c in range(len(rollouts))
     ]
 

@@ -1,8 +1,8 @@
-"""A pack: cells of one shape stacked on a leading axis, advancing together, update by update.
+"""Cells of one shape, stacked on a leading axis and trained together, update by update.
 
-Everything lives in memory here; files, clocks and signals are `runner.py`'s. No number of a cell depends on its
-mates: random draws and prompts are functions of its own seed, losses and steps run on its own slice. So a pack may
-lose a member at any update, or be taken apart into packs of one, and nobody's bits change.
+A pack is state in memory; files, clocks and signals belong to `runner.py`. No number of a cell depends on the cells
+beside it: random draws and prompts are functions of its own seed, losses and steps use its own slice. So a pack can
+lose a member after any update, or be split into packs of one, without changing a bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from klab.harness.training.summary import DIVERGED_AFTER
 from klab.harness.training.update import update
 
 CHECK_UPDATES = 8
-"""How often processes that train a pack together compare their weights."""
+"""Updates between two comparisons of the weights of processes that train a pack together."""
 
 
 class Pack:
@@ -48,11 +48,11 @@ class Pack:
         critics: what they learn beside it; None where no member asks for one.
         coefficients: of the next update, per member.
         done: updates made.
-        pending: rollouts drawn and not used up; one entry per rollout, each with one experience per member.
+        pending: rollouts sampled and not used up; one entry per rollout, each with one experience per member.
         streaks: non-finite updates in a row, per member.
         evaluated: updates made at the last evaluation, -1 before the first.
         budget: what may go through the policies at once.
-        channel: how the processes of a job keep step; what several of them do is done by all.
+        channel: sends what this pack does to the other processes of the job.
     """
 
     def __init__(self, members: Sequence[PackedCell], channel: CommandChannel | None = None) -> None:
@@ -89,7 +89,7 @@ class Pack:
         return self.evaluated < self.done and (self.finished or self.done % every == 0)
 
     def advance(self) -> list[Row]:
-        """One update of every member; one row of metrics each.
+        """Make one update of every member; one row of metrics each.
 
         Raises:
             CellFailure: where one member's reward or objective raises. The pack is then as it was before the call.
@@ -138,8 +138,7 @@ class Pack:
         return rows
 
     def halve_budget(self) -> bool:
-        """Halve what goes through the policies at once, which changes no gradient; False when that was done before or
-        cannot be."""
+        """Halve the memory budget, which changes no gradient; False if it was halved before or is at its least."""
         return self.channel.execute(self, "halve_budget", {}, self._halve_budget)
 
     def _halve_budget(self) -> bool:
@@ -150,7 +149,7 @@ class Pack:
         return True
 
     def collect_due_rollouts(self) -> None:
-        """Draw the rollouts that are to come from the policy as it is now."""
+        """Sample the rollouts that are due from the policy as it is now."""
         behaviour = self.policy
         if self.settings.samples_reference:
             behaviour = self.reference
@@ -173,7 +172,7 @@ class Pack:
             self.pending.append(drawn)
 
     def evaluate(self) -> list[Row]:
-        """One row of evaluations per member, of the policies as they are. Training does not notice."""
+        """Evaluate every member; one row each. Training is not affected."""
         return self.channel.execute(self, "evaluate", {}, self._evaluate, lambda: self.done)
 
     def _evaluate(self) -> list[Row]:
@@ -198,14 +197,14 @@ class Pack:
         return [{**row, "seconds": seconds} for row in rows]
 
     def diverged(self) -> list[int]:
-        """Positions of the members that cannot go on: too many non-finite updates in a row, or non-finite weights."""
+        """Positions of the members that diverged: too many non-finite updates in a row, or non-finite weights."""
         sound = self.optimizer.finite()
         if self.critics is not None:
             sound = [all(pair) for pair in zip(sound, self.critics.optimizer.finite(), strict=True)]
         return [c for c in range(len(self.members)) if self.streaks[c] >= DIVERGED_AFTER or not sound[c]]
 
     def state(self, position: int) -> CellState:
-        """One member between two updates; `Pack.resumed` is the inverse."""
+        """Checkpoint of one member; `Pack.resumed` is the inverse."""
         return CellState(
             self.members[position].id,
             self.done,
@@ -220,7 +219,7 @@ class Pack:
     def resumed(
         cls, members: Sequence[PackedCell], states: Sequence[CellState], channel: CommandChannel | None = None
     ) -> Pack:
-        """The members as their states left them. All states must be of the same update."""
+        """A pack that continues from checkpoints, all of the same update."""
         pack = cls(members, channel)
         pack.done = pack.evaluated = states[0].update
         for position, state in enumerate(states):
@@ -233,7 +232,7 @@ class Pack:
         return pack
 
     def select(self, positions: Sequence[int]) -> Pack:
-        """A new pack of some of the members, where they are; without any it is the empty pack."""
+        """A new pack of some of the members, which continues where they are; an empty one for no positions."""
         if not positions:
             empty = copy(self)
             empty.members = []
@@ -249,7 +248,7 @@ class Pack:
         return pack
 
     def _numbers(self) -> tuple[int, ...]:
-        """What processes that train this pack together must agree on; the weights now and then."""
+        """What all processes must agree on: the update count, and every `CHECK_UPDATES` a checksum of the weights."""
         if self.done % CHECK_UPDATES and not self.finished:
             return (self.done,)
         taught = {} if self.critics is None else self.critics.optimizer.parameters
@@ -257,9 +256,9 @@ class Pack:
 
 
 def device() -> torch.device:
-    """Where cells train: the first GPU that this process may see (CUDA_VISIBLE_DEVICES), else the processor.
+    """The device to train on: the first visible GPU (CUDA_VISIBLE_DEVICES), else the CPU.
 
-    Apple's GPUs are left alone: sampling needs double precision.
+    Apple's GPUs are not used: sampling needs double precision.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

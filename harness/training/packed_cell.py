@@ -1,4 +1,4 @@
-"""A member of a pack: a cell with its task, and the shape that decides which cells may be stacked."""
+"""A cell in a pack: its settings, task and initial policy, and the shape by which cells are stacked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from klab.tasks.task import Example, SplitName, Task
 
 
 class CellFailure(Exception):
-    """One cell of a pack cannot go on; `__cause__` says why. The others are not affected.
+    """One cell of a pack failed; `__cause__` says why. The others are not affected.
 
     `position` is the cell's place in the pack that raised.
     """
@@ -30,7 +30,7 @@ class CellFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PackedCell:
-    """A cell, its task, and the folder of its starting policy (which is also its reference policy).
+    """A cell, its task, and the folder of its initial policy, which is also its reference policy.
 
     Attributes:
         now: the time, in seconds since 1970, that chat templates which print the date are given: the run's creation.

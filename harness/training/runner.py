@@ -1,12 +1,12 @@
-"""One life of a pack: from the checkpoints it finds to results, an interruption, or failures, cell by cell.
+"""Run loop of a pack: resume from checkpoints, train to completion, isolate failures to the cell that caused them.
 
-At the boundary after every update, in this order: metrics, evaluation if due, result if that was the last,
-heartbeat, checkpoint if due. A life begins by cutting metrics and evaluations back to the checkpoint, so every
-update is recorded exactly once however often the process was killed. `result.json` comes last of all.
+After every update, in this order: metrics, evaluation if due, result if it was the last update, heartbeat, checkpoint
+if due. On resume, metrics and evaluations are truncated to the checkpoint, so that every update is recorded exactly
+once however often the process was killed. `result.json` is written last.
 
-A cell that cannot go on leaves its pack: its error is recorded and the others carry on with unchanged bits. If an
-error cannot be blamed on one cell (memory, say), the pack is taken apart and each cell carries on alone, so that
-only the guilty one fails.
+A cell that fails leaves its pack: its error is recorded, and the others continue with unchanged bits. Where an error
+cannot be attributed to one cell (out of memory, say), the pack is split and every cell continues alone, so that only
+the one that caused the error fails.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from klab.harness.training.runtime.torch_settings import configure_torch
 from klab.tasks import load_task
 
 HEARTBEAT_SECONDS = 2.0
-"""Signs of life are at least this far apart; evaluations and ends always give one."""
+"""Least time between two heartbeats of a cell."""
 
 DURABLE_SECONDS = 5.0
-"""Waiting for the disk, so that a checkpoint survives a power cut, is done this often at most; every checkpoint
-survives the death of the process, and one that a power cut tore is noticed."""
+"""Least time between two checkpoints that are synced to disk, so that they survive a power cut. Every checkpoint
+survives the end of the process, and one that a power cut damaged is detected by its checksum."""
 
 
 _Ready = tuple[PackedCell, CellState | None]
@@ -54,7 +54,7 @@ _Ready = tuple[PackedCell, CellState | None]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a watcher is told after every update (and once before the first, with no reward yet)."""
+    """Progress report of one cell, given after every update, and once before the first with no reward yet."""
 
     cell: str
     update: int
@@ -71,7 +71,7 @@ def run_cells(
     threads: int = 1,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, str]:
-    """Run cells of a run folder from where they are, in packs of equal shape and progress.
+    """Train cells of a run folder from where they are, in packs of equal shape and progress.
 
     Where a pack would change its cells' bits on this processor (`pack_invariance`), they run one after another.
 
@@ -85,7 +85,7 @@ def run_cells(
 
     Returns:
         Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
-        there), or `cancelled` (the cell was taken away from this process, which left it as it was).
+        there), or `cancelled` (this process no longer owns the cell and left it as it was).
     """
     run = Run.open(Path(run_path))
     channel = CommandChannel(process_group or SINGLE_PROCESS)
@@ -133,7 +133,7 @@ def _shutting_down(channel: CommandChannel) -> Iterator[None]:
 
 
 class _StopRequested(Exception):
-    """Asked to stop while the starting policy was being made; nothing of it is kept."""
+    """A stop was requested while the initial policy was being trained; nothing of it is kept."""
 
 
 def prepare_cell(
@@ -153,7 +153,7 @@ def prepare_cell(
 
 
 class PackRunner:
-    """The states of the cells of one call, and how each of them got there."""
+    """Trains packs, and keeps the state of every cell of one call of `run_cells`."""
 
     def __init__(
         self, run: Run, progress: Callable[[Progress], None], stop: Callable[[], bool], channel: CommandChannel
@@ -174,14 +174,14 @@ class PackRunner:
             print(note, file=sys.stderr, flush=True)
 
     def report_warmup(self, update: int, at_most: int, accuracy: float) -> None:
-        """Follow the making of a starting policy: a line in the job's output, and a chance to stop."""
+        """Progress of an initial policy's warm-up: print a line, and stop if that was requested."""
         if not sys.stderr.isatty():
             print(f"starting policy: {update} updates, held-out accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
         if self._stop():
             raise _StopRequested
 
     def start(self, members: Sequence[PackedCell], states: Sequence[CellState]) -> None:
-        """Stack the members and live; states are all or none."""
+        """Stack the members, resumed from their states if there are any, and train them to their end."""
         try:
             pack = start_pack(self._channel, members, states)
         except Exception as error:
@@ -196,7 +196,7 @@ class PackRunner:
         self.run(pack)
 
     def run(self, pack: Pack) -> None:
-        """From one update boundary to the next until no member is left."""
+        """Train until no member is left."""
         saved_update, saved_at, durable_at = pack.done, time.monotonic(), time.monotonic()
         while pack.members:
             if pack.evaluation_due:
@@ -224,10 +224,10 @@ class PackRunner:
                 self._report_progress(member, pack.done)
 
     def _compute(self, pack: Pack, work: Callable[[Pack], list[Row]]) -> tuple[Pack, list[Row]]:
-        """What `work` returns for the members that get through it, and the pack of those.
+        """Run `work`, without the cells that fail; the remaining pack and what `work` returned for it.
 
-        `work` leaves the pack as it was when it raises, so it is simply done again: without the guilty cell, or, where
-        memory did not suffice for a cell alone, once more with half the micro-batch.
+        `work` leaves the pack unchanged when it raises, so it is repeated: without the cell that failed, or, where a
+        cell alone ran out of memory, once more with half the micro-batch.
         """
         while pack.members:
             try:
@@ -236,14 +236,14 @@ class PackRunner:
                 smaller = len(pack.members) == 1 and is_out_of_memory(error) and pack.halve_budget()
                 if not smaller:
                     pack = self._pack_after(pack, error)
-            if smaller:  # here nothing holds the failed attempt's tensors any more
+            if smaller:  # outside of the except block, whose traceback would keep the tensors of the failed attempt
                 print(f"out of memory; {pack.members[0].id} goes on with micro-batches of {pack.budget.rows} rows")
                 pack.policy.release_memory()
                 free_memory()
         return pack, []
 
     def _pack_after(self, pack: Pack, error: Exception) -> Pack:
-        """The pack with which to go on after an error, the blame put where it belongs."""
+        """Record an error against the cell that caused it; the pack that continues."""
         if isinstance(error, CellFailure) and not (len(pack.members) > 1 and is_out_of_memory(error.__cause__)):
             self._fail(pack.members[error.position].id, error)
             return pack.select([c for c in range(len(pack.members)) if c != error.position])
@@ -255,7 +255,7 @@ class PackRunner:
         return pack.select([])
 
     def _for_each(self, pack: Pack, action: Callable[[CellFolder, int], None]) -> Pack:
-        """Do something to every member's folder; the pack of those for which it worked."""
+        """Apply `action` to every member's folder; the pack of the members for which it succeeded."""
         good = []
         for c, member in enumerate(pack.members):
             with self.isolate_failure(member.id):
@@ -293,7 +293,7 @@ class PackRunner:
                 )
 
     def _heartbeat(self, pack: Pack) -> None:
-        """A sign of life of every member, not more often than every `HEARTBEAT_SECONDS`."""
+        """Write the heartbeat of every member, at most every `HEARTBEAT_SECONDS`."""
         if time.monotonic() - self._last_heartbeat < HEARTBEAT_SECONDS:
             return
         self._last_heartbeat = time.monotonic()
@@ -307,7 +307,7 @@ class PackRunner:
 
     @contextmanager
     def isolate_failure(self, identity: str) -> Iterator[None]:
-        """Whatever is raised inside ends this cell, and only this cell."""
+        """Context in which an exception fails this cell and no other."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What a cell came to: `result.json`, a pure function of its rows of metrics and evaluations."""
+"""`result.json`: a cell's summary, a pure function of its rows of metrics and evaluations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def summarize(
     Args:
         planned: the updates that the cell was to make; its tenth is the window of all smoothed rewards.
         rows, evaluations: in order of updates.
-        stopped: the cell could not go on. It has diverged then, and also where no update was finite.
+        stopped: training was stopped as diverged. A cell without a finite update has diverged, too.
+
+    `zero_gradient` marks a cell whose policy gradient was 0 in every update: it has learnt nothing.
     """
     diverged = stopped or (bool(rows) and all(row["nonfinite"] for row in rows))
     window = max(1, math.ceil(planned / 10))
@@ -62,7 +64,7 @@ def summarize(
 
 
 def divergence_reason(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Why a cell has diverged, in words, from its last rows."""
+    """Why a cell diverged, in words, from its last rows."""
     streak = 0
     while streak < len(rows) and rows[-1 - streak]["nonfinite"]:
         streak += 1
@@ -82,7 +84,7 @@ def _timeouts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _unused(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens that were drawn for rollouts which do not have them."""
+    """Tokens that dynamic sampling sampled and did not use."""
     return sum({row["rollout"]: row["unused_tokens"] for row in rows if "unused_tokens" in row}.values())
 
 

@@ -1,4 +1,4 @@
-"""Groups whose rewards are all equal, and dynamic sampling: which of the groups drawn for a rollout its updates use.
+"""Dynamic sampling (DAPO, Yu et al. 2025): resample until enough groups have rewards that are not all equal.
 
 Rewards are the task's, before any charge for length. A reward that is NaN equals nothing: its group is kept, and the
 update that it spoils is recorded.
@@ -18,7 +18,7 @@ from klab.tasks.task import Example
 
 @dataclass(frozen=True, slots=True)
 class SampledGroups:
-    """P groups of one cell that were drawn together; N = P × group_size.
+    """P groups of one cell that were sampled together; N = P × group_size.
 
     Attributes:
         examples: P, what each group answers.
@@ -58,13 +58,13 @@ class SampledGroups:
 
 @dataclass(frozen=True, slots=True)
 class SamplingStats:
-    """What dynamic sampling drew for a rollout, used or not.
+    """What dynamic sampling sampled for a rollout, used or not.
 
     Attributes:
         groups, tokens: how many; tokens are the policy's own.
         unused: the tokens of the groups that the rollout does not have.
-        reward_mean, reward_std, correct: of the first draw, whose prompts nobody has chosen by their rewards: how good
-            the policy is, which the groups that are used do not tell.
+        reward_mean, reward_std, correct: of the first round, whose prompts were not selected by their rewards: the
+            groups that are used do not tell how good the policy is.
     """
 
     groups: int
@@ -95,13 +95,13 @@ def nonzero_variance_groups(rewards: Tensor, group_size: int) -> list[int]:
 
 
 def shortfall(draws: Sequence[SampledGroups], count: int) -> int:
-    """How many of `count` groups with unequal rewards have not been found yet."""
+    """How many of `count` groups with unequal rewards are still missing."""
     found = sum(len(nonzero_variance_groups(draw.rewards, draw.rollout.group_size)) for draw in draws)
     return max(0, count - found)
 
 
 def fill(draws: Sequence[SampledGroups], count: int) -> SampledGroups:
-    """`count` groups: those with unequal rewards, first come first, then the equal ones of the first draw.
+    """Choose `count` groups: those with unequal rewards in the order sampled, then the equal ones of the first round.
 
     Args:
         count: at most the groups of the first draw.

@@ -1,4 +1,4 @@
-"""Completions of some examples, sampled by every cell of a pack with random numbers of its own."""
+"""Sample completions of examples for every cell of a pack, each with random numbers of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate(
     budget: MemoryBudget = UNLIMITED,
     share: range | None = None,
 ) -> list[Rollout]:
-    """Completions of each cell's examples.
+    """Sample completions of each cell's examples.
 
     Args:
         purpose: names the random draw, None is greedy decoding.
@@ -50,12 +50,12 @@ def generate(
     cuts = [budget.sampling_slices([len(p) for p in listed], group_size, max_new_tokens) for listed in prompts]
     options = SamplingOptions(group_size, max_new_tokens, temperature=temperature, top_p=top_p, greedy=purpose is None)
     found: list[list[Rollout]] = [[] for _ in members]
-    for turn in range(max(map(len, cuts))):
-        cells = [c for c, parts in enumerate(cuts) if turn < len(parts)]
-        starts = [share.start + cuts[c][turn].start for c in cells]
+    for part in range(max(map(len, cuts))):
+        cells = [c for c, slices in enumerate(cuts) if part < len(slices)]
+        starts = [share.start + cuts[c][part].start for c in cells]
         sampled = sampler(
             policy if len(cells) == len(members) else policy.select(cells),
-            [prompts[c][cuts[c][turn]] for c in cells],
+            [prompts[c][cuts[c][part]] for c in cells],
             [
                 UniformSlice(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
                 for c, start in zip(cells, starts, strict=True)

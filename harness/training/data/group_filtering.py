@@ -1,6 +1,6 @@
-"""What an update makes of its minibatch: groups that leave it, tokens that stay out of the loss, and what is recorded.
+"""Filtering of a minibatch: groups that are dropped, tokens excluded from the loss, and the metrics of both.
 
-An update with nothing in its loss changes nothing: no step, no weight decay, and no coefficient moves.
+An update without tokens in its loss changes nothing: no step, no weight decay, no change of coefficients.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def loss_mask(member: PackedCell, used: Experience) -> Tensor:
 
 
 def has_no_loss_tokens(member: PackedCell, used: Experience) -> bool:
-    """Whether nothing is in the loss, because of what the cell drops or masks."""
+    """Whether dropping groups or masking trajectories has left no token in the loss."""
     training = member.cell.training
     selects = training.equal_groups == "drop" or training.truncated == "mask"
     return selects and not bool(loss_mask(member, used).any())
 
 
 def filtering_metrics(member: PackedCell, minibatch: Experience, used: Experience) -> Row:
-    """The part of a row of metrics that tells of selection; empty for a cell that selects nothing.
+    """Metrics of filtering and sampling; empty for a cell that filters nothing.
 
     Rewards, lengths and tokens are those of the minibatch before anything left it. With dynamic sampling rewards are
     those of the first draw of the rollout, since its groups were chosen for theirs; `sampled_groups` and
     `sampled_tokens` are what was drawn for the whole rollout, `unused_tokens` what of it the rollout does not have.
     `kept_groups`: left after `equal_groups: drop`.
     `reward_timeouts`: rewards that a limit of time decided.
-    `loss_tokens`: in the loss. `overlong`: mean charge for length. See `sampling.mismatch` for the sampler's.
+    `loss_tokens`: in the loss. `overlong`: mean charge for length. See `mismatch_metrics` for the sampler's.
     """
     training, row = member.cell.training, Row()
     if training.equal_groups == "drop":

@@ -1,4 +1,4 @@
-"""Cutting a rollout into minibatches of whole groups, one per update."""
+"""Split a rollout into minibatches of whole groups, one per update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trajectories that are too long: what they cost, and whether the loss looks at them."""
+"""Overlong trajectories: DAPO's soft length penalty, and exclusion of truncated ones from the loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from klab.harness.training.packed_cell import PackedCell
 
 
 def training_rewards(member: PackedCell, rollout: Rollout, rewards: Tensor) -> Tensor:
-    """What an update maximises, [N]: the task's rewards less what overlong completions cost.
+    """The rewards that an update maximises, [N]: the task's minus the length penalties.
 
     The soft overlong punishment of DAPO (arXiv:2503.14476, eq. 13), times `overlong_penalty`: nothing up to
     budget − buffer own tokens, then linearly up to 1 at the budget.
@@ -22,7 +22,7 @@ def training_rewards(member: PackedCell, rollout: Rollout, rewards: Tensor) -> T
 
 
 def length_penalties(rollout: Rollout, member: PackedCell) -> Tensor:
-    """What each trajectory's length costs, float64 [N], at least 0."""
+    """Penalty of each trajectory's length, float64 [N], at least 0."""
     training = member.cell.training
     buffer = training.overlong_buffer
     assert buffer is not None

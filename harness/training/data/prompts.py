@@ -1,4 +1,4 @@
-"""The prompts that a cell is asked: those of its task that fit the model, as token ids."""
+"""A cell's prompts: those of its task that fit the model, as token ids."""
 
 from __future__ import annotations
 

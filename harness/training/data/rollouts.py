@@ -1,4 +1,4 @@
-"""A rollout: choose prompts, sample a group of completions for each, score them, and look up the reference policy."""
+"""Collect rollouts: choose prompts, sample a group of completions each, score them, compute reference log-probs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ message_type(Score)
 
 @dataclass(slots=True)
 class Experience:
-    """ONE cell's rollout with all that its updates need; N = prompts × group_size trajectories, T the longest.
+    """One cell's rollout with everything that its updates need; N = prompts × group_size trajectories, T the longest.
 
     Attributes:
         number: which rollout of the cell, from 0.
@@ -71,7 +71,7 @@ def collect_rollouts(
 ) -> list[Experience]:
     """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
 
-    Prompts are sampled, and trajectories looked at by the reference policy, within the limit at a time. The processes
+    Prompts are sampled, and trajectories looked at by the reference policy, within the memory budget. The processes
     of `process_group` share the prompts, and all get the whole rollout.
 
     Raises:
@@ -273,7 +273,7 @@ def log_probabilities(
     budget: MemoryBudget = UNLIMITED,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Tensor]:
-    """Per cell, log-probabilities [N, T] of its trajectories, within the limit at a time."""
+    """Per cell, log-probabilities [N, T] of its trajectories, within the memory budget."""
 
     def scored(pieces: list[Rollout]) -> list[Tensor]:
         return [scores.logp for scores in token_scores(policy, pieces, temperature=temperature)]

@@ -1,4 +1,4 @@
-"""The sampler of a cell: which policy draws its rollouts, and what is done about its difference to the trainer's.
+"""Mismatch between sampler and trainer: which policy samples, and the corrections TIS and IcePop.
 
 μ is the sampler, π_old the behaviour policy as the trainer computes it. Ratios π_old/μ are per token and constants.
 """

@@ -1,8 +1,8 @@
-"""Orders: what rank 0 does with a pack, the other processes of its process_group do at the same time.
+"""Commands: rank 0 broadcasts each step of a pack, and every process executes it on its own copy.
 
-Rank 0 leads its life as ever. Each step of a pack (begin, an update, an evaluation, smaller micro-batches, the pack
-without some members) is announced as an command, and every process carries it out on its own copy: its share of the
-prompts and of the pieces of an update (`process_group.py`), and everything else in full.
+Rank 0 runs the same loop as a single process. Each step of a pack (start, update, evaluation, smaller micro-batches,
+selection of members) is sent as a command. A process works on its part of the prompts and micro-batches
+(`process_group.py`) and does everything else in full.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 START_PACK, FORGET_PACKS, EXIT = "begin", "end", "leave"
-"""Orders that are no methods of a pack: begin one, forget them all, and do nothing more."""
+"""Commands that are not methods of a pack: start one, forget all, end the worker."""
 
 
 @message_type
@@ -36,10 +36,10 @@ class Command:
 
 
 class CommandChannel:
-    """One process's end of the line. In a process_group of one nothing is announced.
+    """One process's end of the command channel. A single process sends nothing.
 
     Attributes:
-        packs: by number, what the processes have copies of; rank 0 keeps its own as long as it needs them.
+        packs: copies of rank 0's packs by number, in the other processes.
     """
 
     def __init__(self, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
@@ -71,7 +71,7 @@ class CommandChannel:
         return self.process_group.run_collectively(work, state)
 
     def register(self, pack: Pack) -> Pack:
-        """Give a pack that all processes have made just now its number."""
+        """Number a pack that all processes have just made."""
         if self.process_group.size == 1:
             return pack
         self._last += 1
@@ -83,7 +83,7 @@ class CommandChannel:
         return pack
 
     def receive(self) -> Command:
-        """What rank 0 announces."""
+        """Wait for the next command of rank 0."""
         channel: list[Command | None] = self.process_group.all_gather_object("command", lambda: None)
         command = channel[0]
         assert command is not None
@@ -92,6 +92,6 @@ class CommandChannel:
         return command
 
     def shutdown(self, word: str = FORGET_PACKS) -> None:
-        """Rank 0 has nothing more to do with its packs, or (`EXIT`) at all."""
+        """Let the other processes forget all packs, or, with `EXIT`, end."""
         if self.process_group.size > 1 and not self.process_group.broken:
             self.process_group.all_gather_object("command", lambda: Command(word))

@@ -1,9 +1,11 @@
-"""The processes that train cells together: who is who, and how they exchange values, errors and sums of gradients.
+"""The processes that train cells together, with collectives that propagate errors.
 
-Every process holds the whole policy, optimizer and reference, and takes the same steps at the same time. They meet in
-exchanges. What one of them raises travels in the next exchange and is raised by all of them, so that they stay in
-step, and all can do the same thing again with less, or without the guilty cell. A process that is gone, or in another
-place than the others, ends the job: it goes on from its checkpoints when it is launched again.
+Every process holds the whole policy, optimizer and reference, and takes the same steps. An exception in one process
+is sent in the next collective and raised in all of them, so that all stay in step and can retry with smaller
+micro-batches, or without the cell that failed. A process that dies or gets out of step ends the job, which resumes from
+its checkpoints when it is launched again.
+
+Objects are exchanged by `messages.py` over `all_gather`, not by `torch.distributed.all_gather_object`, which pickles.
 """
 
 from __future__ import annotations
@@ -31,21 +33,21 @@ _END = "end of a step"
 
 
 class ProcessGroupLost(BaseException):
-    """The processes of this job can no longer work together, so that it ends; checkpoints stay as they are."""
+    """The processes of this job can no longer work together; the job ends, and its checkpoints stay as they are."""
 
 
 class PropagatedError(Exception):
-    """What one process raised, raised by all of them."""
+    """An exception of one process, raised in all of them."""
 
 
 class PropagatedCellFailure(PropagatedError, CellFailure):
-    """One process could not go on with a cell of the pack, and all of them know."""
+    """A cell failed in one process; raised in all of them."""
 
 
 @message_type
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """An error on its way to the other processes. `position`: of the cell to blame, in the pack."""
+    """An exception as sent to the other processes. `position`: of the cell that failed, in the pack."""
 
     rank: int
     message: str
@@ -55,9 +57,9 @@ class _Failure:
 
 
 class ProcessGroup:
-    """`size` processes, of which this one has the rank `rank`; rank 0 leads.
+    """`size` processes, of which this one has rank `rank`; rank 0 decides what is done.
 
-    One process is a process_group of its own, and whatever it exchanges stays what it is.
+    With one process, collectives return their argument unchanged.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, secret: bytes = b"") -> None:
@@ -72,13 +74,13 @@ class ProcessGroup:
         return self.rank == 0
 
     def shard(self, count: int) -> range:
-        """This process's contiguous part of `count` things; parts differ by one at most, the first are the larger."""
+        """This process's contiguous part of `count` items; parts differ by at most one, the first are larger."""
         small, larger = divmod(count, self.size)
         first = self.rank * small + min(self.rank, larger)
         return range(first, first + small + (self.rank < larger))
 
     def assigned(self, count: int) -> range:
-        """Which of `count` pieces of work this process takes: every `size`-th, from its rank on."""
+        """Indices of the micro-batches, of `count`, that this process computes: every `size`-th, from its rank on."""
         return range(self.rank, count, self.size)
 
     def all_gather_object(self, name: str, work: Callable[[], T], device: torch.device | str = "cpu") -> list[T]:
@@ -129,7 +131,7 @@ class ProcessGroup:
     def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace contiguous tensors by their sums over all processes.
 
-        Numbers are added in the command of the ranks, at least in float32, by one process each: the bits are the same
+        Numbers are added in the order of the ranks, at least in float32, by one process each: the bits are the same
         in all processes, and depend on nothing but their number.
         """
         if self.size == 1:
@@ -164,7 +166,7 @@ class ProcessGroup:
         self.sum_tensors(each.grad for each in listed if each.grad is not None)
 
     def close(self) -> None:
-        """Take no part any more. Where the others are lost on GPUs, only the end of the process does not wait."""
+        """Leave the group. After a failure on GPUs this is skipped: NCCL would wait for the others."""
         if self.size > 1 and dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
             dist.destroy_process_group()
 
@@ -224,7 +226,7 @@ class ProcessGroup:
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def _wait(self, work: Any) -> None:
-        """Wait in Python, where signals are heard. NCCL's work goes on by itself, in the command of its stream."""
+        """Wait in Python, where signals are heard. NCCL's work goes on by itself, in the order of its stream."""
         pause = 5e-5
         try:
             while not work.is_completed():
@@ -243,7 +245,7 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
-"""The process_group of one process."""
+"""The group of a process that trains alone."""
 
 
 def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""Data parallelism: packs that several processes train together, and the life of those that do not lead.
+"""Data parallelism: starting packs in several processes, and the loop of ranks above 0.
 
-How many processes train a cell is no part of what it is: the sampled tokens are the same, and all numbers but for the
-rounding of sums. The same number of processes gives the same bits, whatever happens to them in between.
+The number of processes is not part of a cell's identity: sampled tokens are the same, and all numbers up to the
+rounding of sums. The same number of processes gives the same bits, also after interruptions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from klab.tasks import load_task
 
 
 def start_pack(channel: CommandChannel, members: Sequence[PackedCell], states: Sequence[CellState]) -> Pack:
-    """A pack of these members in all processes, as their states left them; at their beginning without states."""
+    """Start a pack in all processes, resumed from the members' states if there are any."""
 
     def made() -> Pack:
         return Pack.resumed(members, states, channel) if states else Pack(members, channel)
@@ -33,12 +33,12 @@ def start_pack(channel: CommandChannel, members: Sequence[PackedCell], states: S
 
 
 def release_workers(process_group: ProcessGroup) -> None:
-    """Let the other processes go; each leaves the process_group then."""
+    """End the loops of the other processes."""
     CommandChannel(process_group).shutdown(EXIT)
 
 
 def run_worker(run_path: str | Path, process_group: ProcessGroup, threads: int = 1) -> None:
-    """Do what rank 0 does until it has nothing more to do. What fails is rank 0's to decide about.
+    """Execute rank 0's commands until it sends `EXIT`. Rank 0 decides what is done about failures.
 
     Raises:
         ProcessGroupLost: when a process is gone or out of step.
@@ -65,7 +65,7 @@ def _run(run: Run, process_group: ProcessGroup) -> None:
 
 
 def _start_copy(channel: CommandChannel, run: Run, members: Sequence[tuple[str, str]], update: int | None) -> None:
-    """This process's copy of the pack that rank 0 begins, from the same files."""
+    """Make this process's copy of a pack that rank 0 starts, from the same files."""
 
     def made() -> Pack:
         built, lengths = [], PromptLengths()

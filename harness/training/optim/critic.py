@@ -1,4 +1,4 @@
-"""Critics: the values that `gae` measures rewards against, and how they are learned."""
+"""Critics: learned values V for generalised advantage estimation, one per cell."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from klab.harness.training.optim.schedule import learning_rate
 
 @dataclass(frozen=True, slots=True)
 class CriticGradient:
-    """Of one cell's critic, parameter by parameter, and its norm before clipping."""
+    """Gradient of one cell's critic, parameter by parameter, and its norm before clipping."""
 
     slices: list[Tensor]
     norm: float
@@ -33,7 +33,7 @@ class CriticGradient:
 
 @dataclass(frozen=True, slots=True)
 class ValueStats:
-    """What one update measured about one cell's critic."""
+    """Statistics of one cell's critic in one update."""
 
     loss: float
     explained_variance: float
@@ -95,7 +95,7 @@ class Critics:
         return self.trunk is None
 
     def in_warmup(self, number: int) -> bool:
-        """Whether only the critics learn at update `number` (1-based)."""
+        """Whether update `number` (1-based) belongs to critic warm-up, in which only the critics learn."""
         return number <= self.settings.warmup_updates
 
     def values(self, rollouts: Sequence[Rollout], states: Sequence[Tensor | None]) -> list[Tensor]:
@@ -117,7 +117,7 @@ class Critics:
         budget: MemoryBudget = UNLIMITED,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Write V_old into rollouts that were just drawn, within the limit at a time."""
+        """Compute V_old of rollouts that were just sampled, within the memory budget."""
 
         def values(pieces: list[Rollout]) -> list[Tensor]:
             states: list[Tensor | None] = [None] * len(pieces)
@@ -140,7 +140,7 @@ class Critics:
 
     @torch.no_grad()
     def value_stats(self, values: Tensor, batch: TokenBatch, context: UpdateContext) -> ValueStats:
-        """What a whole update says about a critic."""
+        """Value loss and its statistics over a whole update."""
         assert batch.values is not None
         assert context.value_targets is not None
         common = (values, batch.values, context.value_targets, batch.loss_mask)

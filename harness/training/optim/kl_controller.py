@@ -1,7 +1,7 @@
-"""Coefficients that follow what the updates of a cell measure: β, and that of the trust region.
+"""Adaptive coefficients: β of the KL term (Ziegler et al. 2019) and the trust-region penalty (Schulman et al. 2017).
 
-All are pure functions of the last coefficients and of the update's row of metrics, so that they come out the same
-however a cell's life is cut.
+Both are pure functions of the last coefficients and of the update's row of metrics, so that a resumed cell has the
+same ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def initial_coefficients(cell: Cell) -> LossCoefficients:
 
 
 def coefficient_metrics(cell: Cell, coefficients: LossCoefficients) -> Row:
-    """Those coefficients that may move or are not the objective's, as columns of an update's row of metrics."""
+    """The adaptive coefficients as columns of an update's row of metrics."""
     found: Row = {}
     if cell.training.beta_control is not None:
         found["beta"] = coefficients.kl * cell.objective.arguments("placement").get("beta", 1.0)

@@ -1,4 +1,4 @@
-"""What happens at which update: learning rates, and when each rollout is drawn and used.
+"""Schedules: the learning rate of each update, and when each rollout is sampled and used.
 
 Updates are counted in optimizer updates. A rollout serves `updates_per_rollout` epochs of `minibatches` updates
 each. With `lag: k` a rollout comes from the policy of k updates before its first use: it is drawn *at that moment*,

@@ -1,4 +1,4 @@
-"""How the process keeps memory that tensors have given back."""
+"""Allocator settings: keep freed memory in the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running out of memory: how to tell, and how to let go of what can be let go of."""
+"""Out of memory: recognise it, explain it, and free what can be freed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 class OutOfMemory(Exception):
-    """Memory did not suffice for a cell alone, with as small a part at a time as was tried; says what to change."""
+    """A cell alone ran out of memory with the smallest micro-batch tried; the message says which settings to change."""
 
     def __init__(self, cell: Cell, rows: int | None) -> None:
         training, policy = cell.training, cell.policy
@@ -38,7 +38,7 @@ class OutOfMemory(Exception):
 
 
 def explain_oom(error: Exception, cell: Cell, rows: int | None = None) -> Exception:
-    """The error, or, where memory did not suffice, one that says which settings need less of it."""
+    """The error itself, or, for out of memory, one whose message says which settings need less memory."""
     if not is_out_of_memory(error):
         return error
     explained = OutOfMemory(cell, rows)

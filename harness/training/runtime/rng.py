@@ -1,8 +1,8 @@
-"""Random draws as pure functions of (seed, purpose, number).
+"""Random numbers as pure functions of (seed, purpose, number).
 
-Every draw of a cell's life has a generator of its own, seeded from what it is for: the prompts of rollout 7, the
-sampling of rollout 7, the evaluation after update 20. So no generator has a state that lives between updates:
-nothing has to be stored, evaluating cannot change training, and a phase that is repeated draws the same numbers.
+Every use has a generator of its own, seeded from its purpose: the prompts of rollout 7, the sampling of rollout 7, the
+evaluation after update 20. No generator state lives between updates: nothing has to be stored, evaluating cannot change
+training, and a phase that is repeated gets the same numbers.
 Cells that share a seed share these draws (common random numbers), which is what makes them comparable pairwise.
 """
 

@@ -1,4 +1,4 @@
-"""A time limit for a call into somebody else's code."""
+"""Time limit for calls of user code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class TimeLimitExceeded(Exception):
-    """The call did not return in time."""
+    """A call of user code exceeded its time limit."""
 
 
 @contextmanager

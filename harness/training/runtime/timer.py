@@ -1,4 +1,4 @@
-"""Wall time by phase."""
+"""Wall time by phase of an update."""
 
 from __future__ import annotations
 
