@@ -22,9 +22,10 @@ _ROUNDS, _CUTS = 11, 8
 
 
 def zero_preserving_product(left: Float[Tensor, "N T"], right: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    """left·right, and 0 where either is 0: a token without advantage, or whose weight vanishes, moves nothing, also
-    where ρ overflows to infinity."""
-    return torch.where((left == 0) | (right == 0), 0.0, left * right)
+    """left·right with 0·∞ = 0: a token without advantage, or whose weight vanishes, moves nothing, also where ρ
+    overflows. NaN stays NaN, so that a reward that is not a number is never taken for 0."""
+    vanishes = ((left == 0) & right.isinf()) | ((right == 0) & left.isinf())
+    return torch.where(vanishes, 0.0, left * right)
 
 
 @WEIGHTS.register("one")

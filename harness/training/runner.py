@@ -106,8 +106,9 @@ def run_cells(
                 except _StopRequested:
                     runner.states[identity] = "interrupted"
                     continue
-                training, sizes = member.cell.training, [len(member.split(name)) for name in ("train", "held_out")]
-                for note in (*small_set_notes(training, *sizes), *sampling_notes(training)):
+                training = member.cell.training
+                held_out, train = len(member.split("held_out")), len(member.split("train"))
+                for note in (*small_set_notes(training, train, held_out), *sampling_notes(training)):
                     runner.print_once(note)
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():

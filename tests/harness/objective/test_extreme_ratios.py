@@ -78,3 +78,19 @@ def test_a_token_without_advantage_moves_nothing_however_far_the_policy_is(weigh
     loss = objective_loss(Objective(weight=weight, ratio="token", advantage="group_center"), batch).loss
     assert math.isfinite(float(loss.detach()))
     assert torch.autograd.grad(loss, logp)[0].tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_an_advantage_that_is_not_a_number_is_never_taken_for_zero(weight: str) -> None:
+    logp = torch.full((2, 3), -2.0, requires_grad=True)
+    batch = TokenBatch(
+        logp,
+        (logp + 0.1).detach(),
+        logp.detach(),
+        mask=torch.ones(2, 3, dtype=torch.bool),
+        rewards=torch.tensor([math.nan, 0.0]),
+        groups=torch.tensor([0, 0]),
+        max_new_tokens=3,
+    )
+    loss = objective_loss(Objective(weight=weight, ratio="token", advantage="group_center"), batch).loss
+    assert math.isnan(float(loss.detach()))

@@ -82,8 +82,18 @@ def test_a_row_has_the_reverse_kl_of_fresh_samples_and_the_forward_kl_of_the_ref
     row = pack.evaluate()[0]
     members, samples = pack.members, pack.members[0].cell.training.evaluation_samples
     examples = [held_out(pack.members[0])]
-    fresh = generate(pack.policy, members, examples, samples, ("evaluation", row["update"]))
-    kept = generate(pack.reference, members, examples, samples, ("evaluation of the reference",), seeded=False)
+    fresh = generate(
+        pack.policy, members, examples, samples, ("evaluation", row["update"]), pack.settings.max_new_tokens
+    )
+    kept = generate(
+        pack.reference,
+        members,
+        examples,
+        samples,
+        ("evaluation of the reference",),
+        pack.settings.max_new_tokens,
+        seeded=False,
+    )
     expected = {}
     for name, rollouts in (("reverse_kl", fresh), ("forward_kl", kept)):
         p, q = (token_scores(each, rollouts, logits=True)[0].logits for each in (pack.policy, pack.reference))
