@@ -1,4 +1,4 @@
-"""What the catalogue says about the weights holds: S1's family, monotonicity, and the surrogates they come from."""
+"""The weights have the properties that the catalogue states, and come from the surrogates that papers print."""
 
 from __future__ import annotations
 
