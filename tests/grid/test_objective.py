@@ -144,3 +144,13 @@ def test_the_reason_of_idleness_is_told():
     idle = Objective(weight="one", placement="none").canonical_form().idle
     assert idle["ratio"] == "the weight is one"
     assert idle["estimator"] == "placement none has no KL term"
+
+
+def test_beside_the_advantage_positive_a_kl_in_the_returns_is_idle_with_all_its_parameters():
+    inside = Objective(advantage="positive", placement="reward").canonical_form().idle
+    assert {"placement", "beta", "kl_scale", "kl_at"} <= set(inside)
+    both = Objective(advantage="positive", placement="reward_and_loss", beta=0.3).canonical_form()
+    assert both.canonical["placement"] == "loss"
+    assert both.canonical["placement.beta"] == 0.3
+    assert {"kl_scale", "kl_at"} <= set(both.idle)
+    assert "beta" not in both.idle
