@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from klab.grid import UserError
-from klab.harness.store import CellFolder, Run
+from klab.harness.store import CellFolder, Run, files
 from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
 from klab.reports.schema import EVALUATIONS, METRICS, RESULTS
@@ -159,18 +159,25 @@ def _merge(old: Frames, fresh: Frames, kept: set[str]) -> Frames:
     return Frames(both("cells"), both("metrics"), both("evaluations"), both("samples"))
 
 
+_HEAD_BYTES = 4096
 _NAMES = ("cells", "metrics", "evaluations", "samples")
 
 
 def _load(folder: Path) -> Frames | None:
     """The cached frames; None when there are none, or they are damaged or of another version (it is only a cache)."""
     try:
-        head = json.loads((folder / "head.json").read_text())
+        with files.open_file(folder / "head.json") as stream:
+            head = json.loads(stream.read(_HEAD_BYTES) or b"")
         if head["version"] != _VERSION:
             return None
-        return Frames(*(pd.read_parquet(folder / f"{name}-{head['token']}.parquet") for name in _NAMES))
+        return Frames(*(_load_frame(folder / f"{name}-{head['token']}.parquet") for name in _NAMES))
     except Exception:
         return None
+
+
+def _load_frame(file: Path) -> pd.DataFrame:
+    with files.open_file(file) as stream:
+        return pd.read_parquet(stream)
 
 
 def _save(folder: Path, frames: Frames) -> None:

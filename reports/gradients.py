@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from klab.harness.store import files
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
 from klab.reports.study import Study
@@ -87,7 +88,8 @@ def _numbers(row: pd.DataFrame) -> dict[str, float]:
 
 def _read(file: Path) -> pd.DataFrame | None:
     try:
-        data = json.loads(file.read_text())
+        with files.open_file(file) as stream:
+            data = json.loads(stream.read(files.RECORD_BYTES) or b"")
         frame = pd.DataFrame(data["rows"] if isinstance(data, dict) else data)
     except (OSError, ValueError, KeyError):
         return None

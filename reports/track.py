@@ -8,10 +8,8 @@ the configuration without its seed. Both packages are optional and imported only
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from klab.grid import UserError
-from klab.harness.store import CellFolder, Run
+from klab.harness.store import CellFolder, Run, files
 
 TRACKERS = ("tensorboard", "wandb")
 _TEXTS = ("update", "samples", "schema")
@@ -45,8 +43,8 @@ def follow(run: Run, tracker: str) -> int:
     folder = run.output_folder("report", tracker)
     memory = folder / "sent.json"
     try:
-        sent: dict[str, int] = json.loads(memory.read_text())["sent"]
-    except (OSError, ValueError, KeyError):
+        sent: dict[str, int] = (files.read_record(memory) or {})["sent"]
+    except (OSError, UserError, KeyError):
         sent = {}
     total = 0
     for identity in run.cells:
@@ -59,7 +57,7 @@ def follow(run: Run, tracker: str) -> int:
                 sink.log(update, values)
         sent[identity] = rows[-1][0]
         total += len(rows)
-        _remember(memory, sent)
+        files.replace(memory, files.encode_record({"sent": sent}))
     return total
 
 
@@ -79,12 +77,6 @@ def _rows(cell: CellFolder, after: int) -> list[tuple[int, dict[str, float]]]:
     ended = cell.result() is not None or cell.error() is not None
     last = max(merged) if merged else -1
     return [(update, merged[update]) for update in sorted(merged) if update > after and (ended or update < last)]
-
-
-def _remember(memory: Path, sent: dict[str, int]) -> None:
-    temporary = memory.with_name(f".{memory.name}.{secrets.token_hex(4)}.tmp")
-    temporary.write_text(json.dumps({"schema": 1, "sent": sent}))
-    os.replace(temporary, memory)
 
 
 def tracked_id(run: Run, identity: str) -> str:

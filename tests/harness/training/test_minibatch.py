@@ -26,7 +26,8 @@ def experience(prompts: int, group_size: int) -> Experience:
         texts=[str(i) for i in range(n)],
     )
     column = torch.arange(n, dtype=torch.float32)
-    return Experience(0, rollout, column, column, column[:, None], column)
+    wide = column[:, None]
+    return Experience(0, rollout, column, column, wide, column, values=wide, old_logprobs=wide)
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9))
@@ -53,6 +54,10 @@ def test_an_epoch_visits_every_trajectory_once(parts: int, group_size: int) -> N
         assert chosen.rewards.tolist() == chosen.correct.tolist() == chosen.reference_logprobs[:, 0].tolist() == tokens
         assert chosen.greedy_rewards is not None
         assert chosen.greedy_rewards.tolist() == tokens
+        assert chosen.old_logprobs is not None
+        assert chosen.old_logprobs[:, 0].tolist() == tokens
+        assert chosen.values is not None
+        assert chosen.values[:, 0].tolist() == tokens
         prompts = [chosen.rollout.prompts[g][0] for g in chosen.rollout.groups.tolist()]
         assert prompts == [token // group_size for token in tokens]
     assert sorted(seen) == list(range(len(whole.rewards)))
