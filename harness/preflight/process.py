@@ -1,19 +1,16 @@
 """The checks in a process of their own: this one imports neither torch nor the user's code, and neither can hang it.
 
-As a program (`python -m klab.harness.preflight.process`) this module reads a request from standard input, one JSON
-object, and writes a finding to a line of standard output.
+The process is `klab.harness.preflight.worker`: it gets a request on standard input, one JSON object, and answers with
+a finding per line.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from klab.grid import Cell, Grid
@@ -39,7 +36,7 @@ class Preflight:
         request = {"file": grid.file, "cells": [cell.resolved() for cell in cells]}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            python_command("-m", "klab.harness.preflight.process"),
+            python_command("-m", "klab.harness.preflight.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -90,21 +87,3 @@ def representatives(cells: Iterable[Cell]) -> list[Cell]:
         )
         found.setdefault(key, cell)
     return list(found.values())
-
-
-def main() -> None:
-    """Read the request, check, and write what is found; what checked code prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    request = json.load(sys.stdin)
-    from klab.harness.preflight.checks import check
-
-    cells = [Cell.from_resolved(each) for each in request["cells"]]
-    for finding in check(cells, Path(request["file"])):
-        print(json.dumps(asdict(finding)), file=answers, flush=True)
-    answers.flush()
-    os._exit(0)  # whatever threads the checked code has started
-
-
-if __name__ == "__main__":
-    main()

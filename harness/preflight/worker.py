@@ -1,0 +1,28 @@
+"""The process that checks a grid: `python -m klab.harness.preflight.worker`, started by `Preflight`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from klab.grid import Cell
+from klab.harness.preflight.checks import check
+
+
+def main() -> None:
+    """Read the request, check, and write what is found; what checked code prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    cells = [Cell.from_resolved(each) for each in request["cells"]]
+    for finding in check(cells, Path(request["file"])):
+        print(json.dumps(asdict(finding)), file=answers, flush=True)
+    answers.flush()
+    os._exit(0)  # whatever threads the checked code has started
+
+
+if __name__ == "__main__":
+    main()
