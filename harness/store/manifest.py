@@ -1,156 +1,170 @@
-"""The manifest's file format: a record with one large table, whose rows are parsed when they are asked for.
-
-The file is an ordinary sealed record, which `files.decode_record` reads as well; its checksum is verified whole.
-"""
+"""The manifest of a run: built from a grid, compared with another grid, and checked when it is read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+import re
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from klab.harness.store import files
+from klab.grid import UserError
+from klab.harness.store import files, machine, provenance
+from klab.harness.store.record_table import encode_table, read_table
 
+if TYPE_CHECKING:
+    from klab.grid import Grid
 
-class LazyRows(Mapping[str, Any]):
-    """The rows of a table by name, each parsed when it is asked for.
-
-    Args:
-        data: the file.
-        spans: where each row begins and ends in it.
-        cuts: consecutive entries of a row. The values of all but the last are those that many rows have in common:
-            equal ones are parsed once and are then one object, which must not be changed.
-        file: named in the `UserError` that asking for a row raises where it is not JSON.
-    """
-
-    def __init__(self, data: bytes, spans: Mapping[str, tuple[int, int]], cuts: tuple[str, ...], file: Path) -> None:
-        self._data = data
-        self._spans = spans
-        self._cuts = tuple((name, f', "{name}": '.encode()) for name in cuts)
-        self._file = file
-        self._rows: dict[str, Any] = {}
-        self._middles: dict[bytes, dict[str, Any]] = {}
-        self._values: dict[bytes, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        row = self._rows.get(name)
-        if row is None:
-            row = self._rows[name] = self._parsed(name)
-        return row
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._spans
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._spans)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def _parsed(self, name: str) -> Any:
-        begin, end = self._spans[name]
-        try:
-            return self._joined(begin, end)
-        except (ValueError, RecursionError):  # it does not consist of the pieces that were expected
-            pass
-        try:
-            return json.loads(self._data[begin:end])
-        except (ValueError, RecursionError) as error:
-            raise files.damaged_file(self._file, f"does not describe {name}") from error
-
-    def _joined(self, begin: int, end: int) -> dict[str, Any]:
-        """The row from its pieces; a `ValueError` where a cut went through a value, as brackets do not fit then."""
-        data, first, last = self._data, self._cuts[0][1], self._cuts[-1]
-        start = data.index(first, begin, end)
-        stop = data.rindex(last[1], start, end)
-        middle = data[start:stop]
-        if middle not in self._middles:
-            self._middles[middle] = self._entries(middle)
-        rest = data[stop + len(last[1]) : end].decode()
-        return {
-            **_object(f"{data[begin:start].decode()}}}"),
-            **self._middles[middle],
-            **_object(f'{{"{last[0]}": {rest}'),
-        }
-
-    def _entries(self, text: bytes) -> dict[str, Any]:
-        """The entries with shared values; many differ in one of them only."""
-        entries = {}
-        begin = len(self._cuts[0][1])
-        for (name, _), (_, mark) in pairwise(self._cuts):
-            end = text.index(mark, begin) if mark != self._cuts[-1][1] else len(text)
-            value = text[begin:end]
-            if value not in self._values:
-                self._values[value] = json.loads(value)
-            entries[name] = self._values[value]
-            begin = end + len(mark)
-        return entries
+CELL_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
+_NAME = re.compile(r"[\w-][\w.-]{0,99}")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "grid": str,
+    "cells": Mapping,
+    "axes": dict,
+    "seeds": list,
+    "resources": dict,
+    "created": (int, float),
+    "versions": dict,
+    "hardware": dict,
+    "baseline": (str, type(None)),
+}
+_CUTS = ("objective", "task", "policy", "training", "seed")
+"""Consecutive entries of a cell; most cells share the values of all but the last."""
 
 
-_DECODE = json.JSONDecoder().raw_decode
-
-
-def _object(text: str) -> dict[str, Any]:
-    """What `json.loads` makes of an object that nothing surrounds, in half the time."""
-    found, end = _DECODE(text)
-    if end != len(text):
-        raise ValueError("something stands behind the object")
-    return found  # type: ignore[no-any-return]
-
-
-def encode_table(head: Mapping[str, Any], key: str, rows: Mapping[str, Any]) -> bytes:
-    """A record whose entry `key` is a table, written one row to a line."""
-    text = json.dumps({"schema": files.SCHEMA, **head}, indent=2, ensure_ascii=False)[:-2]
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
-    body = f"{text}{_opening(key)}{lines}{_CLOSING}"
-    return f'{body},\n  "crc": "{files.checksum(body)}"\n}}\n'.encode()
-
-
-def read_table(path: Path, key: str, cuts: tuple[str, ...]) -> dict[str, Any] | None:
-    """The record in `path` with `LazyRows` for its entry `key`, or None when there is no such file.
+def read_manifest(file: Path) -> dict[str, Any] | None:
+    """The manifest in this file, whose cells are parsed when they are asked for; None when there is no such file.
 
     Raises:
-        UserError: as `files.decode_record` does.
+        UserError: it is damaged or of another schema.
     """
-    data = files.read_bytes(path, files.TABLE_BYTES)
-    if data is None:
-        return None
-    try:
-        return _split(data, key, cuts, path)
-    except ValueError:  # not as `encode_table` writes it: another layout, or damaged
-        return files.decode_record(data, path)
+    manifest = read_table(file, "cells", _CUTS)
+    if manifest is not None:
+        _check(manifest, file)
+    return manifest
 
 
-_CLOSING = "\n  }"
+def cells_of(grid: Grid) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each cell, by id."""
+    return {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
 
 
-def _opening(key: str) -> str:
-    return f",\n  {json.dumps(key)}: {{\n"
+def build_manifest(
+    grid: Grid, existing: dict[str, Any] | None, path: Path, created: float | None, accept_changes: bool
+) -> dict[str, Any]:
+    """The manifest of `grid` in the run folder `path`: `existing` itself where the grid changes nothing in it.
+
+    Args:
+        created: the time of the creation in seconds since 1970; None: that of `existing`, else now.
+        accept_changes: add cells although code, data or models are not those that the run was made with.
+
+    Raises:
+        UserError: the folder belongs to another grid, or cells would be added under changed code, data or models.
+    """
+    from klab.grid import user_code
+    from klab.harness.store import code, inputs
+
+    cells = cells_of(grid)
+    known: dict[str, Any] = {}
+    known_inputs: dict[str, Any] = {}
+    superseded: list[Any] = []
+    if existing is not None:
+        refuse_other_grid(grid, existing, cells, path)
+        if cells.keys() < existing["cells"].keys() or (existing["cells"] == cells and existing["grid"] == grid.text):
+            return existing
+        known, known_inputs = existing.get("code", {}), existing.get("inputs", {})
+        superseded = list(existing.get("superseded", []))
+        if changed := provenance.changed(existing, path):
+            if not accept_changes:
+                provenance.refuse_changes(changed, path)
+            done = [each for each in existing["cells"] if (path / "cells" / each / "result.json").exists()]
+            superseded.append({"cells": done, "changed": changed, "code": known, "inputs": known_inputs})
+            known, known_inputs = {}, {}
+    with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
+        used = code.record((name for name in code.names(grid.cells) if name not in known), path)
+    return {
+        "name": grid.name,
+        "description": grid.description,
+        "created": existing["created"] if existing else time.time() if created is None else created,
+        "versions": machine.versions(),
+        "commit": machine.commit(Path.cwd()),
+        "hardware": machine.hardware(),
+        "baseline": grid.baseline,
+        "design": grid.design,
+        "axes": {name: list(values) for name, values in grid.axes.items()},
+        "seeds": list(grid.seeds),
+        "track": list(grid.track),
+        "resources": grid.resources.model_dump(mode="json"),
+        "equalities": [
+            {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
+        ],
+        "grid": grid.text,
+        "code": {**known, **used},
+        "inputs": {**inputs.record(grid.cells, path), **known_inputs},
+        "superseded": superseded,
+        "cells": cells,
+    }
 
 
-def _split(data: bytes, key: str, cuts: tuple[str, ...], path: Path) -> dict[str, Any]:
-    if not files.checksum_matches(data):
-        raise ValueError("its checksum does not fit")
-    opening = _opening(key).encode()
-    start = data.index(opening)
-    record: dict[str, Any] = json.loads(data[:start] + b"}")
-    if record.pop("schema") != files.SCHEMA:
-        raise ValueError("another schema")
-    begin, close = start + len(opening), data.rindex(f'{_CLOSING},\n  "crc": '.encode())
-    spans = {}
-    while begin < close:
-        end = data.find(b"\n", begin, close)
-        end = close if end < 0 else end
-        name, row = begin + 5, data.index(b'": {', begin, end) + 3
-        last = end - (data[end - 1] == _COMMA)
-        written = data[name : row - 3].decode()
-        if data[begin:name] != b'    "' or data[last - 1] != _BRACE or "\\" in written:
-            raise ValueError("not one row to a line, or a name that is written otherwise")
-        spans[written] = row, last
-        begin = end + 1
-    return {**record, key: LazyRows(data, spans, cuts, path)}
+def refuse_other_grid(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) -> None:
+    """Raises UserError, naming a difference, where the grid both leaves out and adds cells, or has another name."""
+    if existing["name"] != grid.name:
+        raise UserError(
+            f"belongs to the grid {existing['name']!r}, not {grid.name!r}",
+            file=path,
+            hint="Choose another place with --runs.",
+        )
+    missing = [identity for identity in existing["cells"] if identity not in cells]
+    if missing and not all(identity in existing["cells"] for identity in cells):
+        raise UserError(
+            f"belongs to another grid of the same name: {len(missing)} of its {len(existing['cells'])} cells are "
+            f"not in {grid.file}, for example {_difference(existing['cells'][missing[0]], cells)}",
+            file=path,
+            hint="Cells and seeds may be added to a grid that was launched, or left out, not both at once; for other "
+            "changes give it a new name, or choose another place with --runs.",
+        )
 
 
-_COMMA, _BRACE = b",}"
+def _difference(old: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
+    """Where a vanished cell differs from the nearest cell of the grid file."""
+    before = _flat(old)
+    best: dict[str, tuple[Any, Any]] | None = None
+    for new in cells.values():
+        after = _flat(new)
+        changes = {
+            key: (before.get(key), after.get(key))
+            for key in before.keys() | after.keys()
+            if before.get(key) != after.get(key)
+        }
+        if best is None or len(changes) < len(best):
+            best = changes
+    if not best:
+        return str(old.get("id"))
+    shown = ", ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in sorted(best.items())[:4])
+    return f"{old.get('id')}: {shown}"
+
+
+def _flat(resolved: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {"seed": resolved.get("seed")}
+    for section in ("objective", "task", "policy", "training"):
+        for key, value in dict(resolved.get(section) or {}).items():
+            flat[f"{section}.{key}"] = value
+    return flat
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """One line per cell, so that ten thousand of them stay readable and quick to load."""
+    head = {key: value for key, value in manifest.items() if key != "cells"}
+    return encode_table(head, "cells", manifest["cells"])
+
+
+def _check(manifest: dict[str, Any], file: Path) -> None:
+    for key, kind in _TYPES.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise files.damaged_file(file, f"has no valid {key!r}")
+    if not _NAME.fullmatch(manifest["name"]):
+        raise files.damaged_file(file, f"has the name {manifest['name'][:80]!r}, which no grid file can have")
+    for identity in manifest["cells"]:
+        if not CELL_ID.fullmatch(identity):
+            raise files.damaged_file(file, f"names a cell {identity[:80]!r}, which cannot be a folder")

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
 from klab.grid.short_ids import matching_ids
-from klab.harness.store import files, machine
+from klab.harness.store import files, provenance
 from klab.harness.store.cell_folder import CellFolder
 from klab.harness.store.lock import Lock
-from klab.harness.store.manifest import encode_table, read_table
+from klab.harness.store.manifest import (
+    CELL_ID,
+    build_manifest,
+    cells_of,
+    encode_manifest,
+    read_manifest,
+    refuse_other_grid,
+)
 
 if TYPE_CHECKING:
     from klab.grid import Grid
     from klab.grid.schema.sections import Resources
     from klab.grid.user_code import Location
 
-_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
-_NAME = re.compile(r"[\w-][\w.-]{0,99}")
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "grid": str,
-    "cells": Mapping,
-    "axes": dict,
-    "seeds": list,
-    "resources": dict,
-    "created": (int, float),
-    "versions": dict,
-    "hardware": dict,
-    "baseline": (str, type(None)),
-}
-_CUTS = ("objective", "task", "policy", "training", "seed")
-"""Consecutive entries of a cell; most cells share the values of all but the last."""
 _LOCK_WAIT = 60.0
 
 
@@ -66,10 +55,10 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         with Lock(path / "lock", purpose="creating the run", wait=_LOCK_WAIT):
             existing = cls.open(path).manifest if (path / "manifest.json").exists() else None
-            manifest = _manifest(grid, existing, path, created, accept_changes)
+            manifest = build_manifest(grid, existing, path, created, accept_changes)
             if manifest is not existing:
                 files.replace(path / "grid.yaml", grid.text.encode())
-                files.replace(path / "manifest.json", _manifest_text(manifest))
+                files.replace(path / "manifest.json", encode_manifest(manifest))
         return cls(path, manifest)
 
     @classmethod
@@ -79,10 +68,10 @@ class Run:
         _require_run_folder(path)
         if (path / "manifest.json").exists():
             run = cls.open(path)
-            cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
-            _refuse_other(grid, run.manifest, cells, path)
+            cells = cells_of(grid)
+            refuse_other_grid(grid, run.manifest, cells, path)
             if not accept_changes and not cells.keys() <= run.manifest["cells"].keys():
-                _refuse_changes(run.changed_inputs(), path)
+                provenance.refuse_changes(run.changed_inputs(), path)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -93,13 +82,12 @@ class Run:
         """
         path = Path(path).resolve()
         file = path / "manifest.json"
-        manifest = read_table(file, "cells", _CUTS)
+        manifest = read_manifest(file)
         if manifest is None:
             problem = (
                 "is not a run folder (it has no manifest.json)" if path.is_dir() else "there is no such run folder"
             )
             raise UserError(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
-        _check_manifest(manifest, file)
         return cls(path, manifest)
 
     @property
@@ -152,7 +140,7 @@ class Run:
         if not isinstance(record, dict):
             raise files.damaged_file(self.path / "manifest.json", f"does not describe the cell {identity}")
         group, seed = record.get("group"), record.get("seed")
-        if not isinstance(group, str) or not _ID.fullmatch(group) or not isinstance(seed, int):
+        if not isinstance(group, str) or not CELL_ID.fullmatch(group) or not isinstance(seed, int):
             raise files.damaged_file(self.path / "manifest.json", f"does not say which configuration {identity} has")
         return record
 
@@ -187,38 +175,15 @@ class Run:
         Args:
             missing: count what is gone, too.
         """
-        from klab.harness.store import code, inputs
-
-        made = self.made_with(identity)
-        file = self.path / "manifest.json"
-        code.check(made.get("code", {}), file)
-        inputs.check(made.get("inputs", {}), file)
-        return [
-            *code.changed(made.get("code", {}), self.path, missing),
-            *inputs.changed(made.get("inputs", {}), self.path, missing),
-        ]
+        return provenance.changed(self.manifest, self.path, identity, missing)
 
     def earlier_inputs(self) -> dict[str, list[str]]:
         """Cells that were finished with other code, data or models than the run has now, and what is different."""
-        found: dict[str, list[str]] = {}
-        for each in self._superseded():
-            for identity in each["cells"]:
-                found.setdefault(str(identity), [str(name) for name in each["changed"]])
-        return found
+        return provenance.earlier(self.manifest, self.path)
 
     def made_with(self, identity: str | None = None) -> Mapping[str, Any]:
         """The records `code` and `inputs` of the run, or of a cell that was finished before they were others."""
-        earlier = (each for each in self._superseded() if identity in each["cells"])
-        return next(earlier, self.manifest) if identity is not None else self.manifest
-
-    def _superseded(self) -> list[Mapping[str, Any]]:
-        found = self.manifest.get("superseded", [])
-        if not isinstance(found, list) or not all(
-            isinstance(each, Mapping) and all(isinstance(each.get(key), list) for key in ("cells", "changed"))
-            for each in found
-        ):
-            raise files.damaged_file(self.path / "manifest.json", "has no valid 'superseded'")
-        return found
+        return provenance.made_with(self.manifest, self.path, identity)
 
     @property
     def policies(self) -> Path:
@@ -245,127 +210,6 @@ class Run:
             return found[0]
         problem = "no such cell" if not found else f"{len(found)} cells fit"
         raise UserError(problem, file=self.path, key="cell", value=part, allowed=found or cells)
-
-
-def _manifest(
-    grid: Grid, existing: dict[str, Any] | None, path: Path, created: float | None, accept_changes: bool
-) -> dict[str, Any]:
-    from klab.grid import user_code
-    from klab.harness.store import code, inputs
-
-    cells = {cell.id: {**cell.resolved(), "group": cell.group} for cell in grid.cells}
-    known: dict[str, Any] = {}
-    known_inputs: dict[str, Any] = {}
-    superseded: list[Any] = []
-    if existing is not None:
-        _refuse_other(grid, existing, cells, path)
-        if cells.keys() < existing["cells"].keys() or (existing["cells"] == cells and existing["grid"] == grid.text):
-            return existing
-        known, known_inputs = existing.get("code", {}), existing.get("inputs", {})
-        run = Run(path, existing)
-        superseded = list(existing.get("superseded", []))
-        if changed := run.changed_inputs():
-            if not accept_changes:
-                _refuse_changes(changed, path)
-            done = [each for each in existing["cells"] if (path / "cells" / each / "result.json").exists()]
-            superseded.append({"cells": done, "changed": changed, "code": known, "inputs": known_inputs})
-            known, known_inputs = {}, {}
-    with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
-        used = code.record((name for name in code.names(grid.cells) if name not in known), path)
-    return {
-        "name": grid.name,
-        "description": grid.description,
-        "created": existing["created"] if existing else time.time() if created is None else created,
-        "versions": machine.versions(),
-        "commit": machine.commit(Path.cwd()),
-        "hardware": machine.hardware(),
-        "baseline": grid.baseline,
-        "design": grid.design,
-        "axes": {name: list(values) for name, values in grid.axes.items()},
-        "seeds": list(grid.seeds),
-        "track": list(grid.track),
-        "resources": grid.resources.model_dump(mode="json"),
-        "equalities": [
-            {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
-        ],
-        "grid": grid.text,
-        "code": {**known, **used},
-        "inputs": {**inputs.record(grid.cells, path), **known_inputs},
-        "superseded": superseded,
-        "cells": cells,
-    }
-
-
-def _refuse_changes(changed: Sequence[str], path: Path) -> None:
-    if changed:
-        raise UserError(
-            f"was made with other versions of {', '.join(changed)}: cells that are added now would not be comparable",
-            file=path,
-            hint="Give the grid another name, or choose another place with --runs; --accept-changes adds the cells all "
-            "the same, and the report says so.",
-        )
-
-
-def _refuse_other(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) -> None:
-    if existing["name"] != grid.name:
-        raise UserError(
-            f"belongs to the grid {existing['name']!r}, not {grid.name!r}",
-            file=path,
-            hint="Choose another place with --runs.",
-        )
-    missing = [identity for identity in existing["cells"] if identity not in cells]
-    if missing and not all(identity in existing["cells"] for identity in cells):
-        raise UserError(
-            f"belongs to another grid of the same name: {len(missing)} of its {len(existing['cells'])} cells are "
-            f"not in {grid.file}, for example {_difference(existing['cells'][missing[0]], cells)}",
-            file=path,
-            hint="Cells and seeds may be added to a grid that was launched, or left out, not both at once; for other "
-            "changes give it a new name, or choose another place with --runs.",
-        )
-
-
-def _difference(old: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
-    """Where a vanished cell differs from the nearest cell of the grid file."""
-    before = _flat(old)
-    best: dict[str, tuple[Any, Any]] | None = None
-    for new in cells.values():
-        after = _flat(new)
-        changes = {
-            key: (before.get(key), after.get(key))
-            for key in before.keys() | after.keys()
-            if before.get(key) != after.get(key)
-        }
-        if best is None or len(changes) < len(best):
-            best = changes
-    if not best:
-        return str(old.get("id"))
-    shown = ", ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in sorted(best.items())[:4])
-    return f"{old.get('id')}: {shown}"
-
-
-def _flat(resolved: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {"seed": resolved.get("seed")}
-    for section in ("objective", "task", "policy", "training"):
-        for key, value in dict(resolved.get(section) or {}).items():
-            flat[f"{section}.{key}"] = value
-    return flat
-
-
-def _manifest_text(manifest: dict[str, Any]) -> bytes:
-    """One line per cell, so that ten thousand of them stay readable and quick to load."""
-    head = {key: value for key, value in manifest.items() if key != "cells"}
-    return encode_table(head, "cells", manifest["cells"])
-
-
-def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
-    for key, kind in _TYPES.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise files.damaged_file(file, f"has no valid {key!r}")
-    if not _NAME.fullmatch(manifest["name"]):
-        raise files.damaged_file(file, f"has the name {manifest['name'][:80]!r}, which no grid file can have")
-    for identity in manifest["cells"]:
-        if not _ID.fullmatch(identity):
-            raise files.damaged_file(file, f"names a cell {identity[:80]!r}, which cannot be a folder")
 
 
 def _require_run_folder(path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from klab.grid import UserError
 from klab.harness.store import files
-from klab.harness.store.manifest import LazyRows, encode_table, read_table
+from klab.harness.store.record_table import LazyRows, encode_table, read_table
 
 CUTS = ("task", "policy", "seed")
 WORDS = st.sampled_from(["id", "task", "policy", "seed", "other", ', "task": ', '": {', "}", '{"task": 1'])
