@@ -262,7 +262,7 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_ppo_with_a_critic_improves_over_its_start(make_run: MakeRun, kind: str) -> None:
     objective = {**GAE, "lam": 0.95, "whiten": "batch", "aggregation": "token_mean"}
-    training = {"critic": {"kind": kind}, "updates": 40, "updates_per_rollout": 2, "prompts": 8, "evaluate_every": 40}
+    training = {"critic": {"kind": kind}, "updates": 80, "updates_per_rollout": 2, "prompts": 8, "evaluate_every": 80}
     run = finished(make_run(training=training, objectives=[objective]))
     rows = numbers(run, run.cells[0])["metrics"]
     start, end = (sum(row["reward_mean"] for row in part) / 4 for part in (rows[:4], rows[-4:]))

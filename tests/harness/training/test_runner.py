@@ -42,7 +42,8 @@ def pack(run: Run) -> Pack:
 
 
 def test_the_reward_rises(make_run: MakeRun) -> None:
-    run = finished(make_run(training={"updates": 60, "prompts": 8, "evaluate_every": 60, "checkpoint_updates": 99}))
+    training = {"updates": 120, "prompts": 8, "evaluate_every": 120, "evaluation_prompts": 16}
+    run = finished(make_run(training={**training, "evaluation_samples": 8, "checkpoint_updates": 999}))
     found = numbers(run, run.cells[0])
     first, last = found["evaluations"]
     assert first["reward"] < 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -26,5 +27,6 @@ print(int(product.count_nonzero()), int(small.grad.count_nonzero()), int((small[
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps numbers below the normal range")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_numbers_below_the_normal_range_are_zero_while_a_process_trains(threads: int) -> None:
-    done = subprocess.run([sys.executable, "-c", TINY, str(threads)], capture_output=True, text=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # no other thread before the settings
+    done = subprocess.run([sys.executable, "-c", TINY, str(threads)], capture_output=True, text=True, env=alone)
     assert done.stdout.split() == ["0", "0", "1"], done.stderr
