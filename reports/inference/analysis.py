@@ -27,7 +27,7 @@ from klab.reports.inference.variance import estimate_components
 
 DELTA = 0.05
 """Differences smaller than this count as none, unless `delta` says otherwise: five points of a reward in [0, 1]."""
-SHARES = (0.6, 0.25, 0.15)
+SHARES = (0.55, 0.3, 0.15)
 """How the error rate is divided between contrasts, effects and interactions where the design crosses axes."""
 ALONE = 0.9
 """The share that several contrasts use where there is nothing else: the rest covers that their variances are shrunk. A

@@ -70,17 +70,12 @@ def uncertainty(combinations: Combinations, design: Design, components: Componen
         sums = weights @ _indicator(axis.group)
         share = np.asarray(sums.multiply(sums).sum(axis=1)).ravel() * axis.scale
         error = components.error[axis.task]
-        strata.append((share * axis.mean_square, axis.freedom))
+        strata.append((share * max(axis.mean_square, error), axis.freedom))
         inside += share * error
         factors.append((sums * np.sqrt(axis.scale * max(axis.mean_square - error, 0.0))).tocsr())
     own = np.asarray(runs.sum(axis=1)).ravel()
     rest = np.maximum(own - inside, 0.0)
     rest[rest < 1e-9 * own] = 0.0
-    # Seed × axis as a whole adds nothing below zero: where it would, all parts grow until they equal the run variance.
-    smallest = rest + sum((part for part, _ in strata), np.zeros_like(rest))
-    growth = np.where((smallest < own) & (smallest > 0), own / np.where(smallest > 0, smallest, 1.0), 1.0)
-    rest = rest * growth
-    strata = [(part * growth, freedom) for part, freedom in strata]
     for task in range(len(design.tasks)):
         if not components.seed_variance[task] > 0:
             continue

@@ -85,7 +85,7 @@ def test_an_axis_of_two_values_in_a_product_is_the_paired_t_test_of_its_margins(
     margins = scores.reshape(2, 3, 5).mean(1)
     difference = margins[1] - margins[0]
     # Two axes share the part of the error rate that effects have.
-    level = 1 - (1 - 0.05 * 0.25) ** 0.5
+    level = 1 - (1 - 0.05 * 0.3) ** 0.5
     half = stats.t.isf(level / 2, 4) * difference.std(ddof=1) / 5**0.5
     assert (row["difference"], row["high"] - row["low"]) == pytest.approx((difference.mean(), 2 * half))
 
