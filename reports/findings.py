@@ -49,7 +49,7 @@ def find(study: Study, comparison: Comparison) -> Findings:
     axes = [_axis(study, comparison, effect) for effect in comparison.effects]
     axes.sort(key=lambda axis: not axis.matters)
     return Findings(
-        headline=_headline(comparison, axes),
+        headline=_headline(study, comparison, axes),
         best=records(comparison.best.head(4)) if comparison.comparable else [],
         ties=_ties(comparison),
         axes=axes,
@@ -96,7 +96,7 @@ def _axis(study: Study, comparison: Comparison, effect: AxisEffect) -> AxisFindi
     return AxisFinding(effect, title, best, worst, matters, clear, verdict)
 
 
-def _headline(comparison: Comparison, axes: list[AxisFinding]) -> str:
+def _headline(study: Study, comparison: Comparison, axes: list[AxisFinding]) -> str:
     name = TITLES[comparison.metric]
     if not comparison.comparable:
         states = comparison.table[["diverged", "failed", "unfinished"]].sum()
@@ -127,7 +127,16 @@ def _headline(comparison: Comparison, axes: list[AxisFinding]) -> str:
     others = len(comparison.best) - 1
     if others and np.isfinite(comparison.critical):
         sentence += f"; {others} other{'s' if others > 1 else ''} cannot be told from it"
+    if top["group"] in _still(study, comparison):
+        sentence += ". But its policy gradient was 0 in every update: it has learnt nothing from its rewards"
     return sentence + "."
+
+
+def _still(study: Study, comparison: Comparison) -> dict[str, int]:
+    """Configurations with runs whose policy gradient was 0 in every update, and how many; in the order of the table."""
+    cells = study.cells[(study.cells["task"] == comparison.task) & (study.cells["zero_gradient"] == 1)]
+    runs = cells["group"].value_counts()
+    return {group: int(runs[group]) for group in comparison.table["group"] if group in runs}
 
 
 def _ties(comparison: Comparison) -> str:
@@ -172,6 +181,13 @@ def _evidence(study: Study, comparison: Comparison) -> list[tuple[str, str]]:
 def _cautions(study: Study, comparison: Comparison, axes: list[AxisFinding]) -> list[str]:
     found = []
     cells = study.cells[study.cells["task"] == comparison.task]
+    if still := _still(study, comparison):
+        runs, names = sum(still.values()), [study.labels[group] for group in still]
+        shown = [*names[:6], *([f"{len(names) - 6} more"] if len(names) > 6 else [])]
+        found.append(
+            f"The policy gradient was 0 in every update of {runs} run{'s' * (runs > 1)} (zero_gradient), which learnt "
+            f"nothing from the rewards: {_and(shown)}."
+        )
     if timeouts := int(np.nansum(cells["reward_timeouts"])):
         runs = int((cells["reward_timeouts"] > 0).sum())
         found.append(

@@ -25,7 +25,7 @@ from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
 from klab.reports.schema import EVALUATIONS, METRICS, RESULTS
 
-_VERSION = 2
+_VERSION = 3
 _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
 _ENDED = ("finished", "diverged", "failed", "damaged")

@@ -29,6 +29,7 @@ CELLS = {
     "seconds": "wall-clock seconds of training on one worker",
     "tokens": "own tokens sampled",
     "reward_timeouts": "uses of rewards that a time limit decided, in updates and evaluations",
+    "zero_gradient": "1 if the policy gradient was 0 in every update: it learnt nothing from its rewards",
     "error": "why it failed",
 }
 
@@ -121,6 +122,7 @@ LOWER_IS_BETTER = (
     "seconds",
     "tokens",
     "reward_timeouts",
+    "zero_gradient",
 )
 
 SUMMARY = {

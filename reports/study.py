@@ -236,6 +236,9 @@ def _inputs(run: Run) -> Iterator[str]:
     if earlier:
         names = ", ".join(dict.fromkeys(name for changed in earlier.values() for name in changed))
         yield f"{len(earlier)} cells of {run.name} were trained with other versions of {names} than the rest."
+    if begun := run.begun_earlier():
+        names = ", ".join(dict.fromkeys(name for changed in begun.values() for name in changed))
+        yield f"{len(begun)} cells of {run.name} were begun with other versions of {names} than they ended with."
     if changed := run.changed_inputs(missing=False):
         yield f"Changed since {run.name} was launched: {', '.join(changed)}."
 

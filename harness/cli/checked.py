@@ -12,6 +12,7 @@ from klab.grid import Grid, UserError
 from klab.grid.user_code import is_installed
 from klab.harness.cli.text import say
 from klab.harness.cli.tracking import require_trackers
+from klab.harness.dispatch.launch import refuse_changed_inputs
 from klab.harness.preflight import Preflight
 from klab.harness.store import Run
 
@@ -28,11 +29,21 @@ class Checks:
 
     Args:
         folder: the run folder that a launch would use.
-        accept_changes: whether cells may be added under changed code, data or models.
+        accept_changes: whether cells may be added or continued under changed code, data or models.
+        executor, retry_failed: of the launch.
         look_inside: load code, data and models, in a process of its own; otherwise only what a launch refuses anyway.
     """
 
-    def __init__(self, study: Grid, folder: Path, look_inside: bool, accept_changes: bool = False) -> None:
+    def __init__(
+        self,
+        study: Grid,
+        folder: Path,
+        look_inside: bool,
+        accept_changes: bool = False,
+        executor: str = "local",
+        retry_failed: bool = False,
+    ) -> None:
+        self._executor, self._retry_failed = executor, retry_failed
         self._study, self._folder, self._accept_changes = study, folder, accept_changes
         self._preflight = Preflight(study) if look_inside else None
 
@@ -43,7 +54,7 @@ class Checks:
             typer.Exit: with exit code 2, after all mistakes were printed to standard error.
         """
         refusals: list[Callable[[], None]] = [
-            lambda: Run.check_grid(self._folder, self._study, self._accept_changes),
+            self._refuse_run,
             lambda: require_trackers(self._study.track),
             lambda: require_samplers(self._study),
         ]
@@ -60,6 +71,13 @@ class Checks:
                 say(f"klab: {line}", error=True)
             raise typer.Exit(2)
         return [finding.text for finding in findings]
+
+    def _refuse_run(self) -> None:
+        """Raises UserError where the run folder is another grid's, or was made with other code, data or models."""
+        Run.check_grid(self._folder, self._study, self._accept_changes)
+        if (self._folder / "manifest.json").exists() and not self._accept_changes:
+            cells = {cell.id for cell in self._study.cells}
+            refuse_changed_inputs(Run.open(self._folder), self._executor, self._retry_failed, cells)
 
 
 def require_samplers(study: Grid) -> None:

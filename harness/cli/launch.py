@@ -67,7 +67,8 @@ def launch(
     merge: MergeOption = True,
     check: CheckOption = True,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Add cells although code, data or models changed since the launch.")
+        bool,
+        typer.Option("--accept-changes", help="Train cells although code, data or models changed since the launch."),
     ] = False,
     adopt: Annotated[
         str | None, typer.Option("--adopt", metavar="RUN", help="First take over the finished cells that RUN has, too.")
@@ -78,7 +79,7 @@ def launch(
     """Run a grid file's cells. Launching again continues: results stay, running cells go on, the rest is run."""
     study = grid_of(grid)
     folder = runs / study.name
-    checks = Checks(study, folder, check, accept_changes)
+    checks = Checks(study, folder, check, accept_changes, on.value, retry_failed)
     if merge:
         study = merged_grid(study, folder, quiet=as_json).grid
     flags = {

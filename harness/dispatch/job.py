@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -102,7 +103,8 @@ def run_job(
     try:
         with _keep_claims_fresh(claimed):
             try:
-                ids = [folder.id for folder in claimed]
+                states = _refuse_changed_data(run, claimed)
+                ids = [folder.id for folder in claimed if folder.id not in states]
                 if ids:
                     with (
                         user_code.searching(known=run.user_code()),
@@ -112,10 +114,11 @@ def run_job(
                         from klab.harness.training.pack import device
 
                         began, used = time.monotonic(), time.process_time()
-                        states = run_cells(
+                        trained = run_cells(
                             run.path, ids, progress=progress, stop=stop, threads=threads, process_group=together
                         )
-                    if together is None and executor != "slurm" and set(states.values()) == {"finished"}:
+                        states |= trained
+                    if together is None and executor != "slurm" and set(trained.values()) == {"finished"}:
                         on_gpu, busy = device().type == "cuda", 1.0
                         if threads == 1 and not on_gpu:
                             busy = min(1.0, (time.process_time() - used) / (time.monotonic() - began))
@@ -218,6 +221,23 @@ def _record_end(folder: CellFolder, state: str) -> None:
         if state != "cancelled" and (folder.last_attempt() or {}).get("event") != "cancelled":
             folder.append_attempt({"event": "ended", "at": time.time(), "state": state})
     folder.release_claim()
+
+
+def _refuse_changed_data(run: Run, claimed: Sequence[CellFolder]) -> dict[str, str]:
+    """Fail the cells whose data or models are not those that the run has recorded; their states."""
+    found = run.changed_data(folder.id for folder in claimed)
+    for folder in claimed:
+        if folder.id in found:
+            problem = UserError(
+                f"{', '.join(found[folder.id])} changed since the run was launched: the cell would not be comparable",
+                file=run.path,
+                hint="Put the versions from before back and `klab launch GRID --retry-failed`, or train it all the "
+                "same: `klab launch GRID --retry-failed --accept-changes`.",
+            )
+            folder.clear_failure()
+            _record_failure(folder, str(problem))
+            print(f"klab: {folder.id}: {problem}", file=sys.stderr, flush=True)
+    return dict.fromkeys(found, "failed")
 
 
 def _record_failure(folder: CellFolder, text: str) -> None:

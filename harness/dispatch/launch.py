@@ -48,7 +48,8 @@ def launch(
         only: ids to take up; None: all. What is queued stays queued.
 
     Raises:
-        UserError: when the path of the run folder cannot be used, or the executor refuses the jobs.
+        UserError: when the path of the run folder cannot be used, code, data or models are not those that the run was
+            made with, or the executor refuses the jobs.
     """
     if executor.name != "here":
         _check_path(run)
@@ -60,6 +61,8 @@ def launch(
             if should_submit(row, executor.name, retry_failed)
             and (only is None or row.id in only or row.state == "queued")
         ]
+        if chosen:
+            run.refuse_changed_inputs()
         for row in chosen:
             if row.state in ("failed", "cancelled"):
                 folder = run.cell(row.id)
@@ -72,6 +75,14 @@ def launch(
         if packs:
             executor.submit(run, packs, asked.model_copy(update={"cells_per_job": size}))
     return LaunchResult(tuple(packs), tuple(before))
+
+
+def refuse_changed_inputs(run: Run, executor: str, retry_failed: bool, only: Collection[str]) -> None:
+    """Raises UserError where `launch` would: it would submit cells under other code, data or models than the run's."""
+    if run.changed_inputs(missing=False) and any(
+        row.id in only and should_submit(row, executor, retry_failed) for row in statuses(run)
+    ):
+        run.refuse_changed_inputs()
 
 
 def _check_path(run: Run) -> None:

@@ -34,8 +34,11 @@ _HUB_KEYS = {"policy.model": "models", "task.path": "datasets"}
 def record(cells: Iterable[Cell], run: Path) -> dict[str, Record]:
     """The records of everything that these cells name, as it is now, by setting and name: `task.path sums.jsonl`."""
     digests, found = Digests(), {}
-    for label, key, name in _named(cells):
+    around = {run, *run.parents}
+    for label, key, name in _named(_sections(cells)):
         path = Path(name).expanduser()
+        if path.exists() and path.resolve() in around:
+            continue  # "/" as a separator, say: a folder that the run itself changes is no input of it
         if path.exists():
             found[label] = {"path": os.path.relpath(path.absolute(), run), "sha256": digests.of(path) or ""}
         elif key in _HUB_KEYS and (commit := _commit(_HUB_KEYS[key], name)):
@@ -48,18 +51,40 @@ def labels(cells: Iterable[Cell]) -> list[str]:
     """The labels of everything that exists, here or on the hub, and that these cells name."""
     return [
         label
-        for label, key, name in _named(cells)
+        for label, key, name in _named(_sections(cells))
         if Path(name).expanduser().exists() or (key in _HUB_KEYS and _commit(_HUB_KEYS[key], name))
     ]
 
 
+def renewed(records: Mapping[str, Record], run: Path) -> dict[str, Record]:
+    """The same records with the digests and commits of now; those of what is gone stay as they are."""
+    digests, found = Digests(), {}
+    for label, each in records.items():
+        if "sha256" in each:
+            now = digests.of(Path(os.path.normpath(run / each["path"])))
+            found[label] = {**each, "sha256": now or each["sha256"]}
+        else:
+            found[label] = {"commit": _hub_commit(label) or each["commit"]}
+    digests.save()
+    return found
+
+
+def used_by(resolved: Mapping[str, Any]) -> set[str]:
+    """The labels of everything that a cell names, from its settings as a manifest has them; it need not exist."""
+    sections = ((kind, resolved.get(kind)) for kind in ("task", "policy"))
+    return {label for label, _, _ in _named((kind, each) for kind, each in sections if isinstance(each, Mapping))}
+
+
 def changed(records: Mapping[str, Record], run: Path, missing: bool = True) -> list[str]:
-    """The labels of what has other contents now; with ``missing``, also of what is gone."""
+    """The labels of what has other contents or another commit now; with ``missing``, also of files that are gone."""
     digests, found = Digests(), []
     for label, each in records.items():
         if "sha256" in each:
             now = digests.of(Path(os.path.normpath(run / each["path"])))
             if now != each["sha256"] and (missing or now is not None):
+                found.append(label)
+        else:
+            if _hub_commit(label) not in (each["commit"], None):
                 found.append(label)
     digests.save()
     return found
@@ -131,23 +156,28 @@ class Digests:
         return digest.hexdigest()
 
 
-def _named(cells: Iterable[Cell]) -> Iterator[tuple[str, str, str]]:
-    """Label, key and name of every file, folder, model and dataset that cells name, once."""
+def _sections(cells: Iterable[Cell]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The tasks and policies of cells, those that they share once."""
     seen: set[int] = set()
-    told: set[str] = set()
     for cell in cells:
         for kind, section in (("task", cell.task), ("policy", cell.policy)):
-            if id(section) in seen:
+            if id(section) not in seen:
+                seen.add(id(section))
+                yield kind, section.model_dump(mode="json")
+
+
+def _named(sections: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, str, str]]:
+    """Label, key and name of every file, folder, model and dataset that tasks and policies name, once."""
+    told: set[str] = set()
+    for kind, section in sections:
+        own = names_user_code(section.get("name"))
+        for key, name in _texts(kind, {key: value for key, value in section.items() if key != "name"}):
+            if not own and key.rpartition(".")[2] not in _PATHS:
                 continue
-            seen.add(id(section))
-            own = names_user_code(section.name)
-            for key, name in _texts(kind, section.model_dump(mode="json", exclude={"name"})):
-                if not own and key.rpartition(".")[2] not in _PATHS:
-                    continue
-                label = f"{key} {name}"
-                if label not in told:
-                    told.add(label)
-                    yield label, key, name
+            label = f"{key} {name}"
+            if label not in told:
+                told.add(label)
+                yield label, key, name
 
 
 def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
@@ -159,6 +189,11 @@ def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for each in value:
             yield from _texts(key, each)
+
+
+def _hub_commit(label: str) -> str | None:
+    key, _, name = label.partition(" ")
+    return _commit(_HUB_KEYS[key], name) if key in _HUB_KEYS else None
 
 
 def _commit(kind: str, name: str) -> str | None:

@@ -57,32 +57,31 @@ def build_manifest(
 
     Args:
         created: the time of the creation in seconds since 1970; None: that of `existing`, else now.
-        accept_changes: add cells although code, data or models are not those that the run was made with.
+        accept_changes: add or continue cells although code, data or models are not those that the run was made with.
 
     Raises:
         UserError: the folder belongs to another grid, or cells would be added under changed code, data or models.
     """
-    from klab.grid import user_code
-    from klab.harness.store import code, inputs
-
     cells = cells_of(grid)
-    known: dict[str, Any] = {}
-    known_inputs: dict[str, Any] = {}
     superseded: list[Any] = []
-    if existing is not None:
+    if existing is None:
+        made = _made_with(grid, {}, path)
+    else:
         refuse_other_grid(grid, existing, cells, path)
-        if cells.keys() < existing["cells"].keys() or (existing["cells"] == cells and existing["grid"] == grid.text):
+        fewer, adds = cells.keys() < existing["cells"].keys(), not cells.keys() <= existing["cells"].keys()
+        changed: list[str] = []
+        if adds or (accept_changes and any(not _is_finished(path, identity) for identity in cells)):
+            changed = provenance.changed(existing, path, missing=adds)
+        if not changed and (fewer or (existing["cells"] == cells and existing["grid"] == grid.text)):
             return existing
-        known, known_inputs = existing.get("code", {}), existing.get("inputs", {})
+        if changed and not accept_changes:
+            provenance.refuse_changes(changed, path)
         superseded = list(existing.get("superseded", []))
-        if changed := provenance.changed(existing, path):
-            if not accept_changes:
-                provenance.refuse_changes(changed, path)
-            done = [each for each in existing["cells"] if (path / "cells" / each / "result.json").exists()]
-            superseded.append({"cells": done, "changed": changed, "code": known, "inputs": known_inputs})
-            known, known_inputs = {}, {}
-    with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
-        used = code.record((name for name in code.names(grid.cells) if name not in known), path)
+        if changed:
+            superseded = provenance.supersede(existing, changed, path)
+        made = _made_with(grid, existing, path, renew=bool(changed))
+        if fewer:
+            return {**existing, **made, "superseded": superseded}
     return {
         "name": grid.name,
         "description": grid.description,
@@ -100,11 +99,34 @@ def build_manifest(
             {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
         ],
         "grid": grid.text,
-        "code": {**known, **used},
-        "inputs": {**inputs.record(grid.cells, path), **known_inputs},
+        **made,
         "superseded": superseded,
         "cells": cells,
     }
+
+
+def _made_with(grid: Grid, existing: Mapping[str, Any], path: Path, renew: bool = False) -> dict[str, Any]:
+    """The records `code` and `inputs` of the run: those of `existing`, and what the grid names beside it.
+
+    Args:
+        renew: record everything as it is now, but for what is gone.
+    """
+    from klab.grid import user_code
+    from klab.harness.store import code, inputs
+
+    known, known_inputs = existing.get("code", {}), existing.get("inputs", {})
+    named = inputs.record(grid.cells, path)
+    if renew:
+        with user_code.searching(Path(grid.file).parent):
+            used = code.record(dict.fromkeys([*known, *code.names(grid.cells)]), path)
+        return {"code": {**known, **used}, "inputs": {**inputs.renewed(known_inputs, path), **named}}
+    with user_code.searching(Path(grid.file).parent, code.locations(known, path)):
+        used = code.record((name for name in code.names(grid.cells) if name not in known), path)
+    return {"code": {**known, **used}, "inputs": {**named, **known_inputs}}
+
+
+def _is_finished(run: Path, identity: str) -> bool:
+    return (run / "cells" / identity / "result.json").exists()
 
 
 def refuse_other_grid(grid: Grid, existing: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,8 @@ class Run:
 
         Args:
             created: the time to record as that of the creation, for a run that repeats another's cells; None: now.
-            accept_changes: add cells although code, data or models are not those that the run was made with.
+            accept_changes: add or continue cells although code, data or models are not those that the run was made
+                with; from then on the run has those of now.
 
         Raises:
             UserError: when the folder belongs to another grid (the message says how they differ), or is not klab's.
@@ -177,9 +178,21 @@ class Run:
         """
         return provenance.changed(self.manifest, self.path, identity, missing)
 
+    def refuse_changed_inputs(self) -> None:
+        """Raises UserError, naming them, where code, data or models are there in other versions than the run's."""
+        provenance.refuse_changes(self.changed_inputs(missing=False), self.path, "cells that are trained now")
+
+    def changed_data(self, cells: Iterable[str]) -> dict[str, list[str]]:
+        """Those of these cells whose data or models are there in other versions than the run's, and which these are."""
+        return provenance.changed_data(self.manifest, self.path, cells)
+
     def earlier_inputs(self) -> dict[str, list[str]]:
         """Cells that were finished with other code, data or models than the run has now, and what is different."""
         return provenance.earlier(self.manifest, self.path)
+
+    def begun_earlier(self) -> dict[str, list[str]]:
+        """Cells that were begun with other code, data or models, and went on with the present ones."""
+        return provenance.begun_earlier(self.manifest, self.path)
 
     def made_with(self, identity: str | None = None) -> Mapping[str, Any]:
         """The records `code` and `inputs` of the run, or of a cell that was finished before they were others."""

@@ -14,6 +14,8 @@ import pytest
 from klab.grid import Cell
 from klab.harness.store import Run
 from klab.reports import Study, load_run, render
+from klab.reports.comparison import compare
+from klab.reports.findings import find
 from tests.reports.conftest import HOSTILE
 from tests.reports.synthetic import write_run
 
@@ -276,6 +278,27 @@ def test_rewards_that_a_time_limit_decided_are_told(small: Small, tmp_path: Path
     assert study.cells.set_index("cell")["reward_timeouts"].to_dict()[run.cells[0]] == 3
     text = render(run.path, tmp_path / "report").read_text()
     assert "3 rewards of 1 run counted as wrong because a time limit was reached (reward_timeouts)" in text
+
+
+def test_cells_without_a_gradient_are_told_and_not_called_best_without_a_word(small: Small, tmp_path: Path) -> None:
+    run = small()
+    before = load_run(run.path)
+    best = compare(before, before.tasks[0]).table["group"].iloc[0]
+    stored = [run.cell(identity) for identity in run.cells if run.resolved(identity)["group"] == best]
+    for folder in stored:
+        result = {key: value for key, value in (folder.result() or {}).items() if key not in ("rows", "checksum")}
+        (folder.path / "result.json").unlink()
+        folder.write_result({**result, "zero_gradient": True})
+    study = load_run(run.path)
+    found = find(study, compare(study, study.tasks[0]))
+    assert found.headline.endswith(
+        "But its policy gradient was 0 in every update: it has learnt nothing from its rewards."
+    )
+    assert found.cautions[0] == (
+        f"The policy gradient was 0 in every update of {len(stored)} runs (zero_gradient), which learnt nothing from "
+        f"the rewards: {study.labels[best]}."
+    )
+    assert f"0 in every update of {len(stored)} runs" in render(run.path, tmp_path / "report").read_text()
 
 
 def test_a_report_is_not_written_through_links(run: Run, tmp_path: Path) -> None:

@@ -31,22 +31,6 @@ Ask = Callable[..., Any]
 
 
 @pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
-    """`ask(words…, code=0)` runs a command and gives what it printed; with `--json`, the value."""
-
-    def run(*words: str, code: int = 0) -> Any:
-        capsys.readouterr()
-        assert main(words) == code
-        out, err = capsys.readouterr()
-        if code == 2:
-            assert "Traceback" not in err
-            return err
-        return json.loads(out) if "--json" in words else out
-
-    return run
-
-
-@pytest.fixture
 def run(make_grid: MakeGrid, place: Path) -> Run:
     """Four cells: finished, failed, lost, waiting."""
     run = Run.create(place / "runs/little", make_grid(seeds=4))

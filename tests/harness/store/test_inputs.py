@@ -105,3 +105,22 @@ def test_what_is_no_regular_file_is_not_read(project: Path) -> None:
     assert Digests().of(project / "pipe") is None
     assert Digests().of(Path("/dev/zero")) is None
     assert len(Digests().of(project) or "") == 64
+
+
+def test_another_commit_of_the_hub_is_noticed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(project / "hub"))
+    refs = project / "hub/models--some--model/refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("a" * 40)
+    run = launched(project, policy={"name": "hf", "model": "some/model"})
+    assert run.changed_inputs() == []
+    (refs / "main").write_text("b" * 40)
+    assert run.changed_inputs() == ["policy.model some/model"]
+    (refs / "main").unlink()
+    assert run.changed_inputs() == []  # not in this machine's cache: nothing is known
+
+
+def test_folders_that_the_run_itself_changes_are_no_inputs(project: Path) -> None:
+    (project / "klab_test_task.py").write_text("class Task:\n    def __init__(self, separator, place): ...\n")
+    run = launched(project, task={"name": "klab_test_task:Task", "separator": "/", "place": "."})
+    assert set(run.manifest["inputs"]) == {"policy.model start"}
