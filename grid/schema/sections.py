@@ -57,14 +57,15 @@ __all__ = [
     "TrustRegion",
     "default_of",
     "load_section",
+    "parse_gpus",
 ]
 
 
 class Resources(Section):
     """What one job gets, and how many cells it trains.
 
-    On this machine ``cells_per_job``, ``max_parallel``, ``cpus``, ``gpus`` and ``processes`` apply; the others are
-    Slurm's.
+    On this machine ``cells_per_job``, ``max_parallel``, ``cpus``, ``gpus`` and ``processes`` apply, and ``memory_gb``
+    is compared with what cells need at least; the others are Slurm's.
     """
 
     cells_per_job: Count | None = None
@@ -80,7 +81,7 @@ class Resources(Section):
     cpus: Count = 1
     """Threads per process."""
     memory_gb: Positive = 4.0
-    """Memory per node, in GB."""
+    """Memory per node, in GB; `klab plan` says what the cells need at least."""
     minutes: Minutes = 240
     """Time limit of a job: minutes, `hours:minutes:seconds` or `days-hours:minutes:seconds`."""
     partition: str | None = None
@@ -111,16 +112,28 @@ class Resources(Section):
     def _split_gpu_type(cls, given: Any) -> Any:
         """Reads `gpus: a100:4` as four GPUs of the type a100."""
         gpus = given.get("gpus") if isinstance(given, Mapping) else None
-        if isinstance(gpus, str) and ":" in gpus:
-            kind, _, count = gpus.rpartition(":")
-            if not kind or not count.isdecimal():
-                raise UserError("not a number of GPUs, nor type:number", key="gpus", value=gpus)
-            return {**given, "gpus": int(count), "gpu_type": kind}
+        if isinstance(gpus, str):
+            return {**given, **parse_gpus(gpus, "gpus")}
         return given
 
     @property
     def processes_per_node(self) -> int:
         return self.processes or max(1, self.gpus)
+
+
+def parse_gpus(text: str, key: str) -> dict[str, Any]:
+    """`gpus`, and `gpu_type` where one is named, from `4` or `a100:4`.
+
+    Args:
+        key: where the text stands, for the error.
+
+    Raises:
+        UserError: it is neither.
+    """
+    kind, colon, count = text.strip().rpartition(":")
+    if not count.isdecimal() or (colon and not kind):
+        raise UserError("not a number of GPUs, nor type:number", key=key, value=text, hint="Write 4, or a100:4.")
+    return {"gpus": int(count)} | ({"gpu_type": kind} if kind else {})
 
 
 def load_section(kind: str, given: object) -> Section:

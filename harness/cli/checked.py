@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,11 @@ import typer
 
 from klab.grid import Grid, UserError
 from klab.grid.user_code import is_installed
+from klab.harness.cli.memory import JobMemory, MemoryNeed, memory_needs
 from klab.harness.cli.text import say
 from klab.harness.cli.tracking import require_trackers
 from klab.harness.dispatch.launch import refuse_changed_inputs
-from klab.harness.preflight import Preflight
+from klab.harness.preflight import Preflight, Results
 from klab.harness.store import Run
 
 CheckOption = Annotated[
@@ -22,6 +24,14 @@ CheckOption = Annotated[
         "--check/--no-check", help="Load your code, the data, tokenizers and models' settings once, and try them."
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the checks of a grid without mistakes found."""
+
+    notes: list[str]
+    memory: list[MemoryNeed]
 
 
 class Checks:
@@ -47,8 +57,12 @@ class Checks:
         self._study, self._folder, self._accept_changes = study, folder, accept_changes
         self._preflight = Preflight(study) if look_inside else None
 
-    def finish(self) -> list[str]:
-        """The notes about what may surprise.
+    def finish(self, study: Grid, job: JobMemory) -> Found:
+        """What may surprise, and what memory is needed.
+
+        Args:
+            study: what is run: the grid, in which equal algorithms may have been merged.
+            job: what each job gets.
 
         Raises:
             typer.Exit: with exit code 2, after all mistakes were printed to standard error.
@@ -64,13 +78,15 @@ class Checks:
                 refuse()
             except UserError as error:
                 mistakes.append(str(error))
-        findings = self._preflight.findings() if self._preflight is not None else []
-        mistakes += [finding.text for finding in findings if finding.is_mistake]
+        results = self._preflight.results() if self._preflight is not None else Results(())
+        mistakes += [finding.text for finding in results.findings if finding.is_mistake]
+        needs = list(memory_needs(study, results.memory, self._study, job))
+        mistakes += dict.fromkeys(str(refusal) for need in needs if (refusal := need.refusal(study.file)))
         if mistakes:
             for line in mistakes:
                 say(f"klab: {line}", error=True)
             raise typer.Exit(2)
-        return [finding.text for finding in findings]
+        return Found([finding.text for finding in results.findings], needs)
 
     def _refuse_run(self) -> None:
         """Raises UserError where the run folder is another grid's, or was made with other code, data or models."""

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from klab.grid import Grid, UserError
-from klab.grid.schema.sections import Resources
+from klab.grid.schema.sections import Resources, parse_gpus
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
+from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import MergeOption, merged_grid
 from klab.harness.cli.progress import Board, follow, report_problem
 from klab.harness.cli.table import console
@@ -52,7 +53,9 @@ def launch(
     constraint: Annotated[str | None, typer.Option(help="Slurm: node features.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Slurm: nodes not to use.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Slurm: nodes per job.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="Slurm: GPUs per job.")] = None,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="[TYPE:]N", help="GPUs per node of a job; on Slurm also their type: a100:4.")
+    ] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="Cores, hence threads, per process.")] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that train a cell together; default: one per GPU, or one.")
@@ -89,7 +92,7 @@ def launch(
         "constraint": constraint,
         "exclude": exclude,
         "nodes": nodes,
-        "gpus": gpus,
+        **(parse_gpus(gpus, "--gpus") if gpus is not None else {}),
         "cpus": cpus,
         "processes": processes,
         "memory_gb": memory_gb,
@@ -103,7 +106,7 @@ def launch(
     board = Board() if on is Where.here else None
     executor, workers, resources = _backend(on, study, given, device, profile, board)
     size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
-    show_notes(checks.finish(), as_json)
+    show_notes(checks.finish(study, _memory(executor, resources, size)).notes, as_json)
     if dry_run:
         _rehearse(study, folder, executor, workers, size, resources, retry_failed, as_json)
         return
@@ -167,6 +170,16 @@ def _backend(
         return InlineExecutor(progress=board.tell if board else None, device=choice), 1, resources
     local = LocalExecutor(max_parallel=resources.max_parallel, device=choice)
     return local, local.slots(resources.cpus, local.processes(resources)), resources
+
+
+def _memory(executor: Executor, resources: Resources, cells_per_job: int | None) -> JobMemory:
+    """What memory each job gets."""
+    if executor.name == "slurm":
+        from klab.harness.dispatch.slurm.backend import SlurmExecutor
+
+        assert isinstance(executor, SlurmExecutor)
+        return JobMemory.on_slurm(executor.resources(resources), cells_per_job)
+    return JobMemory.here(resources, cells_per_job, getattr(executor, "device", None))
 
 
 def _rehearse(

@@ -9,18 +9,21 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from klab.grid import Cell, Grid
+from klab.grid import Cell, Grid, UserError
+from klab.grid.schema.sections import Resources
 from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
+from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
 from klab.harness.cli.table import console, duration, show
-from klab.harness.cli.text import show_json
+from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.gpus import default_device
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.packing.estimate import Estimate, estimate
 from klab.harness.dispatch.packing.packs import Plan, make_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
+from klab.harness.dispatch.profiles import resolve_resources
 from klab.harness.store import Run, scan
 
 _SHOWN = 40
@@ -56,18 +59,20 @@ def plan(
     if merge:
         merged = merged_grid(study, folder, at_most=None if measure else AT_ONCE, quiet=as_json)
         study, unmeasured = merged.grid, merged.unmeasured
-    notes = checks.finish()
+    device = default_device((cell.policy.name for cell in study.cells), study.resources.gpus)
+    size = cells_per_job or study.resources.cells_per_job
+    found = checks.finish(study, JobMemory.planned(_resources(study), size, device))
     resolved = {cell.id: cell.resolved() for cell in study.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
-    device = default_device((cell.policy.name for cell in study.cells), study.resources.gpus)
     workers = max_parallel or study.resources.max_parallel or LocalExecutor(device=device).slots()
     place = HardwareKey.for_launch("local", study.resources, device)
-    planned = make_packs(left, cells_per_job or study.resources.cells_per_job, workers, read_step_times(runs, place))
+    planned = make_packs(left, size, workers, read_step_times(runs, place))
     packs = planned.packs
     times = estimate(left, packs, runs, workers)
     if as_json:
-        show_json({**_record(study, folder, resolved, done, planned, workers, times), "notes": notes})
+        record = _record(study, folder, resolved, done, planned, workers, times)
+        show_json({**record, "notes": found.notes, "memory": [need.record() for need in found.memory]})
         return
     screen = console()
     screen.print(
@@ -91,12 +96,22 @@ def plan(
         screen.print(f"same algorithm, run once: {' = '.join(equality)} (measured: equal gradients)")
     if unmeasured:
         screen.print(f"{unmeasured} objectives were never compared by measurement; --measure does, and so does launch")
-    show_notes(notes, quiet=False)
+    show_notes(found.notes, quiet=False)
+    for line in dict.fromkeys(need.line() for need in found.memory):
+        say(line)
     if not packs:
         screen.print("nothing is left to run")
         return
     screen.print(f"{len(packs)} jobs of {_sizes(packs)} cells, {workers} at a time; estimated time {_time(times)}")
     screen.print(f"cells per job: {_SIZES_FROM[planned.sizes_from]}")
+
+
+def _resources(study: Grid) -> Resources:
+    """What the grid file asks for, on top of the profile that it names, if there is such a profile here."""
+    try:
+        return resolve_resources(study.resources)
+    except UserError:
+        return study.resources
 
 
 def _equalities(study: Grid) -> list[tuple[str, ...]]:

@@ -25,6 +25,17 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
+def gpu_memory_gb() -> float | None:
+    """Memory of the largest NVIDIA GPU of this machine, in GB of 2³⁰ bytes; None where the driver does not tell."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    mebibytes = [int(line) for line in done.stdout.split() if line.isdecimal()]
+    return max(mebibytes) / 1024 if mebibytes and not done.returncode else None
+
+
 def default_device(policies: Iterable[str], wanted: int) -> str | None:
     """`cpu` where all policies are tiny, which cores train faster, and no GPU was asked for; None: what there is.
 

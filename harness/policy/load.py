@@ -12,8 +12,9 @@ from klab.grid.errors import UserError
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.pretrained import read_config
-from klab.harness.policy.stacked.config import Architecture, RotaryEmbedding
+from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.policy import StackedPolicy
+from klab.harness.policy.stacked.rotary_embedding import RotaryEmbedding
 
 Engine = Literal["stacked", "transformers"]
 
@@ -51,13 +52,18 @@ def engine_of(section: Any, start: str | Path) -> Engine:
     """Which engine runs a checkpoint: the stacked one if it knows the architecture, unless the section says otherwise.
 
     Raises:
-        UserError: the section insists on the stacked engine, which does not know the architecture.
+        UserError: no readable configuration, or the section insists on the stacked engine, which does not know the
+            architecture.
     """
+    return engine_for(section, read_config(start, getattr(section, "trust_remote_code", False)))
+
+
+def engine_for(section: Any, config: Any) -> Engine:
+    """`engine_of`, from the transformers configuration of a checkpoint."""
     asked = getattr(section, "engine", "stacked")
     if asked == "transformers":
         return "transformers"
     try:
-        config = read_config(start, getattr(section, "trust_remote_code", False))
         RotaryEmbedding(config, Architecture.from_config(config).head_dim)
     except UserError:
         if asked == "stacked":

@@ -11,6 +11,14 @@ from typing import Any, TypeVar
 from klab.grid import Cell, Objective, UserError, user_code
 from klab.grid.catalogue import AXES
 from klab.grid.user_code import names_user_code
+from klab.harness.preflight.memory import (
+    MemoryEstimate,
+    Sizes,
+    estimate_memory,
+    memory_keys,
+    pretrained_sizes,
+    tiny_sizes,
+)
 from klab.harness.preflight.process import Finding
 from klab.harness.training.data.notes import sampling_notes, small_set_notes
 from klab.tasks.task import Score, SplitName, Task, load_task
@@ -23,14 +31,19 @@ _UNREACHABLE = ("ConnectionError", "ConnectError", "OfflineModeIsEnabled", "Loca
 """Errors that mean that the hub cannot be asked, by name: they come from several packages."""
 
 
-def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding]:
-    """What is wrong with these cells of the grid file, and what may surprise. What cells share is looked at once."""
+def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimate]:
+    """What is wrong with these cells of the grid file, what may surprise, and what memory they need at least.
+
+    What cells share is looked at once.
+    """
     with user_code.searching(file.parent):
         for objective in dict.fromkeys(cell.objective for cell in cells if cell.objective.is_custom):
             yield from _objective(objective, file)
         tasks: dict[str, Task | None] = {}
         models: dict[str, Model | None] = {}
-        for cell in cells:
+        sizes: dict[tuple[str, str], Sizes | None] = {}
+        estimated: set[tuple[str, ...]] = set()
+        for cell, memory_key in zip(cells, memory_keys(cells), strict=True):
             task_key, policy_key = cell.task.model_dump_json(), cell.policy.model_dump_json()
             if task_key not in tasks:
                 tasks[task_key] = yield from _tried(partial(load_and_score, cell.task), file, "task", cell.task.name)
@@ -43,6 +56,13 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding]:
                 yield Finding(f"{file}: {note}", False)
             if model is not None and task.alphabet is None:
                 yield from _tried(partial(check_prompts, cell, task, model), file, "policy")
+            size_key = (policy_key, task.alphabet or "")
+            if size_key not in sizes:
+                sizes[size_key] = yield from _tried(partial(model_sizes, cell.policy, model, task), file, "policy")
+            size = sizes[size_key]
+            if size is not None and memory_key not in estimated:
+                estimated.add(memory_key)
+                yield estimate_memory(cell, size)
 
 
 def _objective(objective: Objective, file: Path) -> Iterator[Finding]:
@@ -121,6 +141,17 @@ def load_and_score(section: Any) -> Task:
     return task
 
 
+def model_sizes(policy: Any, model: Model | None, task: Task) -> Sizes | None:
+    """How large a policy is; None where that is not known.
+
+    Raises:
+        UserError: an engine or adapters that the model cannot have.
+    """
+    if policy.name == "tiny":
+        return tiny_sizes(policy, task.alphabet) if task.alphabet else None
+    return pretrained_sizes(policy, model[1]) if model is not None else None
+
+
 def small_sets(cell: Cell, task: Task) -> Iterator[str]:
     """Sets with fewer prompts than are asked of them: allowed, but not what was written."""
     return small_set_notes(cell.training, len(task.split("train")), len(task.split("held_out")))
@@ -138,10 +169,11 @@ def load_model(policy: Any) -> Model | None:
     from klab.harness.policy.special_tokens import eos_token_ids
 
     folder = _small_files(policy.model, policy.revision)
-    config = read_config(folder, policy.trust_remote_code).get_text_config()
+    config = read_config(folder, policy.trust_remote_code)
+    vocabulary = config.get_text_config().vocab_size
     tokenizer = read_tokenizer(folder, policy.trust_remote_code)
-    check_vocabulary(tokenizer, config.vocab_size)
-    eos_token_ids(tokenizer, read_generation_config(folder), config.vocab_size)
+    check_vocabulary(tokenizer, vocabulary)
+    eos_token_ids(tokenizer, read_generation_config(folder), vocabulary)
     return tokenizer, config
 
 
@@ -177,7 +209,7 @@ def check_prompts(cell: Cell, task: Task, model: Model) -> None:
 
     tokenizer, config = model
     policy: Any = cell.policy
-    context: int | None = getattr(config, "max_position_embeddings", None)
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     new = cell.training.max_new_tokens or task.max_new_tokens
     limit = cell.training.max_prompt_tokens
     prompts = [*(each.prompt for each in task.split("train")), *(each.prompt for each in task.split("held_out"))]

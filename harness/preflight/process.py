@@ -1,7 +1,7 @@
 """The checks in a process of their own: this one imports neither torch nor the user's code, and neither can hang it.
 
 The process is `klab.harness.preflight.worker`: it gets a request on standard input, one JSON object, and answers with
-a finding per line.
+a line for each finding and each estimate of memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from klab.grid import Cell, Grid
 from klab.grid.user_code import python_command
+from klab.harness.preflight.memory import MemoryEstimate
 
 SECONDS = 600.0
 """Limit of all checks of a grid; a dataset or a tokenizer from the hub may have to be downloaded."""
@@ -28,8 +29,16 @@ class Finding:
     is_mistake: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What the checks of a grid found, each line once, and the memory that its cells need at least."""
+
+    findings: tuple[Finding, ...]
+    memory: tuple[MemoryEstimate, ...] = ()
+
+
 class Preflight:
-    """The checks of a grid, begun at once; `findings` waits for them."""
+    """The checks of a grid, begun at once; `results` waits for them."""
 
     def __init__(self, grid: Grid) -> None:
         cells = representatives(grid.cells)
@@ -46,11 +55,10 @@ class Preflight:
         try:
             self._process.stdin.write(json.dumps(request).encode())
             self._process.stdin.close()
-        except BrokenPipeError:  # how it ended is said by `findings`
+        except BrokenPipeError:  # how it ended is said by `results`
             pass
 
-    def findings(self) -> list[Finding]:
-        """What was found, each line once."""
+    def results(self) -> Results:
         assert self._process.stdout is not None
         self._process.stdin = None  # written and closed
         try:
@@ -58,21 +66,24 @@ class Preflight:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-            return [Finding(f"the checks did not end within {SECONDS:g} s. --no-check leaves them out.", True)]
+            late = Finding(f"the checks did not end within {SECONDS:g} s. --no-check leaves them out.", True)
+            return Results((late,))
         except BaseException:
             self._process.kill()
             raise
-        found = [Finding(**json.loads(line)) for line in out.splitlines()]
+        lines = [json.loads(line) for line in out.splitlines()]
+        found = [Finding(**line["finding"]) for line in lines if "finding" in line]
+        memory = [MemoryEstimate(**line["memory"]) for line in lines if "memory" in line]
         if self._process.returncode:
             self._errors.seek(0)
             last = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()][-1:]
             why = last[0].strip() if last else f"exit status {self._process.returncode}"
             found.append(Finding(f"the checks ended early: {why}. --no-check leaves them out.", True))
-        return list(dict.fromkeys(found))
+        return Results(tuple(dict.fromkeys(found)), tuple(memory))
 
 
 def representatives(cells: Iterable[Cell]) -> list[Cell]:
-    """A cell for everything that is checked: custom objectives, tasks, policies, and sizes of sets and prompts."""
+    """A cell for all that is checked: custom objectives, tasks, policies, critics, and sizes of sets and prompts."""
     found: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
         training = cell.training
@@ -80,6 +91,7 @@ def representatives(cells: Iterable[Cell]) -> list[Cell]:
             cell.objective if cell.objective.is_custom else None,
             id(cell.task),
             id(cell.policy),
+            training.critic.kind if training.critic is not None else None,
             training.prompts,
             training.evaluation_prompts,
             training.max_prompt_tokens,

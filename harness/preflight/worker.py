@@ -10,6 +10,7 @@ from pathlib import Path
 
 from klab.grid import Cell
 from klab.harness.preflight.checks import check
+from klab.harness.preflight.memory import MemoryEstimate
 
 
 def main() -> None:
@@ -18,8 +19,9 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     cells = [Cell.from_resolved(each) for each in request["cells"]]
-    for finding in check(cells, Path(request["file"])):
-        print(json.dumps(asdict(finding)), file=answers, flush=True)
+    for found in check(cells, Path(request["file"])):
+        kind = "memory" if isinstance(found, MemoryEstimate) else "finding"
+        print(json.dumps({kind: asdict(found)}), file=answers, flush=True)
     answers.flush()
     os._exit(0)  # whatever threads the checked code has started
 

@@ -108,6 +108,12 @@ def sbatch_options(resources: Resources, *, gres: bool = False) -> dict[str, Any
     return {name.replace("-", "_"): value for name, value in merged.items() if value is not None and value is not False}
 
 
+def memory_limit_gb(resources: Resources) -> float | None:
+    """Memory of a node for a job, in GB; None where an option of the user's says it in another way."""
+    options = user_options(resources)
+    return None if any(name in options for name in _ALTERNATIVES[0]) else resources.memory_gb
+
+
 def _is_about(name: str, value: object) -> bool:
     """Whether an option concerns what its alternatives do: `gres` may ask for something else than GPUs."""
     return name != "gres" or value is False or "gpu" in str(value)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from klab.grid.errors import UserError
+from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.attention import AttentionLayout
-from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.layers import apply_rotary, embed, linear, rms_norm, swiglu
 from klab.harness.policy.stacked.model import StackedModel, Weights
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
 from klab.harness.policy.pretrained import first_line
-from klab.harness.policy.stacked.config import Architecture
+from klab.harness.policy.stacked.architecture import Architecture
 
 
 def read_weights(folder: str | Path, architecture: Architecture) -> dict[str, Tensor]:

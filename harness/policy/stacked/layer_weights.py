@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from klab.harness.policy.stacked.config import Architecture
+from klab.harness.policy.stacked.architecture import Architecture
 
 
 def supports_packing(architecture: Architecture) -> bool:

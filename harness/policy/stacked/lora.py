@@ -18,7 +18,7 @@ from torch import Tensor
 
 from klab.grid.errors import UserError
 from klab.harness.policy.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from klab.harness.policy.stacked.config import Architecture
+from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.layers import linear
 
 PROJECTIONS = {
@@ -61,18 +61,9 @@ class Adapters:
             if name not in TARGETS:
                 allowed = ("all-linear", *TARGETS)
                 raise UserError("no such linear layer", key="policy.lora.targets", value=name, allowed=allowed)
-        a = architecture
-        wide, narrow = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        sizes = {
-            "q_proj": (a.hidden_size, wide),
-            "k_proj": (a.hidden_size, narrow),
-            "v_proj": (a.hidden_size, narrow),
-            "o_proj": (wide, a.hidden_size),
-            "gate_proj": (a.hidden_size, a.intermediate_size),
-            "up_proj": (a.hidden_size, a.intermediate_size),
-            "down_proj": (a.intermediate_size, a.hidden_size),
-        }
-        return cls(section.rank, section.alpha, tuple(n for n in TARGETS if n in chosen), sizes, a.num_layers)
+        in_order = tuple(name for name in TARGETS if name in chosen)
+        sizes = architecture.projection_sizes()
+        return cls(section.rank, section.alpha, in_order, sizes, architecture.num_layers)
 
     def initial_weights(self, seeds: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         """New adapters, one cell per seed, on the CPU: A [C, in, rank] uniform in ±1/√in (PEFT's kaiming_uniform with

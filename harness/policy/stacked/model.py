@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klab.harness.policy.stacked.config import Architecture, RotaryEmbedding
+from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.layer_weights import supports_packing
 from klab.harness.policy.stacked.lm_head import float32_linear
 from klab.harness.policy.stacked.lora import Adapters
+from klab.harness.policy.stacked.rotary_embedding import RotaryEmbedding
 
 Weights = dict[str, Tensor]
 """Parameters by name, with a leading cell axis or of one cell."""

@@ -23,8 +23,8 @@ from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import ScoreOptions, TokenScores
 from klab.harness.policy.special_tokens import eos_token_ids
+from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.checkpoint import read_weights, write_checkpoint
-from klab.harness.policy.stacked.config import Architecture
 from klab.harness.policy.stacked.cuda_graph_decoding import GraphCache, StaticCacheDecoder, uses_static_cache
 from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.lora import Adapters, read_adapters, write_adapters

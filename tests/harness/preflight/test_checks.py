@@ -48,7 +48,8 @@ def found(folder: Path, **settings: Any) -> list[Finding]:
     training = {"prompts": 2, "evaluation_prompts": 2}
     grid = {"name": "mine", "task": {"name": "addition"}, "policy": {"name": "tiny"}, "training": training, **settings}
     cells = parse_grid(json.dumps(grid), folder / "mine.yaml").cells
-    return list(check(representatives(cells), folder / "mine.yaml"))
+    found = check(representatives(cells), folder / "mine.yaml")
+    return [each for each in found if isinstance(each, Finding)]
 
 
 def mistakes(folder: Path, **settings: Any) -> list[str]:

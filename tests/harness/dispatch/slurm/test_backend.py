@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from klab.grid import UserError, load_grid
+from klab.grid import Grid, UserError, load_grid
 from klab.grid.schema.sections import load_section
+from klab.harness.cli.main import main
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.slurm import client as scheduler
@@ -358,8 +360,28 @@ def test_values_that_sbatch_would_refuse_are_refused(run: Run, option: str, valu
 def test_a_type_of_gpu_is_part_of_their_number() -> None:
     section = load_section("resources", {"gpus": "a100:4"})
     assert (section.gpus, section.gpu_type) == (4, "a100")  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="nor type:number"):
-        load_section("resources", {"gpus": "a100:many"})
+    assert load_section("resources", {"gpus": "4"}).gpus == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["a100:many", "many", ":4", "a100:", "-1", "1.5", ""])
+def test_what_is_no_number_of_gpus_is_refused_alike(
+    make_grid: Callable[..., Grid], capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    with pytest.raises(UserError, match=r"resources\.gpus: not a number of GPUs, nor type:number.* Write 4, or a100:4"):
+        load_section("resources", {"gpus": text})
+    make_grid("study")
+    for on in ("local", "slurm"):
+        assert main(["launch", "study.yaml", "--on", on, "--dry-run", "--no-check", f"--gpus={text}"]) == 2
+        said = "klab: --gpus: not a number of GPUs, nor type:number (got "
+        assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_flag_names_a_type_of_gpu_too(make_grid: Callable[..., Grid], capsys: pytest.CaptureFixture[str]) -> None:
+    make_grid("study", resources={"gpus": "v100:2"})
+    for text, asked in (("a100:4", "a100:4"), ("3", "v100:3")):
+        assert main(["launch", "study.yaml", "--on", "slurm", "--dry-run", "--no-check", "--json", "--gpus", text]) == 0
+        script = json.loads(capsys.readouterr().out)["script"]
+        assert f"--gpus-per-node={asked}" in script
 
 
 def test_a_cluster_without_cons_tres_is_asked_for_gpus_by_gres(fake: Fake, run: Run) -> None:

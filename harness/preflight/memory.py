@@ -1,0 +1,194 @@
+"""The least memory that training needs, from a model's configuration: what must be there at the moment of a step.
+
+Counted are weights, float32 master weights beside 16-bit ones, gradients (with the float32 copies that a step makes of
+16-bit ones), Adam's moments, the frozen reference policy and the critic. Activations, keys and values, samplers, reward
+models and the program itself come on top: whatever the micro-batch, less memory does not suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, cast
+
+from klab.grid import Cell
+from klab.harness.policy.stacked.architecture import Architecture
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+"""Of a number of each `policy.dtype`."""
+
+SPECIAL_TOKENS = 3
+"""Tokens of a tiny policy's vocabulary beside the task's alphabet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a policy consists of.
+
+    Attributes:
+        trained: parameters with gradients, per cell: all, or those of adapters.
+        trained_bytes: of each of them.
+        frozen_bytes: of the base that adapters stand on, once for all cells.
+        hidden_size: width of the final hidden states, which value heads read.
+        parameters: of the model without adapters.
+    """
+
+    trained: int
+    trained_bytes: int
+    frozen_bytes: int
+    hidden_size: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes that a process needs at least, by what they are for.
+
+    Attributes:
+        cell: id of one of the cells that need them.
+        parameters: of the model.
+        per_cell: for every cell that is trained at once.
+        shared: once for all of them.
+    """
+
+    cell: str
+    parameters: int
+    per_cell: dict[str, int]
+    shared: dict[str, int]
+
+    def parts(self, cells: int = 1) -> dict[str, int]:
+        """Bytes for so many cells at once; what is not needed is left out."""
+        found = {name: value * cells for name, value in self.per_cell.items()} | self.shared
+        return {name: value for name, value in found.items() if value}
+
+    def total(self, cells: int = 1) -> int:
+        return sum(self.parts(cells).values())
+
+
+def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """One key per cell, equal for cells that need the same memory."""
+    written: dict[int, str] = {}
+
+    def text(section: Any) -> str:
+        if id(section) not in written:
+            written[id(section)] = section.model_dump_json()
+        return written[id(section)]
+
+    keys: list[tuple[str, ...]] = []
+    for cell in cells:
+        task = text(cell.task) if cell.policy.name == "tiny" else ""  # a tiny policy's vocabulary is the task's
+        critic = cell.training.critic
+        keys.append((text(cell.policy), task, critic.kind if critic is not None else ""))
+    return keys
+
+
+def estimate_memory(cell: Cell, sizes: Sizes) -> MemoryEstimate:
+    """What a cell needs at the moment of a step."""
+    critic = cell.training.critic
+    per_cell = _trained(sizes.trained, sizes.trained_bytes)
+    # whole weights are copied for the reference, once where cells start alike; adapters are only switched off
+    shared = {"frozen base": sizes.frozen_bytes}
+    shared["reference"] = 0 if sizes.frozen_bytes else sizes.trained * sizes.trained_bytes
+    if critic is not None:
+        head = _trained(sizes.hidden_size + 1, max(4, sizes.trained_bytes))
+        own = per_cell if critic.kind == "model" else {}
+        per_cell = per_cell | {"critic": sum(own.values()) + sum(head.values())}
+        shared["critic's frozen base"] = sizes.frozen_bytes if critic.kind == "model" else 0
+    return MemoryEstimate(cell.id, sizes.parameters, per_cell, shared)
+
+
+def _trained(count: int, each: int) -> dict[str, int]:
+    """Bytes for parameters under AdamW (`StackedAdamW`)."""
+    narrow, wide = each < 4, max(4, each)
+    return {
+        "weights": count * each,
+        "float32 masters": count * wide if narrow else 0,
+        "gradients": count * (each + wide if narrow else each),
+        "Adam moments": 2 * count * wide,
+    }
+
+
+def tiny_sizes(section: Any, alphabet: str) -> Sizes:
+    """The sizes of a tiny policy on a task with this alphabet. Loads torch only for adapters."""
+    return stacked_sizes(section, tiny_architecture(section, len(alphabet) + SPECIAL_TOKENS))
+
+
+def tiny_architecture(section: Any, vocabulary: int) -> Architecture:
+    """The architecture that `tiny_config` describes, without loading transformers."""
+    return Architecture(
+        family=section.family,
+        vocab_size=vocabulary,
+        hidden_size=section.hidden,
+        num_layers=section.layers,
+        num_heads=section.heads,
+        num_kv_heads=section.kv_heads or section.heads,
+        head_dim=section.hidden // section.heads,
+        intermediate_size=section.intermediate,
+        norm_eps=1e-6,
+        initializer_range=section.hidden**-0.5,
+        qkv_bias=section.family == "qwen2",
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=section.family == "qwen3",
+        tied=False,
+        context_length=256,
+    )
+
+
+def stacked_sizes(section: Any, architecture: Architecture) -> Sizes:
+    """The sizes of a policy of the stacked engine.
+
+    Raises:
+        UserError: adapters on what is no linear layer of the model.
+    """
+    parameters = sum(prod(shape) for shape in architecture.parameter_shapes().values())
+    each = BYTES[section.dtype]
+    if section.lora is None:
+        return Sizes(parameters, each, 0, architecture.hidden_size, parameters)
+    from klab.harness.policy.stacked.lora import Adapters
+
+    adapters = Adapters.from_section(section.lora, architecture)
+    per_layer = sum(adapters.rank * sum(adapters.sizes[name]) for name in adapters.targets)
+    trained = per_layer * adapters.num_layers
+    return Sizes(trained, max(4, each), parameters * each, architecture.hidden_size, parameters)
+
+
+def pretrained_sizes(section: Any, config: Any) -> Sizes | None:
+    """The sizes of a pretrained model, from its transformers configuration; None where they cannot be told.
+
+    Raises:
+        UserError: the engine that the section asks for cannot run it, or it cannot have the adapters.
+    """
+    from klab.harness.policy.load import engine_for
+
+    if engine_for(section, config) == "stacked":
+        return stacked_sizes(section, Architecture.from_config(config))
+    return _transformers_sizes(section, config)
+
+
+def _transformers_sizes(section: Any, config: Any) -> Sizes | None:
+    """Counted on the model itself, built on torch's device without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from klab.harness.policy.hf import peft
+    from klab.harness.policy.hf.functional_model import FunctionalModel
+
+    dtype, build = getattr(torch, section.dtype), cast(Any, AutoModelForCausalLM.from_config)
+    with torch.device("meta"):
+        try:
+            model = build(config, dtype=dtype, trust_remote_code=False)
+        except Exception:  # code of the checkpoint's own, which is not run here, or that needs actual numbers
+            return None
+        if section.lora is not None:
+            model = peft.attach(model, section.lora)
+    functional = FunctionalModel(model)
+    own = functional.take_parameters()
+    adapters = [value for name, value in own.items() if peft.is_adapter(name)]
+    base = [value for name, value in own.items() if not peft.is_adapter(name)]
+    parameters, width = sum(value.numel() for value in base), functional.hidden_size
+    if section.lora is None:
+        return Sizes(parameters, BYTES[section.dtype], 0, width, parameters)
+    frozen = sum(value.numel() * value.element_size() for value in base)
+    return Sizes(sum(value.numel() for value in adapters), adapters[0].element_size(), frozen, width, parameters)
