@@ -57,6 +57,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/installed
+	$(BIN)/python -m klab.grid.reference
 	$(BIN)/python -m tests.support.module_tables
 
 slurm-test: $(VENV)/installed
