@@ -14,7 +14,7 @@ help:
 	@echo "make check         formatting, lint, types, import rules"
 	@echo "make docs          tables in the READMEs that are made from the code"
 	@echo "make slurm-test    a private Slurm cluster and its suite (needs apt)"
-	@echo "make fault-test    kills, full disks, corrupted files"
+	@echo "make fault-test    kills, full disks, hostile folders, an installed wheel"
 	@echo "make browser-test  the report in headless Chromium (needs apt)"
 	@echo "make parity-test   gradients against TRL and verl, in an environment of their own"
 	@echo "make bench         benchmarks"
@@ -64,7 +64,7 @@ slurm-test: $(VENV)/installed
 	$(BIN)/python -m tests.slurm
 
 fault-test: $(VENV)/installed
-	$(PYTEST) -q -s -m faults tests/faults
+	$(PYTEST) -q -s -m faults tests
 
 browser-test: $(VENV)/installed
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
