@@ -33,8 +33,8 @@ class MetricColumns:
 
 
 def read_metric_columns(paths: Mapping[str, Path]) -> dict[str, MetricColumns]:
-    """The rows of those files in which all lines have the same entries, all of them numbers or truth values (after the
-    first line also null, which is NaN here), and a whole `update` that increases strictly.
+    """The rows of those files whose lines have the entries of the first one, all of them numbers or truth values (in
+    later lines also null or absent, which is NaN here), and a whole `update` that increases strictly.
     """
     alike: dict[tuple[tuple[str, bool], ...], dict[str, bytes]] = {}
     for key, path in paths.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from klab.harness.store import Run, files
@@ -35,6 +35,7 @@ def line_files(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @settings(deadline=None, max_examples=60)
+@example([[{"update": 0, "loss": 0.0, "more": 0.0}, {"update": 1, "loss": 0.0}]])
 @given(st.lists(line_files(), min_size=1, max_size=4))
 def test_what_is_read_at_once_is_what_the_rows_say(texts: list[list[dict[str, Any]]]) -> None:
     with TemporaryDirectory() as folder:
@@ -47,7 +48,7 @@ def test_what_is_read_at_once_is_what_the_rows_say(texts: list[list[dict[str, An
             assert all(type(row["update"]) is int for row in rows)
             assert set(numbers.names) == set(rows[0]) - {"update"}
             for name, column in zip(numbers.names, numbers.values, strict=True):
-                told = [math.nan if row[name] is None else float(row[name]) for row in rows]
+                told = [math.nan if row.get(name) is None else float(row[name]) for row in rows]
                 np.testing.assert_array_equal(column, told)
                 assert np.signbit(column).tolist() == np.signbit(told).tolist() or np.isnan(told).any()
 

@@ -16,6 +16,7 @@ from klab.harness.training import run_cells
 from klab.harness.training.runtime.pack_invariance import pack_invariant
 from tests.support.training_records import MakeRun, assert_same, finished
 
+pytestmark = pytest.mark.bits
 OBJECTIVES: list[dict[str, Any]] = [{}, {"estimator": "full", "placement": "loss"}]
 ADAPTERS = {"lora": {"rank": 4}}
 UNFIXED = """
@@ -24,8 +25,6 @@ import torch
 torch.ones(64, 64) @ torch.ones(64, 64)  # MKL has read its environment
 from klab.harness.training import run_cells
 from klab.harness.training.runtime.pack_invariance import pack_invariant
-
-pytestmark = pytest.mark.bits
 sys.path.insert(0, sys.argv[1])
 packed, alone, *cells = sys.argv[2:]
 torch.set_num_threads(1)
