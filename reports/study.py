@@ -239,7 +239,7 @@ def _inputs(run: Run) -> Iterator[str]:
     if begun := run.begun_earlier():
         names = ", ".join(dict.fromkeys(name for changed in begun.values() for name in changed))
         yield f"{len(begun)} cells of {run.name} were begun with other versions of {names} than they ended with."
-    if changed := run.changed_inputs(missing=False):
+    if changed := run.changed_inputs(missing=False, bounded=True):
         yield f"Changed since {run.name} was launched: {', '.join(changed)}."
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import os
+import stat
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,13 +133,22 @@ def changed_files(record: Record, home: Path) -> list[str]:
     """The recorded files of which `home` has another version, or none."""
     changed = []
     for path, digest in record["files"].items():
-        try:
-            same = hashlib.sha256((home / path).read_bytes()).hexdigest() == digest
-        except OSError:
-            same = False
-        if not same:
+        source = _read_source(home / path)
+        if source is None or hashlib.sha256(source).hexdigest() != digest:
             changed.append(path)
     return changed
+
+
+def _read_source(path: Path) -> bytes | None:
+    """A regular file of a source's size, else None: a manifest may be a stranger's, and name devices or pipes."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > files.RECORD_BYTES:
+            return None
+        with path.open("rb") as file:
+            return file.read(status.st_size)
+    except OSError:
+        return None
 
 
 def _home(location: Location) -> tuple[Path | None, bool]:

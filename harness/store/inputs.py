@@ -26,6 +26,7 @@ Record = dict[str, str]
 """`path`, relative to the run folder, and `sha256`; or `commit` for a model or dataset on the hub."""
 
 _CHUNK = 1 << 22
+_MOST_FILES, _MOST_BYTES = 10_000, 1 << 28
 _PATHS = ("path", "held_out_path", "model")
 """Settings of klab's own tasks and policies that name files, folders, models and datasets; any of a user's task may."""
 _HUB_KEYS = {"policy.model": "models", "task.path": "datasets"}
@@ -75,9 +76,13 @@ def used_by(resolved: Mapping[str, Any]) -> set[str]:
     return {label for label, _, _ in _named((kind, each) for kind, each in sections if isinstance(each, Mapping))}
 
 
-def changed(records: Mapping[str, Record], run: Path, missing: bool = True) -> list[str]:
-    """The labels of what has other contents or another commit now; with ``missing``, also of files that are gone."""
-    digests, found = Digests(), []
+def changed(records: Mapping[str, Record], run: Path, missing: bool = True, bounded: bool = False) -> list[str]:
+    """The labels of what has other contents or another commit now; with ``missing``, also of files that are gone.
+
+    Args:
+        bounded: of `Digests`; what it leaves out counts as gone.
+    """
+    digests, found = Digests(bounded), []
     for label, each in records.items():
         if "sha256" in each:
             now = digests.of(Path(os.path.normpath(run / each["path"])))
@@ -103,9 +108,17 @@ def check(records: object, file: Path) -> None:
 
 
 class Digests:
-    """SHA-256 of files and folders. Those of large files are kept between processes, by path, size and time."""
+    """SHA-256 of files and folders. Those of large files are kept between processes, by path, size and time.
 
-    def __init__(self) -> None:
+    Args:
+        bounded: for records that a stranger may have written, who can name any place. A large file is read only where
+            this machine has read it before, and no more than `_MOST_FILES` files and `_MOST_BYTES` bytes are; there is
+            no digest of anything else.
+    """
+
+    def __init__(self, bounded: bool = False) -> None:
+        self._bounded = bounded
+        self._files_left, self._bytes_left = _MOST_FILES, _MOST_BYTES
         self._file = cache_folder() / "digests.json"
         self._known: dict[str, list[Any]] = {}
         self._fresh = False
@@ -116,6 +129,12 @@ class Digests:
     def of(self, path: Path) -> str | None:
         """The digest of a regular file, or of a folder's names and regular files; None where there is neither."""
         try:
+            return self._of(path)
+        except _OverBound:
+            return None
+
+    def _of(self, path: Path) -> str | None:
+        try:
             mode = path.stat().st_mode
         except OSError:
             return None
@@ -125,6 +144,7 @@ class Digests:
             return None
         digest = hashlib.sha256()
         for folder, folders, names in os.walk(path):
+            self._count_against_bound(0)
             folders[:] = sorted(each for each in folders if not each.startswith("."))
             for name in sorted(names):
                 file = Path(folder, name)
@@ -146,14 +166,29 @@ class Digests:
         known = self._known.get(name)
         if isinstance(known, list) and known[:-1] == mark:
             return str(known[-1])
+        self._count_against_bound(status.st_size, known is not None)
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
+            while status.st_size and (chunk := file.read(_CHUNK)):
                 digest.update(chunk)
         if status.st_size > _CHUNK:
             self._known[name] = [*mark, digest.hexdigest()]
             self._fresh = True
         return digest.hexdigest()
+
+    def _count_against_bound(self, size: int, known: bool = False) -> None:
+        if not self._bounded:
+            return
+        self._files_left -= 1
+        if size > _CHUNK and not known:
+            raise _OverBound
+        self._bytes_left -= 0 if known else size
+        if min(self._files_left, self._bytes_left) < 0:
+            raise _OverBound
+
+
+class _OverBound(Exception):
+    """More files than a bounded digest reads."""
 
 
 def _sections(cells: Iterable[Cell]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -17,11 +17,14 @@ from klab.harness.store import files
 Manifest = Mapping[str, Any]
 
 
-def changed(manifest: Manifest, run: Path, identity: str | None = None, missing: bool = True) -> list[str]:
+def changed(
+    manifest: Manifest, run: Path, identity: str | None = None, missing: bool = True, bounded: bool = False
+) -> list[str]:
     """Code, data and models that are not what the run in this folder, or one cell of it, was made with.
 
     Args:
         missing: count what is gone, too.
+        bounded: the run may be a stranger's: read no more than `inputs.Digests` does then.
     """
     from klab.harness.store import code, inputs
 
@@ -31,7 +34,7 @@ def changed(manifest: Manifest, run: Path, identity: str | None = None, missing:
     inputs.check(made.get("inputs", {}), file)
     return [
         *code.changed(made.get("code", {}), run, missing),
-        *inputs.changed(made.get("inputs", {}), run, missing),
+        *inputs.changed(made.get("inputs", {}), run, missing, bounded),
     ]
 
 

@@ -170,13 +170,14 @@ class Run:
         code.check(records, self.path / "manifest.json")
         return code.locations(records, self.path)
 
-    def changed_inputs(self, identity: str | None = None, missing: bool = True) -> list[str]:
+    def changed_inputs(self, identity: str | None = None, missing: bool = True, bounded: bool = False) -> list[str]:
         """Code, data and models that are not what the run, or one cell of it, was made with.
 
         Args:
             missing: count what is gone, too.
+            bounded: for a run that may be a stranger's: read few files and no unknown large ones.
         """
-        return provenance.changed(self.manifest, self.path, identity, missing)
+        return provenance.changed(self.manifest, self.path, identity, missing, bounded)
 
     def refuse_changed_inputs(self) -> None:
         """Raises UserError, naming them, where code, data or models are there in other versions than the run's."""

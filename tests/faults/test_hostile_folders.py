@@ -111,6 +111,8 @@ def renamed(run: Run, **fields: object) -> None:
     [
         {"track": ["wandb", "tensorboard"]},
         {"code": {"os:system": {"file": "/etc/passwd", "digest": "0"}}},
+        {"code": {"./zero.py:x": {"folder": "/dev", "module": "zero", "by_file": True, "files": {"zero": "0"}}}},
+        {"inputs": {f"task.path {place}": {"path": place, "sha256": "0"} for place in ("/", "/proc", "/dev/zero")}},
         {"description": ESCAPES, "commit": ESCAPES},
         {"versions": {"python": ESCAPES}, "hardware": {"processor": ESCAPES}},
         {"resources": {"partition": ESCAPES}},

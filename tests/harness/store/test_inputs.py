@@ -124,3 +124,20 @@ def test_folders_that_the_run_itself_changes_are_no_inputs(project: Path) -> Non
     (project / "klab_test_task.py").write_text("class Task:\n    def __init__(self, separator, place): ...\n")
     run = launched(project, task={"name": "klab_test_task:Task", "separator": "/", "place": "."})
     assert set(run.manifest["inputs"]) == {"policy.model start"}
+
+
+def test_a_bounded_digest_reads_large_files_only_where_this_machine_has_before(project: Path) -> None:
+    large = project / "large.bin"
+    large.write_bytes(b"x" * (5 << 20))
+    assert Digests(bounded=True).of(large) is None
+    digests = Digests()
+    digests.of(large)
+    digests.save()
+    large.write_bytes(b"y" * (6 << 20))
+    assert Digests(bounded=True).of(large) == Digests().of(large)
+    many = project / "many"
+    many.mkdir()
+    for number in range(10_001):
+        (many / str(number)).touch()
+    assert Digests(bounded=True).of(many) is None
+    assert Digests().of(many) is not None
