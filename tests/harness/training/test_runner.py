@@ -216,3 +216,11 @@ def test_sets_that_are_too_small_are_named_once_in_the_output(
     held_out, train = 16, 48
     assert said.count(f"training.evaluation_prompts: 640, but {held_out} prompts are held out") == 1
     assert said.count(f"training.prompts: 64, but there are {train} to train on") == 1
+
+
+def test_a_cell_whose_rewards_never_differ_is_marked_as_without_gradient(make_run: MakeRun) -> None:
+    objectives = [{"beta": 0.0}, {"beta": 0.0, "advantage": "raw"}]
+    run = make_run(training={"updates": 2}, task={"reward": "1"}, objectives=objectives)
+    finished(run)
+    still, moved = ((run.cell(identity).result() or {})["zero_gradient"] for identity in run.cells)
+    assert (still, moved) == (True, False)
