@@ -14,6 +14,7 @@ from klab.harness.dispatch.gpus import gpu_memory_gb, visible_gpus
 from klab.harness.dispatch.packing.packs import stacking_keys
 from klab.harness.dispatch.slurm.options import memory_limit_gb
 from klab.harness.preflight import MemoryEstimate, memory_keys
+from klab.harness.store.machine import memory_gb
 
 _GB = 2**30
 """Bytes of a GB, as Slurm counts them."""
@@ -39,7 +40,7 @@ class JobMemory:
     def planned(cls, resources: Resources, cells_per_job: int | None, device: str | None) -> JobMemory:
         """Of a job that may run anywhere."""
         on_gpu = device != "cpu" and (resources.gpus > 0 or bool(visible_gpus()))
-        limit = None if on_gpu else memory_limit_gb(resources)
+        limit = None if on_gpu else cls._asked(resources)
         return cls(on_gpu, limit, resources.processes or 1, cells_per_job)
 
     @classmethod
@@ -51,8 +52,13 @@ class JobMemory:
     def here(cls, resources: Resources, cells_per_job: int | None, device: str | None) -> JobMemory:
         """Of a job on this machine, whose GPUs can be asked."""
         on_gpu = device != "cpu" and bool(visible_gpus())
-        limit = gpu_memory_gb() if on_gpu else resources.memory_gb
+        limit = gpu_memory_gb() if on_gpu else cls._asked(resources)
         return cls(on_gpu, limit, resources.processes or 1, cells_per_job)
+
+    @staticmethod
+    def _asked(resources: Resources) -> float | None:
+        """What the user asked for; else this machine's memory, since nothing holds local jobs to the default."""
+        return memory_limit_gb(resources) if "memory_gb" in resources.model_fields_set else memory_gb()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def hardware() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
         "cores": cores(),
-        "memory_gb": _memory_gb(),
+        "memory_gb": memory_gb(),
         "gpus": gpus(),
         "kernels": kernels(),
     }
@@ -63,7 +63,8 @@ def gpus() -> list[str]:
         return ["NVIDIA" for _ in Path("/dev").glob("nvidia[0-9]*")]
 
 
-def _memory_gb() -> float | None:
+def memory_gb() -> float | None:
+    """Memory of this machine, in GB of 2^30 bytes; None where the system does not say."""
     line = _field(Path("/proc/meminfo"), "MemTotal")
     return round(int(line.split()[0]) / 2**20, 1) if line else None
 

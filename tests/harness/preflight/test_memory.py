@@ -15,6 +15,7 @@ from klab.grid import Cell, Grid, parse_grid
 from klab.grid.schema.sections import TinyPolicy
 from klab.grid.user_code import python_command
 from klab.harness.cli.main import main
+from klab.harness.cli.memory import JobMemory
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.load import load_policy
@@ -28,6 +29,7 @@ from klab.harness.preflight.memory import (
     tiny_architecture,
     tiny_sizes,
 )
+from klab.harness.store import machine
 from klab.harness.training.optim.critic import Critics
 from klab.harness.training.optim.optimizer import StackedAdamW
 from tests.support.random_checkpoints import checkpoint
@@ -270,3 +272,12 @@ def test_adapters_that_a_model_cannot_have_are_found(
     code, _, err = run(capsys, "plan", "mine.yaml")
     assert code == 2
     assert "policy.lora.targets: no such linear layer (got 'q_prj'); did you mean 'q_proj'" in err
+
+
+def test_what_was_not_asked_for_is_this_machines_memory() -> None:
+    grid = "name: n\ntask: {name: addition}\nresources: {%s}\n"
+    default, asked = (parse_grid(grid % text, "n.yaml").resources for text in ("cpus: 2", "memory_gb: 3"))
+    for job in (JobMemory.here, JobMemory.planned):
+        assert job(default, None, "cpu").limit_gb == machine.memory_gb()
+        assert job(asked, None, "cpu").limit_gb == 3
+    assert JobMemory.on_slurm(default, None).limit_gb == default.memory_gb
