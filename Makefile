@@ -89,7 +89,7 @@ bench: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python -m tests.benchmarks.scale
 
 bench-statistics: $(VENV)/installed
-	$(BIN)/python -m tests.benchmarks.statistics
+	$(BIN)/python -m tests.benchmarks.error_rates
 
 bench-gpu: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python -m tests.benchmarks.gpu

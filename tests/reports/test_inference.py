@@ -16,7 +16,7 @@ from klab.reports.inference.contrasts import Builder, baseline_contrasts
 from klab.reports.inference.design import read_design
 from klab.reports.inference.uncertainty import critical_values, uncertainty
 from klab.reports.inference.variance import Components
-from tests.benchmarks.statistics import CONDITIONS, DESIGNS, IID, outcomes, simulate
+from tests.benchmarks.error_rates import CONDITIONS, DESIGNS, IID, outcomes, simulate
 
 BASE = {"a": 0, "b": 0, "c": 0}
 TABLES = ("contrasts", "across", "levels", "effects", "interactions")

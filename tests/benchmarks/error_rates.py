@@ -1,4 +1,4 @@
-"""Error rates of everything that `klab.reports.analyse` asserts: `python -m tests.benchmarks.statistics`.
+"""Error rates of everything that `klab.reports.analyse` asserts: `python -m tests.benchmarks.error_rates`.
 
 Studies are simulated from score[c, s] = μ[c] + b[s] + Σ u[axis, value, s] + ε[c, s] and analysed as the report does.
 Each line is one target with the measured rate, its Monte Carlo standard error and whether it is met. Half an hour on
