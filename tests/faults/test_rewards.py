@@ -19,7 +19,7 @@ SAYS = {
     "type": "a task's score is a tasks.Score, not float",
     "hang": "no answer within 3 s",
     "memory": "out of memory in the reward",
-    "kill": "vanished",
+    "kill": "worker process died",
 }
 
 
