@@ -278,6 +278,13 @@ _ALL = (
         "arXiv:2402.03300",
     ),
     Source(
+        "Su et al. 2021",
+        "Jianlin Su et al.",
+        "2021",
+        "RoFormer: Enhanced Transformer with Rotary Position Embedding",
+        "arXiv:2104.09864",
+    ),
+    Source(
         "Tang & Munos 2025",
         "Yunhao Tang, Rémi Munos",
         "2025",

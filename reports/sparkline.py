@@ -30,7 +30,9 @@ def sparkline(
     bottom = min(present) if low is None else low
     top = max(present) if high is None else high
     height = min(top - bottom, sys.float_info.max)
-    return "".join(
-        " " if mean is None else BLOCKS[3] if height <= 0 else BLOCKS[max(0, min(7, int((mean - bottom) / height * 8)))]
-        for mean in means
-    )
+
+    def block(mean: float) -> str:
+        share = min(max((mean - bottom) / height, 0.0), 1.0) if height > 0 else 0.4  # the difference may overflow
+        return BLOCKS[min(7, int(share * 8))]
+
+    return "".join(" " if mean is None else block(mean) for mean in means)

@@ -28,7 +28,7 @@ def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel.build(tmp_path_factory.mktemp("wheel"))
 
 
-@pytest.fixture(scope="session", params=["editable", pytest.param("wheel", marks=pytest.mark.faults)])
+@pytest.fixture(scope="session", params=["editable", "wheel"])
 def installed_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has klab: this one, from the repository, and one that has the wheel."""
     if request.param == "editable":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from klab.reports.sparkline import BLOCKS, sparkline
@@ -16,6 +16,7 @@ def test_rises_with_the_values_and_leaves_gaps() -> None:
     assert sparkline([0.5], low=0.0, high=1.0) == "▅"
 
 
+@example([1.1529270924073739e297, -1.7976931348507865e308], 2)
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.none(), max_size=200), st.integers(1, 40))
 def test_any_values_give_at_most_the_width(values: list[float | None], width: int) -> None:
     line = sparkline(values, width)

@@ -14,6 +14,7 @@ import pytest
 
 from klab.harness.store import Run
 
+pytestmark = pytest.mark.faults
 COMMANDS = {
     "sbatch": 'cp "$1" "$FAKE/script"; echo "Submitted batch job 101"',
     "scontrol": 'printf "ClusterName = lab\\nMaxArraySize = 1001\\n"',
