@@ -18,6 +18,40 @@ _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes without rules of their own."""
 
 
+def model_folder(
+    model: str,
+    revision: str | None,
+    *,
+    allow_patterns: list[str] | None = None,
+    ignore_patterns: list[str] | None = None,
+) -> Path:
+    """The folder of a pretrained model: the one named, or the hub's as it is cached here, downloaded if need be.
+
+    Args:
+        allow_patterns, ignore_patterns: which files of a model on the hub are needed, and which are not.
+
+    Raises:
+        UserError: there is no such folder or model, or a revision is given for a folder.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UserError("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
+        return path
+    if path.is_absolute() or model.startswith("."):
+        raise UserError("no such folder", key="policy.model", value=model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
+    except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        problem = f"neither a folder nor a model that can be downloaded: {reason}"
+        raise UserError(problem, key="policy.model", value=model) from error
+
+
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a folder or hub id.
 

@@ -165,10 +165,16 @@ def load_model(policy: Any) -> Model | None:
     """
     if policy.name != "hf":
         return None
-    from klab.harness.policy.pretrained import check_vocabulary, read_config, read_generation_config, read_tokenizer
+    from klab.harness.policy.pretrained import (
+        check_vocabulary,
+        model_folder,
+        read_config,
+        read_generation_config,
+        read_tokenizer,
+    )
     from klab.harness.policy.special_tokens import eos_token_ids
 
-    folder = _small_files(policy.model, policy.revision)
+    folder = model_folder(policy.model, policy.revision, allow_patterns=_SMALL_FILES)
     config = read_config(folder, policy.trust_remote_code)
     vocabulary = config.get_text_config().vocab_size
     tokenizer = read_tokenizer(folder, policy.trust_remote_code)
@@ -177,23 +183,8 @@ def load_model(policy: Any) -> Model | None:
     return tokenizer, config
 
 
-def _small_files(model: str, revision: str | None) -> Path:
-    """The folder of a model, of which only the small files need be there."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or model.startswith("."):
-        raise UserError("no such folder", key="policy.model", value=model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        problem = f"neither a folder nor a model that can be downloaded: {reason}"
-        raise UserError(problem, key="policy.model", value=model) from error
-
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+"""Of a model on the hub these suffice: its configuration and its tokenizer."""
 
 _LONGEST = 64
 """Prompts that are counted in tokens: those with the most characters."""

@@ -18,6 +18,7 @@ import torch
 from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import Progress, warm_up
+from klab.harness.policy.pretrained import model_folder
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store.files import share_folder
 from klab.tasks.task import Task
@@ -25,7 +26,7 @@ from klab.tasks.task import Task
 _TRAINING_FIELDS = ("lora", "gradient_checkpointing")
 """Fields of the policy section that say how it is trained, not where it starts."""
 
-_OTHER_FORMATS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*")
+_OTHER_FORMATS = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*"]
 """Files of a model on the hub that PyTorch does not read."""
 
 WARMUP_VERSION = 1
@@ -49,7 +50,7 @@ def initial_policy(section: Any, task: Task, task_section: Any, cache: Path, pro
         UserError: no such checkpoint; a task without alphabet or solutions; a warm-up that ends outside 0.2..0.5.
     """
     if section.name != "tiny":
-        return _pretrained(section.model, section.revision)
+        return model_folder(section.model, section.revision, ignore_patterns=_OTHER_FORMATS)
     cache, digest = Path(cache), policy_digest(section, task_section)
     folder = cache / digest
     if _complete(folder):
@@ -92,24 +93,6 @@ def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int)
         pad_token_id=pad,
         **own,
     )
-
-
-def _pretrained(model: str, revision: str | None) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise UserError("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
-        return path
-    if path.is_absolute() or model.startswith("."):
-        raise UserError("no such folder", key="policy.model", value=model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=list(_OTHER_FORMATS)))
-    except Exception as error:  # the hub client raises many kinds, all meaning that the model cannot be had
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        problem = f"neither a folder nor a model that can be downloaded: {reason}"
-        raise UserError(problem, key="policy.model", value=model) from error
 
 
 def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: Progress | None) -> None:

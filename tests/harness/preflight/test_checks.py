@@ -139,6 +139,12 @@ def test_a_model_and_its_prompts(folder: Path, digits: Path) -> None:
     assert "tokenizer" in mistakes(folder, task=task, policy={"name": "hf", "model": str(digits_without)})[0]
 
 
+def test_a_revision_of_a_folder_is_refused_as_it_is_when_training_starts(folder: Path, digits: Path) -> None:
+    policy = {"name": "hf", "model": str(digits), "revision": "main"}
+    (line,) = mistakes(folder, policy=policy)
+    assert "policy.revision: a folder has no revisions" in line
+
+
 def test_commands_say_all_mistakes_and_end_with_code_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = {"name": "mine", "task": {"name": "addition"}, "policy": {"name": "tiny"}}
     grid |= {"axes": {"weight": ["./values.py:scalar", "./values.py:broken"]}, "track": ["wandb", "tensorboard"]}
