@@ -1,9 +1,10 @@
-"""What holds for every test: the kernels that klab computes with, examples that may take as long as they take, and a
-klab that is installed.
+"""What holds for every test: the kernels that klab computes with, the same examples of a property in every run (other
+ones with `HYPOTHESIS_PROFILE=explore`), which may take as long as they take, and a klab that is installed.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,9 @@ fix_kernels()
 with suppress(ImportError):  # the parity environment has no hypothesis
     from hypothesis import HealthCheck, settings
 
-    settings.register_profile("klab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("klab")
+    settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("klab", settings.get_profile("explore"), derandomize=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "klab"))
 
 
 @pytest.fixture(scope="session")

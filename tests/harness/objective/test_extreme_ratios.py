@@ -58,7 +58,7 @@ def test_gradients_are_finite_or_the_weighted_advantage_is_infinite(
     assert (gradient[(advantage == 0) | (stats.weight == 0)] == 0).all()
     overflowed = gradient.isinf()
     assert (stats.weight * advantage)[overflowed].isinf().all()
-    assert stats.ratio[overflowed].isinf().all()
+    assert (stats.ratio[overflowed] > 1e18).all()
     assert not overflowed.any() or weight in UNBOUNDED
 
 
