@@ -57,11 +57,7 @@ class CellBuilder:
         if count:
             self._account(chosen, training.on_policy)
             self._account_training(variant.sections["training"], idle)
-        written = {
-            name: _TRAINING_DEFAULTS[name] for name in idle if getattr(training, name) != _TRAINING_DEFAULTS[name]
-        }
-        if written:
-            training = training.model_copy(update=written)
+        training = _without_idle(training, idle)
         spellings = (variant.spelling,)
         return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
@@ -129,7 +125,9 @@ class CellBuilder:
         return known
 
     def _account_training(self, written: Mapping[str, Any], idle: Mapping[str, str]) -> None:
-        for name in written:
+        sampler = written.get("sampler")
+        names = [*written, *(f"sampler.{name}" for name in (sampler if isinstance(sampler, Mapping) else ()))]
+        for name in names:
             if name in idle:
                 self._reasons.setdefault(f"training.{name}", idle[name])
             else:
@@ -171,6 +169,18 @@ def _refuse_groups_of_one(training: TrainingSection, objective: Objective) -> No
         )
 
 
+def _without_idle(training: TrainingSection, idle: Mapping[str, str]) -> TrainingSection:
+    """The section with the default of every setting that has no effect."""
+    defaults = {name: _TRAINING_DEFAULTS[name] for name in idle if "." not in name}
+    sampler = training.sampler
+    if sampler is not None and "sampler" not in defaults:
+        fields = type(sampler).model_fields
+        within = [name for _, _, name in (key.partition("sampler.") for key in idle) if name]
+        defaults["sampler"] = sampler.model_copy(update={name: fields[name].default for name in within})
+    changed = {name: value for name, value in defaults.items() if getattr(training, name) != value}
+    return training.model_copy(update=changed) if changed else training
+
+
 def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:
     """Training settings that have no effect with this objective, and why."""
     idle = {}
@@ -178,6 +188,8 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
         idle["refill_rounds"] = "only equal_groups: refill draws again"
     if training.overlong_buffer is None:
         idle["overlong_penalty"] = "there is no overlong_buffer"
+    if training.sampler is not None:
+        idle |= {f"sampler.{name}": reason for name, reason in training.sampler.idle.items()}
     if training.critic is None and training.beta_control is None and training.trust_region is None:
         return idle
     if training.critic is not None and objective.advantage != "gae" and not names_user_code(objective.advantage):

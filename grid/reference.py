@@ -20,9 +20,10 @@ from klab.grid.glossary import GLOSSARY
 from klab.grid.grid_file import KEYS
 from klab.grid.schema.base import Section
 from klab.grid.schema.policy import POLICIES, Lora
+from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.sections import Resources
 from klab.grid.schema.task import TASKS, CustomTask, RewardTerm
-from klab.grid.schema.training import BetaControl, Critic, Sampler, TrainingSection, TrustRegion
+from klab.grid.schema.training import BetaControl, Critic, TrainingSection, TrustRegion
 from klab.grid.sources import SOURCES
 
 MARKER = "<!-- Everything below is written by `python -m klab.grid.reference`. -->"
@@ -54,6 +55,7 @@ def reference() -> str:
         "beta_control": BetaControl,
         "trust_region": TrustRegion,
         "sampler": Sampler,
+        "sampler.reject": Rejection,
     }
     for key, model in nested.items():
         parts += [f"### `training.{key}`", "", *_section(model), ""]

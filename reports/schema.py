@@ -82,6 +82,7 @@ METRICS_OF_SOME = {
     "sampler_kl": "KL(sampler || trainer's behaviour policy), k3 on the sampled tokens (training.sampler)",
     "sampler_ess": "effective sample size of the trainer's probabilities over the sampler's, as a share",
     "correction_mean": "mean factor of the surrogate that corrects for the sampler",
+    "sampler_rejected": "share of own tokens that training.sampler.reject leaves out",
 }
 """Columns that are there only where some cell has the setting behind them."""
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
+from klab.grid.schema.sampler import Rejection, Sampler, check_sampler
 from klab.grid.schema.task import (
     TASKS,
     AdditionTask,
@@ -26,7 +27,7 @@ from klab.grid.schema.task import (
     TaskSection,
     check_table,
 )
-from klab.grid.schema.training import NUMERICALLY_IDLE, BetaControl, Critic, Sampler, TrainingSection, TrustRegion
+from klab.grid.schema.training import NUMERICALLY_IDLE, BetaControl, Critic, TrainingSection, TrustRegion
 from klab.grid.user_code import names_user_code
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Lora",
     "MathTask",
     "PolicySection",
+    "Rejection",
     "Resources",
     "RewardTerm",
     "Sampler",
@@ -255,29 +257,9 @@ def _check_training(section: TrainingSection) -> None:
     if section.equal_groups != "keep" and section.group_size == 1:
         raise UserError("the rewards of a group of one are always equal", key="training.group_size", value=1)
     if section.sampler is not None:
-        _check_sampler(section, section.sampler)
+        check_sampler(section.sampler, section.top_p, section.temperature)
     if section.critic is not None:
         _check_critic(section.critic)
-
-
-def _check_sampler(section: TrainingSection, sampler: Sampler) -> None:
-    if sampler.low > sampler.high:
-        raise UserError("must not exceed training.sampler.high", key="training.sampler.low", value=sampler.low)
-    if sampler.correction != "none" and section.top_p < 1.0:
-        raise UserError(
-            "corrects by a ratio of softmaxes over the whole vocabulary, but top_p draws from a part of it",
-            key="training.sampler.correction",
-            value=sampler.correction,
-            hint="Set training.top_p to 1, or the correction to none.",
-        )
-    temperature = sampler.temperature or section.temperature
-    if sampler.engine == "vllm" and section.top_p < 1.0 and temperature != 1.0:
-        raise UserError(
-            "vllm records log-probabilities either before the temperature or after top-p",
-            key="training.top_p",
-            value=section.top_p,
-            hint=f"Set it to 1, or the temperature ({temperature:g}) to 1.",
-        )
 
 
 def _check_critic(critic: Critic) -> None:

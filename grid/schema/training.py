@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from klab.grid.schema.base import Count, NonNegative, Positive, Section
-
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+from klab.grid.schema.sampler import Sampler
 
 
 class Critic(Section):
@@ -59,35 +58,6 @@ class TrustRegion(Section):
     """Of the penalty; the first one where there is a `target`."""
     target: Positive | None = None
     """KL(π_old‖π) per own token, in nats, that the coefficient adapts to; null keeps it fixed."""
-
-
-class Sampler(Section):
-    """Rollouts from another engine, in another precision or at another temperature than the trainer's.
-
-    The sampler μ is the behaviour policy with its weights in ``dtype``, at ``temperature`` (those of the trainer unless
-    given). The trainer computes π_old, the behaviour policy as it sees it, anew when the rollout is drawn; the
-    importance ratio is to π_old. What to do about the difference to μ: ``none``: ignore it; ``ratio``: use μ as the
-    behaviour policy of the importance ratio; ``tis``: multiply each token's surrogate by min(π_old/μ, cap), a constant
-    (Yao et al. 2025); ``icepop``: by π_old/μ inside [low, high], 0 outside (Ling Team 2025). As in TRL and verl, a KL
-    term of the loss is not multiplied.
-
-    The draws of ``engine: vllm`` are not those of klab's engine, and not the same on every machine.
-    """
-
-    engine: Literal["klab", "vllm"] = "klab"
-    """What draws the rollouts; `vllm` needs the extra `vllm` and a GPU."""
-    dtype: Dtype | None = None
-    """Precision of the sampler's weights; null: the trainer's."""
-    temperature: Positive | None = None
-    """Temperature of the sampler; null: the trainer's."""
-    correction: Literal["none", "ratio", "tis", "icepop"] = "none"
-    """What is done about the difference between sampler and trainer, see above."""
-    cap: Annotated[float, Field(ge=1.0)] = 2.0
-    """Largest factor of `tis`."""
-    low: NonNegative = 0.5
-    """Smallest π_old/μ that `icepop` keeps."""
-    high: Positive = 5.0
-    """Largest π_old/μ that `icepop` keeps."""
 
 
 class TrainingSection(Section):

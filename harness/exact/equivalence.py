@@ -137,7 +137,7 @@ def _shared_settings(cell: Cell) -> str:
 
 def _uses_more_than_the_gradient(training: TrainingSection) -> bool:
     """Whether training reads more of an objective than the gradient of its loss."""
-    corrected = training.sampler is not None and training.sampler.correction in ("tis", "icepop")
+    corrected = training.sampler is not None and training.sampler.multiplies
     return training.critic is not None or corrected
 
 

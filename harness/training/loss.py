@@ -126,7 +126,7 @@ def _token_batch(member: PackedCell, experience: Experience, computed: ForwardPa
     rollout, training = experience.rollout, member.cell.training
     sampler, excluded, correction = training.sampler, excluded_rows(member, rollout), None
     if sampler is not None and experience.old_logprobs is not None:
-        correction = correction_weights(sampler, experience.old_logprobs, rollout.logp)
+        correction = correction_weights(sampler, experience.old_logprobs, rollout.logp, rollout.mask)
     return TokenBatch(
         logp=computed.logp,
         logp_behaviour=computed.logp.detach() if training.on_policy else _behaviour(experience, sampler)[rows],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from klab.grid import Objective
+from klab.grid.schema.sections import Sampler
 from klab.harness.objective import TokenBatch, objective_loss
+from klab.harness.training.data.sampler_mismatch import correction_weights
 
 GROUPS, SIZE, WIDTH, BUDGET = 13, 5, 8, 11
 """Prompts, trajectories of each, padded length, completion budget. 5/4 and 65/64, the Bessel corrections that TRL
@@ -28,6 +30,7 @@ class Probe:
         rewards: `[N]`.
         greedy: `[N]`, the greedy completion's reward of the same prompt.
         groups: int `[N]`.
+        sampled: `[N, T]`, under the sampler, where that is not the behaviour policy.
     """
 
     logp: Tensor
@@ -38,14 +41,24 @@ class Probe:
     rewards: Tensor
     greedy: Tensor
     groups: Tensor
+    sampled: Tensor | None = None
 
     @property
     def size(self) -> int:
         """Trajectories of each prompt."""
         return int((self.groups == 0).sum())
 
-    def batch(self, logp: Tensor) -> TokenBatch:
-        """klab's batch of this probe."""
+    def drawn_by_another(self, drift: float) -> Probe:
+        """The same probe, drawn by a sampler whose log-probabilities differ by this standard deviation."""
+        source = torch.Generator().manual_seed(11)
+        noise = drift * torch.randn(self.logp.shape, generator=source, dtype=torch.float64)
+        return replace(self, sampled=(self.behaviour + noise).float().double())  # TRL stores them in single precision
+
+    def batch(self, logp: Tensor, sampler: Sampler | None = None) -> TokenBatch:
+        """klab's batch of this probe, with the correction of a sampler."""
+        correction = None
+        if sampler is not None and self.sampled is not None:
+            correction = correction_weights(sampler, self.behaviour, self.sampled, self.own)
         return TokenBatch(
             logp,
             self.behaviour,
@@ -55,6 +68,7 @@ class Probe:
             groups=self.groups,
             max_new_tokens=BUDGET,
             greedy_rewards=self.greedy,
+            correction=correction,
         )
 
 
@@ -102,10 +116,10 @@ def probe(
     return Probe(logp, behaviour, reference, present, own, scale * rewards, scale * greedy, groups)
 
 
-def klab_gradient(objective: Objective, data: Probe) -> Tensor:
+def klab_gradient(objective: Objective, data: Probe, sampler: Sampler | None = None) -> Tensor:
     """Gradient of klab's loss with respect to the log-probabilities of the tokens, `[N, T]`."""
     logp = data.logp.clone().requires_grad_()
-    return torch.autograd.grad(objective_loss(objective, data.batch(logp)).loss, logp)[0]
+    return torch.autograd.grad(objective_loss(objective, data.batch(logp, sampler)).loss, logp)[0]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -114,8 +128,15 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def assert_same(name: str, objective: Objective, data: Probe, theirs: Tensor, tolerance: float = 1e-8) -> None:
+def assert_same(
+    name: str,
+    objective: Objective,
+    data: Probe,
+    theirs: Tensor,
+    tolerance: float = 1e-8,
+    sampler: Sampler | None = None,
+) -> None:
     """klab's gradient equals the peer's to the tolerance; prints the error (`pytest -s` or `-rP` shows the table)."""
-    error = relative_error(klab_gradient(objective, data), theirs)
+    error = relative_error(klab_gradient(objective, data, sampler), theirs)
     print(f"{name:<60} {error:.2e}")
     assert error <= tolerance, f"{name}: relative gradient error {error:.2e} > {tolerance:.0e}"

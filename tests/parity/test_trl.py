@@ -3,8 +3,8 @@
 TRL's conventions, set on klab's side: group std with Bessel's correction and eps 1e-4.
 
 Not compared, because no axis value says it: GMPO (clips the tokens' log-ratios inside a geometric mean), VESPO (a gamma
-density of the sequence product), the masks of off-policy sequences and of low-entropy tokens, and the second importance
-ratio between vLLM's sampler and the trainer (klab's sampler is the trainer's own policy).
+density of the sequence product), and the masks of off-policy sequences and of low-entropy tokens. The second importance
+ratio, between vLLM's sampler and the trainer, is compared in `tests/harness/training/test_sampler_correction_trl.py`.
 """
 
 from __future__ import annotations

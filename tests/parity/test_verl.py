@@ -5,8 +5,8 @@ loss. verl's sequence means divide by H + 1e-8, which leaves a relative differen
 probes.
 
 Not compared, because no axis value says it: geo_mean (GMPO), clip_cov and kl_cov (random or covariance masks), dppo and
-dro, GPG's rescaling by the share of informative groups, pass@k advantages, optimal token baselines, and the second
-ratio of the rollout correction. `full` is not implemented in verl.
+dro, GPG's rescaling by the share of informative groups, pass@k advantages and optimal token baselines. `full` is not
+implemented in verl.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from klab.grid import Cell, Objective
-from klab.grid.schema.sections import AdditionTask, BetaControl, TinyPolicy, TrainingSection
+from klab.grid.schema.sections import AdditionTask, BetaControl, Rejection, Sampler, TinyPolicy, TrainingSection
 
 try:
     installed = version("verl")
@@ -32,6 +32,7 @@ if installed != "0.9.1":
     pytest.skip(f"verl {installed} is installed; parity is with 0.9.1 (`make parity-test`)", allow_module_level=True)
 
 from klab.harness.objective import update_context, value_loss, value_metrics
+from klab.harness.training.data.sampler_mismatch import kept_tokens
 from tests.parity.probe import BUDGET, WIDTH, Probe, assert_same, klab_gradient, probe, relative_error
 from tests.parity.verl_peer import token_rewards, verl_advantages, verl_gradient
 
@@ -289,3 +290,59 @@ def test_the_default_scale_of_verls_constant_is_the_padded_width() -> None:
     advantages = verl_advantages(data, "grpo", norm_adv_by_std_in_grpo=False)
     theirs = verl_gradient(data, advantages, aggregation="seq-mean-token-sum-norm")
     assert relative_error(klab_gradient(objective, data) * BUDGET / WIDTH, theirs) <= 1e-8
+
+
+CORRECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "token": ({"rollout_is_threshold": 1.3}, {"correction": "tis", "cap": 1.3}),
+    "token, IcePop": ({"rollout_is_threshold": "0.7_1.4"}, {"correction": "icepop", "low": 0.7, "high": 1.4}),
+    "sequence": ({"rollout_is_threshold": 1.3}, {"correction": "tis", "cap": 1.3, "level": "sequence"}),
+    "sequence, IcePop": (
+        {"rollout_is_threshold": "0.6_1.5"},
+        {"correction": "icepop", "low": 0.6, "high": 1.5, "level": "sequence"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_weights_for_a_sampler_are_verls(name: str) -> None:
+    """verl multiplies the surrogate, and nothing of the KL, by them."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
+    settings, sampler = CORRECTIONS[name]
+    data = probe().drawn_by_another(0.3)
+    assert data.sampled is not None
+    weights, _ = compute_rollout_correction_weights(
+        data.behaviour - data.sampled, data.own.double(), rollout_is=name.partition(",")[0], **settings
+    )
+    gradient = verl_gradient(
+        data, verl_advantages(data, "grpo"), weights=weights, kl="k3", kl_coefficient=0.1, clip_ratio_c=UNREACHABLE
+    )
+    objective = verl(
+        weight="ppo_clip", placement={"name": "loss", "beta": 0.1}, estimator="k3", aggregation="token_mean"
+    )
+    assert_same(f"verl, rollout_is {name}", objective, data, gradient, sampler=Sampler(**sampler))
+
+
+@pytest.mark.parametrize("over", ["token", "sum", "mean", "max"])
+@pytest.mark.parametrize("divergence", ["k1", "k2", "k3"])
+def test_rejection_is_verls(divergence: str, over: str) -> None:
+    """verl's bounds of k1 are on the ratio of the sampler to the trainer, klab's on its inverse."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_rejection_mask
+
+    if (divergence, over) == ("k1", "max"):
+        pytest.skip("verl has no seq_max_k1, and klab refuses it")
+    data = probe().drawn_by_another(0.3)
+    assert data.sampled is not None
+    log_ratio = data.behaviour - data.sampled
+    name = f"token_{divergence}" if over == "token" else f"seq_{over}_{divergence}"
+    bounds = {"k1": (0.85, 1.1), "k2": (None, 0.04), "k3": (None, 0.05)}[divergence]
+    if over == "sum":
+        bounds = {"k1": (0.7, 1.3), "k2": (None, 0.2), "k3": (None, 0.25)}[divergence]
+    low, high = bounds
+    asked = f"{1 / high!r}_{1 / low!r}" if low else str(high)
+    theirs, _ = compute_rollout_rejection_mask(log_ratio, data.own.double(), name, asked)
+    reject = Rejection(divergence=divergence, over=over, high=high, low=low)  # type: ignore[arg-type]
+    ours = kept_tokens(reject, torch.where(data.own, log_ratio, 0.0), data.own) & data.own
+    print(f"{f'verl, rollout_rs {name}: kept':<60} {float(ours.sum() / data.own.sum()):.2f}")
+    assert torch.equal(ours.double(), theirs.double())
+    assert 0 < int(ours.sum()) < int(data.own.sum())

@@ -38,7 +38,9 @@ def grpo_gradient(data: Probe, **settings: Any) -> Tensor:
         [[1] * int(n) for n in data.present.sum(1)],
         [row[here].long().tolist() for row, here in zip(data.own, data.present, strict=True)],
         [""] * len(prompts),
-        None,
+        None
+        if data.sampled is None
+        else [row[here].tolist() for row, here in zip(data.sampled, data.present, strict=True)],
         {},
         None,
         None,
@@ -83,6 +85,10 @@ def _stand_in(data: Probe, settings: dict[str, Any]) -> SimpleNamespace:
         "sapo_temperature_pos": 1.0,
         "sapo_temperature_neg": 1.05,
         "normalize_advantages": False,
+        "vllm_importance_sampling_correction": False,
+        "vllm_importance_sampling_mode": "sequence_mask",
+        "vllm_importance_sampling_clip_min": None,
+        "vllm_importance_sampling_clip_max": 3.0,
         **settings,
     }
     arguments = SimpleNamespace(
@@ -124,8 +130,11 @@ def _stand_in(data: Probe, settings: dict[str, Any]) -> SimpleNamespace:
         environment_factories=None,
         environments=None,
         tools=None,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
+        use_vllm=data.sampled is not None,
+        vllm_importance_sampling_correction=chosen["vllm_importance_sampling_correction"],
+        vllm_importance_sampling_mode=chosen["vllm_importance_sampling_mode"],
+        vllm_importance_sampling_clip_min=chosen["vllm_importance_sampling_clip_min"],
+        vllm_importance_sampling_clip_max=chosen["vllm_importance_sampling_clip_max"],
         num_generations=data.size,
         num_generations_eval=data.size,
         num_iterations=2,

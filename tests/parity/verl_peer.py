@@ -67,6 +67,7 @@ def verl_gradient(
     scale_factor: int | None = None,
     kl: str | None = None,
     kl_coefficient: float = 0.0,
+    weights: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Gradient of verl's actor loss with respect to the tokens' log-probabilities, `[N, T]`."""
@@ -97,7 +98,7 @@ def verl_gradient(
         response_mask=mask,
         loss_agg_mode=aggregation,
         config=config,
-        rollout_is_weights=None,
+        rollout_is_weights=weights,
     )[0]
     if kl is not None:
         estimate = kl_penalty(logprob=logp, ref_logprob=data.reference, kl_penalty=kl)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from klab.grid import Objective, UserError
-from klab.grid.schema.sections import Sampler, load_section
+from klab.grid import Objective, UserError, parse_grid
+from klab.grid.schema.sections import Rejection, Sampler, load_section
 from klab.harness.objective import TokenBatch
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
@@ -29,6 +30,7 @@ from tests.support.random_batches import gradient
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 HOT = {"temperature": 1.5}
+OWN = torch.ones(1, 4, dtype=torch.bool)
 
 
 def pack(run: Run) -> Pack:
@@ -42,13 +44,13 @@ def logs(*values: float) -> torch.Tensor:
 def test_corrections_are_the_published_ones() -> None:
     old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)  # ratios 4.5, 1, 0.25, 1.5
     factors = {
-        kind: correction_weights(Sampler(correction=kind, cap=2.0, low=0.5, high=5.0), old, sampled)
+        kind: correction_weights(Sampler(correction=kind, cap=2.0, low=0.5, high=5.0), old, sampled, OWN)
         for kind in ("tis", "icepop")
     }
     torch.testing.assert_close(factors["tis"], torch.tensor([[2.0, 1.0, 0.25, 1.5]]).double())
     torch.testing.assert_close(factors["icepop"], torch.tensor([[4.5, 1.0, 0.0, 1.5]]).double())
     for kind in ("none", "ratio"):
-        assert correction_weights(Sampler(correction=kind), old, sampled) is None
+        assert correction_weights(Sampler(correction=kind), old, sampled, OWN) is None
 
 
 def test_the_mismatch_is_measured_over_own_tokens() -> None:
@@ -61,6 +63,47 @@ def test_the_mismatch_is_measured_over_own_tokens() -> None:
     assert found["correction_mean"] == pytest.approx((2.0 + 1.0 + 0.25) / 3)
     assert mismatch_metrics(Sampler(), old, sampled, mask)["correction_mean"] == 1.0
     assert set(mismatch_metrics(Sampler(), old, sampled, mask & False).values()) == {0.0}
+
+
+def test_the_level_of_a_sequence_multiplies_the_ratios_of_its_own_tokens() -> None:
+    old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)  # 4.5 · 1 · 0.25 = 1.125; the last is not own
+    mask = torch.tensor([[True, True, True, False]])
+    whole = {"level": "sequence"}
+
+    def first(**settings: Any) -> float:
+        factors = correction_weights(Sampler(**settings), old, sampled, mask)
+        assert factors is not None
+        assert len(set(factors[mask].tolist())) == 1
+        return float(factors[0, 0])
+
+    assert first(correction="tis", cap=2.0, **whole) == pytest.approx(1.125)
+    assert first(correction="tis", cap=1.1, **whole) == pytest.approx(1.1)
+    assert first(correction="tis", floor=1.2, **whole) == pytest.approx(1.2)
+    assert first(correction="icepop", low=1.2, **whole) == 0.0
+
+
+def test_rejection_leaves_out_whom_it_names() -> None:
+    old, sampled = logs(0.9, 0.5, 0.1, 0.3), logs(0.2, 0.5, 0.4, 0.2)
+    mask = torch.tensor([[True, True, True, False]])
+    mean = 1.125 ** (1 / 3)
+    for reject, kept in [
+        ({"high": mean * 1.001, "low": mean * 0.999}, [1, 1, 1]),
+        ({"high": mean * 0.999}, [0, 0, 0]),
+        ({"high": 1.2, "low": 1.1, "over": "sum"}, [1, 1, 1]),
+        ({"high": 4.0, "over": "token"}, [0, 1, 1]),  # low is 1/4
+        ({"high": 1.0, "divergence": "k2", "over": "token"}, [0, 1, 1]),  # ½·log² of 4.5 and 0.25: 1.131, 0.961
+        ({"high": 1.0, "divergence": "k2", "over": "max"}, [0, 0, 0]),
+        ({"high": 1.22, "divergence": "k3", "over": "mean"}, [1, 1, 1]),  # 1.9959, 0, 0.6363: mean 0.8774
+        ({"high": 0.87, "divergence": "k3", "over": "mean"}, [0, 0, 0]),
+    ]:
+        sampler = Sampler(reject=Rejection(**reject))
+        factors = correction_weights(sampler, old, sampled, mask)
+        assert factors is not None
+        assert factors[mask].tolist() == kept, reject
+        share = mismatch_metrics(sampler, old, sampled, mask)["sampler_rejected"]
+        assert share == pytest.approx(1 - sum(kept) / 3)
+    both = Sampler(correction="tis", cap=2.0, reject=Rejection(high=4.0, over="token"))
+    assert correction_weights(both, old, sampled, mask)[mask].tolist() == pytest.approx([0.0, 1.0, 0.25])
 
 
 @pytest.mark.parametrize("sampler", [HOT, {"dtype": "bfloat16"}, {"dtype": "float64", "temperature": 0.5}])
@@ -93,7 +136,8 @@ def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
 def test_the_ratio_is_to_the_trainer_unless_it_is_asked_to_be_to_the_sampler(
     make_run: MakeRun, kind: str, epochs: int
 ) -> None:
-    sampler = {**HOT, "correction": kind, "cap": 1.1, "low": 0.8, "high": 1.2}
+    bounds = {"tis": {"cap": 1.1}, "icepop": {"low": 0.8, "high": 1.2}}
+    sampler = {**HOT, "correction": kind, **bounds.get(kind, {})}
     trained = pack(make_run(training={"sampler": sampler, "updates_per_rollout": epochs}))
     trained.collect_due_rollouts()
     member, experience = trained.members[0], trained.pending[0][0]
@@ -132,8 +176,9 @@ def test_the_record_has_the_mismatch_where_there_is_a_sampler(make_run: MakeRun)
         ({"dtype": "bfloat16", "correction": "tis"}, {"lag": 1}),
         ({**HOT, "correction": "icepop"}, {"updates_per_rollout": 2, "equal_groups": "refill"}),
         ({"dtype": "bfloat16", "correction": "ratio"}, {"micro_batch": 8}),
+        ({**HOT, "correction": "tis", "level": "sequence", "reject": {"high": 1.5}}, {"micro_batch": 8}),
     ],
-    ids=["bfloat16", "hot", "ratio"],
+    ids=["bfloat16", "hot", "ratio", "sequence"],
 )
 def test_interrupted_and_packed_cells_end_with_the_same_bits(
     make_run: MakeRun, sampler: dict[str, Any], more: dict[str, Any]
@@ -163,7 +208,7 @@ def corrected(space: Enumeration, objective: Objective, sampler: Sampler) -> tup
         rewards=rewards,
         groups=torch.zeros(number, dtype=torch.long),
         max_new_tokens=space.steps,
-        correction=correction_weights(sampler, space.logp(old), here),
+        correction=correction_weights(sampler, space.logp(old), here, torch.ones_like(here, dtype=torch.bool)),
     )
     coefficients = number * gradient(objective, batch)
     found = space.derivative(lambda z: (here.sum(1).exp() * (coefficients * space.logp(z)).sum(1)).sum(), policy)
@@ -193,9 +238,38 @@ def test_without_a_cap_a_tokens_correction_is_exact(weight: str, placement: str)
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"training\.sampler\.low: must not exceed training\.sampler\.high \(got 2"):
         load_section("training", {"sampler": {"correction": "icepop", "low": 2.0, "high": 1.0}})
+    for sampler, message in [
+        ({"correction": "tis", "floor": 3.0}, r"sampler\.floor: must not exceed training\.sampler\.cap \(got 3"),
+        ({"reject": {"high": 2.0, "divergence": "k3", "low": 0.1}}, r"sampler\.reject\.low: only k1 has a lower bound"),
+        ({"reject": {"high": 2.0, "over": "max"}}, r"sampler\.reject\.over: .* two sides .*token, sum, mean"),
+        ({"reject": {"high": 0.5}}, r"sampler\.reject\.low: must not exceed .* Below 1, also set"),
+        ({"reject": {"hgh": 0.5, "high": 1.0}}, r"sampler\.reject: unknown key \(got 'hgh'\); did you mean 'high'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_section("training", {"sampler": sampler})
+    with pytest.raises(UserError, match=r"sampler\.reject: corrects by a ratio of softmaxes"):
+        load_section("training", {"sampler": {"reject": {"high": 2.0}}, "top_p": 0.9})
     vllm = {"sampler": {"engine": "vllm"}, "top_p": 0.9}
     assert load_section("training", vllm)
     with pytest.raises(
         UserError, match=r"training\.top_p: vllm records .* Set it to 1, or the temperature \(0\.7\) to 1"
     ):
         load_section("training", {**vllm, "temperature": 0.7})
+
+
+def test_a_setting_of_the_sampler_without_effect_is_named_and_makes_no_other_cell() -> None:
+    def cells(**sampler: Any) -> list[str]:
+        study = {"name": "x", "task": {"name": "addition"}, "policy": {"name": "tiny"}}
+        return [cell.id for cell in parse_grid(yaml.safe_dump({**study, **sampler}), "x.yaml").cells]
+
+    with pytest.raises(UserError, match=r"training\.sampler\.cap: has no effect in any cell .* correction: tis"):
+        cells(training={"sampler": {"correction": "icepop", "cap": 3.0}})
+    axes = {"training.sampler.correction": ["none", "tis"], "training.sampler.level": ["token", "sequence"]}
+    assert len(set(cells(training={"sampler": {"temperature": 1.5}}, axes=axes))) == 3
+
+
+def test_settings_that_came_later_do_not_change_older_ids() -> None:
+    written = Sampler(correction="tis", cap=3.0).model_dump(mode="json")
+    assert list(written) == ["engine", "dtype", "temperature", "correction", "cap", "low", "high"]
+    changed = Sampler(level="sequence", correction="tis", reject=Rejection(high=2.0))
+    assert Sampler.model_validate(changed.model_dump(mode="json")) == changed
