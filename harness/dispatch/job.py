@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError, user_code
+from klab.harness.dispatch.gpus import let_segments_grow
 from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
 from klab.harness.dispatch.processes import started_group
 from klab.harness.dispatch.threads import limit_threads
@@ -106,6 +107,7 @@ def run_job(
                 states = _refuse_changed_data(run, claimed)
                 ids = [folder.id for folder in claimed if folder.id not in states]
                 if ids:
+                    let_segments_grow(sampling_engines(run, ids))
                     with (
                         user_code.searching(known=run.user_code()),
                         nullcontext(world) if world else started_group(run, processes, threads, devices) as together,
@@ -131,6 +133,15 @@ def run_job(
         for folder in claimed:
             _record_end(folder, states.get(folder.id, "failed" if folder.error() is not None else "interrupted"))
     return states
+
+
+def sampling_engines(run: Run, cells: Sequence[str]) -> set[str]:
+    """The engines that draw the rollouts of some cells; a cell that cannot be read is left out."""
+    found = set()
+    for identity in cells:
+        with suppress(UserError):
+            found.add((run.resolved(identity)["training"].get("sampler") or {}).get("engine", "klab"))
+    return found
 
 
 class StopSignal:

@@ -1,7 +1,7 @@
 """The least memory that training needs, from a model's configuration: what must be there at the moment of a step.
 
-Counted are weights, float32 master weights beside 16-bit ones, gradients (with the float32 copies that a step makes of
-16-bit ones), Adam's moments, the frozen reference policy and the critic. Activations, keys and values, samplers, reward
+Counted are weights, float32 master weights beside 16-bit ones, gradients (and the buffer in which a step makes 16-bit
+ones wide), Adam's moments, the frozen reference policy and the critic. Activations, keys and values, samplers, reward
 models and the program itself come on top: whatever the micro-batch, less memory does not suffice.
 """
 
@@ -29,6 +29,7 @@ class Sizes:
     Attributes:
         trained: parameters with gradients, per cell: all, or those of adapters.
         trained_bytes: of each of them.
+        largest: parameters of the largest tensor among them.
         frozen_bytes: of the base that adapters stand on, once for all cells.
         hidden_size: width of the final hidden states, which value heads read.
         parameters: of the model without adapters.
@@ -36,6 +37,7 @@ class Sizes:
 
     trained: int
     trained_bytes: int
+    largest: int
     frozen_bytes: int
     hidden_size: int
     parameters: int
@@ -90,11 +92,14 @@ def estimate_memory(cell: Cell, sizes: Sizes) -> MemoryEstimate:
     # whole weights are copied for the reference, once where cells start alike; adapters are only switched off
     shared = {"frozen base": sizes.frozen_bytes}
     shared["reference"] = 0 if sizes.frozen_bytes else sizes.trained * sizes.trained_bytes
+    widened = 4 * sizes.largest if sizes.trained_bytes < 4 else 0
+    shared["float32 gradients"] = widened
     if critic is not None:
         head = _trained(sizes.hidden_size + 1, max(4, sizes.trained_bytes))
         own = per_cell if critic.kind == "model" else {}
         per_cell = per_cell | {"critic": sum(own.values()) + sum(head.values())}
-        shared["critic's frozen base"] = sizes.frozen_bytes if critic.kind == "model" else 0
+        if critic.kind == "model":
+            shared["critic's frozen base"], shared["critic's float32 gradients"] = sizes.frozen_bytes, widened
     return MemoryEstimate(cell.id, sizes.parameters, per_cell, shared)
 
 
@@ -104,7 +109,7 @@ def _trained(count: int, each: int) -> dict[str, int]:
     return {
         "weights": count * each,
         "float32 masters": count * wide if narrow else 0,
-        "gradients": count * (each + wide if narrow else each),
+        "gradients": count * each,
         "Adam moments": 2 * count * wide,
     }
 
@@ -142,16 +147,17 @@ def stacked_sizes(section: Any, architecture: Architecture) -> Sizes:
     Raises:
         UserError: adapters on what is no linear layer of the model.
     """
-    parameters = sum(prod(shape) for shape in architecture.parameter_shapes().values())
-    each = BYTES[section.dtype]
+    shapes = [prod(shape) for shape in architecture.parameter_shapes().values()]
+    parameters, each = sum(shapes), BYTES[section.dtype]
     if section.lora is None:
-        return Sizes(parameters, each, 0, architecture.hidden_size, parameters)
+        return Sizes(parameters, each, max(shapes), 0, architecture.hidden_size, parameters)
     from klab.harness.policy.stacked.lora import Adapters
 
     adapters = Adapters.from_section(section.lora, architecture)
     per_layer = sum(adapters.rank * sum(adapters.sizes[name]) for name in adapters.targets)
     trained = per_layer * adapters.num_layers
-    return Sizes(trained, max(4, each), parameters * each, architecture.hidden_size, parameters)
+    largest = max(adapters.rank * max(adapters.sizes[name]) for name in adapters.targets)
+    return Sizes(trained, max(4, each), largest, parameters * each, architecture.hidden_size, parameters)
 
 
 def pretrained_sizes(section: Any, config: Any) -> Sizes | None:
@@ -189,6 +195,11 @@ def _transformers_sizes(section: Any, config: Any) -> Sizes | None:
     base = [value for name, value in own.items() if not peft.is_adapter(name)]
     parameters, width = sum(value.numel() for value in base), functional.hidden_size
     if section.lora is None:
-        return Sizes(parameters, BYTES[section.dtype], 0, width, parameters)
+        return Sizes(parameters, BYTES[section.dtype], _largest(base), 0, width, parameters)
     frozen = sum(value.numel() * value.element_size() for value in base)
-    return Sizes(sum(value.numel() for value in adapters), adapters[0].element_size(), frozen, width, parameters)
+    trained, each = sum(value.numel() for value in adapters), adapters[0].element_size()
+    return Sizes(trained, each, _largest(adapters), frozen, width, parameters)
+
+
+def _largest(tensors: Sequence[Any]) -> int:
+    return max(value.numel() for value in tensors)

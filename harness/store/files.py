@@ -13,8 +13,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,19 @@ _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
 
 def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write `data` to a temporary neighbour and rename it over `path`; with `durable` it also survives a power cut."""
+    with replacing(path, durable=durable) as descriptor:
+        write_all(descriptor, data)
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
+    """The descriptor of a temporary neighbour that is renamed over `path` at the end of the block, or removed where the
+    block raises; with `durable` it also survives a power cut."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            _write_all(descriptor, data)
+            yield descriptor
             if durable:
                 os.fsync(descriptor)
         finally:
@@ -204,7 +212,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]], *, durable: b
     try:
         size = _whole_size(descriptor)
         try:
-            _write_all(descriptor, data)
+            write_all(descriptor, data)
         except OSError:
             with suppress(OSError):  # the first error is the one to tell; a torn end is dropped by whoever reads
                 os.ftruncate(descriptor, size)
@@ -276,7 +284,8 @@ def checksum(body: str) -> str:
     return f"{crc32(body.encode()):08x}"
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all bytes at the descriptor's position, in as many pieces as the system takes."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from klab.harness.store import cgroup
 from klab.harness.store.kernels import kernels
 
 _PACKAGES = ("klab", "torch", "transformers", "datasets", "numpy", "submitit", "pydantic", "safetensors")
@@ -47,11 +48,12 @@ def hardware() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Processor cores that this process may use: those it may run on, or fewer where a quota allows less time."""
     try:
-        return len(os.sched_getaffinity(0))
+        here = len(os.sched_getaffinity(0))
     except AttributeError:
-        return os.cpu_count() or 1
+        here = os.cpu_count() or 1
+    return min(here, cgroup.core_limit() or here)
 
 
 def gpus() -> list[str]:
@@ -64,9 +66,12 @@ def gpus() -> list[str]:
 
 
 def memory_gb() -> float | None:
-    """Memory of this machine, in GB of 2^30 bytes; None where the system does not say."""
+    """Memory of this machine, or what a container's limit leaves of it, in GB of 2^30 bytes; None where the system does
+    not say."""
     line = _field(Path("/proc/meminfo"), "MemTotal")
-    return round(int(line.split()[0]) / 2**20, 1) if line else None
+    known = [int(line.split()[0]) * 2**10 if line else None, cgroup.memory_limit()]
+    found = [each for each in known if each is not None]
+    return round(min(found) / 2**30, 1) if found else None
 
 
 def _field(path: Path, name: str) -> str | None:

@@ -6,22 +6,24 @@ file's metadata. Nothing else is needed: random numbers are pure functions of wh
 a lagged rollout is sampled when the policy has the right weights (`optim/schedule.py`), so that neither generator
 states nor old weights are stored.
 
-The file is replaced atomically and contains no pickle: reading a stranger's checkpoint runs no code.
+The file is replaced atomically and contains no pickle: reading a stranger's checkpoint runs no code. It is written
+piece by piece, so that the host needs `PIECE` bytes for it whatever the model's size; the library safetensors would
+want the bytes of all tensors at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from klab.harness.objective import LossCoefficients
@@ -31,7 +33,26 @@ from klab.harness.training.data.dynamic_sampling import SamplingStats
 from klab.harness.training.data.rollouts import Experience
 
 FILE = "state.safetensors"
-SCHEMA = 2
+SCHEMA = 3
+
+PIECE = 2**26
+"""Most bytes of tensors that are copied to the host at once while a checkpoint is written."""
+
+_TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As the format safetensors has them."""
+
+_NO_CHECKSUM = "--------"
 
 
 class UnusableCheckpoint(Exception):
@@ -46,9 +67,9 @@ class CellState:
         cell: its id.
         update: updates done.
         streak: non-finite updates in a row up to now.
-        optimizer: weights, moments and step count by name, on the CPU.
+        optimizer: weights, moments and step count by name, on any device; not copies, unless they were read.
         pending: rollouts drawn and not used up, oldest first.
-        critic: weights, moments and step count of its critic by name, on the CPU; empty without one.
+        critic: weights, moments and step count of its critic by name, likewise; empty without one.
         coefficients: those of the next update.
     """
 
@@ -61,14 +82,41 @@ class CellState:
     coefficients: LossCoefficients = field(default_factory=LossCoefficients)
 
 
-def to_bytes(state: CellState) -> bytes:
-    """The file's contents."""
-    tensors = {f"optimizer/{name}": value.contiguous() for name, value in state.optimizer.items()}
-    tensors |= {f"critic/{name}": value.contiguous() for name, value in state.critic.items()}
-    pending = []
+def write(folder: Path, state: CellState, durable: bool = True) -> None:
+    """Replace the checkpoint in `folder`, atomically; with `durable` it also survives a power cut."""
+    folder.mkdir(exist_ok=True)
+    files.remove_temporaries(folder)
+    tensors, text = _stored(state), _counters(state)
+    metadata = {"schema": str(SCHEMA), "klab": text, "crc": _NO_CHECKSUM}
+    head = _header(tensors, metadata)
+    with files.replacing(folder / FILE, durable=durable) as descriptor:
+        files.write_all(descriptor, head)
+        value = zlib.crc32(text.encode())
+        for name, tensor in tensors.items():
+            value = zlib.crc32(name.encode(), value)
+            for piece in _pieces(tensor):
+                value = zlib.crc32(piece, value)
+                files.write_all(descriptor, piece)
+        os.pwrite(descriptor, f"{value:08x}".encode(), head.rindex(_NO_CHECKSUM.encode()))
+
+
+def _stored(state: CellState) -> dict[str, Tensor]:
+    """All tensors of the file in its order: those of wide numbers first, so that each begins at a multiple of its
+    numbers' width."""
+    tensors = {f"optimizer/{name}": value for name, value in state.optimizer.items()}
+    tensors |= {f"critic/{name}": value for name, value in state.critic.items()}
     for place, experience in enumerate(state.pending):
-        for name, value in _tensors(experience).items():
-            tensors[f"pending/{place}/{name}"] = value.detach().cpu().contiguous()
+        tensors |= {f"pending/{place}/{name}": value for name, value in _tensors(experience).items()}
+    return {name: tensors[name].detach() for name in _in_order(tensors)}
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
+def _counters(state: CellState) -> str:
+    pending = []
+    for experience in state.pending:
         plain = {name: value for name, value in _fields(experience.rollout).items() if not isinstance(value, Tensor)}
         drawn = None if experience.sampling_stats is None else asdict(experience.sampling_stats)
         pending.append({"number": experience.number, "rollout": plain, "drawn": drawn})
@@ -79,19 +127,35 @@ def to_bytes(state: CellState) -> bytes:
         "coefficients": asdict(state.coefficients),
         "pending": pending,
     }
-    text = json.dumps(counters)
-    return save(tensors, metadata={"schema": str(SCHEMA), "klab": text, "crc": _checksum(text, tensors)})
+    return json.dumps(counters)
 
 
-def write(folder: Path, state: CellState, durable: bool = True) -> None:
-    """Replace the checkpoint in `folder`, atomically; with `durable` it also survives a power cut."""
-    folder.mkdir(exist_ok=True)
-    files.remove_temporaries(folder)
-    files.replace(folder / FILE, to_bytes(state), durable=durable)
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file: the length of a JSON text in 8 bytes, and the text, padded with spaces."""
+    described: dict[str, Any] = {}
+    end = 0
+    for name, value in tensors.items():
+        start, end = end, end + value.numel() * value.itemsize
+        described[name] = {
+            "dtype": _TYPE_NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps({**described, "__metadata__": dict(metadata)}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes, at most `PIECE` of them on the host at once."""
+    flat = tensor.reshape(-1)
+    step = max(1, PIECE // tensor.itemsize)
+    for start in range(0, len(flat), step):
+        yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
 
 
 def read(file: Path, cell: str, device: torch.device) -> CellState:
-    """The state in `file`, pending rollouts on `device`.
+    """The state in `file`, pending rollouts on `device`, all else where the file is mapped into memory.
 
     Raises:
         UnusableCheckpoint: where it is damaged, of another schema, or of another cell than `cell`.
@@ -177,8 +241,10 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the counters, and of the name and the bytes of every tensor in the file's order."""
     value = zlib.crc32(text.encode())
-    for name in sorted(tensors):
+    for name in _in_order(tensors):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+        for piece in _pieces(tensors[name]):
+            value = zlib.crc32(piece, value)
     return f"{value:08x}"

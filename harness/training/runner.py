@@ -35,6 +35,7 @@ from klab.harness.training.finalize import finalize_cell
 from klab.harness.training.metrics import Row
 from klab.harness.training.pack import Pack, device
 from klab.harness.training.packed_cell import CellFailure, PackedCell
+from klab.harness.training.runtime.checkpoint_clock import CheckpointClock
 from klab.harness.training.runtime.oom import explain_oom, free_memory, is_out_of_memory
 from klab.harness.training.runtime.pack_invariance import pack_invariant
 from klab.harness.training.runtime.torch_settings import configure_torch
@@ -42,10 +43,6 @@ from klab.tasks import load_task
 
 HEARTBEAT_SECONDS = 2.0
 """Least time between two heartbeats of a cell."""
-
-DURABLE_SECONDS = 5.0
-"""Least time between two checkpoints that are synced to disk, so that they survive a power cut. Every checkpoint
-survives the end of the process, and one that a power cut damaged is detected by its checksum."""
 
 
 _Ready = tuple[PackedCell, CellState | None]
@@ -198,7 +195,7 @@ class PackRunner:
 
     def run(self, pack: Pack) -> None:
         """Train until no member is left."""
-        saved_update, saved_at, durable_at = pack.done, time.monotonic(), time.monotonic()
+        saved_update, clock = pack.done, CheckpointClock(pack.settings.checkpoint_seconds)
         while pack.members:
             if pack.evaluation_due:
                 pack, rows = self._compute(pack, Pack.evaluate)
@@ -214,11 +211,10 @@ class PackRunner:
                 self.states.update({member.id: "interrupted" for member in pack.members})
                 return
             due = pack.done % pack.settings.checkpoint_updates == 0
-            now = time.monotonic()
-            if pack.done > saved_update and (due or now - saved_at >= pack.settings.checkpoint_seconds):
-                durable = now - durable_at >= DURABLE_SECONDS
-                pack = self._save(pack, durable)
-                saved_update, saved_at, durable_at = pack.done, now, now if durable else durable_at
+            if pack.done > saved_update and (due or clock.due):
+                with clock.saving() as durable:
+                    pack = self._save(pack, durable)
+                saved_update = pack.done
             pack, rows = self._compute(pack, Pack.advance)
             pack = self._record(pack, rows, CellFolder.append_metrics)
             for member in pack.members:

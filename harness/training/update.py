@@ -1,7 +1,7 @@
 """One optimizer update of every cell of a pack: gradients, then steps.
 
 An update happens once or not at all. Everything that can fail or that allocates memory (forward, backward, sums over
-processes, norms, the rows of metrics, float32 copies of 16-bit gradients) comes first; then every cell's policy and
+processes, norms, the rows of metrics, the buffer for 16-bit gradients) comes first; then every cell's policy and
 critic take their prepared steps in place. So an update that ran out of memory can simply be made again.
 """
 

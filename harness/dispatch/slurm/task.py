@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from klab.harness.dispatch.job import StopSignal, run_job
+from klab.harness.dispatch.gpus import let_segments_grow
+from klab.harness.dispatch.job import StopSignal, run_job, sampling_engines
 from klab.harness.dispatch.processes import follow_group, leading_group, select_gpu
 from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.threads import limit_threads
@@ -62,6 +63,7 @@ class ArrayTask:
         limit_threads(self.threads)
         if self.processes > 1:
             select_gpu(int(os.environ.get("SLURM_LOCALID", "0")))
+            let_segments_grow(sampling_engines(Run.open(self.run), self.cells))
         if rank:
             if rank < self.processes:
                 follow_group(self.run, rank, self.processes, self.threads, _meeting())

@@ -4,7 +4,8 @@ Every reduction and every update runs on the slice of one cell, in the same orde
 whatever the cell is packed with: a cell's bits are the same alone and packed.
 
 16-bit weights are rounded copies of float32 masters: a step of 1e-6 of a weight would be lost in bfloat16, whose
-neighbouring values are 1/256 apart. Moments, clipping, steps and checkpoints are float32 then.
+neighbouring values are 1/256 apart. Moments, clipping, steps and checkpoints are float32 then. Gradients of 16 bits
+become float32 a few tensors at a time, in a buffer of the size of the largest one.
 
 The step is torch's public functional `adamw` with its fused kernel. `torch.optim.AdamW` would need one optimizer
 object per cell, with its state in dictionaries instead of the stacks, for the same kernel. `_foreach_norm`,
@@ -32,13 +33,19 @@ _SAFE_BOUND = 1e30
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """One cell's next step, complete: applying it allocates nothing."""
+    """One cell's next step, complete: applying it allocates nothing.
+
+    Attributes:
+        buffer: float32, where 16-bit gradients become wide in turn; the cells of an optimizer share it. None where all
+            gradients are as wide as the weights.
+    """
 
     cell: int
     gradients: list[Tensor]
     lr: float
     norm: float
     clip_divisor: Tensor | None
+    buffer: Tensor | None
 
 
 class StackedAdamW:
@@ -64,6 +71,7 @@ class StackedAdamW:
         # matrices first: the parameters that weight decay applies to are a prefix of each list
         self._order = sorted(parameters, key=lambda name: parameters[name].dim() < 3)
         self._matrices = sum(parameters[name].dim() >= 3 for name in self._order)
+        self._buffer: Tensor | None = None
         self._weights, self._first, self._second = (
             self._slices(group) for group in (self.masters, self.first, self.second)
         )
@@ -90,6 +98,7 @@ class StackedAdamW:
         return self._slices({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
 
     def clear(self) -> None:
+        self._buffer = None
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -101,37 +110,40 @@ class StackedAdamW:
             norm: their Euclidean norm; gradients above `clip_norm` are scaled down to it.
         """
         clip_norm = self.settings[cell].clip_norm
-        wide = [g.to(weight.dtype) for g, weight in zip(gradients, self._weights[cell], strict=True)]
         divisor = None
         if clip_norm is not None and norm > clip_norm:
             if self._divides:
-                divisor = torch.tensor(norm / clip_norm, device=wide[0].device)
+                divisor = torch.tensor(norm / clip_norm, device=gradients[0].device)
             else:
-                torch._foreach_mul_(wide, clip_norm / norm)
-        return PreparedStep(cell, wide, lr, norm, divisor)
+                torch._foreach_mul_(list(gradients), clip_norm / norm)
+        narrow = [gradient.numel() for gradient in gradients if gradient.dtype in NARROW]
+        if narrow and self._buffer is None:
+            self._buffer = torch.empty(max(narrow), device=gradients[0].device)
+        return PreparedStep(cell, list(gradients), lr, norm, divisor, self._buffer)
 
     def apply_step(self, step: PreparedStep) -> None:
         """Take a prepared step. Everything happens in place: nothing is allocated, so that memory cannot run out."""
         cell, training = step.cell, self.settings[step.cell]
         decayed = self._matrices if training.weight_decay else len(self._order)
-        for part, decay in ((slice(0, decayed), training.weight_decay), (slice(decayed, None), 0.0)):
-            adamw(
-                self._weights[cell][part],
-                step.gradients[part],
-                self._first[cell][part],
-                self._second[cell][part],
-                [],
-                self._steps[cell][part],
-                fused=True,
-                grad_scale=step.clip_divisor,
-                lr=step.lr,
-                beta1=training.adam_beta1,
-                beta2=training.adam_beta2,
-                weight_decay=decay,
-                eps=training.adam_eps,
-                amsgrad=False,
-                maximize=False,
-            )
+        for start, end, decay in ((0, decayed, training.weight_decay), (decayed, len(self._order), 0.0)):
+            for part in _parts(step.gradients, start, end, step.buffer):
+                adamw(
+                    self._weights[cell][part],
+                    _widened(step.gradients[part], step.buffer),
+                    self._first[cell][part],
+                    self._second[cell][part],
+                    [],
+                    self._steps[cell][part],
+                    fused=True,
+                    grad_scale=step.clip_divisor,
+                    lr=step.lr,
+                    beta1=training.adam_beta1,
+                    beta2=training.adam_beta2,
+                    weight_decay=decay,
+                    eps=training.adam_eps,
+                    amsgrad=False,
+                    maximize=False,
+                )
         self._round_to_parameters(cell)
         self._update_bounds(cell, step.lr, step.norm)
 
@@ -160,10 +172,10 @@ class StackedAdamW:
         return math.isfinite(self._max_weight[cell])
 
     def state(self, cell: int) -> dict[str, Tensor]:
-        """One cell's weights and moments by name, as copies on the CPU."""
+        """One cell's weights and moments by name, as they lie there: a copy would cost 12 bytes per parameter."""
         groups = {"weight": self.masters, "first": self.first, "second": self.second}
         views = {f"{group}/{name}": value[cell] for group, values in groups.items() for name, value in values.items()}
-        return {name: value.detach().cpu().clone() for name, value in {**views, "steps": self._steps[cell][0]}.items()}
+        return {name: value.detach() for name, value in {**views, "steps": self._steps[cell][0]}.items()}
 
     @torch.no_grad()
     def restore(self, cell: int, state: Mapping[str, Tensor]) -> None:
@@ -187,6 +199,36 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     wide = torch.float32 if any(tensor.dtype in NARROW for tensor in tensors) else None
     norms = torch.stack(torch._foreach_norm(list(tensors), 2, wide)).double()
     return norms.square().sum().sqrt()
+
+
+_ALIGNED = 4
+"""Numbers: a float32 tensor in the buffer begins at a multiple of 16 bytes, as fast kernels want it."""
+
+
+def _parts(gradients: Sequence[Tensor], start: int, end: int, buffer: Tensor | None) -> list[slice]:
+    """Entries `start` to `end` in runs whose 16-bit gradients fit into the buffer; one run without a buffer."""
+    bounds, filled = [start], 0
+    for index in range(start, end if buffer is not None else start):
+        if gradients[index].dtype in NARROW:
+            size = gradients[index].numel()
+            if buffer is not None and filled + size > len(buffer):
+                bounds.append(index)
+                filled = 0
+            filled += -(-size // _ALIGNED) * _ALIGNED
+    return [slice(*pair) for pair in zip(bounds, [*bounds[1:], end], strict=True)]
+
+
+def _widened(gradients: Sequence[Tensor], buffer: Tensor | None) -> list[Tensor]:
+    """The gradients, those of 16 bits as float32 in the buffer."""
+    found, filled = [], 0
+    for gradient in gradients:
+        if buffer is None or gradient.dtype not in NARROW:
+            found.append(gradient)
+            continue
+        size = gradient.numel()
+        found.append(buffer[filled : filled + size].view(gradient.shape).copy_(gradient))
+        filled += -(-size // _ALIGNED) * _ALIGNED
+    return found
 
 
 def _master(weight: Tensor) -> Tensor:

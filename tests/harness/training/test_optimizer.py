@@ -205,3 +205,28 @@ def test_a_restored_state_of_16_bit_weights_goes_on_with_the_same_bits() -> None
     for name in SHAPES:
         assert torch.equal(resumed[name], through[name])
         assert torch.equal(first.masters[name], second.masters[name])
+
+
+def test_16_bit_gradients_become_wide_within_one_buffer_of_the_largest() -> None:
+    """Whatever fits together; the bits are those of wide gradients, and the next cell uses the same memory."""
+    weights = {
+        name: torch.full((2, *shape), 0.5, dtype=torch.bfloat16).requires_grad_()
+        for name, shape in {"a": (4, 4), "b": (3, 3), "c": (2, 2), "d": (5,), "e": (7,), "f": (16,)}.items()
+    }
+    optimizer = StackedAdamW(weights, [TrainingSection(weight_decay=0.1)] * 2)
+    draw = torch.Generator().manual_seed(3)
+    for parameter in weights.values():
+        parameter.grad = torch.randn(parameter.shape, generator=draw).to(torch.bfloat16)
+    slices = optimizer.gradients()
+    steps = [optimizer.prepare_step(c, slices[c], 0.01, 1.0) for c in range(2)]
+    assert steps[0].buffer is steps[1].buffer
+    assert steps[0].buffer is not None
+    assert steps[0].buffer.numel() == 16
+    wide = {name: value.detach().float().requires_grad_() for name, value in weights.items()}
+    plain = StackedAdamW(wide, optimizer.settings)
+    for c, step in enumerate(steps):
+        optimizer.apply_step(step)
+        plain.apply_step(plain.prepare_step(c, [value.float() for value in slices[c]], 0.01, 1.0))
+    assert all(torch.equal(optimizer.masters[name], value) for name, value in wide.items())
+    optimizer.clear()
+    assert optimizer._buffer is None

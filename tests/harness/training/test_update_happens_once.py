@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,7 @@ def everything(pack: Pack) -> dict[str, Any]:
     optimizers = [pack.optimizer] if pack.critics is None else [pack.optimizer, pack.critics.optimizer]
     for number, optimizer in enumerate(optimizers):
         for cell in range(len(pack.members)):
-            found |= {f"{number}/{cell}/{name}": value for name, value in optimizer.state(cell).items()}
+            found |= {f"{number}/{cell}/{name}": value.clone() for name, value in optimizer.state(cell).items()}
         found |= {f"{number}/{name}": value.detach().clone() for name, value in optimizer.parameters.items()}
     return found
 
@@ -93,7 +94,7 @@ def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
 def test_an_update_that_runs_out_of_memory_anywhere_can_be_made_again(make_run: MakeRun, case: str) -> None:
     """Every allocation of the step, and a tenth of those of the forward and backward passes."""
     pack = pack_of_two(make_run, **CASES[case])
-    states = [pack.state(c) for c in range(2)]
+    states = [copy.deepcopy(pack.state(c)) for c in range(2)]
     before = everything(pack)
     with FailingAllocator() as counting:
         timer = pack._timer = StepTimer(counting)

@@ -17,7 +17,7 @@ from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.local.controller import run_controller
 from klab.harness.dispatch.local.inline import InlineExecutor
-from klab.harness.dispatch.local.pool import Pool
+from klab.harness.dispatch.local.pool import Pool, RunningJob
 from klab.harness.dispatch.local.queue_files import request_path
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.store import Run, files, scan
@@ -158,6 +158,20 @@ def test_at_most_so_many_jobs_at_a_time_and_one_gpu_each(make_grid: MakeGrid, pl
     assert count(statuses(run)) == {"finished": 3}
     assert gpus <= {(), ("7",), ("9",), ("7", "9")}
     assert {("7",), ("9",)} & gpus or ("7", "9") in gpus
+
+
+def test_more_jobs_than_devices_are_spread_evenly(make_grid: MakeGrid, place: Path) -> None:
+    pool = Pool(Run.create(place / "runs/little", make_grid()))
+    pool.gpus = ["0", "1", "MIG-2", "3"]
+    chosen = []
+    for number in range(8):
+        chosen.append(pool.next_gpus())
+        pool.running.append(RunningJob((str(number),), pid=number, gpu=chosen[-1]))
+    assert chosen == 2 * pool.gpus
+    pool.running = [each for each in pool.running if each.gpu != "1"]
+    assert pool.next_gpus() == "1"
+    pool.processes = 2
+    assert pool.next_gpus() == "1,0"
 
 
 def test_a_failed_cell_waits_for_retry_failed(make_grid: MakeGrid, place: Path) -> None:
