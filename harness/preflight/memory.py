@@ -202,4 +202,4 @@ def _transformers_sizes(section: Any, config: Any) -> Sizes | None:
 
 
 def _largest(tensors: Sequence[Any]) -> int:
-    return max(value.numel() for value in tensors)
+    return max(int(value.numel()) for value in tensors)
