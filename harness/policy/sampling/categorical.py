@@ -27,9 +27,9 @@ def uniform_numbers(
 ) -> Float[Tensor, "count 1"]:
     """Uniform random numbers in [0, 1), float64."""
     if isinstance(generator, torch.Generator):
-        return torch.rand(count, 1, generator=generator, device=device, dtype=torch.float64)
-    every = torch.rand(generator.total, 1, generator=generator.generator, device=device, dtype=torch.float64)
-    return every[generator.first : generator.first + count]
+        return torch.rand(count, 1, generator=generator, dtype=torch.float64).to(device, non_blocking=True)
+    every = torch.rand(generator.total, 1, generator=generator.generator, dtype=torch.float64)
+    return every[generator.first : generator.first + count].to(device, non_blocking=True)
 
 
 def sample_tokens(

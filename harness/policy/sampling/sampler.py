@@ -51,7 +51,7 @@ class SampleFunction(Protocol):
 
         Args:
             prompts: token ids [C][P][length]; cells may differ in P ≥ 1, no prompt is empty.
-            generators: one per cell, on the policy's device; greedy sampling leaves them untouched.
+            generators: one per cell, on the CPU; greedy sampling leaves them untouched.
             environment: answers when the policy ends a turn; without it, an end-of-sequence token ends the trajectory.
 
         Returns:

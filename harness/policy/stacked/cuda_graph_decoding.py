@@ -46,7 +46,7 @@ def uses_static_cache(device: torch.device) -> bool:
     chosen = os.environ.get(VARIABLE, "")
     if chosen and chosen not in KINDS:
         raise UserError("no such way of decoding", key=VARIABLE, value=chosen, allowed=KINDS)
-    return chosen == "static" if chosen else device.type == "cuda"
+    return chosen == "static" if chosen else device.type != "cpu"
 
 
 class GraphCache:
@@ -88,7 +88,7 @@ class StaticCacheDecoder:
         capture: bool = True,
     ) -> None:
         self.model, self.prompts, self.group_size, self.graphs = model, prompts, group_size, graphs
-        self.capture = capture and model.device.type == "cuda"
+        self.capture = capture and model.device.type != "cpu"
         self.num_rows = max(len(listed) for listed in prompts) * group_size
         self.row = [np.arange(len(listed) * group_size) for listed in prompts]
         self.next_position = np.zeros((len(prompts), self.num_rows), dtype=np.int64)
@@ -197,14 +197,15 @@ class GraphRunner:
 
     def _record(self, model: StackedModel) -> torch.cuda.CUDAGraph:
         """Record a step. Libraries initialise themselves in a step before it, which writes the same keys and values."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        backend = torch.get_device_module(model.device)
+        aside = backend.Stream()
+        aside.wait_stream(backend.current_stream())
+        with backend.stream(aside):
             self._step(model)
-        torch.cuda.current_stream().wait_stream(aside)
+        backend.current_stream().wait_stream(aside)
         self._rotary_tables = list(model.rotary.tables.values())  # a graph reads the memory it was recorded with
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph: torch.cuda.CUDAGraph = backend.CUDAGraph()
+        with backend.graph(graph):
             self._logits = self._step(model)
         return graph
 

@@ -57,7 +57,7 @@ def generate(
             policy if len(cells) == len(members) else policy.select(cells),
             [prompts[c][cuts[c][part]] for c in cells],
             [
-                UniformSlice(generator(policy.device, *draws[c]), start * group_size, len(examples[c]) * group_size)
+                UniformSlice(generator(*draws[c]), start * group_size, len(examples[c]) * group_size)
                 for c, start in zip(cells, starts, strict=True)
             ],
             options,

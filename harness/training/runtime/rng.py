@@ -20,9 +20,9 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A fresh torch generator on `device` for the draw named by `parts`."""
-    return torch.Generator(device=device).manual_seed(derived_seed(*parts))
+def generator(*parts: int | str) -> torch.Generator:
+    """A fresh torch generator for the draw named by `parts`; on the CPU, so that GPUs are given the same numbers."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 def sample_indices(size: int, count: int, *parts: int | str) -> list[int]:

@@ -132,7 +132,7 @@ def test_a_lagged_rollout_comes_from_the_policy_of_that_many_updates_ago(
             again = sample(
                 old,
                 [encode_prompts(old, member, examples)],
-                [generator("cpu", "rollout", number, member.cell.seed)],
+                [generator("rollout", number, member.cell.seed)],
                 SamplingOptions(group_size=4, max_new_tokens=4),
             )[0]
             assert torch.equal(again.tokens, experience.rollout.tokens)

@@ -120,7 +120,7 @@ def test_rollouts_come_from_the_sampler_and_the_trainer_looks_at_them_anew(
     again = sample(
         mu,
         [encode_prompts(mu, member, rollout_prompts(member, 1))],
-        [generator("cpu", "rollout", 1, 0)],
+        [generator("rollout", 1, 0)],
         SamplingOptions(group_size=4, max_new_tokens=4, temperature=sampler.get("temperature", 0.8)),
     )[0]
     assert torch.equal(again.tokens, experience.rollout.tokens)
