@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -11,15 +12,16 @@ from markupsafe import Markup, escape
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.reports.axes import VariedAxis
 from klab.reports.comparison import Comparison
-from klab.reports.effects import AxisEffect, Level
-from klab.reports.findings import p_words, signed
+from klab.reports.findings import AxisFinding, axis_findings
+from klab.reports.frame import records
 from klab.reports.study import Study
+from klab.reports.words import difference_span, p_words
 
 
 @dataclass(frozen=True)
 class ValueLegend:
-    """One value of an axis: its formula and source (empty outside the catalogue) and its effect (None when not
-    estimated).
+    """One value of an axis: its formula and source (empty outside the catalogue), and its row of the analysis' levels
+    (None when not estimated).
     """
 
     value: str
@@ -27,7 +29,7 @@ class ValueLegend:
     note: str
     source: str
     reference: bool
-    level: Level | None
+    level: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class AxisLegend:
     axis: VariedAxis
     symbol: str
     position: int
-    effect: AxisEffect | None
+    effect: AxisFinding | None
     sentence: str
     values: list[ValueLegend]
 
@@ -53,43 +55,56 @@ def formula(text: str) -> Markup:
 
 
 def legend(study: Study, comparison: Comparison) -> list[AxisLegend]:
-    """The varied axes, those with the largest effect first."""
-    effects = {effect.axis: effect for effect in comparison.effects}
-    order = {key: i for i, key in enumerate(effects)}
-    found = [_axis(axis, position, effects.get(axis.key)) for position, axis in enumerate(study.axes)]
-    return sorted(found, key=lambda entry: order.get(entry.axis.key, len(order)))
+    """The varied axes, in the order of the findings."""
+    found = {finding.axis: finding for finding in axis_findings(study, comparison)}
+    order = {key: i for i, key in enumerate(found)}
+    levels: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in records(comparison.analysis.levels):
+        levels.setdefault(row["axis"], {})[str(row["value"])] = row
+    base = study.values[comparison.baseline] if comparison.baseline else {}
+    entries = [
+        _axis(axis, position, found.get(axis.key), levels.get(axis.key, {}), base.get(axis.key))
+        for position, axis in enumerate(study.axes)
+    ]
+    return sorted(entries, key=lambda entry: order.get(entry.axis.key, len(order)))
 
 
-def _axis(axis: VariedAxis, position: int, effect: AxisEffect | None) -> AxisLegend:
-    levels = {level.value: level for level in effect.levels} if effect else {}
+def _axis(
+    axis: VariedAxis,
+    position: int,
+    effect: AxisFinding | None,
+    levels: dict[str, dict[str, Any]],
+    reference: str | None,
+) -> AxisLegend:
     known = AXES[axis.key].values if axis.key in AXES else {}
     values = []
     for value in axis.values:
         entry = known.get(value.partition("(")[0])
         level = levels.get(value)
-        reference = effect is not None and value == effect.reference
         values.append(
             ValueLegend(
                 value,
                 entry.formula if entry else "",
                 entry.note if entry else "",
                 entry.source if entry else "",
-                reference,
-                level if level is not None and np.isfinite(level.estimate) else None,
+                value == reference,
+                level if level is not None and np.isfinite(level["difference"]) else None,
             )
         )
     symbol = (
         AXES[axis.key].symbol if axis.key in AXES else PARAMETERS[axis.key].meaning if axis.key in PARAMETERS else ""
     )
-    return AxisLegend(axis, symbol, position, effect, _sentence(effect), values)
+    return AxisLegend(axis, symbol, position, effect, _sentence(effect, levels, reference), values)
 
 
-def _sentence(effect: AxisEffect | None) -> str:
+def _sentence(effect: AxisFinding | None, levels: dict[str, dict[str, Any]], reference: str | None) -> str:
     if effect is None:
         return "Only one of its values has a score so far."
-    if effect.confounded:
-        return f"Changes together with {', '.join(effect.confounded)}; its effect cannot be separated from theirs."
-    moved = [level for level in effect.levels if level.low > 0 or level.high < 0]
-    parts = [f"{level.value} {signed(level.estimate)} [{signed(level.low)}, {signed(level.high)}]" for level in moved]
-    found = "; ".join(parts) if parts else "no value differs from it beyond seed noise"
-    return f"Against {effect.reference}: {found}. Whole axis: {p_words(effect.p_holm)} (Holm)."
+    if not levels or reference is None:
+        return f"{effect.words[0].upper()}{effect.words[1:]}."
+    parts = [
+        f"{value} {difference_span(row['difference'], row['low'], row['high'])}, {p_words(row['p'])}, {row['verdict']}"
+        for value, row in levels.items()
+        if np.isfinite(row["p"])
+    ]
+    return f"Against {reference}: {'; '.join(parts)}." if parts else f"Against {reference} nothing can be inferred."

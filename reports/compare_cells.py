@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from klab.grid import UserError
+from klab.grid.score import DEFAULT_SCORE, RESULTS
 from klab.grid.short_ids import matching_ids
 from klab.reports.comparison import Comparison, compare
 from klab.reports.config_detail import settings
 from klab.reports.figures.series import cube, over_seeds
-from klab.reports.schema import RESULTS, TITLES
-from klab.reports.statistics import Contrast, Interval, paired_contrast, probability_of_improvement, t_interval
+from klab.reports.inference import DELTA
 from klab.reports.study import Study
+
+
+@dataclass(frozen=True)
+class PairContrast:
+    """The second cell minus the first: a row of the analysis, with its interval, adjusted p and verdict."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    verdict: str
+    pairs: int
+    more_seeds: float
 
 
 @dataclass(frozen=True)
@@ -22,42 +33,36 @@ class Pair:
     """What `klab compare` prints.
 
     Attributes:
+        comparison: the comparison that `contrast` is a row of: that of the report where one of the two is the
+            baseline, otherwise one with the first as the baseline.
         labels: the two names.
         settings: dotted key and both values, where they differ.
-        rows: for each result, its title, both intervals over seeds, and the paired difference second − first.
-        seeds: seed, both scores and both states.
-        contrast: second − first on the metric, diverged and failed seeds at the worst score.
-        improvement: probability that a random seed of the second beats a random seed of the first.
+        rows: for each result, its title and both means over the seeds that have it.
+        seeds: seed, both scores as they count (NaN where missing) and both states.
+        contrast: second − first by the score.
         curves: quantity, both mean curves.
     """
 
-    metric: str
+    comparison: Comparison
     labels: tuple[str, str]
     settings: list[tuple[str, str, str]]
-    rows: list[tuple[str, Interval, Interval, Contrast]]
+    rows: list[tuple[str, float, float]]
     seeds: list[tuple[int, float, float, str, str]]
-    contrast: Contrast
-    improvement: float
+    contrast: PairContrast
     curves: list[tuple[str, list[float], list[float]]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "metric": self.metric,
+            "score": self.comparison.score.name,
+            "task": self.comparison.task,
             "cells": list(self.labels),
             "settings": [{"key": key, "first": first, "second": second} for key, first, second in self.settings],
-            "results": [
-                {
-                    "result": name,
-                    "first": first._asdict(),
-                    "second": second._asdict(),
-                    "difference": difference._asdict(),
-                }
-                for name, first, second, difference in self.rows
-            ],
+            "results": [{"result": name, "first": first, "second": second} for name, first, second in self.rows],
             "seeds": [{"seed": seed, "first": x, "second": y, "states": [a, b]} for seed, x, y, a, b in self.seeds],
-            "difference": self.contrast._asdict(),
-            "probability_of_improvement": self.improvement,
+            "contrast": vars(self.contrast),
+            "delta": self.comparison.analysis.delta,
+            "notes": list(self.comparison.notes),
         }
 
 
@@ -78,11 +83,11 @@ def configuration(study: Study, text: str) -> str:
     return str(found.pop())
 
 
-def compare_pair(study: Study, first: str, second: str, metric: str = "reward_final") -> Pair:
+def compare_pair(study: Study, first: str, second: str, score: str = DEFAULT_SCORE, delta: float = DELTA) -> Pair:
     """Two configurations of one task, same seeds against each other.
 
     Raises:
-        UserError: when they belong to different tasks, or the metric does not exist.
+        UserError: when they belong to different tasks, or the score does not exist.
     """
     tasks = {str(study.cells.loc[study.cells["group"] == group, "task"].iloc[0]) for group in (first, second)}
     if len(tasks) > 1:
@@ -91,25 +96,37 @@ def compare_pair(study: Study, first: str, second: str, metric: str = "reward_fi
             key="cell",
         )
     task = tasks.pop()
-    main = compare(study, task, metric)
+    baseline = second if study.baselines.get(task) == second else first
+    main = compare(study, task, score, delta, baseline)
     at = (main.groups.index(first), main.groups.index(second))
     x, y = main.scores[at[0]], main.scores[at[1]]
-    both = bool(np.isfinite(x).any() and np.isfinite(y).any())
-    chance = probability_of_improvement(y[:, None], x[:, None]) if both else float("nan")
     seeds = [
         (seed, float(x[i]), float(y[i]), main.states[at[0]][i], main.states[at[1]][i])
         for i, seed in enumerate(main.seeds)
         if main.states[at[0]][i] or main.states[at[1]][i]
     ]
     return Pair(
-        metric,
+        main,
         (study.labels[first], study.labels[second]),
         _settings(study, first, second),
-        [_row(study, main, at, name) for name in RESULTS if name != "updates"],
+        _means(study, first, second),
         seeds,
-        paired_contrast(y, x),
-        chance if main.higher else 1 - chance,
+        _contrast(main, first if baseline == second else second, -1.0 if baseline == second else 1.0),
         _curves(study, main, at),
+    )
+
+
+def _contrast(main: Comparison, group: str, sign: float) -> PairContrast:
+    row = main.table[main.table["group"] == group].iloc[0]
+    ends = sorted((sign * float(row["difference_low"]), sign * float(row["difference_high"])))
+    return PairContrast(
+        difference=sign * float(row["difference"]),
+        low=ends[0],
+        high=ends[1],
+        p=float(row["p"]),
+        verdict=str(row["verdict"]),
+        pairs=int(row["pairs"]),
+        more_seeds=float(row["more_seeds"]),
     )
 
 
@@ -123,13 +140,9 @@ def _settings(study: Study, first: str, second: str) -> list[tuple[str, str, str
     ]
 
 
-def _row(study: Study, main: Comparison, at: tuple[int, int], name: str) -> tuple[str, Interval, Interval, Contrast]:
-    def by_seed(group: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        part = study.cells[study.cells["group"] == group].set_index("seed")[name]
-        return part.reindex(list(main.seeds)).to_numpy(dtype=np.float64)
-
-    x, y = by_seed(main.groups[at[0]]), by_seed(main.groups[at[1]])
-    return TITLES[name], t_interval(x), t_interval(y), paired_contrast(y, x)
+def _means(study: Study, first: str, second: str) -> list[tuple[str, float, float]]:
+    left, right = (study.cells.loc[study.cells["group"] == group, list(RESULTS)].mean() for group in (first, second))
+    return [(kind.title, float(left[name]), float(right[name])) for name, kind in RESULTS.items() if name != "updates"]
 
 
 def _curves(study: Study, main: Comparison, at: tuple[int, int]) -> list[tuple[str, list[float], list[float]]]:

@@ -1,224 +1,228 @@
-"""Cells of one task compared on one number: scores by seed, contrasts with the baseline, ranks, effects of the axes."""
+"""Cells of one task compared by one score: the runs as they count, and the inference about them.
+
+All intervals, p and verdicts are those of `klab.reports.analyse`; a comparison adds names, states and a ranking.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
-from klab.grid import UserError
-from klab.reports.axes import VariedAxis
-from klab.reports.effects import AxisEffect, Design, Interaction, interactions, main_effects
-from klab.reports.schema import LOWER_IS_BETTER, RESULTS, SUMMARY
-from klab.reports.statistics import (
-    Array,
-    block_error,
-    critical_difference,
-    critical_groups,
-    holm,
-    paired_contrast,
-    probability_of_improvement,
-    t_interval,
-)
+from klab.grid.score import DEFAULT_SCORE, Score, parse_score
+from klab.reports.inference import DELTA, DIFFERS, Analysis, analyse, counted_scores
+from klab.reports.schema import SUMMARY
+from klab.reports.scores import Array, ScoredStudy, run_scores, sampling_deviations, score_notes
 
-_LOST = ("diverged", "failed", "damaged")
+LOST = ("diverged", "failed", "damaged")
+OPEN = ("running", "stopped", "missing")
+CONFIGURATION = "configuration"
+"""An axis of this name tells configurations apart that have the same value on every other axis."""
 
 
-class ComparedStudy(Protocol):
+class ComparedStudy(ScoredStudy, Protocol):
     """What a comparison needs of a study; see `klab.reports.study.Study` for the attributes."""
 
-    @property
-    def cells(self) -> pd.DataFrame: ...
-    @property
-    def axes(self) -> tuple[VariedAxis, ...]: ...
     @property
     def values(self) -> Mapping[str, Mapping[str, str | None]]: ...
     @property
     def labels(self) -> Mapping[str, str]: ...
     @property
     def baselines(self) -> Mapping[str, str]: ...
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One task's cells, compared on `metric`.
+    """One task's cells, compared by `score`.
 
     Attributes:
+        task: the task's label.
+        score: what they are compared by; `score.title` is its name in sentences, `score.higher` its direction.
         groups: configurations, in the order of the grid.
         seeds: all seeds.
-        raw: `[groups, seeds]`, the score of finished seeds, NaN elsewhere.
-        scores: the same with diverged, failed and damaged seeds at `worst`; NaN where a seed has not ended.
-        states: `[groups, seeds]`, state of each seed ("" where the design has none).
-        worst: the worst score that any ended seed of the task has.
-        table: one row per configuration, best first; `columns.SUMMARY` and ``group``.
-        critical: smallest significant difference between two stable cells (Tukey, seeds as blocks); NaN without
-            replication.
-        tied: runs (first, last) of rows of `table`, stable cells only, that cannot be told apart.
-        effects, interactions: of the varied axes.
-        error, freedom: error variance of one score and its degrees of freedom.
+        scores: ``[groups, seeds]``, the scores that count: diverged runs at `worst`, NaN where nothing counts.
+        states: ``[groups, seeds]``, state of each run ("" where the design has none).
+        worst: the worst score of a finished run, which diverged runs count as; NaN where none finished.
+        baseline: the group that others are compared with; None where there is none.
+        analysis: what `analyse` says of this task and score. The rows of its `cells` are those of `groups`.
+        table: one row per configuration, best first: ``group`` and the columns of `schema.SUMMARY`.
+        seed_deviation: standard deviation of scores of finished runs between the seeds of a cell, pooled over cells;
+            NaN without two seeds.
+        sampling_deviation: the part of it that comes from sampling completions in the evaluations, as root mean
+            square over runs; NaN where that is not known.
+        notes: what to know about the score, and before trusting the analysis.
     """
 
     task: str
-    metric: str
-    higher: bool
+    score: Score
     groups: tuple[str, ...]
     seeds: tuple[int, ...]
-    raw: Array
     scores: Array
     states: Sequence[Sequence[str]]
     worst: float
     baseline: str | None
+    analysis: Analysis
     table: pd.DataFrame
-    critical: float
-    tied: tuple[tuple[int, int], ...]
-    effects: tuple[AxisEffect, ...]
-    interactions: tuple[Interaction, ...]
-    error: float
-    freedom: int
-
-    @property
-    def best(self) -> pd.DataFrame:
-        """The stable cells that Tukey's test cannot tell from the best of them (the best alone where nothing can be
-        tested).
-        """
-        return self.table[self.table["best_group"]]
+    seed_deviation: float
+    sampling_deviation: float
+    notes: tuple[str, ...]
 
     @property
     def comparable(self) -> bool:
         """Whether any cell has a score at all."""
         return bool(np.isfinite(self.scores).any())
 
+    @property
+    def inferred(self) -> bool:
+        """Whether any cell has an interval: with one seed per cell none has."""
+        return bool(np.isfinite(self.table["low"]).any())
 
-def compare(study: ComparedStudy, task: str, metric: str = "reward_final") -> Comparison:
-    """The comparison of all cells of `task` on the result column `metric`.
+
+def compare(
+    study: ComparedStudy,
+    task: str,
+    score: str | Score = DEFAULT_SCORE,
+    delta: float = DELTA,
+    baseline: str | None = None,
+) -> Comparison:
+    """The comparison of all cells of `task` by `score`.
+
+    The tasks of a study share its error rate evenly.
+
+    Args:
+        score: as `klab.grid.score.parse_score` reads it.
+        delta: differences smaller than this count as none.
+        baseline: the group to compare with; by default the study's for this task.
 
     Raises:
-        UserError: for a metric that results do not have.
+        UserError: for a score that does not exist.
     """
-    if metric not in RESULTS:
-        raise UserError("unknown metric", key="metric", value=metric, allowed=RESULTS)
-    cells = study.cells[study.cells["task"] == task]
+    score = parse_score(score) if isinstance(score, str) else score
+    mine = (study.cells["task"] == task).to_numpy()
+    cells = study.cells[mine]
     groups = tuple(dict.fromkeys(cells["group"]))
     seeds = tuple(sorted(set(cells["seed"])))
-    row = {group: i for i, group in enumerate(groups)}
-    column = {seed: i for i, seed in enumerate(seeds)}
+    base = baseline or study.baselines.get(task)
+    values = run_scores(study, score)[mine]
+    frame, reference = run_frame(study, cells, values, base)
+    analysis = analyse(frame, reference, delta, higher=score.higher, share=1 / max(len(study.tasks), 1))
+    row, column = {group: i for i, group in enumerate(groups)}, {seed: i for i, seed in enumerate(seeds)}
     place = ([row[group] for group in cells["group"]], [column[seed] for seed in cells["seed"]])
+    state = cells["state"].to_numpy(dtype=object)
     states = np.full((len(groups), len(seeds)), "", dtype=object)
-    states[place] = cells["state"].to_numpy(dtype=object)
-    values = np.full(states.shape, np.nan)
-    values[place] = cells[metric].to_numpy(dtype=np.float64)
-    higher = metric not in LOWER_IS_BETTER
-    raw = np.where(states == "finished", values, np.nan)
-    seen = np.where(np.isin(states, ["finished", "diverged"]), values, np.nan)
-    seen = seen[np.isfinite(seen)]
-    worst = float(seen.min() if higher else seen.max()) if seen.size else float("nan")
-    scores = np.where(np.isin(states, _LOST) | ((states == "finished") & ~np.isfinite(values)), worst, raw)
-    baseline = study.baselines.get(task)
-    table = _table(study, task, groups, seeds, raw, scores, states, baseline, higher)
-    lost = np.asarray(np.isin(states, _LOST).any(axis=1), dtype=np.bool_)
-    kept = ~lost if np.isfinite(scores[~lost]).any() else np.ones_like(lost)
-    critical = critical_difference(scores[kept])
-    where = {group: i for i, group in enumerate(groups)}
-    ranked = [i for i, group in enumerate(table["group"]) if kept[where[group]] and np.isfinite(table["mean"][i])]
-    means = table["mean"].to_numpy(dtype=np.float64)[ranked] * (1 if higher else -1)
-    spans = critical_groups(means, critical) if ranked and np.isfinite(critical) else []
-    tied = tuple((ranked[first], ranked[last]) for first, last in spans)
-    best = ranked[: spans[0][1] + 1] if spans else ranked[:1]
-    table["best_group"] = [i in best for i in range(len(table))]
-    design = Design(
-        scores,
-        {axis.key: [study.values[group][axis.key] for group in groups] for axis in study.axes},
-        {key: value for key, value in study.values[baseline].items() if value is not None} if baseline else {},
-        lost.tolist(),
-    )
-    variance, freedom = block_error(scores[kept])
+    states[place] = state
+    counted, worst = counted_scores(values, state, score.higher)
+    scores = np.full(states.shape, np.nan)
+    scores[place] = counted
+    sampled = sampling_deviations(study, score)[mine][state == "finished"]
+    sampled = sampled[np.isfinite(sampled)]
     return Comparison(
-        task,
-        metric,
-        higher,
-        groups,
-        seeds,
-        raw,
-        scores,
-        states.tolist(),
-        worst,
-        baseline,
-        table,
-        critical,
-        tied,
-        tuple(main_effects(design)),
-        tuple(interactions(design)),
-        variance,
-        freedom,
+        task=task,
+        score=score,
+        groups=groups,
+        seeds=seeds,
+        scores=scores,
+        states=states.tolist(),
+        worst=worst,
+        baseline=base if base in row else None,
+        analysis=analysis,
+        table=_table(study, task, cells, groups, states, base, analysis, score),
+        seed_deviation=_pooled_deviation(np.where(states == "finished", scores, np.nan)),
+        sampling_deviation=float(np.sqrt(np.mean(sampled**2))) if sampled.size else np.nan,
+        notes=(*score_notes(study, score), *analysis.notes),
     )
+
+
+def compare_all(study: ComparedStudy, scores: Sequence[Score], delta: float = DELTA) -> list[Comparison]:
+    """Every task's comparison by the first score, then by the next; each score has an error rate of its own."""
+    return [compare(study, task, score, delta) for score in scores for task in study.tasks]
+
+
+def run_frame(
+    study: ComparedStudy, cells: pd.DataFrame, values: Array, baseline: str | None
+) -> tuple[pd.DataFrame, dict[str, Any] | None]:
+    """The tidy frame that `analyse` reads, a row per row of `cells`, and the baseline's values; None without one.
+
+    Axes have the keys of the grid file; a value of None is an axis that does nothing in that cell.
+    """
+    groups = list(dict.fromkeys(cells["group"]))
+    keys = [axis.key for axis in study.axes]
+    rows = {group: {key: study.values[group][key] for key in keys} for group in groups}
+    kinds: dict[tuple[str | None, ...], list[str]] = {}
+    for group in groups:
+        kinds.setdefault(tuple(rows[group].values()), []).append(group)
+    if any(len(alike) > 1 for alike in kinds.values()):
+        for alike in kinds.values():
+            for group in alike:
+                rows[group][CONFIGURATION] = group[-8:] if len(alike) > 1 else None
+    columns = {
+        key: pd.Series([rows[group][key] for group in cells["group"]], dtype=object)
+        for key in (rows[groups[0]] if groups else keys)
+    }
+    runs = {"seed": cells["seed"].to_numpy(), "score": values, "state": cells["state"].to_numpy(dtype=object)}
+    return pd.DataFrame({**columns, **runs}), rows.get(baseline or "")
+
+
+def _pooled_deviation(scores: Array) -> float:
+    present = np.isfinite(scores)
+    n = present.sum(axis=1)
+    freedom = int((n[n > 1] - 1).sum())
+    if not freedom:
+        return float("nan")
+    kept = np.where(present, scores, 0.0)[n > 1]
+    centred = np.where(present[n > 1], kept - kept.sum(axis=1, keepdims=True) / n[n > 1, None], 0.0)
+    return float(np.sqrt(np.sum(centred**2) / freedom))
 
 
 def _table(
     study: ComparedStudy,
     task: str,
+    cells: pd.DataFrame,
     groups: Sequence[str],
-    seeds: Sequence[int],
-    raw: Array,
-    scores: Array,
     states: np.ndarray[tuple[int, int], np.dtype[np.object_]],
     baseline: str | None,
-    higher: bool,
+    analysis: Analysis,
+    score: Score,
 ) -> pd.DataFrame:
-    means = (
-        study.cells.loc[study.cells["task"] == task]
-        .groupby("group", sort=False)[["accuracy_final", "reverse_kl_final"]]
-        .mean()
-    )
-    base = groups.index(baseline) if baseline in groups else None
-    rows = []
-    for i, group in enumerate(groups):
-        interval = t_interval(scores[i])
-        finished = raw[i][np.isfinite(raw[i])]
-        record = {
-            "group": group,
+    means = cells.groupby("group", sort=False)[["accuracy_final", "reverse_kl_final"]].mean().reindex(list(groups))
+    table = pd.DataFrame(
+        {
+            "group": list(groups),
             "task": task,
-            "label": study.labels[group],
-            "n": interval.n,
-            "mean": interval.estimate,
-            "low": interval.low,
-            "high": interval.high,
-            "mean_finished": float(finished.mean()) if finished.size else np.nan,
-            "seeds": int(np.sum(states[i] != "")),
-            "finished": int(np.sum(states[i] == "finished")),
-            "diverged": int(np.sum(states[i] == "diverged")),
-            "failed": int(np.sum(np.isin(states[i], ["failed", "damaged"]))),
-            "unfinished": int(np.sum(np.isin(states[i], ["running", "stopped", "missing"]))),
-            "accuracy_final": float(means.loc[group, "accuracy_final"]),  # type: ignore[arg-type]
-            "reverse_kl_final": float(means.loc[group, "reverse_kl_final"]),  # type: ignore[arg-type]
-            "difference": np.nan,
-            "difference_low": np.nan,
-            "difference_high": np.nan,
-            "pairs": 0,
-            "p": np.nan,
-            "p_holm": np.nan,
-            "improvement": np.nan,
-            "rank": np.nan,
-            "best_group": False,
-            "stable": not np.isin(states[i], _LOST).any(),
+            "score": score.name,
+            "label": [study.labels[group] for group in groups],
+            **{name: analysis.cells[name].to_numpy() for name in ("n", "mean", "low", "high")},
+            "seeds": (states != "").sum(axis=1),
+            "finished": (states == "finished").sum(axis=1),
+            "diverged": (states == "diverged").sum(axis=1),
+            "failed": np.isin(states, ["failed", "damaged"]).sum(axis=1),
+            "unfinished": np.isin(states, OPEN).sum(axis=1),
+            "accuracy_final": means["accuracy_final"].to_numpy(),
+            "reverse_kl_final": means["reverse_kl_final"].to_numpy(),
         }
-        if base is not None and i != base:
-            contrast = paired_contrast(scores[i], scores[base])
-            record.update(
-                difference=contrast.estimate,
-                difference_low=contrast.low,
-                difference_high=contrast.high,
-                pairs=contrast.n,
-                p=contrast.p,
-            )
-            both = np.isfinite(scores[i]).any() and np.isfinite(scores[base]).any()
-            chance = probability_of_improvement(scores[i][:, None], scores[base][:, None]) if both else np.nan
-            record["improvement"] = chance if higher else 1 - chance
-        rows.append(record)
-    table = pd.DataFrame(rows, columns=["group", *SUMMARY])
-    table["p_holm"] = holm(table["p"].to_numpy(dtype=np.float64))
-    table = table.sort_values("mean", ascending=not higher, na_position="last", kind="stable", ignore_index=True)
-    table["rank"] = table["mean"].rank(method="min", ascending=not higher)
-    return table
+    )
+    compared = [i for i, group in enumerate(groups) if group != baseline]
+    contrasts = analysis.contrasts.set_index(pd.Index(compared)).reindex(range(len(groups)))
+    for name, column in (
+        ("difference", "difference"),
+        ("difference_low", "low"),
+        ("difference_high", "high"),
+        ("p", "p"),
+        ("verdict", "verdict"),
+        ("pairs", "pairs"),
+        ("more_seeds", "more_seeds"),
+    ):
+        table[name] = contrasts[column]
+    table["pairs"] = table["pairs"].fillna(0).astype(int)
+    table["verdict"] = table["verdict"].astype(object).where(table["verdict"].notna(), "")
+    gain = table["difference"] if score.higher else -table["difference"]
+    table["better"] = (table["verdict"] == DIFFERS) & (gain > 0)
+    table["stable"] = (table["diverged"] == 0) & (table["failed"] == 0)
+    table = table.sort_values("mean", ascending=not score.higher, na_position="last", kind="stable", ignore_index=True)
+    table["rank"] = table["mean"].rank(method="min", ascending=not score.higher)
+    return table[["group", *SUMMARY]]

@@ -81,7 +81,8 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
     base = settings(study.configurations[comparison.baseline]) if comparison.baseline else {}
     found = []
     for group in comparison.table["group"]:
-        part = by_group[group]
+        scores = dict(zip(comparison.seeds, comparison.scores[position[group]].tolist(), strict=True))
+        part = [row | {"score": scores[row["seed"]]} for row in by_group[group]]
         cell = study.configurations[group]
         own = settings(cell)
         found.append(

@@ -20,12 +20,13 @@ import numpy as np
 import pandas as pd
 
 from klab.grid import UserError
+from klab.grid.score import PARTS, RESULTS
 from klab.harness.store import CellFolder, Run, files
 from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
-from klab.reports.schema import EVALUATIONS, METRICS, RESULTS
+from klab.reports.schema import EVALUATIONS, METRICS
 
-_VERSION = 3
+_VERSION = 4
 _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
 _ENDED = ("finished", "diverged", "failed", "damaged")
@@ -129,12 +130,18 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         elif error is not None:
             row.update(state="failed", error=error[-_ERROR_TAIL:])
         metrics.add(identity, measured)
-        evaluations.add(identity, evaluated)
+        evaluations.add(identity, [_with_parts(row) for row in evaluated])
         for evaluation in [evaluated[i] for i in sorted({0, len(evaluated) - 1})] if evaluated else []:
             samples += [_sample(identity, evaluation["update"], item) for item in evaluation.get("samples") or ()]
     columns = ["cell", "mark", "state", "error", *RESULTS]
     table = pd.DataFrame(cells, columns=columns).astype({"error": "str"} if cells else {})
     return Frames(table, metrics.frame(), evaluations.frame(), pd.DataFrame(samples, columns=list(_SAMPLES)))
+
+
+def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation with every part of the reward as a number of its own, ``parts.NAME``."""
+    parts = row.get("parts")
+    return row | {f"{PARTS}{name}": value for name, value in parts.items()} if isinstance(parts, dict) else row
 
 
 def _sample(identity: str, update: int, item: object) -> tuple[Any, ...]:

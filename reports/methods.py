@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from klab.reports.comparison import Comparison
-from klab.reports.schema import CELLS, TITLES
+from klab.reports.findings import noise_words
 from klab.reports.study import Study
 
 
@@ -37,27 +35,26 @@ def _run(study: Study, comparison: Comparison) -> str:
 
 
 def _analysis(comparison: Comparison) -> str:
-    lost = int(comparison.table[["diverged", "failed"]].sum().sum())
+    analysis = comparison.analysis
+    diverged = int(comparison.table["diverged"].sum())
+    missing = int((comparison.table["seeds"] - comparison.table["n"]).sum())
     return (
-        f"The score is the {TITLES[comparison.metric]} ({CELLS[comparison.metric]}), one number per configuration "
-        "and training seed. Intervals are 95% "
-        "Student t-intervals over seeds. Runs that diverged or failed were kept and given the worst score seen on "
-        "the task"
-        f"{f' ({lost} runs)' if lost else ' (there were none)'}. Configurations were compared with the baseline on "
-        "the same seeds: mean paired "
-        "difference, t-interval, and the exact sign-flip permutation test, adjusted by Holm over all configurations. "
-        "Configurations without lost "
-        "runs were ranked and grouped by Tukey's test at 5% on the additive model score = configuration + seed"
-        + (
-            f" ({comparison.freedom} degrees of freedom, residual standard deviation {np.sqrt(comparison.error):.3g})"
-            if comparison.freedom
-            else ""
-        )
-        + ". Effects of axes and their two-way interactions were fitted by least squares with seeds as blocks and "
-        "tested against the pure error "
-        "between seeds; configurations with lost runs have their own variance (Satterthwaite degrees of freedom, "
-        "ANOVA-type statistic). Axes were "
-        "adjusted by Holm. An axis that is inactive in a configuration counts as its reference value."
+        f"The score is the {comparison.score.title}: {comparison.score.meaning}; one number per training run. "
+        f"{noise_words(comparison)} Diverged runs count as the worst score of a finished run ({diverged} runs); runs "
+        f"that failed, have not ended or have no score are missing data ({missing} runs). The model of a task is "
+        "score[c, s] = μ[c] + b[s] + Σ_a u[a, v_a(c), s] + ε[c, s] for cell c and seed s, with independent normal "
+        "seed blocks b, seed × axis terms u (for axes that the design crosses) and run errors ε whose variance may "
+        "differ from cell to cell. Variances of seed × axis are estimated by Henderson's method III (1953), those of "
+        "cells by empirical Bayes (Smyth 2004). A contrast is the mean difference between a cell and the baseline "
+        "within the seeds that both have; its degrees of freedom are Satterthwaite's (1946). Intervals and adjusted p "
+        "of all contrasts come from the distribution of the largest |t|, simulated with its correlations and unequal "
+        "variances (Dunnett 1955; Hothorn, Bretz and Westfall 2008; Hasler and Hothorn 2008), those of axes and pairs "
+        "of axes from Šidák's inequality (1967). All verdicts together err with probability "
+        f"{analysis.alpha:.3g} where nothing differs; p < 0.05 exactly when the interval excludes 0. A difference is "
+        f"called equivalent when its interval lies within ±{analysis.delta:g}, and undecided when neither holds. The "
+        "intervals of means are simultaneous over all cells, so that that of the best cell holds although it was "
+        "chosen for its mean (Berk et al. 2013). An axis that does nothing in a cell counts as having the baseline's "
+        "value there."
     )
 
 

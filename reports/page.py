@@ -16,30 +16,37 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from klab.grid.catalogue import AXES, PARAMETERS
+from klab.grid.score import DEFAULT_SCORE, parse_scores
 from klab.reports.axis_legend import AxisLegend, formula, legend
-from klab.reports.comparison import Comparison, compare
+from klab.reports.comparison import Comparison, compare_all
 from klab.reports.config_detail import Detail, details
 from klab.reports.figures import Drawing, draw, inline_svg, save, svg_text
 from klab.reports.figures.tasks import across_tasks, profiles
-from klab.reports.findings import Findings, find, number, p_words, signed
+from klab.reports.findings import Findings, find
 from klab.reports.frame import records
 from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
+from klab.reports.inference import DELTA
 from klab.reports.methods import methods
 from klab.reports.provenance import provenance
-from klab.reports.schema import SUMMARY, TITLES
+from klab.reports.schema import SUMMARY
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import csv, write_tables
+from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What the page says about one task; `figures` maps a drawing's name to its inline SVG."""
+    """What the page says about one task; `figures` maps a drawing's name to its inline SVG.
+
+    `comparison` is by the first score, `others` are by the further ones.
+    """
 
     key: str
     task: str
     comparison: Comparison
+    others: list[Comparison]
     findings: Findings
     drawings: dict[str, Drawing]
     figures: dict[str, Markup]
@@ -53,7 +60,8 @@ def render(
     paths: Sequence[str | Path] | str | Path,
     out: str | Path | None = None,
     *,
-    metric: str = "reward_final",
+    scores: Sequence[str] = (DEFAULT_SCORE,),
+    delta: float = DELTA,
     baseline: str | None = None,
     only: Collection[str] | None = None,
     figures: bool = True,
@@ -64,41 +72,69 @@ def render(
 
     Args:
         paths: run folders.
-        out: folder for the report; by default the first run's own ``report``.
-        metric: the result that cells are ranked by, see `columns.RESULTS`.
+        scores: what cells are compared by, the first is the main one; see `klab.grid.score`.
+        delta: differences smaller than this count as none.
         baseline: id of the cell to compare with, instead of the grid file's.
         only: ids of the cells to report; None: all.
-        figures: also write each figure as PDF, SVG and PNG.
-        gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by
-            default read from
-            ``gradients.json`` in the runs' report folders, where there is one.
-        progress: is told what is being done.
+        out, figures, gradients, progress: as `write_report` takes them.
 
     Returns:
         The page, ``index.html`` in `out`; beside it ``figures/`` and ``tables/``.
 
     Raises:
-        UserError: when a folder is not a run, or the metric or the baseline does not exist.
+        UserError: when a folder is not a run, or a score or the baseline does not exist.
         OSError: when the folder cannot be written.
     """
     tell = progress or (lambda text: None)
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     tell("reading")
     study = load_runs(listed, baseline=baseline, only=only)
+    tell("comparing")
+    comparisons = compare_all(study, parse_scores(scores), delta)
+    return write_report(study, comparisons, out, figures=figures, gradients=gradients, progress=progress)
+
+
+def write_report(
+    study: Study,
+    comparisons: Sequence[Comparison],
+    out: str | Path | None = None,
+    *,
+    figures: bool = True,
+    gradients: pd.DataFrame | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the report of comparisons that `compare_all` made.
+
+    Args:
+        out: folder for the report; by default the first run's own ``report``.
+        figures: also write each figure as PDF, SVG and PNG.
+        gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by
+            default read from ``gradients.json`` in the runs' report folders, where there is one.
+        progress: is told what is being done.
+
+    Returns:
+        The page, ``index.html`` in `out`; beside it ``figures/`` and ``tables/``.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    tell = progress or (lambda text: None)
     folder = Path(out) if out is not None else _default_folder(study)
     gradients = gradients if gradients is not None else load_gradients(study)
-    tell("comparing")
-    comparisons = [compare(study, task, metric) for task in study.tasks]
+    main = [comparison for comparison in comparisons if comparison.score == comparisons[0].score]
+    others = list(comparisons[len(main) :])
     _make_folders(folder)
     tell("tables")
     write_tables(study, comparisons, folder / "tables")
-    if len(exact := gradient_table(comparisons, gradients)):
+    if len(exact := gradient_table(main, gradients)):
         (folder / "tables" / "gradients.csv").write_text(csv(exact), encoding="utf-8", errors="replace")
     sections = []
-    for position, comparison in enumerate(comparisons):
-        prefix = f"task{position + 1}-" if len(comparisons) > 1 else ""
-        sections.append(_section(study, comparison, prefix, gradients, folder / "figures" if figures else None, tell))
-    over = profiles(comparisons)
+    for position, comparison in enumerate(main):
+        prefix = f"task{position + 1}-" if len(main) > 1 else ""
+        beside = [other for other in others if other.task == comparison.task]
+        files = folder / "figures" if figures else None
+        sections.append(_section(study, comparison, beside, prefix, gradients, files, tell))
+    over = profiles(main)
     over_svg = _figure(over, folder / "figures" if figures else None) if over is not None else Markup("")
     tell("page")
     text = (
@@ -109,9 +145,9 @@ def render(
             sections=sections,
             over=over,
             over_svg=over_svg,
-            over_table=records(across_tasks(comparisons)[0]),
-            metric=TITLES[metric],
-            methods=methods(study, comparisons),
+            over_table=records(across_tasks(main)[0]),
+            metric=main[0].score.title if main else "",
+            methods=methods(study, main),
             provenance=provenance(study),
             summary_columns=SUMMARY,
             parameters=PARAMETERS,
@@ -130,6 +166,7 @@ def render(
 def _section(
     study: Study,
     comparison: Comparison,
+    others: list[Comparison],
     prefix: str,
     gradients: pd.DataFrame | None,
     figures: Path | None,
@@ -145,6 +182,7 @@ def _section(
         key=prefix.rstrip("-") or "task",
         task=comparison.task,
         comparison=comparison,
+        others=others,
         findings=find(study, comparison),
         drawings=dict(zip(inline, drawings, strict=True)),
         figures=inline,
@@ -227,6 +265,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "p": p_words, "signed": signed, "formula": formula}
+    environment.filters |= {
+        "number": number,
+        "p": p_words,
+        "p_number": p_number,
+        "signed": signed,
+        "formula": formula,
+        "records": records,
+    }
+    environment.globals |= {"mean_span": mean_span, "difference_span": difference_span}
     environment.tests |= {"finite": lambda value: bool(np.isfinite(value))}
     return environment

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from klab.grid.score import RESULTS
+
 CELLS = {
     "run": "name of the run",
     "cell": "id of the cell",
@@ -14,22 +16,7 @@ CELLS = {
     "(unfinished), missing",
     "updates_planned": "optimizer updates asked for",
     "updates": "optimizer updates done",
-    "reward_final": "mean training reward of the last 10% of the updates",
-    "reward_best": "highest training reward of any update",
-    "gap": "reward_best - reward_final",
-    "accuracy_final": "held-out greedy accuracy at the last evaluation",
-    "accuracy_best": "highest held-out greedy accuracy",
-    "reverse_kl_final": "KL(policy || reference) per trajectory in nats, exact per token, at the last evaluation",
-    "reverse_kl_max": "largest reverse KL at any evaluation",
-    "collapsed": "1 if the reward fell far below its best and stayed there",
-    "collapse_update": "update at which it collapsed",
-    "nonfinite_updates": "updates with a non-finite loss or gradient",
-    "gradient_spikes": "updates whose gradient norm stood far above its recent median",
-    "ess_min": "smallest effective sample size of any update, as a share",
-    "seconds": "wall-clock seconds of training on one worker",
-    "tokens": "own tokens sampled",
-    "reward_timeouts": "uses of rewards that a time limit decided, in updates and evaluations",
-    "zero_gradient": "1 if the policy gradient was 0 in every update: it learnt nothing from its rewards",
+    **{name: kind.meaning for name, kind in RESULTS.items() if name != "updates"},
     "error": "why it failed",
 }
 
@@ -89,66 +76,40 @@ METRICS_OF_SOME = {
 EVALUATIONS = {
     "update": "after this many updates",
     "accuracy": "greedy accuracy on held-out prompts",
-    "reward": "mean sampled reward on held-out prompts",
+    "reward": "mean reward of completions sampled at temperature 1 on held-out prompts",
     "pass_at_k": "share of held-out prompts solved by one of k samples",
     "k": "samples per prompt",
     "reverse_kl": "KL(policy || reference) per trajectory in nats on fresh samples",
+    "completions": "completions sampled",
+    "reward_se": "standard error of the reward from sampling completions, prompts held fixed",
     "forward_kl": "KL(reference || policy) per trajectory in nats on samples of the reference",
     "entropy": "mean entropy per token in nats",
     "length": "mean number of own tokens",
 }
 
-RESULTS = tuple(name for name in list(CELLS)[list(CELLS).index("updates") : list(CELLS).index("error")])
-"""Numbers of result.json."""
-
-TITLES = {name: name.replace("_", " ") for name in RESULTS} | {
-    "reward_final": "final reward",
-    "reward_best": "best reward",
-    "gap": "gap from best to final reward",
-    "accuracy_final": "held-out accuracy",
-    "accuracy_best": "best held-out accuracy",
-    "reverse_kl_final": "KL to the reference",
-    "reverse_kl_max": "largest KL to the reference",
-    "ess_min": "smallest effective sample size",
-}
-"""What a result is called in figures and sentences."""
-
-LOWER_IS_BETTER = (
-    "gap",
-    "reverse_kl_final",
-    "reverse_kl_max",
-    "collapsed",
-    "nonfinite_updates",
-    "gradient_spikes",
-    "seconds",
-    "tokens",
-    "reward_timeouts",
-    "zero_gradient",
-)
-
 SUMMARY = {
     "task": CELLS["task"],
+    "score": "what cells are compared by",
     "label": CELLS["label"],
-    "n": "seeds with a score (diverged and failed ones count, at the worst score of the task)",
+    "n": "seeds that count: finished ones, and diverged ones at the worst score of a finished run of the task",
     "mean": "mean score over these seeds",
-    "low": "lower end of the 95% t-interval over seeds",
+    "low": "lower end of its interval, simultaneous over all cells (95%)",
     "high": "upper end",
-    "mean_finished": "mean over finished seeds only",
     "seeds": "seeds planned",
     "finished": "seeds that finished",
     "diverged": "seeds that diverged",
     "failed": "seeds that failed with an error or a damaged file",
     "unfinished": "seeds that are running, stopped or missing",
-    "accuracy_final": "mean held-out accuracy of the seeds that have one",
+    "accuracy_final": "mean greedy held-out accuracy at the last evaluation, of the seeds that have one",
     "reverse_kl_final": "mean final KL to the reference of the seeds that have one",
-    "difference": "mean paired difference to the baseline, same seeds",
-    "difference_low": "lower end of its 95% t-interval",
+    "difference": "mean difference to the baseline, seed by seed",
+    "difference_low": "lower end of its interval, simultaneous over all cells",
     "difference_high": "upper end",
-    "pairs": "seeds in the paired difference",
-    "p": "p of the exact sign-flip test of the paired differences",
-    "p_holm": "the same, adjusted by Holm over all cells of the task",
-    "improvement": "probability that a random seed of it beats a random seed of the baseline",
-    "rank": "1 is best",
+    "pairs": "seeds in the difference",
+    "p": "p of the difference, adjusted for all cells; below 0.05 exactly where the interval excludes 0",
+    "verdict": "differs; equivalent: the interval lies within the margin; undecided",
+    "more_seeds": "further seeds per cell that would decide an undecided one at the present estimates",
+    "rank": "1 is the best mean",
+    "better": "whether it differs from the baseline for the better",
     "stable": "whether no seed diverged or failed",
-    "best_group": "whether Tukey's test, over stable cells, cannot tell it from the best of them",
 }

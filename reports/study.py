@@ -12,11 +12,13 @@ from typing import Any
 import pandas as pd
 
 from klab.grid import Cell, UserError
+from klab.grid.score import DEFAULT_SCORE
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
 from klab.reports.comparison import compare
 from klab.reports.frame import Frames, read_frames
+from klab.reports.inference import DELTA
 from klab.reports.schema import CELLS, SUMMARY
 
 
@@ -27,9 +29,9 @@ class Study:
     Attributes:
         runs: the runs, in the order given.
         names: a distinct name for each.
-        cells: one row per cell and seed; columns are documented in `columns.CELLS`.
-        metrics: one row per (cell, update); `columns.METRICS`.
-        evaluations: one row per (cell, evaluation); `columns.EVALUATIONS`.
+        cells: one row per cell and seed; columns are documented in `schema.CELLS`.
+        metrics: one row per (cell, update); `schema.METRICS`.
+        evaluations: one row per (cell, evaluation); `schema.EVALUATIONS`.
         samples: stored completions of each cell's first and last evaluation.
         axes: the fields that differ between configurations.
         values: by group, its value on each axis (None: inactive there).
@@ -68,13 +70,14 @@ class Study:
         """Whether axes were crossed: a value is then best shown as the average over the cells that have it."""
         return all(run.manifest.get("design") == "product" for run in self.runs) and len(self.runs) == 1
 
-    def summary(self, metric: str = "reward_final") -> pd.DataFrame:
-        """One row per configuration, best first; columns are documented in `columns.SUMMARY`.
+    def summary(self, score: str = DEFAULT_SCORE, delta: float = DELTA) -> pd.DataFrame:
+        """One row per configuration, best first; columns are documented in `schema.SUMMARY`.
 
         Args:
-            metric: a column of `cells` that results have, for example ``accuracy_final``.
+            score: a name in `klab.grid.score`, for example ``accuracy`` or ``reward_at_kl(0.5)``.
+            delta: differences smaller than this count as none.
         """
-        tables = [compare(self, task, metric).table for task in self.tasks]
+        tables = [compare(self, task, score, delta).table for task in self.tasks]
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(SUMMARY))
         return table.drop(columns="group", errors="ignore")
 
@@ -252,8 +255,6 @@ def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
             notes.append(
                 f"Cells on {task} were given different budgets ({shown} updates): their scores are not at equal effort."
             )
-        if part.groupby("group")["seed"].nunique().max() == 1:
-            notes.append(f"One seed per cell on {task}: there are no intervals, and no difference here is evidence.")
     if cells["task"].nunique() > 1:
         notes.append("The cells belong to different tasks; cells are compared within a task only.")
     if (open_ := int(cells["state"].isin(["running", "stopped", "missing"]).sum())) > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pandas as pd
 from klab.grid import UserError
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
-from klab.reports.schema import SUMMARY, TITLES
+from klab.reports.inference import DIFFERS, Analysis
+from klab.reports.schema import SUMMARY
 from klab.reports.study import Study
+from klab.reports.words import difference_span, mean_span, number, p_number
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 FORMATS = ("md", "latex", "csv", "json")
@@ -80,32 +83,47 @@ def _write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 def summary(comparisons: Sequence[Comparison]) -> pd.DataFrame:
-    """The summary tables of all tasks under each other; columns are documented in `columns.SUMMARY`."""
+    """The tables of all comparisons under each other; columns are documented in `schema.SUMMARY`."""
     if not comparisons:
         return pd.DataFrame(columns=["group", *SUMMARY])
     return pd.concat([comparison.table for comparison in comparisons], ignore_index=True)
 
 
 def to_json(comparisons: Sequence[Comparison]) -> str:
-    """Everything that was computed, with null for what is not a number."""
-    tasks = [
-        {
-            "task": comparison.task,
-            "metric": comparison.metric,
-            "baseline": comparison.baseline,
-            "seeds": list(comparison.seeds),
-            "worst": comparison.worst,
-            "critical_difference": comparison.critical,
-            "cells": records(comparison.table),
-            "effects": [
-                effect._asdict() | {"levels": [level._asdict() for level in effect.levels]}
-                for effect in comparison.effects
-            ],
-            "interactions": [pair._asdict() for pair in comparison.interactions],
-        }
-        for comparison in comparisons
-    ]
-    return json.dumps({"schema": 1, "tasks": _plain(tasks)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """What was run and the whole analysis, for every score and task, with null for what is not a number."""
+    parts = [comparison_data(comparison) for comparison in comparisons]
+    return json.dumps({"schema": 2, "comparisons": parts}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain data: the fields of its `Analysis`, and beside them what was compared."""
+    score, analysis = comparison.score, comparison.analysis
+    found = {
+        "task": comparison.task,
+        "score": score.name,
+        "title": score.title,
+        "meaning": score.meaning,
+        "higher_is_better": score.higher,
+        "baseline": comparison.baseline,
+        "seeds": list(comparison.seeds),
+        "worst": comparison.worst,
+        "seed_deviation": comparison.seed_deviation,
+        "sampling_deviation": comparison.sampling_deviation,
+        **analysis_data(analysis),
+        "notes": list(comparison.notes),
+        "table": records(comparison.table),
+    }
+    return {key: _plain(value) for key, value in found.items()}
+
+
+def analysis_data(analysis: Analysis) -> dict[str, Any]:
+    """The fields of an analysis, its frames as lists of rows."""
+    found: dict[str, Any] = {}
+    for each in fields(analysis):
+        value = getattr(analysis, each.name)
+        found[each.name] = records(value) if isinstance(value, pd.DataFrame) else value
+    best = analysis.best
+    return found | {"best": None if best is None else best._asdict()}
 
 
 def _plain(value: Any) -> Any:
@@ -123,7 +141,7 @@ def _plain(value: Any) -> Any:
 def markdown(comparison: Comparison) -> str:
     """A table for a README or a pull request."""
     head = _heads(comparison)
-    lines = [f"**{_md(comparison.task)}**, {TITLES[comparison.metric]}, 95% intervals over seeds", ""]
+    lines = [f"**{_md(comparison.task)}**, {_md(comparison.score.title)}, simultaneous 95% intervals over seeds", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
     for record in records(comparison.table):
         label, *numbers = _texts(record)
@@ -137,15 +155,14 @@ def latex(comparison: Comparison) -> str:
     body = []
     for record in records(comparison.table):
         texts = [_tex(text) for text in _texts(record)]
-        if record["best_group"] and np.isfinite(comparison.critical):
-            texts[1] = rf"\textbf{{{texts[1]}}}"
+        if record["verdict"] == DIFFERS:
+            texts[2] = rf"\textbf{{{texts[2]}}}"
         body.append(" & ".join(texts) + r" \\")
     caption = (
-        f"{TITLES[comparison.metric].capitalize()} on {_tex(comparison.task)}: mean and 95\\% $t$-interval over "
-        "seeds, paired difference to the "
-        "baseline, Holm-adjusted sign-flip $p$. Diverged and failed seeds count at the worst score. Bold: not "
-        "distinguishable from the best stable "
-        "cell (Tukey, 5\\%)."
+        f"{_tex(_capital(comparison.score.title))} on {_tex(comparison.task)}: mean over seeds and difference to the "
+        "baseline seed by seed, with simultaneous 95\\% intervals; $p$ adjusted for all cells. Diverged runs count as "
+        "the worst finished one, failed runs are missing. Bold: differs from the baseline. Equivalent: within "
+        f"$\\pm{comparison.analysis.delta:g}$."
     )
     return "\n".join(
         [
@@ -166,25 +183,24 @@ def latex(comparison: Comparison) -> str:
 
 
 def _heads(comparison: Comparison) -> list[str]:
-    return ["cell", TITLES[comparison.metric], "difference", "p (Holm)", "KL", "accuracy", "finished"]
+    return ["cell", comparison.score.title, "difference", "p", "verdict", "KL", "accuracy", "finished"]
 
 
 def _texts(record: dict[str, Any]) -> list[str]:
-    def span(center: str, low: str, high: str, sign: str) -> str:
-        if not np.isfinite(record[center]):
-            return "–"
-        text = f"{record[center]:{sign}.3f}"
-        return text + (f" [{record[low]:{sign}.3f}, {record[high]:{sign}.3f}]" if np.isfinite(record[low]) else "")
-
     return [
         str(record["label"]),
-        span("mean", "low", "high", ""),
-        span("difference", "difference_low", "difference_high", "+"),
-        f"{record['p_holm']:.3f}" if np.isfinite(record["p_holm"]) else "–",
-        f"{record['reverse_kl_final']:.3f}" if np.isfinite(record["reverse_kl_final"]) else "–",
-        f"{record['accuracy_final']:.3f}" if np.isfinite(record["accuracy_final"]) else "–",
+        mean_span(record["mean"], record["low"], record["high"]),
+        difference_span(record["difference"], record["difference_low"], record["difference_high"]),
+        p_number(record["p"]),
+        record["verdict"] or "–",
+        number(record["reverse_kl_final"]),
+        number(record["accuracy_final"]),
         f"{record['finished']}/{record['seeds']}",
     ]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _md(text: str) -> str:
@@ -199,27 +215,21 @@ def _tex(text: str) -> str:
 
 
 def write_tables(study: Study, comparisons: Sequence[Comparison], folder: Path) -> None:
-    """Summary in every format, one row per cell and seed, effects and interactions."""
+    """Summary in every format, one row per cell and seed, and the frames of the analyses."""
     folder.mkdir(parents=True, exist_ok=True)
     for form in FORMATS:
         suffix = {"latex": "tex"}.get(form, form)
         (folder / f"summary.{suffix}").write_text(formatted(comparisons, form), encoding="utf-8", errors="replace")
     _write_csv(study.cells, folder / "cells.csv")
-    effects = [
-        {
-            "task": c.task,
-            "axis": e.axis,
-            "reference": e.reference,
-            **level._asdict(),
-            "p": e.p,
-            "p_holm": e.p_holm,
-            "share": e.share,
-            "confounded": ", ".join(e.confounded),
-        }
-        for c in comparisons
-        for e in c.effects
-        for level in e.levels
+    for name in ("levels", "effects", "interactions"):
+        _write_csv(_joined(comparisons, name), folder / f"{name}.csv")
+
+
+def _joined(comparisons: Sequence[Comparison], name: str) -> pd.DataFrame:
+    """A frame of the analyses, with the task and the score of every row."""
+    frames = [getattr(comparison.analysis, name) for comparison in comparisons]
+    named = [
+        frame.assign(task=comparison.task, score=comparison.score.name)[["task", "score", *frame.columns]]
+        for comparison, frame in zip(comparisons, frames, strict=True)
     ]
-    _write_csv(pd.DataFrame(effects), folder / "effects.csv")
-    pairs = [{"task": c.task, **pair._asdict()} for c in comparisons for pair in c.interactions]
-    _write_csv(pd.DataFrame(pairs), folder / "interactions.csv")
+    return pd.concat(named, ignore_index=True) if named else pd.DataFrame()

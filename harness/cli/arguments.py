@@ -31,6 +31,10 @@ DeviceOption = Annotated[
     Device | None,
     typer.Option("--device", help="cpu leaves GPUs alone; cuda insists on one; default: what there is."),
 ]
+DeltaOption = Annotated[
+    float | None,
+    typer.Option("--delta", help="Differences smaller than this count as none (equivalent); default 0.05.", min=0.0),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RUNS = Path("runs")

@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from klab.grid import UserError
-from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, run_of
-from klab.harness.cli.report import span
+from klab.grid.score import DEFAULT_SCORE
+from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, run_of
 from klab.harness.cli.table import show
 from klab.harness.cli.text import say, show_json
 
+ScoreOption = Annotated[
+    str, typer.Option("--score", "--metric", help="What to compare by: reward, accuracy, reward_at_kl(0.5), ….")
+]
 CellArgument = Annotated[
     str,
     typer.Argument(
@@ -25,15 +28,18 @@ CellArgument = Annotated[
 def compare(
     first: CellArgument,
     second: CellArgument,
-    metric: Annotated[str, typer.Option("--metric", help="The result to compare by.")] = "reward_final",
+    score: ScoreOption = DEFAULT_SCORE,
+    delta: DeltaOption = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two cells over their seeds: settings that differ, results, seeds in pairs, curves."""
     (run, left), (other, right) = _split(first, runs), _split(second, runs)
     from klab.reports.compare_cells import compare_pair, configuration
+    from klab.reports.inference import DELTA
     from klab.reports.sparkline import sparkline
     from klab.reports.study import load_runs
+    from klab.reports.words import difference_span, p_words
 
     together = load_runs([run, other])
     groups = [
@@ -42,19 +48,15 @@ def compare(
     ]
     if groups[0] == groups[1]:
         raise UserError("both are seeds of the same configuration; name two configurations", key="cell", value=second)
-    pair = compare_pair(together, groups[0], groups[1], metric)
+    pair = compare_pair(together, groups[0], groups[1], score, DELTA if delta is None else delta)
     if as_json:
         show_json(pair.as_dict())
         return
     a, b = pair.labels
     show(("setting", a, b), pair.settings)
     say()
-    rows = [
-        (name, span(*x[:3]), span(*y[:3]), span(*d[:3], sign=True))
-        for name, x, y, d in pair.rows
-        if math.isfinite(x.estimate) or math.isfinite(y.estimate)
-    ]
-    show(("result, mean over seeds", a, b, "difference, same seeds"), rows)
+    rows = [(name, x, y) for name, x, y in pair.rows if math.isfinite(x) or math.isfinite(y)]
+    show(("result, mean over seeds", a, b), rows)
     say()
     show(
         ("seed", a, b, "difference", "states"),
@@ -69,12 +71,18 @@ def compare(
                 (f"{title}, {low:.3g} to {high:.3g}", ""),
                 [(a, sparkline(x_curve, 40, low, high)), (b, sparkline(y_curve, 40, low, high))],
             )
-    c = pair.contrast
-    if c.n == 0:
+    found = pair.contrast
+    if found.pairs == 0:
         say("No seed has ended in both cells: nothing can be said yet.")
         return
-    p = f"p = {c.p:.3f} by sign flips over {c.n} pairs (cannot be below {2.0 ** (1 - c.n):.3g})"
-    say(f"{b} against {a}: {span(c.estimate, c.low, c.high, sign=True)}, {p}, P(better) = {pair.improvement:.2f}")
+    words = difference_span(found.difference, found.low, found.high)
+    if math.isfinite(found.p):
+        words += f", {p_words(found.p)} (adjusted for all cells of the study): {found.verdict}"
+    else:
+        words += f" over {found.pairs} seed{'s' * (found.pairs > 1)}: nothing can be inferred"
+    say(f"{pair.comparison.score.title}, {b} against {a}: {words}")
+    for note in pair.comparison.notes:
+        say(f"note: {note}")
 
 
 def _split(text: str, runs: Path) -> tuple[Path, str]:

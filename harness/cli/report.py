@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from klab.grid import UserError
-from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, grid_of, run_of
+from klab.grid.score import DEFAULT_SCORE, parse_scores
+from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.gradients import measure_run
 from klab.harness.cli.table import console, show
 from klab.harness.cli.text import say, show_json
@@ -30,9 +30,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the page, figures and tables; default: RUN/report.")
     ] = None,
-    metric: Annotated[
-        str, typer.Option("--metric", help="The result to rank by, as reward_final, accuracy_final, reverse_kl_final.")
-    ] = "reward_final",
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--score",
+            "--metric",
+            help="What to compare by: reward (default), accuracy, pass_at_k, training_reward, reward_at_kl(0.5), "
+            "objective(0.05), parts.NAME, …; may be repeated, the first is the main one.",
+        ),
+    ] = None,
+    delta: DeltaOption = None,
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Cell to compare with; default: the grid file's baseline.")
     ] = None,
@@ -60,18 +67,21 @@ def report(
     """Write tables, figures and one page about one run or several; failed and missing cells are listed."""
     if form is not None and form not in FORMATS:
         raise UserError("unknown format", key="--format", value=form, allowed=FORMATS)
+    scores = parse_scores(score or [DEFAULT_SCORE], "--score")
     opened = [run_of(name, runs) for name in runs_given]
-    from klab.reports.comparison import compare
+    from klab.reports.comparison import compare_all
+    from klab.reports.inference import DELTA
     from klab.reports.study import load_runs
     from klab.reports.tables import formatted
 
     paths = [run.path for run in opened]
     only = None if grid is None else {cell.id for cell in grid_of(grid).cells}
+    margin = DELTA if delta is None else delta
     if form is not None:
         study = load_runs(paths, baseline=baseline, only=only)
-        say(formatted([compare(study, task, metric) for task in study.tasks], form).rstrip("\n"))
+        say(formatted(compare_all(study, scores, margin), form).rstrip("\n"))
         return
-    from klab.reports.page import render
+    from klab.reports.page import write_report
 
     with console().status("report") as status:
         if gradients:
@@ -79,12 +89,14 @@ def report(
             for run in opened:
                 with suppress(OSError):
                     measure_run(run, MEASURED, own_code=measure)
-        page = render(
-            paths,
+        status.update("report: reading")
+        study = load_runs(paths, baseline=baseline, only=only)
+        status.update("report: comparing")
+        comparisons = compare_all(study, scores, margin)
+        page = write_report(
+            study,
+            comparisons,
             out,
-            metric=metric,
-            baseline=baseline,
-            only=only,
             figures=figures,
             progress=lambda text: status.update(f"report: {text}"),
         )
@@ -96,9 +108,8 @@ def report(
     if as_json:
         show_json({"page": str(page)})
         return
-    study = load_runs(paths, baseline=baseline, only=only)
-    for task in study.tasks:
-        _show(compare(study, task, metric))
+    for comparison in comparisons:
+        _show(comparison)
     for note in study.notes:
         say(f"note: {note}")
     say(str(page))
@@ -106,28 +117,24 @@ def report(
 
 def _show(comparison: Comparison) -> None:
     from klab.reports.frame import records
-    from klab.reports.schema import TITLES
+    from klab.reports.words import difference_span, mean_span, number, p_number
 
-    rows = []
-    for record in records(comparison.table.head(_LINES)):
-        rows.append(
-            (
-                record["label"],
-                span(record["mean"], record["low"], record["high"]),
-                span(record["difference"], record["difference_low"], record["difference_high"], sign=True),
-                record["reverse_kl_final"] if math.isfinite(record["reverse_kl_final"]) else None,
-                f"{record['finished']}/{record['seeds']}",
-                "best" if record["best_group"] else "",
-            )
+    rows = [
+        (
+            record["label"],
+            mean_span(record["mean"], record["low"], record["high"]),
+            difference_span(record["difference"], record["difference_low"], record["difference_high"]),
+            p_number(record["p"]),
+            record["verdict"],
+            number(record["reverse_kl_final"]),
+            f"{record['finished']}/{record['seeds']}",
         )
-    show(("cell", TITLES[comparison.metric], "against the baseline", "KL", "finished", ""), rows, title=comparison.task)
+        for record in records(comparison.table.head(_LINES))
+    ]
+    title = comparison.score.title
+    show(("cell", title, "against the baseline", "p", "verdict", "KL", "finished"), rows, title=comparison.task)
     if (rest := len(comparison.table) - _LINES) > 0:
         say(f"… and {rest} more cells; the page has them all.")
-
-
-def span(center: float, low: float, high: float, sign: bool = False) -> str:
-    """A mean with its interval, as text."""
-    if not math.isfinite(center):
-        return ""
-    form = "+.3f" if sign else ".3f"
-    return f"{center:{form}}" + (f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) else "")
+    say(comparison.analysis.headline)
+    for note in comparison.notes:
+        say(f"note: {note}")

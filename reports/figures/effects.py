@@ -1,35 +1,39 @@
-"""What each axis does: main effects against the baseline's value, and heat maps of two-axis interactions."""
+"""What each axis does: differences from the baseline's value, and heat maps of two-axis interactions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import INK, MUTED, RULE, WIDE, Drawing, canvas, look, shortened, styled
-from klab.reports.schema import TITLES
+from klab.reports.findings import axis_findings
+from klab.reports.frame import records
 from klab.reports.study import Study
+from klab.reports.words import difference_span, p_words
 
 
 def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
-    """One line per axis value: its effect on the score with a 95% interval."""
-    effects = [
-        effect for effect in comparison.effects if any(np.isfinite(level.estimate) for level in effect.levels[1:])
-    ]
-    if not effects:
+    """One line per axis value: its difference from the baseline's value, with its interval."""
+    levels: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in records(comparison.analysis.levels):
+        if np.isfinite(row["difference"]):
+            levels.setdefault(row["axis"], {})[str(row["value"])] = row
+    titles = {axis.key: axis for axis in study.axes}
+    effects = [effect for effect in axis_findings(study, comparison) if effect.axis in levels and effect.axis in titles]
+    if not effects or comparison.baseline is None:
         return None
-    order = {axis.key: axis for axis in study.axes}
-    rows = sum(len(effect.levels) + 0.9 for effect in effects)
+    base = study.values[comparison.baseline]
+    rows = sum(len(levels[effect.axis]) + 1.9 for effect in effects)
     with styled():
         figure, (axes,) = canvas(WIDE, 0.45 + 0.185 * rows)
         drawing = Drawing(
             "effects",
             "What each axis changes",
-            "Change of the score when one axis leaves the baseline's value, the others held; bars are 95% intervals "
-            "over seeds. Axes in order of "
-            "the largest change. Right: p of the axis, adjusted by Holm.",
-            "Axes by size of their effect: "
-            + ", ".join(f"{effect.axis} {effect.spread:.3f}" for effect in effects)
-            + ".",
+            "Difference from the baseline's value between cells that differ in nothing else; bars are 95% intervals, "
+            "simultaneous over all values. Right: the verdict and p of the axis.",
+            "Axes: " + ", ".join(f"{effect.axis} {effect.words}" for effect in effects) + ".",
             figure,
         )
         place = 0.0
@@ -37,29 +41,34 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
         names: list[str] = []
         headings: list[tuple[float, str, str]] = []
         for effect in effects:
-            axis = order[effect.axis]
-            headings.append((place, axis.title, _p_text(effect.p_holm, effect.confounded)))
+            axis = titles[effect.axis]
+            note = f"{effect.verdict}, {p_words(effect.p)}" if np.isfinite(effect.p) else "no inference"
+            headings.append((place, axis.title, note))
             place -= 1
-            levels = {level.value: level for level in effect.levels}
-            for value in [value for value in axis.values if value in levels]:
-                level = levels[value]
+            for value in axis.values:
+                reference, level = value == base[axis.key], levels[axis.key].get(value)
+                if level is None and not reference:
+                    continue
                 style = look(axis.values.index(value))
-                reference = value == effect.reference
-                if np.isfinite(level.low) and not reference:
-                    axes.plot([level.low, level.high], [place, place], color=style["color"], linewidth=2.2, alpha=0.5)
+                if level is not None and np.isfinite(level["low"]):
+                    axes.plot(
+                        [level["low"], level["high"]], [place, place], color=style["color"], linewidth=2.2, alpha=0.5
+                    )
                 (point,) = axes.plot(
-                    0.0 if np.isnan(level.estimate) else level.estimate,
+                    0.0 if level is None else level["difference"],
                     place,
                     linestyle="none",
                     markersize=5,
-                    marker="x" if np.isnan(level.estimate) else style["marker"],
-                    color=MUTED if np.isnan(level.estimate) else style["color"],
+                    marker=style["marker"],
+                    color=style["color"],
                     markerfacecolor="none" if reference else style["color"],
                 )
-                words = "the reference" if reference else f"{level.estimate:+.3f} [{level.low:+.3f}, {level.high:+.3f}]"
-                if np.isnan(level.estimate):
-                    words = "cannot be separated from " + ", ".join(effect.confounded)
-                point.set_gid(drawing.tip(f"{effect.axis} = {value}: {words}; {level.cells} cells"))
+                words = "the baseline's value"
+                if level is not None:
+                    words = (
+                        f"{difference_span(level['difference'], level['low'], level['high'])}, {p_words(level['p'])}"
+                    )
+                point.set_gid(drawing.tip(f"{effect.axis} = {value}: {words}"))
                 ticks.append(place)
                 names.append(shortened(value, 30))
                 place -= 1
@@ -70,7 +79,7 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"change of {TITLES[comparison.metric]}")
+        axes.set_xlabel(f"change of the {comparison.score.title}")
         for at, title, note in headings:
             axes.text(0.0, at, title, fontweight="bold", va="center", transform=axes.get_yaxis_transform())
             axes.text(
@@ -79,31 +88,27 @@ def main_effect_plot(study: Study, comparison: Comparison) -> Drawing | None:
     return drawing
 
 
-def _p_text(p: float, confounded: tuple[str, ...]) -> str:
-    if confounded:
-        return "confounded with " + ", ".join(confounded)
-    if np.isnan(p):
-        return "no test: one seed"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
-    """Share of variance of every pair of axes, and mean scores of the strongest pair; None when the design crosses no
+    """Largest interaction of every pair of axes, and mean scores of the clearest pair; None when the design crosses no
     axes.
     """
     import seaborn
 
-    crossed = [pair for pair in comparison.interactions if pair.freedom > 0 and np.isfinite(pair.share)]
+    axes_of = {axis.key: axis for axis in study.axes}
+    crossed = [
+        row
+        for row in records(comparison.analysis.interactions)
+        if np.isfinite(row["difference"]) and row["axis"] in axes_of and row["other"] in axes_of
+    ]
     if not crossed:
         return None
-    axes_of = {axis.key: axis for axis in study.axes}
-    keys = [axis.key for axis in study.axes if any(axis.key in (pair.first, pair.second) for pair in crossed)]
-    shares = np.full((len(keys), len(keys)), np.nan)
-    for pair in crossed:
-        i, j = sorted((keys.index(pair.first), keys.index(pair.second)))
-        shares[j, i] = pair.share
-    top = crossed[0]
-    first, second = axes_of[top.first], axes_of[top.second]
+    keys = [axis.key for axis in study.axes if any(axis.key in (row["axis"], row["other"]) for row in crossed)]
+    sizes = np.full((len(keys), len(keys)), np.nan)
+    for row in crossed:
+        i, j = sorted((keys.index(row["axis"]), keys.index(row["other"])))
+        sizes[j, i] = abs(row["difference"])
+    top = min(crossed, key=lambda row: (np.nan_to_num(row["p"], nan=2.0), -abs(row["difference"])))
+    first, second = axes_of[top["axis"]], axes_of[top["other"]]
     means = np.full((len(second.values), len(first.values)), np.nan)
     for j, value in enumerate(first.values):
         for i, other in enumerate(second.values):
@@ -117,31 +122,25 @@ def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
                 means[i, j] = present.mean()
     with styled():
         figure, (left, right) = canvas(WIDE, 1.2 + 0.3 * max(len(keys), len(second.values)), 1, 2)
-        p = (
-            "p < 0.001"
-            if top.p_holm < 0.001
-            else f"p = {top.p_holm:.3f}"
-            if np.isfinite(top.p_holm)
-            else "not testable"
-        )
+        span = difference_span(top["difference"], top["low"], top["high"])
         drawing = Drawing(
             "interactions",
             "Which axes act together",
-            "Left: share of the variance between observations (seeds removed) that a pair of axes explains beyond "
-            "their main effects. Right: mean "
-            f"score for the strongest pair, {first.title} × {second.title} ({p}, Holm over all pairs).",
-            f"The strongest interaction is {first.key} with {second.key}: {top.share:.1%} of the variance.",
+            "Left: by how much the difference that a value of one axis makes changes with a value of the other, the "
+            "clearest pair of values. Right: mean score for the clearest pair of axes, "
+            f"{first.title} × {second.title} ({span}, {p_words(top['p'])}, {top['verdict']}).",
+            f"The clearest interaction is {first.key} with {second.key}: {span}.",
             figure,
         )
         names = [axes_of[key].short for key in keys]
         text = {"fontsize": 7}
         seaborn.heatmap(
-            shares[1:, :-1] * 100,
-            mask=np.isnan(shares[1:, :-1]),
+            sizes[1:, :-1],
+            mask=np.isnan(sizes[1:, :-1]),
             ax=left,
             cmap="crest",
             annot=True,
-            fmt=".1f",
+            fmt=".2f",
             cbar=False,
             vmin=0,
             linewidths=1.5,
@@ -154,7 +153,7 @@ def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
             means,
             mask=np.isnan(means),
             ax=right,
-            cmap="crest_r" if not comparison.higher else "crest",
+            cmap="crest_r" if not comparison.score.higher else "crest",
             annot=means.size <= 80,
             fmt=".2f",
             cbar=False,
@@ -164,7 +163,7 @@ def interaction_maps(study: Study, comparison: Comparison) -> Drawing | None:
             yticklabels=[shortened(v, 18) for v in second.values],
             annot_kws=text,
         )
-        left.set_title("% of variance")
+        left.set_title("size of the interaction")
         right.set_title(f"mean score: {first.short} × {second.short}")
         for axes in (left, right):
             axes.grid(False)

@@ -7,7 +7,6 @@ import pandas as pd
 
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import NARROW, WIDE, Drawing, canvas, shortened, styled
-from klab.reports.schema import TITLES
 
 
 def bias_variance_plane(comparison: Comparison, gradients: pd.DataFrame | None) -> Drawing | None:
@@ -35,7 +34,7 @@ def bias_variance_plane(comparison: Comparison, gradients: pd.DataFrame | None) 
             figure,
         )
         points = axes.scatter(rows["variance"], rows["bias"], c=table["mean"], cmap="viridis", s=26, zorder=3)
-        figure.colorbar(points, ax=axes, label=TITLES[comparison.metric], pad=0.01).outline.set_visible(False)
+        figure.colorbar(points, ax=axes, label=comparison.score.title, pad=0.01).outline.set_visible(False)
         for label, (_, row) in zip(table["label"], rows.iterrows(), strict=True):
             (point,) = axes.plot(row["variance"], row["bias"], marker="o", markersize=6, alpha=0.0, linestyle="none")
             point.set_gid(

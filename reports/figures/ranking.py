@@ -1,4 +1,4 @@
-"""Cells ranked with intervals and critical groups, and every seed of the main cells."""
+"""Cells ranked with intervals, and every seed of the main cells."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from klab.reports.figures.style import (
     styled,
 )
 from klab.reports.frame import records
-from klab.reports.schema import TITLES
 
 MOST = 30
 
 
 def ranking(comparison: Comparison) -> Drawing | None:
-    """The best cells, the baseline and the last one, best on top; cells joined by a bar cannot be told apart."""
+    """The best cells, the baseline and the last one, best on top."""
     table = records(comparison.table)
     rows = [i for i, record in enumerate(table) if np.isfinite(record["mean"])]
     if not rows:
@@ -45,14 +44,9 @@ def ranking(comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "ranking",
             "Cells ranked",
-            "Dots are means, bars 95% t-intervals over seeds, small marks single seeds. "
-            + (f"Hollow: a seed was lost and counts at the worst score ({comparison.worst:.3g}). " if lossy else "")
-            + "Cells joined by a vertical bar cannot be told apart by Tukey's test at 5% with seeds as blocks"
-            + (
-                f" (critical difference {comparison.critical:.3f})."
-                if np.isfinite(comparison.critical)
-                else "; with one seed nothing can be."
-            )
+            "Dots are means, bars 95% intervals that hold for all cells together, small marks single seeds. "
+            + (f"Hollow: a seed diverged (counts as {comparison.worst:.3g}) or failed (missing). " if lossy else "")
+            + "Coloured: differs from the baseline for the better; diamond: the baseline."
             + (f" {left_out} cells between are left out; the table has them." if left_out else ""),
             "Best first: " + ", ".join(table[row]["label"] for row in chosen[:5]) + ".",
             figure,
@@ -60,7 +54,7 @@ def ranking(comparison: Comparison) -> Drawing | None:
         for row in chosen:
             record = table[row]
             base = record["group"] == comparison.baseline
-            color = SERIES[1] if base else SERIES[0] if record["best_group"] else MUTED
+            color = SERIES[1] if base else SERIES[0] if record["better"] else MUTED
             y = place[row]
             seeds = comparison.scores[column[record["group"]]]
             axes.plot(
@@ -92,35 +86,18 @@ def ranking(comparison: Comparison) -> Drawing | None:
             )
         axes.set_yticks([place[row] for row in chosen], [shortened(_name(table[row]), 44) for row in chosen])
         for label, row in zip(axes.get_yticklabels(), chosen, strict=True):
-            label.set_color(INK if table[row]["best_group"] or table[row]["group"] == comparison.baseline else MUTED)
-        axes.set_xlabel(TITLES[comparison.metric])
+            label.set_color(INK if table[row]["better"] or table[row]["group"] == comparison.baseline else MUTED)
+        axes.set_xlabel(comparison.score.title)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-len(chosen) + 0.4, 0.6)
-        _critical_bars(axes, comparison, place)
     return drawing
 
 
 def _name(record: dict[str, Any]) -> str:
     lost = record["diverged"] + record["failed"]
     return f"{record['label']}  ({record['finished']}/{record['seeds']} finished)" if lost else str(record["label"])
-
-
-def _critical_bars(axes: Any, comparison: Comparison, place: dict[int, int]) -> None:
-    spans = [(first, last) for first, last in comparison.tied if last > first and first in place]
-    for k, (first, last) in enumerate(spans[:12]):
-        visible = [row for row in place if first <= row <= last]
-        x = 1.012 + 0.014 * k
-        axes.plot(
-            [x, x],
-            [place[min(visible)] + 0.25, place[max(visible)] - 0.25],
-            color=SERIES[0] if k == 0 else MUTED,
-            linewidth=2.4 if k == 0 else 1.6,
-            transform=axes.get_yaxis_transform(),
-            clip_on=False,
-            solid_capstyle="butt",
-        )
 
 
 def seed_lines(comparison: Comparison) -> Drawing | None:
@@ -138,8 +115,8 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "seeds",
             "Seed by seed",
-            "Final score of the best cells, the baseline and the last one, by training seed. Hollow marks are lost "
-            "seeds at the worst score. "
+            "Final score of the best cells, the baseline and the last one, by training seed. Hollow marks are "
+            "diverged seeds, at the worst score of a finished one. "
             "Where lines run in parallel a seed shifts all cells alike, and the paired differences of the table are "
             "sharper than the intervals suggest.",
             "Scores by seed for " + ", ".join(labels[group] for group in chosen if group in labels) + ".",
@@ -173,7 +150,7 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
                 ends.append((labels[group], float(values[present[-1]]), style["color"]))
         axes.set_xticks(range(len(seeds)), [str(seed) for seed in seeds])
         axes.set_xlabel("training seed")
-        axes.set_ylabel(TITLES[comparison.metric])
+        axes.set_ylabel(comparison.score.title)
         low, high = axes.get_ylim()
         for (label, _, color), y in zip(
             ends, spread_labels([value for _, value, _ in ends], (high - low) * 0.07), strict=True

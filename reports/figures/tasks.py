@@ -7,8 +7,7 @@ import pandas as pd
 
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import WIDE, Drawing, canvas, look, shortened, styled
-from klab.reports.schema import TITLES
-from klab.reports.statistics import Array, bootstrap_interval, interquartile_mean, optimality_gap, performance_profile
+from klab.reports.statistics import Array, interquartile_mean, optimality_gap, performance_profile
 
 _MOST = 8
 
@@ -36,20 +35,17 @@ def across_tasks(comparisons: list[Comparison]) -> tuple[pd.DataFrame, dict[str,
                 common[label] = np.column_stack([r[:size] for r in runs])
     rows = []
     for label, matrix in common.items():
-        interval = bootstrap_interval(matrix, interquartile_mean)
         rows.append(
             {
                 "label": label,
                 "seeds": matrix.shape[0],
                 "tasks": matrix.shape[1],
-                "iqm": interval.estimate,
-                "iqm_low": interval.low,
-                "iqm_high": interval.high,
+                "iqm": interquartile_mean(matrix),
                 "mean": float(matrix.mean()),
                 "optimality_gap": optimality_gap(matrix),
             }
         )
-    columns = ["label", "seeds", "tasks", "iqm", "iqm_low", "iqm_high", "mean", "optimality_gap"]
+    columns = ["label", "seeds", "tasks", "iqm", "mean", "optimality_gap"]
     return pd.DataFrame(rows, columns=columns).sort_values("iqm", ascending=False, ignore_index=True), common
 
 
@@ -80,7 +76,7 @@ def profiles(comparisons: list[Comparison]) -> Drawing | None:
                 linestyle=style["linestyle"],
                 label=shortened(label),
             )
-        axes.set_xlabel(f"{TITLES[comparisons[0].metric]} above")
+        axes.set_xlabel(f"{comparisons[0].score.title} above")
         axes.set_ylabel("share of runs")
         axes.legend(loc="lower left")
     return drawing

@@ -9,7 +9,6 @@ import numpy as np
 
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import INK, MUTED, NARROW, RULE, SERIES, WIDE, Drawing, canvas, shortened, styled
-from klab.reports.schema import TITLES
 from klab.reports.statistics import t_interval
 from klab.reports.study import Study
 
@@ -39,7 +38,7 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
     stable = table["stable"].to_list()
     candidates = [i for i in range(len(x)) if stable[i]] or list(range(len(x)))
     front = [candidates[i] for i in pareto_front([x[i] for i in candidates], [y[i] for i in candidates])]
-    if not comparison.higher:
+    if not comparison.score.higher:
         front = []
     beta = _coefficient(study, comparison)
     with styled():
@@ -47,14 +46,15 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
         drawing = Drawing(
             "tradeoff",
             "Reward against distance from the reference",
-            "One point per cell, means over seeds with 95% t-intervals. "
-            + ("" if all(stable) else "Hollow: a seed was lost and counts at the worst score. ")
+            "One point per cell, means over seeds; bars of the score are simultaneous 95% intervals, those of the KL "
+            "t-intervals. "
+            + ("" if all(stable) else "Hollow: a seed diverged or failed. ")
             + "The stepped line joins the cells that no other stable cell beats on both"
             + (f"; the thin lines have equal E[R] − β·KL for the baseline's β = {beta:g}." if beta else "."),
             "Pareto front of reward against KL: " + ", ".join(table["label"].iloc[i] for i in front[:6]) + ".",
             figure,
         )
-        label = TITLES[comparison.metric]
+        label = comparison.score.title
         axes.set_xlabel("KL(policy ‖ reference), nats per trajectory")
         axes.set_ylabel(label)
         for i, row in enumerate(table.itertuples()):
@@ -92,7 +92,7 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
                 [x[i] for i in front], [y[i] for i in front], where="post", color=SERIES[0], linewidth=1.0, alpha=0.6
             )
         axes.set_xlim(left=max(axes.get_xlim()[0], -0.03 * axes.get_xlim()[1]))
-        if beta and comparison.higher:
+        if beta and comparison.score.higher:
             _iso_lines(axes, beta)
         base_at = [i for i, group in enumerate(table["group"]) if group == comparison.baseline]
         _place_labels(

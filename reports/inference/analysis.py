@@ -81,29 +81,40 @@ class Analysis:
     alpha: float = ALPHA
 
 
-def analyse(frame: pd.DataFrame, baseline: Mapping[str, Any], delta: float = DELTA, *, higher: bool = True) -> Analysis:
+def analyse(
+    frame: pd.DataFrame,
+    baseline: Mapping[str, Any] | None,
+    delta: float = DELTA,
+    *,
+    higher: bool = True,
+    share: float = 1.0,
+) -> Analysis:
     """The inference of a study.
 
     Args:
         frame: one row per run: a column per axis (values as written), ``seed``, ``score`` (NaN where missing) and
             ``state`` (``finished``, ``diverged``, ``failed``, ``missing``). A column ``task`` is a stratum.
-        baseline: the baseline's value on every axis.
+        baseline: the baseline's value on every axis; None: there is none, and nothing is compared.
         delta: differences smaller than this count as none.
         higher: whether a higher score is better.
+        share: the part of the error rate that this analysis may use, where several are shown together. p is scaled
+            with it, so that 0.05 stays the threshold.
 
     Raises:
         UserError: for a column, state, axis or value that is not there, and for two rows of one cell and seed.
     """
     if not (np.isfinite(delta) and delta >= 0):
         raise UserError("the margin of equivalence is a number of at least 0", key="delta", value=delta)
-    return _Inference(read_design(frame, baseline, higher), float(delta), higher).analysis()
+    if not 0 < share <= 1:
+        raise UserError("not a share of the error rate, 0 < share ≤ 1", key="share", value=share)
+    return _Inference(read_design(frame, baseline, higher), float(delta), higher, ALPHA * share).analysis()
 
 
 class _Inference:
     """Everything that is estimated, as rows of one table of estimates, and the tables made of it."""
 
-    def __init__(self, design: Design, delta: float, higher: bool) -> None:
-        self.design, self.delta, self.higher = design, delta, higher
+    def __init__(self, design: Design, delta: float, higher: bool, alpha: float) -> None:
+        self.design, self.delta, self.higher, self.alpha = design, delta, higher, alpha
         n = design.n
         self.lost = all(cell < 0 or n[cell] == 0 for cell in design.baseline)
         self.several = len(design.tasks) > 1
@@ -148,7 +159,7 @@ class _Inference:
         return self.estimates.family(rows, alpha, self.delta, joint)
 
     def analysis(self) -> Analysis:
-        means = self._family(self._rows("means"), ALPHA)
+        means = self._family(self._rows("means"), self.alpha)
         cells = self._named(np.arange(self.design.cells, dtype=np.intp))
         cells["n"], cells["mean"], cells["low"], cells["high"] = self.design.n, means.estimate, means.low, means.high
         cells["diverged"] = self.design.diverged
@@ -165,6 +176,7 @@ class _Inference:
             interactions=self._interactions(),
             notes=notes(self.design, self.lost),
             delta=self.delta,
+            alpha=self.alpha,
         )
         return replace(found, headline=headline(found, self.design, self.lost, self.higher))
 
@@ -175,7 +187,7 @@ class _Inference:
         if self.several:
             rows = np.concatenate([rows, self._rows("across")[changed]])
         share = SHARES[0] if self.squares else ALONE if len(rows) > 1 else 1.0
-        family = self._family(rows, ALPHA * share)
+        family = self._family(rows, self.alpha * share)
         table, across = (
             self._named(self.others),
             self._named(self._representatives(changed if self.several else changed[:0])),
@@ -194,7 +206,7 @@ class _Inference:
     def _effects(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         design = self.design
         averaged = {axis for axis, found in self.pairs.items() if len(found.cells) and not self._single_steps(found)}
-        alpha = _divided(ALPHA * SHARES[1], len(averaged))
+        alpha = _divided(self.alpha * SHARES[1], len(averaged))
         tables, rows = [], []
         for axis, found in self.pairs.items():
             if axis not in averaged:
@@ -223,7 +235,7 @@ class _Inference:
 
     def _interactions(self) -> pd.DataFrame:
         design = self.design
-        alpha = _divided(ALPHA * SHARES[2], len(self.squares))
+        alpha = _divided(self.alpha * SHARES[2], len(self.squares))
         rows = []
         for pair, found in self.squares.items():
             family = no_verdicts(len(found.values)) if self.lost else self._family(self._rows(pair), alpha, joint=False)
@@ -239,7 +251,7 @@ class _Inference:
     def _best(self, means: Family) -> Best | None:
         cells = np.arange(self.design.cells, dtype=np.intp)
         if self.several:
-            means = self._family(self._rows("means across"), ALPHA)
+            means = self._family(self._rows("means across"), self.alpha)
             cells = self._representatives(np.arange(len(self.configurations)))
         ranked = np.where(np.isfinite(means.low), means.estimate, np.nan)
         ranked = ranked if np.isfinite(ranked).any() else means.estimate

@@ -18,6 +18,9 @@ from scipy import sparse
 
 from klab.reports.inference.design import Array, Design, Flags, Indices
 
+ROUNDING = 1e-11
+"""Estimates and standard errors below this multiple of the largest score are 0."""
+
 
 @dataclass(frozen=True)
 class Combinations:
@@ -154,6 +157,7 @@ def crossed_axes(design: Design, squares: dict[tuple[int, int], Matched]) -> NDA
 
 
 def values_of(combinations: Combinations, design: Design) -> Array:
-    """``[M]``, the estimates; NaN where the runs are missing."""
+    """``[M]``, the estimates; NaN where the runs are missing. What rounding leaves of equal scores is 0."""
     estimate = np.asarray(combinations.weights @ design.score, dtype=np.float64)
-    return np.where(combinations.known, estimate, np.nan)
+    noise = ROUNDING * float(np.max(np.abs(design.score), initial=0.0))
+    return np.where(combinations.known, np.where(np.abs(estimate) <= noise, 0.0, estimate), np.nan)

@@ -41,6 +41,7 @@ class Design:
         task: ``[C]``, the index of each cell's task.
         tasks: the tasks as written; one, None, where the frame has no such column.
         baseline: per task, the index of its baseline cell, -1 where no row has it.
+        compared: whether a baseline was named at all; without one the first values stand at its place in `levels`.
         cell, block: ``[N]``, each run's cell, and its block: runs of one task with the same seed.
         score: ``[N]``.
         block_task: per block, the index of its task.
@@ -56,6 +57,7 @@ class Design:
     task: Indices
     tasks: tuple[Any, ...]
     baseline: tuple[int, ...]
+    compared: bool
     cell: Indices
     block: Indices
     block_task: Indices
@@ -73,7 +75,7 @@ class Design:
         return np.bincount(self.cell, minlength=self.cells).astype(np.intp)
 
 
-def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any], higher: bool = True) -> Design:
+def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any] | None, higher: bool = True) -> Design:
     """The design of a tidy frame: one row per run, columns ``seed``, ``score``, ``state``, and one per axis.
 
     Raises:
@@ -92,7 +94,7 @@ def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any], higher: bool =
     keys = {column: [_key(value) for value in written[column]] for column in columns}
     first = {column: _first(keys[column], written[column]) for column in columns}
     references = {axis: _reference(axis, first[axis], baseline) for axis in axes}
-    for key, value in baseline.items():
+    for key, value in (baseline or {}).items():
         if key not in columns:
             raise UserError("the baseline names an axis that the frame does not have", key=key, allowed=columns)
         if key == TASK and _key(value) not in first[TASK]:
@@ -127,7 +129,8 @@ def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any], higher: bool =
         levels=levels,
         task=task,
         tasks=tuple(tasks.values()),
-        baseline=tuple(own.get((i, *([0] * len(axes))), -1) for i in range(len(tasks))),
+        baseline=tuple(-1 if baseline is None else own.get((i, *([0] * len(axes))), -1) for i in range(len(tasks))),
+        compared=baseline is not None,
         cell=cell_of_row[counted],
         block=block[counted],
         block_task=np.asarray([index for index, _ in blocks], dtype=np.intp),
@@ -157,7 +160,9 @@ def _first(keys: Sequence[Hashable], written: Sequence[Any]) -> dict[Hashable, A
     return found
 
 
-def _reference(axis: str, known: Mapping[Hashable, Any], baseline: Mapping[str, Any]) -> Hashable:
+def _reference(axis: str, known: Mapping[Hashable, Any], baseline: Mapping[str, Any] | None) -> Hashable:
+    if baseline is None:
+        return next((key for key in known if key is not None), None)
     if axis not in baseline:
         if len(known) > 1:
             raise UserError("the baseline has no value on this axis", key=axis, allowed=map(str, known.values()))
@@ -197,12 +202,19 @@ def _codes(
     return codes, tuple(levels)
 
 
+def counted_scores(score: Array, states: NDArray[Any], higher: bool = True) -> tuple[Array, float]:
+    """The scores of one task's runs as they count, and the worst score of a finished run (NaN where none finished).
+
+    Finished runs count with their score, diverged ones with that worst score, others not at all (NaN).
+    """
+    finished = np.isfinite(score) & (states == "finished")
+    worst = float((np.min if higher else np.max)(score[finished])) if finished.any() else np.nan
+    return np.where(finished, score, np.where(states == "diverged", worst, np.nan)), worst
+
+
 def _scores(frame: pd.DataFrame, states: NDArray[Any], task: Indices, higher: bool) -> tuple[Array, Flags]:
     score = pd.to_numeric(frame["score"], errors="coerce").to_numpy(dtype=np.float64, copy=True)
-    finished = (states == "finished") & np.isfinite(score)
-    diverged = states == "diverged"
     for index in np.unique(task):
         here = task == index
-        scores = score[here & finished]
-        score[here & diverged] = np.nan if not scores.size else scores.min() if higher else scores.max()
-    return score, (finished | diverged) & np.isfinite(score)
+        score[here] = counted_scores(score[here], states[here], higher)[0]
+    return score, np.isfinite(score)

@@ -19,7 +19,9 @@ def headline(found: Analysis, design: Design, lost: bool, higher: bool) -> str:
     """The answer to "what made a difference, and what is best?" in two or three sentences."""
     if not design.score.size:
         return f"No run has a score: none of {int(design.planned.sum())} finished."
-    if lost:
+    if not design.compared:
+        lead = "There is no baseline: nothing is compared, and no verdict is given"
+    elif lost:
         lead = "The baseline has no score: nothing is compared with it, and no verdict is given"
     elif design.n.max() < 2:
         lead = "One seed per cell: nothing can be inferred, and no difference here is evidence"
@@ -36,11 +38,12 @@ def notes(design: Design, lost: bool) -> tuple[str, ...]:
     if tested.size and tested.min() == 2:
         found.append("Some cells have two seeds only: weak evidence, and differences must be very large to be seen.")
     if lost and design.score.size:
-        found.append("Choose another baseline to have verdicts.")
+        found.append(f"Choose {'another' if design.compared else 'a'} baseline to have verdicts.")
     lost_runs = int(design.planned.sum() - n.sum())
     if lost_runs:
         found.append(
-            f"{_count(lost_runs, 'run')} of {int(design.planned.sum())} without a score count as missing data."
+            f"{_count(lost_runs, 'run')} of {int(design.planned.sum())} without a score "
+            f"count{'s' if lost_runs == 1 else ''} as missing data."
         )
     diverged = int(design.diverged.sum())
     if diverged:
@@ -130,14 +133,15 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _cell(cell: dict[str, Any], design: Design) -> str:
-    """The values in which a cell differs from the baseline."""
+    """The values in which a cell differs from the baseline; all where there is none."""
     parts = []
     for axis, levels in zip(design.axes, design.levels, strict=True):
-        if axis in cell and len(levels) > 1 and not _same(cell[axis], levels[0]):
+        idle = axis in cell and cell[axis] is None and levels[0] is not None
+        if axis in cell and len(levels) > 1 and not idle and not (design.compared and _same(cell[axis], levels[0])):
             parts.append(f"{axis} {_shown(cell[axis])}")
     if TASK in cell and len(design.tasks) > 1:
         parts.append(f"on {_shown(cell[TASK])}")
-    return ", ".join(parts) if parts else "the baseline"
+    return ", ".join(parts) or ("the baseline" if design.compared else "the only cell")
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse, special
 
-from klab.reports.inference.contrasts import Combinations
+from klab.reports.inference.contrasts import ROUNDING, Combinations
 from klab.reports.inference.design import Array, Design, Indices
 from klab.reports.inference.variance import Components
 
@@ -26,8 +26,6 @@ _DRAWS = (6_000, 50_000)
 _NUMBERS = 600_000
 """A family of M is simulated with this many numbers in all, within the bounds of `_DRAWS` per member."""
 _MANY = 1e8
-_ROUNDING = 1e-11
-"""Standard errors below this multiple of the largest score are 0."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def uncertainty(combinations: Combinations, design: Design, components: Componen
         spread += 2 * part**2 / freedom
     nothing = ~combinations.known | (combinations.n < 2) | ~np.isfinite(_worst(squared, components.cell_variance))
     scale = float(np.max(np.abs(design.score), initial=0.0))
-    error = np.where(np.sqrt(total) <= _ROUNDING * scale, 0.0, np.sqrt(total))
+    error = np.where(np.sqrt(total) <= ROUNDING * scale, 0.0, np.sqrt(total))
     with np.errstate(divide="ignore", invalid="ignore"):
         satterthwaite = np.where(spread > 0, 2 * total**2 / spread, np.inf)
     return Uncertainty(

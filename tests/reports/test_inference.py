@@ -291,6 +291,34 @@ def test_identical_scores_are_equivalent_and_a_constant_difference_differs() -> 
     assert found.loc["z", ["low", "high"]].tolist() == pytest.approx([0.4, 0.4])
 
 
+@pytest.mark.parametrize("seeds", [3, 6, 7, 11])
+def test_rounding_is_no_difference(seeds: int) -> None:
+    found = analyse(_frame({"x": [0.1] * seeds, "y": [0.1] * seeds}), {"a": "x"}).contrasts.iloc[0]
+    assert (found["difference"], found["p"], found["verdict"]) == (0.0, 1.0, "equivalent")
+
+
+def test_without_a_baseline_there_are_means_and_no_verdicts() -> None:
+    found = analyse(_study(effect=5.0), None)
+    assert found.headline.startswith("There is no baseline: nothing is compared")
+    assert "No winner: the best mean is that of a 2, b" in found.headline
+    assert len(found.contrasts) == 27
+    for name in TABLES:
+        assert (getattr(found, name)["verdict"] == "undecided").all(), name
+    assert found.cells["low"].notna().all()
+
+
+def test_a_share_of_the_error_rate_makes_intervals_wider_and_p_larger() -> None:
+    frame = _study(effect=0.9)
+    whole, half = analyse(frame, BASE), analyse(frame, BASE, share=0.5)
+    assert half.alpha == pytest.approx(0.025)
+    assert (half.contrasts["high"] > whole.contrasts["high"]).all()
+    assert (half.contrasts["p"] >= whole.contrasts["p"]).all()
+    excludes = (half.contrasts["low"] > 0) | (half.contrasts["high"] < 0)
+    assert (excludes == (half.contrasts["p"] < 0.05)).all()
+    with pytest.raises(UserError, match="share"):
+        analyse(frame, BASE, share=0.0)
+
+
 def test_a_crossover_is_the_headline() -> None:
     cells = DESIGNS["prod"]
     means = np.asarray([3.0 * (cell["a"] - 1) * (cell["b"] - 1) for cell in cells])

@@ -16,6 +16,7 @@ from klab.harness.store import Run
 from klab.reports import Study, load_run, render
 from klab.reports.comparison import compare
 from klab.reports.findings import find
+from klab.reports.words import p_number
 from tests.reports.conftest import HOSTILE
 from tests.reports.synthetic import write_run
 
@@ -86,13 +87,14 @@ def test_every_number_of_the_summary_is_on_the_page(outline: Outline, study: Stu
         assert f"{record['finished']}/{record['seeds']}" in row
         if record["label"] != "baseline":
             assert f"{record['difference']:+.3f}".replace("-", "−") in row
-            assert f"{record['p_holm']:.3f}" in row
+            assert p_number(record["p"]) in row
+            assert record["verdict"] in row
 
 
 def test_the_first_screen_answers(page: Path, outline: Outline) -> None:
     headline = next(heading for heading in outline.headings if "Best is" in heading)
-    assert "Learning rate and KL placement made the difference" in headline
-    assert "Best is placement none with a final reward of 0.7" in headline
+    assert headline.startswith("training.lr (0.0001 against 0.0003: −0.20")
+    assert "made the difference. Best is placement none with a mean of 0.7" in headline
     text = page.read_text()
     assert "2 diverged, 1 failed of 40 runs." in text
     assert {"Best cells", "Which axes matter", "What was lost", "How much evidence"} <= set(outline.headings)
@@ -170,7 +172,8 @@ def test_errors_samples_configuration_and_rerun_are_there(page: Path, run: Run) 
 
 def test_methods_and_provenance(page: Path) -> None:
     text = page.read_text()
-    assert "sign-flip permutation test" in text
+    assert "The score is the held-out reward" in text
+    assert "Henderson" in text
     assert "training seeds 0–4" in text
     assert "core-hours" in text
     assert "design: one_at_a_time" in text
@@ -185,10 +188,10 @@ def _render(run: Run, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("outcome", "expected"),
     [
-        ("diverged", "Every ended seed diverged or failed"),
-        ("failed", "all 4 ended runs diverged or failed"),
-        ("missing", "No cell has ended yet"),
-        ("stopped", "No cell has ended yet"),
+        ("diverged", "No run has a score: none of 4 finished."),
+        ("failed", "No run has a score: none of 4 finished."),
+        ("missing", "No run has a score: none of 4 finished."),
+        ("stopped", "No run has a score: none of 4 finished."),
     ],
 )
 def test_a_run_without_a_single_finished_seed_gives_a_page_that_says_so(
@@ -199,7 +202,7 @@ def test_a_run_without_a_single_finished_seed_gives_a_page_that_says_so(
 
 def test_a_single_seed_and_constant_rewards(small: Small, tmp_path: Path) -> None:
     assert "One seed per cell" in _render(small("one", seeds=1), tmp_path)
-    assert "the same final reward, 0.500" in _render(small("flat", constant=True), tmp_path)
+    assert "All cells are within ±0.05 of the baseline" in _render(small("flat", constant=True), tmp_path)
 
 
 def test_two_tasks_have_a_section_each_and_one_together(small: Small, tmp_path: Path) -> None:
@@ -292,7 +295,7 @@ def test_cells_without_a_gradient_are_told_and_not_called_best_without_a_word(sm
     study = load_run(run.path)
     found = find(study, compare(study, study.tasks[0]))
     assert found.headline.endswith(
-        "But its policy gradient was 0 in every update: it has learnt nothing from its rewards."
+        "But the policy gradient of the best mean was 0 in every update: it has learnt nothing from its rewards."
     )
     assert found.cautions[0] == (
         f"The policy gradient was 0 in every update of {len(stored)} runs (zero_gradient), which learnt nothing from "

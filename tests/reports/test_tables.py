@@ -39,10 +39,10 @@ def test_no_text_in_a_csv_is_a_formula(text: str) -> None:
 
 def test_json_is_strict_and_has_null_for_what_is_missing(comparison: Comparison) -> None:
     data = json.loads(formatted([comparison], "json"), parse_constant=lambda name: pytest.fail(name))
-    cells = data["tasks"][0]["cells"]
-    baseline = next(cell for cell in cells if cell["label"] == "baseline")
+    (found,) = data["comparisons"]
+    baseline = next(row for row in found["table"] if row["label"] == "baseline")
     assert baseline["p"] is None
-    assert {effect["axis"] for effect in data["tasks"][0]["effects"]} == {
+    assert {effect["axis"] for effect in found["effects"]} == {
         "estimator",
         "placement",
         "weight",
@@ -90,7 +90,7 @@ def test_latex_escapes_what_a_name_may_hold(comparison: Comparison) -> None:
     from dataclasses import replace
 
     rows = _rows(formatted([replace(comparison, table=table)], "latex"))
-    assert {len(row) for row in rows} == {7}
+    assert {len(row) for row in rows} == {8}
     assert rows[0][0].startswith("{[}a]")
     assert r"\input" not in rows[0][0]
 

@@ -50,7 +50,9 @@ def test_report_writes_the_page_and_prints_the_table_and_its_path(
     ("words", "expected"),
     [
         (("report", "quick", "--format", "pdf"), "'pdf'"),
-        (("report", "quick", "--metric", "reward"), "reward_final"),
+        (("report", "quick", "--score", "rewrad"), "did you mean 'reward'"),
+        (("report", "quick", "--metric", "reward_at_kl"), "needs a number"),
+        (("report", "quick", "--score", "parts.format", "--format", "csv"), "parts.format"),
         (("report", "quick", "--baseline", "nothing"), "no such cell"),
         (("report", "nothing"), "no such run"),
         (("compare", "quick", "quick"), "RUN:CELL"),
@@ -73,12 +75,12 @@ def test_compare_in_words_and_as_json(runs: Path, capsys: pytest.CaptureFixture[
     assert _klab(*words) == 0
     out = capsys.readouterr().out
     assert "objective.weight" in out
-    assert "P(better)" in out
+    assert "held-out reward, weight power against baseline" in out
     assert _klab(*words, "--json") == 0
     data = json.loads(capsys.readouterr().out)
     by_seed = [row["second"] - row["first"] for row in data["seeds"]]
-    assert data["difference"]["estimate"] == pytest.approx(sum(by_seed) / 3)
-    assert data["difference"]["n"] == 3
+    assert data["contrast"]["difference"] == pytest.approx(sum(by_seed) / 3)
+    assert data["contrast"]["pairs"] == 3
 
 
 def test_watch_shows_curves_and_ends_when_nothing_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
