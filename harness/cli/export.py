@@ -35,9 +35,9 @@ def export(
     if cell in algorithm_names() and (own := load_algorithm(cell).training):
         found = replace(found, differences=(*found.differences, f"its training settings are left out: {own}"))
     if as_json:
-        show_json({"settings": found.settings, "differences": list(found.differences)})
+        show_json({"target": found.target, "settings": found.settings, "differences": list(found.differences)})
         return
-    say(f"# {cell}: {'arguments of trl.GRPOConfig' if to is Peer.trl else 'overrides of verl.trainer.main_ppo'}")
+    say(f"# {cell}: {found.target}")
     for difference in found.differences:
         say(f"# differs: {difference}")
     say(dump_yaml(found.settings, sort_keys=True).rstrip("\n"))

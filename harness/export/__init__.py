@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from klab.harness.export.translation import Export, Setting
-from klab.harness.export.trl import trl
-from klab.harness.export.verl import verl
+from klab.harness.export.setting import Export, Setting
+from klab.harness.export.trl import trl_arguments
+from klab.harness.export.verl import verl_overrides
 
-PEERS: dict[str, Callable[[Setting], Export]] = {"trl": trl, "verl": verl}
+PEERS: dict[str, Callable[[Setting], Export]] = {"trl": trl_arguments, "verl": verl_overrides}
 """How each peer's settings are made."""
 
-__all__ = ["PEERS", "Export", "Setting", "trl", "verl"]
+__all__ = ["PEERS", "Export", "Setting"]

@@ -1,4 +1,4 @@
-"""A cell as arguments of `trl.GRPOConfig`, TRL 1.16.
+"""A cell as arguments of `trl.GRPOConfig` or `trl.RLOOConfig`, TRL 1.16.
 
 The correspondence is that of TRL's code, not of its documentation: comments say what decides it.
 """
@@ -7,112 +7,201 @@ from __future__ import annotations
 
 from typing import Any
 
-from klab.grid import UserError
+from klab.grid import Objective, UserError
 from klab.grid.schema.sections import TrainingSection
-from klab.harness.export.translation import (
+from klab.harness.export.family import Condition, Family, find
+from klab.harness.export.setting import (
     Export,
     Setting,
-    Translation,
     overlong_differences,
     require_own_fresh_rollouts,
+    sampler_differences,
 )
 
+GRPO, RLOO = "arguments of trl.GRPOConfig", "arguments of trl.RLOOConfig"
 
-def trl(setting: Setting) -> Export:
-    """Arguments of `trl.GRPOConfig`.
+_CLIPPED = {"sequence_mean": "grpo", "token_mean": "dapo", "constant": "dr_grpo", "sequence_sum": "luspo"}
+_SCALES = {"group_norm": "group", "group_center": "none", "group_center_batch_norm": "batch"}
+_SHARED: dict[str, tuple[str, ...]] = {
+    "estimator": ("k3",),
+    "placement": ("loss", "loss_corrected", "none"),
+    "advantage": tuple(_SCALES),
+    "path": ("score", "ratio"),  # equal: the advantage is constant along a trajectory
+}
+_STD = {"std": "sample", "eps": 1e-4}
+
+
+def _grpo(objective: Objective) -> dict[str, Any]:
+    """What does not depend on the loss type: KL and advantage."""
+    kl: dict[str, Any] = {"beta": 0.0}
+    if objective.placement != "none":
+        kl = {"beta": objective.beta, "use_bias_correction_kl": objective.placement == "loss_corrected"}
+    level = {"token": "token", "sequence_mean": "sequence"}[objective.ratio]
+    return {**kl, "scale_rewards": _SCALES[objective.advantage], "importance_sampling_level": level}
+
+
+def _clipped(objective: Objective) -> dict[str, Any]:
+    widths = {"epsilon": objective.eps_low, "epsilon_high": objective.eps_high}
+    delta = {"delta": objective.c} if objective.weight == "dual_clip" else {}
+    return {**_grpo(objective), "loss_type": _CLIPPED[objective.aggregation], **widths, **delta}
+
+
+def _cispo(objective: Objective) -> dict[str, Any]:
+    return {**_grpo(objective), "loss_type": "cispo", "epsilon_high": objective.cap}
+
+
+def _sapo(objective: Objective) -> dict[str, Any]:
+    temperatures = {"sapo_temperature_pos": objective.tau_pos, "sapo_temperature_neg": objective.tau_neg}
+    return {**_grpo(objective), "loss_type": "sapo", **temperatures}
+
+
+def _rloo(objective: Objective) -> dict[str, Any]:
+    beta = 0.0 if objective.placement == "none" else objective.beta
+    return {"beta": beta, "epsilon": objective.eps_low, "epsilon_high": objective.eps_high}
+
+
+FAMILIES = (
+    Family(
+        "GRPOTrainer",
+        GRPO,
+        {
+            **_SHARED,
+            "ratio": ("token", "sequence_mean"),
+            "weight": ("ppo_clip", "dual_clip"),
+            "aggregation": tuple(_CLIPPED),
+        },
+        _clipped,
+        conventions=_STD,
+        # `delta` caps the ratio before the minimum, for both signs of A: where A > 0 only the clip may act
+        conditions=(
+            Condition(
+                "c",
+                lambda objective: objective.weight != "dual_clip" or objective.c >= 1.0 + objective.eps_high,
+                "its delta caps ratios of positive advantages too, and must not be below 1 + eps_high",
+            ),
+        ),
+    ),
+    Family(
+        "GRPOTrainer's CISPO",
+        GRPO,
+        {
+            **_SHARED,
+            "path": ("score",),
+            "ratio": ("token", "sequence_mean"),
+            "weight": ("truncate",),
+            "aggregation": ("token_mean",),
+        },
+        _cispo,
+        conventions=_STD,
+    ),
+    Family(
+        "GRPOTrainer's SAPO",
+        GRPO,
+        {**_SHARED, "ratio": ("token",), "weight": ("sigmoid",), "aggregation": ("sequence_mean",)},
+        _sapo,
+        conventions=_STD,
+    ),
+    Family(
+        "RLOOTrainer",
+        RLOO,
+        {
+            "estimator": ("k1",),
+            "placement": ("reward", "none"),
+            "ratio": ("sequence_product",),
+            "weight": ("ppo_clip",),
+            "advantage": ("leave_one_out",),
+            "aggregation": ("sequence_sum",),
+            "path": ("score",),
+        },
+        _rloo,
+        fixed={"kl_scale": "sum", "kl_at": "rollout"},
+    ),
+)
+"""What TRL trains; the gradients of all its points are compared in `tests/parity`."""
+
+
+def trl_arguments(setting: Setting) -> Export:
+    """Arguments of TRL's configuration.
 
     Raises:
-        UserError: naming the axis that TRL cannot express, and why.
+        UserError: naming the axis or setting that TRL cannot express, and why.
     """
-    translation = Translation(setting, "TRL")
-    found: dict[str, Any] = {**_kl(translation), **_weight(translation), **_advantage(translation)}
+    family, objective, differences = find(FAMILIES, setting, "TRL")
+    found = family.settings(objective)
     training = setting.training
     if training is not None:
         require_own_fresh_rollouts(training, "TRL")
-        chosen, differences = _selection(training)
-        translation.differences += differences
-        found |= {
-            **chosen,
-            "learning_rate": training.lr,
-            "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
-            "warmup_steps": training.warmup_updates,
-            "weight_decay": training.weight_decay,
-            "adam_beta1": training.adam_beta1,
-            "adam_beta2": training.adam_beta2,
-            "adam_epsilon": training.adam_eps,
-            "max_grad_norm": training.clip_norm or 0.0,
-            "max_steps": training.updates,
-            "num_generations": training.group_size,
-            "per_device_train_batch_size": training.prompts * training.group_size // training.minibatches,
-            "steps_per_generation": training.minibatches,
-            "num_iterations": training.updates_per_rollout,
-            "temperature": training.temperature,
-            "top_p": training.top_p,
-        }
+        chosen, more = _training(training, family.target)
+        found |= chosen
+        differences += more
     if setting.max_new_tokens:
         found["max_completion_length"] = setting.max_new_tokens
-    return Export(found, tuple(translation.differences))
+    if family.target == RLOO:
+        differences.append("RLOOTrainer has no mask of environment tokens: tasks of one turn only")
+    return Export(found, tuple(differences), family.target, objective)
 
 
-def _selection(training: TrainingSection) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of `trl.GRPOConfig`, and what they leave different.
+def _training(training: TrainingSection, target: str) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of the schedule, the rollouts and the optimizer, and what they leave different.
 
     Raises:
-        UserError: groups that leave the update or are replaced.
+        UserError: groups that leave the update or are replaced, a β that changes, a critic.
     """
-    if training.equal_groups != "keep":
-        raise UserError("TRL cannot express this cell: it trains on every group", key="training.equal_groups")
-    found = {"mask_truncated_completions": True} if training.truncated == "mask" else {}
-    return found, overlong_differences(training, "trl.rewards.get_softoverlong_differences_punishment")
+    for name, plain, why in (
+        ("equal_groups", "keep", "it trains on every group"),
+        ("critic", None, "it has no critic"),
+        ("beta_control", None, "its beta is constant"),
+    ):
+        if getattr(training, name) != plain:
+            raise UserError(f"TRL cannot express this cell: {why}", key=f"training.{name}")
+    found: dict[str, Any] = {
+        "learning_rate": training.lr,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
+        "warmup_steps": training.warmup_updates,
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.adam_beta1,
+        "adam_beta2": training.adam_beta2,
+        "adam_epsilon": training.adam_eps,
+        "max_grad_norm": training.clip_norm or 0.0,
+        "max_steps": training.updates,
+        "num_generations": training.group_size,
+        "per_device_train_batch_size": training.prompts * training.group_size // training.minibatches,
+        "steps_per_generation": training.minibatches,
+        "num_iterations": training.updates_per_rollout,
+        "temperature": training.temperature,
+        "top_p": training.top_p,
+    }
+    if training.truncated == "mask":
+        found["mask_truncated_completions"] = True
+    differences = overlong_differences(training, "trl.rewards.get_soft_overlong_punishment")
+    return found | _sampler(training, target), differences + sampler_differences(training, "TRL")
 
 
-def _kl(translation: Translation) -> dict[str, Any]:
-    placement = translation.translate(
-        "placement", {"none": "", "loss": "loss", "loss_corrected": "corrected"}, translation.objective.placement
-    )
-    if not placement:
-        return {"beta": 0.0}
-    if translation.active_value("estimator", "k3") != "k3":
-        raise translation.refusal("estimator", "GRPOTrainer's KL is always k3")
-    if placement == "corrected" and translation.active_value("ratio", "token") != "token":
-        raise translation.refusal("ratio", "its corrected KL is multiplied by the token ratio")
-    return {"beta": translation.objective.beta, "use_bias_correction_kl": placement == "corrected"}
+def _sampler(training: TrainingSection, target: str) -> dict[str, Any]:
+    """Arguments of vLLM as the sampler, and of the correction for it.
 
-
-def _weight(translation: Translation) -> dict[str, Any]:
-    """TRL's `loss_type` fixes weight and aggregation together."""
-    objective = translation.objective
-    ratio = translation.translate("ratio", {"token": "token", "sequence_mean": "sequence"}, "token")
-    weight = "ppo_clip" if translation.on_policy else objective.weight  # on policy all weights are 1
-    aggregation = translation.active_value("aggregation", "sequence_mean")
-    found: dict[str, Any] = {"importance_sampling_level": ratio}
-    if weight == "ppo_clip":
-        types = {"sequence_mean": "grpo", "token_mean": "dapo", "constant": "dr_grpo"}
-        if ratio == "sequence":
-            types = {"sequence_mean": "grpo", "sequence_sum": "luspo"}
-        found["loss_type"] = translation.translate("aggregation", types, "sequence_mean")
-        if not translation.on_policy:
-            found |= {"epsilon": objective.eps_low, "epsilon_high": objective.eps_high}
-    elif weight == "truncate" and ratio == "token":
-        if aggregation != "token_mean":
-            raise translation.refusal("aggregation", "its CISPO has the token mean only")
-        found |= {"loss_type": "cispo", "epsilon_high": objective.cap}
-    elif weight == "sigmoid" and ratio == "token":
-        if aggregation != "sequence_mean":
-            raise translation.refusal("aggregation", "its SAPO has the mean over sequences only")
-        found |= {
-            "loss_type": "sapo",
-            "sapo_temperature_pos": objective.tau_pos,
-            "sapo_temperature_neg": objective.tau_neg,
-        }
-    else:
-        raise translation.refusal("weight", "it has ppo_clip, truncate (CISPO) and sigmoid (SAPO, token ratio)")
-    return found
-
-
-def _advantage(translation: Translation) -> dict[str, Any]:
-    names = {"group_norm": "group", "group_center": "none", "group_center_batch_norm": "batch"}
-    scale = translation.translate("advantage", names, translation.objective.advantage)
-    if scale != "none":
-        translation.compare_std(1e-4)
-    return {"scale_rewards": scale}
+    Raises:
+        UserError: another correction than TRL's four.
+    """
+    sampler = training.sampler
+    if sampler is None:
+        return {}
+    if target == RLOO:
+        raise UserError("TRL cannot express this cell: RLOOTrainer corrects nothing", key="training.sampler")
+    if sampler.correction == "ratio" or sampler.reject is not None:
+        key = "reject" if sampler.reject is not None else "correction"
+        raise UserError(
+            "TRL cannot express this cell: it truncates or masks the ratio to the sampler",
+            key=f"training.sampler.{key}",
+        )
+    found: dict[str, Any] = {"use_vllm": True, "vllm_importance_sampling_correction": sampler.correction != "none"}
+    if sampler.correction == "none":
+        return found
+    truncates = sampler.correction == "tis"
+    low, high = (sampler.floor, sampler.cap) if truncates else (sampler.low, sampler.high)
+    return {
+        **found,
+        "vllm_importance_sampling_mode": f"{sampler.level}_{'truncate' if truncates else 'mask'}",
+        "vllm_importance_sampling_clip_min": low or None,
+        "vllm_importance_sampling_clip_max": high,
+    }

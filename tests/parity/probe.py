@@ -31,6 +31,7 @@ class Probe:
         greedy: `[N]`, the greedy completion's reward of the same prompt.
         groups: int `[N]`.
         sampled: `[N, T]`, under the sampler, where that is not the behaviour policy.
+        values: `[N, T]`, a critic's.
     """
 
     logp: Tensor
@@ -42,6 +43,7 @@ class Probe:
     greedy: Tensor
     groups: Tensor
     sampled: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -53,6 +55,10 @@ class Probe:
         source = torch.Generator().manual_seed(11)
         noise = drift * torch.randn(self.logp.shape, generator=source, dtype=torch.float64)
         return replace(self, sampled=(self.behaviour + noise).float().double())  # TRL stores them in single precision
+
+    def with_values(self, values: Tensor | None) -> Probe:
+        """The same probe with a critic's values."""
+        return replace(self, values=values)
 
     def batch(self, logp: Tensor, sampler: Sampler | None = None) -> TokenBatch:
         """klab's batch of this probe, with the correction of a sampler."""
@@ -69,6 +75,7 @@ class Probe:
             max_new_tokens=BUDGET,
             greedy_rewards=self.greedy,
             correction=correction,
+            values=self.values,
         )
 
 

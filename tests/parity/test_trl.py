@@ -25,13 +25,18 @@ if trl.__version__ != "1.16.0":
         f"TRL {trl.__version__} is installed; parity is with 1.16.0 (`make parity-test`)", allow_module_level=True
     )
 
+from klab.harness.export import Setting  # noqa: E402
+from klab.harness.export.family import Family  # noqa: E402
+from klab.harness.export.trl import FAMILIES, RLOO, trl_arguments  # noqa: E402
 from tests.parity.probe import assert_same, klab_gradient, probe, relative_error  # noqa: E402
-from tests.parity.trl_peer import grpo_gradient, rloo_gradient  # noqa: E402
+from tests.parity.trl_peer import STAND_IN_DEFAULTS, grpo_gradient, rloo_gradient  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
 GROUP_NORM = {"name": "group_norm", "std": "sample", "eps": 1e-4}
 BATCH_NORM = {"name": "group_center_batch_norm", "std": "sample", "eps": 1e-4}
+PARAMETERS = {"beta": 0.3, "eps_low": 0.1, "eps_high": 0.15, "c": 1.6, "cap": 1.3, "tau_pos": 1.0, "tau_neg": 2.0}
+"""Of the points that are exported; TRL holds the temperatures in single precision, which has these."""
 WIDE = {"name": "ppo_clip", "eps_low": 0.1, "eps_high": 0.15}
 
 
@@ -127,6 +132,38 @@ def test_a_named_algorithm_has_the_gradient_of_trl(name: str, drift: float) -> N
     settings, objective = CASES[name]
     data = probe(drift=drift)
     assert_same(f"TRL {name}, drift {drift:g}", objective, data, grpo_gradient(data, **settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_point_that_is_exported_has_the_gradient_of_trl(family: Family) -> None:
+    """The table of `klab.harness.export`: its settings, given to TRL's code, have the gradient of its objective."""
+    worst, count = 0.0, 0
+    for objective in family.points(**PARAMETERS):
+        data = probe(drift=0.2, gaps=family.target != RLOO)
+        peer = rloo_gradient if family.target == RLOO else grpo_gradient
+        theirs = peer(data, **family.settings(objective))
+        error = relative_error(klab_gradient(objective, data), theirs)
+        assert error <= 1e-8, f"{objective}: {error:.2e}"
+        worst, count = max(worst, error), count + 1
+    print(f"{f'TRL, {family.name}: {count} exported points, worst':<60} {worst:.2e}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_named_algorithm_is_exported_with_the_settings_that_were_compared(name: str) -> None:
+    settings, objective = CASES[name]
+    exported = trl_arguments(Setting(objective))
+    assert not exported.differences
+    theirs = {**STAND_IN_DEFAULTS, **settings}
+    found = {**STAND_IN_DEFAULTS, **exported.settings}
+    for side in (theirs, found):
+        side["epsilon_high"] = side["epsilon"] if side["epsilon_high"] is None else side["epsilon_high"]
+        if side["loss_type"] == "cispo":
+            del side["epsilon"]
+        if side["loss_type"] in ("dapo", "bnpo"):  # one where there is one micro-batch
+            side["loss_type"] = "dapo"
+        if side["beta"] == 0.0:
+            del side["use_bias_correction_kl"]
+    assert found == theirs
 
 
 SHIPPED: dict[str, dict[str, Any]] = {

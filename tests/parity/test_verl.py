@@ -11,6 +11,7 @@ implemented in verl.
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from klab.grid import Cell, Objective
+from klab.grid import Cell, Objective, UserError
 from klab.grid.schema.sections import AdditionTask, BetaControl, Rejection, Sampler, TinyPolicy, TrainingSection
 
 try:
@@ -31,15 +32,20 @@ except PackageNotFoundError:
 if installed != "0.9.1":
     pytest.skip(f"verl {installed} is installed; parity is with 0.9.1 (`make parity-test`)", allow_module_level=True)
 
+from klab.harness.export import Setting
+from klab.harness.export.family import Family
+from klab.harness.export.verl import FAMILIES, verl_overrides
 from klab.harness.objective import update_context, value_loss, value_metrics
 from klab.harness.training.data.sampler_mismatch import kept_tokens
 from tests.parity.probe import BUDGET, WIDTH, Probe, assert_same, klab_gradient, probe, relative_error
-from tests.parity.verl_peer import token_rewards, verl_advantages, verl_gradient
+from tests.parity.verl_peer import exported_gradient, token_rewards, verl_advantages, verl_gradient
 
 pytestmark = pytest.mark.parity
 
 GROUP_NORM = {"name": "group_norm", "std": "sample", "eps": 1e-6}
 DUAL = {"name": "dual_clip", "c": 3.0}
+PARAMETERS = {"beta": 0.3, "eps_low": 0.1, "eps_high": 0.15, "c": 1.6, "cap": 1.3, "gamma": 0.97, "lam": 0.9}
+"""Of the points that are exported."""
 UNREACHABLE = 1e9
 """A dual-clip bound that no ratio reaches: plain PPO clipping."""
 
@@ -108,6 +114,20 @@ def test_a_named_algorithm_has_the_gradient_of_verl(name: str, drift: float) -> 
     data = probe(drift=drift)
     advantages = verl_advantages(data, "grpo", norm_adv_by_std_in_grpo=settings.pop("norm_adv_by_std_in_grpo", True))
     assert_same(f"verl {name}, drift {drift:g}", objective, data, verl_gradient(data, advantages, **settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.name}, {family.axes['path'][0]} path")
+def test_every_point_that_is_exported_has_the_gradient_of_verl(family: Family) -> None:
+    """The table of `klab.harness.export`: its settings, given to verl's code, have the gradient of its objective."""
+    data = probe(drift=0.2, binary=False, scale=10.0)  # verl's 1e-8 beside a variance well above 1
+    values = critic_values(1) if "gae" in family.axes["advantage"] else None
+    worst, count = 0.0, 0
+    for objective in family.points(**PARAMETERS):
+        theirs = exported_gradient(data, family.settings(objective), values)
+        error = relative_error(klab_gradient(objective, data.with_values(values)), theirs)
+        assert error <= 1e-8, f"{objective}: {error:.2e}"
+        worst, count = max(worst, error), count + 1
+    print(f"{f'{family.name}: {count} exported points, worst':<60} {worst:.2e}")
 
 
 AGGREGATIONS: dict[str, tuple[str, int | None]] = {
@@ -292,35 +312,35 @@ def test_the_default_scale_of_verls_constant_is_the_padded_width() -> None:
     assert relative_error(klab_gradient(objective, data) * BUDGET / WIDTH, theirs) <= 1e-8
 
 
-CORRECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "token": ({"rollout_is_threshold": 1.3}, {"correction": "tis", "cap": 1.3}),
-    "token, IcePop": ({"rollout_is_threshold": "0.7_1.4"}, {"correction": "icepop", "low": 0.7, "high": 1.4}),
-    "sequence": ({"rollout_is_threshold": 1.3}, {"correction": "tis", "cap": 1.3, "level": "sequence"}),
-    "sequence, IcePop": (
-        {"rollout_is_threshold": "0.6_1.5"},
-        {"correction": "icepop", "low": 0.6, "high": 1.5, "level": "sequence"},
-    ),
-}
+CORRECTIONS: tuple[dict[str, Any], ...] = (
+    {"correction": "tis", "cap": 1.3},
+    {"correction": "icepop", "low": 0.7, "high": 1.4},
+    {"correction": "tis", "cap": 1.3, "level": "sequence"},
+    {"correction": "icepop", "low": 0.6, "high": 1.5, "level": "sequence"},
+    {"reject": {"high": 1.1, "low": 0.85}},
+    {"reject": {"high": 0.25, "divergence": "k3", "over": "sum"}},
+    {"reject": {"high": 1.2}, "correction": "tis", "cap": 1.3},
+    {"reject": {"high": 0.1, "divergence": "k2", "over": "max"}, "correction": "icepop", "low": 0.6, "high": 1.5},
+)
 
 
-@pytest.mark.parametrize("name", CORRECTIONS)
-def test_weights_for_a_sampler_are_verls(name: str) -> None:
-    """verl multiplies the surrogate, and nothing of the KL, by them."""
-    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
-
-    settings, sampler = CORRECTIONS[name]
+@pytest.mark.parametrize("sampler", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+def test_a_correction_for_a_sampler_is_verls(aggregation: str, sampler: dict[str, Any]) -> None:
+    """As it is exported: verl multiplies the surrogate, and nothing of the KL; what it rejects leaves its mask."""
+    training = TrainingSection(updates_per_rollout=2, max_new_tokens=BUDGET, sampler=Sampler(**sampler))
+    placement: Any = "none" if "reject" in sampler else {"name": "loss", "beta": 0.1}
+    objective = verl(placement=placement, estimator="k1", aggregation=aggregation)
+    if "reject" in sampler and aggregation == "token_mean":
+        with pytest.raises(UserError, match=r"sampler\.reject"):
+            verl_overrides(Setting(objective, training))
+        return
+    overrides = verl_overrides(Setting(objective, training)).settings
+    kept = {key: value for key, value in overrides.items() if not re.search("optim|ppo_|grad_clip|loss_scale", key)}
     data = probe().drawn_by_another(0.3)
-    assert data.sampled is not None
-    weights, _ = compute_rollout_correction_weights(
-        data.behaviour - data.sampled, data.own.double(), rollout_is=name.partition(",")[0], **settings
-    )
-    gradient = verl_gradient(
-        data, verl_advantages(data, "grpo"), weights=weights, kl="k3", kl_coefficient=0.1, clip_ratio_c=UNREACHABLE
-    )
-    objective = verl(
-        weight="ppo_clip", placement={"name": "loss", "beta": 0.1}, estimator="k3", aggregation="token_mean"
-    )
-    assert_same(f"verl, rollout_is {name}", objective, data, gradient, sampler=Sampler(**sampler))
+    gradient = exported_gradient(data, kept)
+    assert_same(f"verl, {aggregation}, {sampler}"[:60], objective, data, gradient, sampler=Sampler(**sampler))
+    assert relative_error(klab_gradient(objective, data), gradient) > 1e-2
 
 
 @pytest.mark.parametrize("over", ["token", "sum", "mean", "max"])

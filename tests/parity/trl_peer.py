@@ -27,6 +27,26 @@ class Model:
 CURRENT, SAMPLER, REFERENCE = Model(), Model(), Model()
 
 
+STAND_IN_DEFAULTS: dict[str, Any] = {
+    "beta": 0.0,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "loss_type": "dapo",
+    "importance_sampling_level": "token",
+    "scale_rewards": "group",
+    "use_bias_correction_kl": True,
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "normalize_advantages": False,
+    "vllm_importance_sampling_correction": False,
+    "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_importance_sampling_clip_min": None,
+    "vllm_importance_sampling_clip_max": 3.0,
+}
+"""Settings of the two trainers that are compared; those of TRL but for the KL, which is off."""
+
+
 def grpo_gradient(data: Probe, **settings: Any) -> Tensor:
     """Gradient of `GRPOTrainer`'s loss with respect to the tokens' log-probabilities, `[N, T]`."""
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -73,24 +93,7 @@ def _differentiated(compute_loss: Any, trainer: SimpleNamespace, scored: dict[st
 
 def _stand_in(data: Probe, settings: dict[str, Any]) -> SimpleNamespace:
     """What the two trainers read from themselves: their documented defaults, overridden by `settings`."""
-    chosen: dict[str, Any] = {
-        "beta": 0.0,
-        "epsilon": 0.2,
-        "epsilon_high": None,
-        "delta": None,
-        "loss_type": "dapo",
-        "importance_sampling_level": "token",
-        "scale_rewards": "group",
-        "use_bias_correction_kl": True,
-        "sapo_temperature_pos": 1.0,
-        "sapo_temperature_neg": 1.05,
-        "normalize_advantages": False,
-        "vllm_importance_sampling_correction": False,
-        "vllm_importance_sampling_mode": "sequence_mask",
-        "vllm_importance_sampling_clip_min": None,
-        "vllm_importance_sampling_clip_max": 3.0,
-        **settings,
-    }
+    chosen = {**STAND_IN_DEFAULTS, **settings}
     arguments = SimpleNamespace(
         delta=chosen["delta"],
         use_bias_correction_kl=chosen["use_bias_correction_kl"],

@@ -6,6 +6,7 @@ batch of nested tensors a probe does not have; every function that computes some
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.parity.probe import Probe
+from tests.parity.probe import BUDGET, Probe
+
+ACTOR = "actor_rollout_ref.actor."
 
 
 def token_rewards(data: Probe, beta: float = 0.0, estimator: str = "kl") -> Tensor:
@@ -104,3 +107,60 @@ def verl_gradient(
         estimate = kl_penalty(logprob=logp, ref_logprob=data.reference, kl_penalty=kl)
         loss = loss + kl_coefficient * agg_loss(estimate, mask, aggregation, **information)
     return torch.autograd.grad(loss, logp)[0]
+
+
+def _corrected(data: Probe, settings: dict[str, Any]) -> tuple[Probe, Tensor | None]:
+    """The probe with verl's response mask after rejection, and its weights of the tokens."""
+    if not settings:
+        return data, None
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    assert data.sampled is not None
+    weights, mask, _ = compute_rollout_correction_and_rejection_mask(
+        data.behaviour, data.sampled, data.own.double(), **settings
+    )
+    return replace(data, own=mask.bool()), None if weights is None else weights.batch["rollout_is_weights"]
+
+
+def exported_gradient(data: Probe, overrides: dict[str, Any], values: Tensor | None = None) -> Tensor:
+    """Gradient of verl's actor loss under overrides of its configuration, as `klab export` writes them, `[N, T]`.
+
+    Args:
+        values: a critic's, for the estimator `gae`.
+    """
+    actor = {key.removeprefix(ACTOR): value for key, value in overrides.items() if key.startswith(ACTOR)}
+    algorithm = {key.removeprefix("algorithm."): value for key, value in overrides.items() if "algorithm." in key}
+    correction = {
+        key.removeprefix("rollout_correction."): algorithm.pop(key)
+        for key in list(algorithm)
+        if key.startswith("rollout_correction.")
+    }
+    rewards = token_rewards(data)  # before the correction, as in `RayPPOTrainer.fit`
+    data, weights = _corrected(data, correction)
+    if algorithm.pop("use_kl_in_reward"):
+        rewards = token_rewards(data, algorithm.pop("kl_ctrl.kl_coef"), algorithm.pop("kl_penalty"))
+    estimator = algorithm.pop("adv_estimator")
+    if estimator == "gae":
+        from verl.trainer.ppo.core_algos import compute_gae_advantage_return
+
+        assert values is not None
+        mask = data.own.to(values.dtype)
+        advantages = compute_gae_advantage_return(rewards, values, mask, algorithm.pop("gamma"), algorithm.pop("lam"))[
+            0
+        ]
+    else:
+        algorithm.pop("gamma", None)
+        advantages = verl_advantages(data, estimator, rewards, **algorithm)
+    kl = {}
+    if actor.pop("use_kl_loss"):
+        kl = {"kl": actor.pop("kl_loss_type"), "kl_coefficient": actor.pop("kl_loss_coef")}
+    return verl_gradient(
+        data,
+        advantages,
+        loss_mode=actor.pop("policy_loss.loss_mode"),
+        aggregation=actor.pop("loss_agg_mode"),
+        scale_factor=BUDGET,
+        weights=weights,
+        **kl,
+        **actor,
+    )

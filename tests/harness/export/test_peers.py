@@ -10,9 +10,10 @@ import pytest
 
 from klab.grid import Objective, UserError, parse_grid
 from klab.grid.algorithms import algorithm_names, load_algorithm
-from klab.grid.schema.sections import TrainingSection
+from klab.grid.schema.sections import Critic, Rejection, Sampler, TrainingSection
 from klab.harness.cli.main import main
-from klab.harness.export import PEERS, Setting
+from klab.harness.export import PEERS, Export, Setting, trl, verl
+from klab.harness.export.family import Family
 from klab.harness.store import Run
 
 OFF_POLICY = TrainingSection(updates_per_rollout=2)
@@ -60,7 +61,7 @@ def test_the_cap_is_absolute_in_trl_and_relative_in_verl() -> None:
 @pytest.mark.parametrize(
     ("peer", "axes", "said"),
     [
-        ("trl", {"estimator": "k1"}, "always k3"),
+        ("trl", {"estimator": "k1"}, "has only k3 on this axis"),
         ("trl", {"weight": "power"}, "power"),
         ("trl", {"weight": "one"}, "one"),
         ("verl", {"weight": "ratio"}, "ratio"),
@@ -69,20 +70,115 @@ def test_the_cap_is_absolute_in_trl_and_relative_in_verl() -> None:
         ("verl", {"weight": "adaptive"}, "adaptive"),
         ("verl", {"estimator": "full"}, "full"),
         ("verl", {"placement": "reward"}, "kl_scale"),
+        ("trl", {"weight": "dual_clip", "c": 1.1}, "must not be below 1 \\+ eps_high"),
+        ("trl", {"weight": "truncate", "aggregation": "sequence_mean"}, "only token_mean on this axis"),
+        ("trl", {"advantage": "leave_one_out", "placement": "none"}, "leave_one_out"),
+        ("verl", {"advantage": "group_center_batch_norm"}, "group_center_batch_norm"),
+        ("verl", {"ratio": "sequence_mean", "path": "ratio", "advantage": "batch_norm", "placement": "none"}, "path"),
     ],
 )
 def test_what_a_peer_cannot_say_is_refused_with_the_reason(peer: str, axes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        exported(peer, **{"std": "sample", "eps": 1e-4 if peer == "trl" else 1e-6, **axes})
+        exported(peer, **axes)
 
 
 @pytest.mark.parametrize(
-    "training", [{"lag": 1}, {"behaviour": "reference"}, {"equal_groups": "drop"}, {"sampler": {"dtype": "bfloat16"}}]
+    "training",
+    [
+        {"lag": 1},
+        {"behaviour": "reference"},
+        {"equal_groups": "drop"},
+        {"sampler": {"correction": "ratio"}},
+        {"sampler": {"temperature": 0.5}},
+        {"trust_region": {}},
+        {"beta_control": {"target": 0.1}},
+    ],
 )
 @pytest.mark.parametrize("peer", PEERS)
 def test_schedules_that_peers_do_not_have_are_refused(peer: str, training: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(training))):
         exported(peer, TrainingSection(**training), advantage="group_center")
+
+
+def test_what_was_answered_wrongly() -> None:
+    """TRL's delta is a dual clip, its RLOOTrainer is RLOO on policy, verl's REINFORCE++ is the paper's."""
+
+    def named(algorithm: str, peer: str) -> Export:
+        return PEERS[peer](Setting(Objective(**load_algorithm(algorithm).objective)))
+
+    assert named("intellect_2", "trl").settings["delta"] == 4.0
+    rloo = named("rloo", "trl")
+    assert (rloo.target, rloo.settings["beta"]) == ("arguments of trl.RLOOConfig", 0.03)
+    assert any("one update per rollout" in line for line in rloo.differences)
+    with pytest.raises(UserError, match=r"TRL cannot express this cell: .* has only .* \(got 'none'\)"):
+        exported("trl", **load_algorithm("rloo").objective)
+    assert exported("trl", TrainingSection(), **load_algorithm("rloo").objective)["num_iterations"] == 1
+    found = named("reinforce_pp", "verl")
+    assert found.settings["algorithm.adv_estimator"] == "reinforce_plus_plus"
+    assert (found.objective.std, found.objective.eps) == ("sample", 0.0)
+    assert any("1e-8 to the variance" in line for line in found.differences)
+
+
+def test_corrections_for_a_sampler_are_exported() -> None:
+    def both(**sampler: Any) -> list[dict[str, Any]]:
+        training = TrainingSection(sampler=Sampler(engine="vllm", **sampler))
+        axes = {"placement": "none", "std": "sample"}
+        return [
+            {
+                key: value
+                for key, value in exported(peer, training, **axes).items()
+                if "rollout_correction" in key or "vllm" in key or "calculate" in key
+            }
+            for peer in ("trl", "verl")
+        ]
+
+    corrected = "algorithm.rollout_correction"
+    kept = {"actor_rollout_ref.rollout.calculate_log_probs": True}
+    assert both() == [{"use_vllm": True, "vllm_importance_sampling_correction": False}, {}]
+    trl, verl = both(correction="icepop", low=0.4, high=3.0, level="sequence")
+    assert (trl["vllm_importance_sampling_mode"], trl["vllm_importance_sampling_clip_min"]) == ("sequence_mask", 0.4)
+    assert verl == {f"{corrected}.rollout_is": "sequence", f"{corrected}.rollout_is_threshold": "0.4_3.0", **kept}
+    rejecting = TrainingSection(sampler=Sampler(reject=Rejection(high=2.0)))
+    found = exported("verl", rejecting, placement="none")
+    assert found[f"{corrected}.rollout_rs"] == "seq_mean_k1"
+    assert found[f"{corrected}.rollout_rs_threshold"] == "0.5_2.0"
+    for peer, sampler, axes in [
+        ("trl", {"reject": Rejection(high=2.0)}, {}),
+        ("verl", {"reject": Rejection(high=2.0)}, {"placement": "loss"}),
+        ("verl", {"reject": Rejection(high=2.0)}, {"placement": "none", "aggregation": "token_mean"}),
+        ("verl", {"correction": "tis", "floor": 0.5}, {}),
+        ("trl", {"correction": "tis"}, load_algorithm("rloo").objective),
+    ]:
+        with pytest.raises(UserError, match=r"training\.sampler"):
+            exported(peer, TrainingSection(sampler=Sampler(**sampler)), **axes)
+
+
+def test_a_critic_is_exported_where_it_is_verls() -> None:
+    algorithm = load_algorithm("ppo_rlhf")
+    critic = {"critic": Critic(lr=1e-3, clip=None, warmup_updates=3)}
+    found = exported("verl", TrainingSection(updates_per_rollout=2, **critic), **algorithm.objective)
+    assert found["algorithm.adv_estimator"] == "gae"
+    assert (found["critic.optim.lr"], found["critic.cliprange_value"]) == (1e-3, 1e9)
+    assert found["trainer.critic_warmup"] == 2
+    with pytest.raises(UserError, match=r"training\.critic: .* a model of their own"):
+        exported("verl", OFF_POLICY, **algorithm.objective)
+    with pytest.raises(UserError, match="whiten"):
+        exported("verl", TrainingSection(**critic), **{**algorithm.objective, "whiten": "none"})
+
+
+@pytest.mark.parametrize("families", [trl.FAMILIES, verl.FAMILIES], ids=["trl", "verl"])
+def test_every_point_of_the_table_is_exported_with_its_own_settings(families: tuple[Family, ...]) -> None:
+    """So that what `tests/parity` compares is what is exported."""
+    peer = PEERS["trl" if families is trl.FAMILIES else "verl"]
+    count = 0
+    for family in families:
+        for objective in family.points(beta=0.3, eps_low=0.1, eps_high=0.15, c=1.6, cap=1.3):
+            found = peer(Setting(objective))
+            assert found.target == family.target
+            assert found.objective.canonical() == objective.canonical()
+            assert found.settings.items() >= family.settings(found.objective).items()
+            count += 1
+    assert count > 200
 
 
 def test_selection_is_exported_where_a_peer_has_it() -> None:
