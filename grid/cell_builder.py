@@ -11,7 +11,7 @@ from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.cell import Cell
 from klab.grid.errors import UserError
 from klab.grid.objective import Objective, split_value
-from klab.grid.schema.sections import Section, TrainingSection, load_section
+from klab.grid.schema.sections import PolicySection, Section, TrainingSection, load_section
 from klab.grid.user_code import names_user_code
 from klab.grid.variant import Variant
 
@@ -33,9 +33,15 @@ class _Chosen:
 
 class CellBuilder:
     """Builds the cells of one grid file, validating each distinct section once, and records which settings act in some
-    cell."""
+    cell.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: what `policy.dtype: auto` means in this file.
+    """
+
+    def __init__(self, dtype: str = "float32") -> None:
+        self._dtype = dtype
+        self._precise: dict[int, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
         self._sections: dict[str, Section] = {}
         self._seen: dict[int, tuple[Mapping[str, Any], Section]] = {}
         self._chosen: dict[int, _Chosen] = {}
@@ -49,7 +55,7 @@ class CellBuilder:
     def cell(self, variant: Variant, seed: int, count: bool = True) -> Cell:
         """The cell of a variant; with ``count``, `refuse_idle` takes its settings into account."""
         task = self._section("task", variant.sections["task"])
-        policy = self._section("policy", variant.sections["policy"])
+        policy = self._section("policy", self._written_policy(variant))
         chosen = self._objective(variant.sections["objective"])
         training = self._training(variant, chosen.algorithm)
         _refuse_groups_of_one(training, chosen.objective)
@@ -57,7 +63,7 @@ class CellBuilder:
         if count:
             self._account(chosen, training.on_policy)
             self._account_training(variant.sections["training"], idle)
-        training = _without_idle(training, idle)
+        training = _with_old_logprobs(_without_idle(training, idle), policy, idle)  # type: ignore[arg-type]
         spellings = (variant.spelling,)
         return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
@@ -67,8 +73,10 @@ class CellBuilder:
         In the objective, an axis is a mapping of its value's name and parameters, and every parameter also stands by
         itself.
         """
-        if section in ("task", "policy"):
+        if section == "task":
             return variant.sections[section]
+        if section == "policy":
+            return self._written_policy(variant)
         chosen = self._objective(variant.sections["objective"])
         if section == "training":
             return self._written_training(variant, chosen.algorithm)
@@ -98,6 +106,16 @@ class CellBuilder:
             self._sections[key] = load_section(kind, given)
         self._seen[id(given)] = given, self._sections[key]
         return self._sections[key]
+
+    def _written_policy(self, variant: Variant) -> Mapping[str, Any]:
+        """The policy section with the precision that `dtype: auto` means."""
+        written = variant.sections["policy"]
+        if written.get("name") != "hf" or written.get("dtype", "auto") != "auto":
+            return written
+        known = self._precise.get(id(written))
+        if known is None or known[0] is not written:
+            known = self._precise[id(written)] = written, {**written, "dtype": self._dtype}
+        return known[1]
 
     def _training(self, variant: Variant, algorithm: str | None) -> TrainingSection:
         return self._section("training", self._written_training(variant, algorithm))  # type: ignore[return-value]
@@ -181,9 +199,23 @@ def _without_idle(training: TrainingSection, idle: Mapping[str, str]) -> Trainin
     return training.model_copy(update=changed) if changed else training
 
 
+def _with_old_logprobs(training: TrainingSection, policy: PolicySection, idle: Mapping[str, str]) -> TrainingSection:
+    """The section with what `old_logprobs: auto` means for this policy where that is not what the sampler recorded, and
+    with `auto` where the setting asks for just that."""
+    asked = training.old_logprobs
+    meant = {"auto": "trainer"} if policy.dtype == "bfloat16" else {"sampler": "auto"}
+    if asked not in meant or "old_logprobs" in idle:
+        return training
+    return training.model_copy(update={"old_logprobs": meant[asked]})
+
+
 def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:
     """Training settings that have no effect with this objective, and why."""
     idle = {}
+    if training.on_policy:
+        idle["old_logprobs"] = "every ratio is 1: one update per rollout"
+    elif training.sampler is not None:
+        idle["old_logprobs"] = "beside training.sampler the trainer always computes them"
     if training.equal_groups != "refill":
         idle["refill_rounds"] = "only equal_groups: refill draws again"
     if training.overlong_buffer is None:

@@ -12,6 +12,7 @@ from klab.grid.cell import Cell
 from klab.grid.cell_builder import CellBuilder
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
+from klab.grid.schema.policy import automatic_dtype
 from klab.grid.schema.sections import Resources, load_section
 from klab.grid.short_ids import matching_ids
 from klab.grid.variant import Variant
@@ -128,7 +129,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     if "task" not in data:
         raise UserError("missing: which task is trained?", key="task")
     baseline = Variant.from_sections(data)
-    builder = CellBuilder()
+    builder = CellBuilder(automatic_dtype(resources.gpus, resources.gpu_type))  # type: ignore[attr-defined]
     variants, axes = expand(baseline, data, builder.settings)
     cells: dict[str, Cell] = {}
     spellings: dict[str, dict[str, None]] = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Positive, Section
 
 
@@ -62,8 +64,9 @@ class HfPolicy(Section):
     """Hub id, or a folder with a checkpoint."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository; null: the default branch."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Precision of the computation; beside 16 bits the optimizer keeps float32 master weights."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], Field(validate_default=True)] = "auto"
+    """Precision of the computation; beside 16 bits the optimizer keeps float32 master weights. `auto`: bfloat16 where
+    `resources` ask for GPUs that have it, else float32; the cell records which. float32 products never use TF32."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
     gradient_checkpointing: bool = False
@@ -76,6 +79,39 @@ class HfPolicy(Section):
     trust_remote_code: bool = False
     """Let `transformers` run code from the model repository."""
 
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _has_no_loss_scaling(cls, given: object) -> object:
+        """Refuses float16, in which gradients below 6e-8 vanish and whose losses nothing here scales up."""
+        if given == "float16":
+            raise UserError(
+                "gradients below 6e-8 would be lost, for losses are not scaled",
+                value=given,
+                hint="bfloat16 has float32's range; training.sampler.dtype may be float16.",
+            )
+        return given
+
+    @field_validator("dtype")
+    @classmethod
+    def _resolved(cls, chosen: str) -> str:
+        """A section by itself asks for no GPU; of a grid file see `automatic_dtype`."""
+        return "float32" if chosen == "auto" else chosen
+
 
 PolicySection = TinyPolicy | HfPolicy
 POLICIES: dict[str, type[Section]] = {"tiny": TinyPolicy, "hf": HfPolicy}
+
+_WITHOUT_BFLOAT16 = re.compile(
+    r"(?<![a-z0-9])(v100|t4|p100|p40|p4|k80|m40|m60|titan|gtx|rtx_?20|rtx_?[4568]000$|20[678]0)", re.IGNORECASE
+)
+"""Types of GPUs before NVIDIA's Ampere, as clusters name them."""
+
+
+def automatic_dtype(gpus: int, gpu_type: str | None) -> str:
+    """What `policy.dtype: auto` means in a grid file whose `resources` ask for these GPUs.
+
+    >>> automatic_dtype(0, None), automatic_dtype(1, None), automatic_dtype(8, "h100"), automatic_dtype(2, "v100")
+    ('float32', 'bfloat16', 'bfloat16', 'float32')
+    """
+    has_it = gpus > 0 and not _WITHOUT_BFLOAT16.search(gpu_type or "")
+    return "bfloat16" if has_it else "float32"

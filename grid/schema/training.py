@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from klab.grid.schema.base import Count, NonNegative, Positive, Section
 from klab.grid.schema.sampler import Sampler
@@ -91,6 +91,10 @@ class TrainingSection(Section):
     """Which policy draws the rollouts: the one that is trained, or the reference policy."""
     sampler: Sampler | None = None
     """Draw rollouts with another engine, precision or temperature than the trainer."""
+    old_logprobs: Literal["auto", "sampler", "trainer"] = "auto"
+    """Log-probabilities of π_old in importance ratios: as the `sampler` recorded them token by token, or computed anew
+    by the `trainer` when the rollout is drawn, as with a sampler of its own. `auto`: `trainer` for policies of 16 bits,
+    whose decoding rounds otherwise than their training (GSPO's clipping begins at 3e-4), else `sampler`."""
     equal_groups: Literal["keep", "drop", "refill"] = "keep"
     """What happens to groups whose rewards are all equal: `keep`, `drop` (Reinforce-Rej) or `refill` (dynamic
     sampling, DAPO)."""
@@ -152,6 +156,19 @@ class TrainingSection(Section):
     """Most seconds between checkpoints."""
     reward_seconds: Positive = 60.0
     """Time limit of one call of a task's reward, in seconds."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that came later are left out where they have their default, so that ids stay what they were."""
+        written: dict[str, Any] = handler(self)
+        if written.get("old_logprobs") == "auto":
+            del written["old_logprobs"]
+        return written
+
+    @property
+    def recomputes_old(self) -> bool:
+        """Whether the trainer computes π_old of every rollout though no sampler of its own draws it."""
+        return self.old_logprobs == "trainer" and self.sampler is None and not self.on_policy
 
     @property
     def on_policy(self) -> bool:

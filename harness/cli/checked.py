@@ -17,6 +17,7 @@ from klab.harness.cli.tracking import require_trackers
 from klab.harness.dispatch.launch import refuse_changed_inputs
 from klab.harness.preflight import Preflight, Results
 from klab.harness.store import Run
+from klab.harness.training.data.notes import precision_notes
 
 CheckOption = Annotated[
     bool,
@@ -86,7 +87,10 @@ class Checks:
             for line in mistakes:
                 say(f"klab: {line}", error=True)
             raise typer.Exit(2)
-        return Found([finding.text for finding in results.findings], needs)
+        policies = {id(cell.policy): cell.policy for cell in study.cells}.values()
+        precision = dict.fromkeys(note for policy in policies for note in precision_notes(policy, job.on_gpu))
+        notes = [finding.text for finding in results.findings]
+        return Found([*notes, *(f"{study.file}: {note}" for note in precision)], needs)
 
     def _refuse_run(self) -> None:
         """Raises UserError where the run folder is another grid's, or was made with other code, data or models."""

@@ -59,12 +59,15 @@ def rerun(
         results = {"stored": _main_numbers(stored), "repeated": _main_numbers(folder)}
         timeouts = {"stored": timeouts_of(stored), "repeated": timeouts_of(folder)}
         lives = {"stored": kernels_of(stored), "repeated": kernels_of(folder)}
+        devices = {"stored": device_of(stored), "repeated": device_of(folder)}
     same = error is None and difference is None
     inputs = opened.changed_inputs(stored.id)
     if as_json:
         verdict = None if settings else same
         found = {"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results}
-        show_json({**found, "changed_inputs": inputs, "kernels": lives, "reward_timeouts": timeouts})
+        show_json(
+            {**found, "changed_inputs": inputs, "kernels": lives, "devices": devices, "reward_timeouts": timeouts}
+        )
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
         if inputs:
@@ -72,6 +75,8 @@ def rerun(
             console().print(text, markup=False, soft_wrap=True)
         if not settings and (other := other_kernels(**lives)):
             console().print(other, markup=False, soft_wrap=True)
+        if not settings and (unlike := other_device(**devices)):
+            console().print(unlike, markup=False, soft_wrap=True)
         if not settings and any(timeouts.values()):
             console().print(_say_timeouts(**timeouts), soft_wrap=True, markup=False)
     if not same:
@@ -183,6 +188,20 @@ def other_kernels(stored: Sequence[Mapping[str, str]], repeated: Sequence[Mappin
         f"The stored numbers were computed with {before}, these with {now}: their last digits may differ for that. "
         "Set those variables for `klab rerun` to repeat them, where this processor has those kernels."
     )
+
+
+def device_of(folder: CellFolder) -> str | None:
+    """What a finished cell was trained on: the name of a GPU, or `cpu`."""
+    hardware = (folder.result() or {}).get("hardware")
+    found = hardware.get("device") if isinstance(hardware, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def other_device(stored: str | None, repeated: str | None) -> str | None:
+    """What to know where a cell was repeated on another device; None: on the same, or it is not known."""
+    if stored is None or repeated is None or stored == repeated:
+        return None
+    return f"The stored numbers were computed on {stored}, these on {repeated}: they cannot have the same bits."
 
 
 def _assignments(kernels: Mapping[str, str]) -> str:

@@ -30,7 +30,7 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
     partial.rename(folder.policy)
     planned = pack.members[position].cell.training.updates
     found = summarize(planned, folder.metrics(), folder.evaluations(), stopped)
-    folder.write_result({**found, **_provenance(processes)})
+    folder.write_result({**found, **_provenance(processes, pack.policy.device)})
     shutil.rmtree(folder.checkpoint, ignore_errors=True)
     return str(found["state"])
 
@@ -43,6 +43,12 @@ def _make_durable(folder: Path) -> None:
     files.sync_folder(folder)
 
 
-def _provenance(processes: int) -> dict[str, Any]:
-    hardware = {**machine.hardware(), "processes": processes, "threads": torch.get_num_threads()}
+def _provenance(processes: int, device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    hardware = {
+        **machine.hardware(),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "device": name,
+    }
     return {"versions": machine.versions(), "hardware": hardware}

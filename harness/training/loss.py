@@ -8,7 +8,8 @@ that fits is one micro-batch whose graph is kept, so that nothing is computed tw
 Where every importance ratio is 1 by construction (one update per rollout, no lag), the behaviour policy's
 log-probabilities are the current ones, detached: the ratio is then exactly 1, not 1 up to the rounding between a
 cached decoding step and a full forward pass. Everywhere else they are those that the sampler recorded, or, with a
-sampler of its own (`data/sampler_mismatch.py`), those that the trainer computed when the rollout was drawn.
+sampler of its own (`data/sampler_mismatch.py`) or with `old_logprobs: trainer`, those that the trainer computed when
+the rollout was drawn.
 """
 
 from __future__ import annotations
@@ -145,9 +146,9 @@ def _token_batch(member: PackedCell, experience: Experience, computed: ForwardPa
 
 
 def _behaviour(experience: Experience, sampler: Sampler | None) -> Tensor:
-    """log π_old [N, T]: the trainer's own where another sampler drew the tokens, unless the ratio is to that one."""
+    """log π_old [N, T]: the trainer's own where it was computed, unless the ratio is to the sampler."""
     old_logprobs = experience.old_logprobs
-    if old_logprobs is None or sampler is None or sampler.correction == "ratio":
+    if old_logprobs is None or (sampler is not None and sampler.correction == "ratio"):
         return experience.rollout.logp
     return old_logprobs
 

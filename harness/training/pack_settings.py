@@ -24,6 +24,7 @@ class PackSettings:
         schedule: which rollout serves which update.
         budget: what may go through a policy at once.
         samples_reference: rollouts come from the reference policy (`behaviour: reference`).
+        recomputes_old: the trainer computes π_old of what its own policy sampled (`old_logprobs: trainer`).
         refills: dynamic sampling (`equal_groups: refill`).
         max_new_tokens: the completion budget, the task's where the cell sets none.
         needs_logits: objectives compare whole distributions (estimator `full`).
@@ -39,6 +40,7 @@ class PackSettings:
     temperature: float
     top_p: float
     samples_reference: bool
+    recomputes_old: bool
     refills: bool
     refill_rounds: int
     sampler: Sampler | None
@@ -90,6 +92,7 @@ class PackSettings:
             temperature=training.temperature,
             top_p=training.top_p,
             samples_reference=training.behaviour == "reference",
+            recomputes_old=training.recomputes_old,
             refills=training.equal_groups == "refill",
             refill_rounds=training.refill_rounds,
             sampler=training.sampler,

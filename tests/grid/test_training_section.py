@@ -56,6 +56,87 @@ def test_an_algorithm_brings_its_critic_which_the_grid_file_may_change_or_take_a
     assert len({plain.id, other.id, without.id}) == 3
 
 
+HF = {"name": "hf", "model": "some/model"}
+REUSED = {"updates_per_rollout": 2}
+
+
+def ids(**sections: Any) -> list[str]:
+    return [cell.id for cell in grid_of(**sections).cells]
+
+
+@pytest.mark.parametrize(
+    ("resources", "dtype"),
+    [
+        ({}, "float32"),
+        ({"cpus": 4}, "float32"),
+        ({"gpus": 1}, "bfloat16"),
+        ({"gpus": "h100:8"}, "bfloat16"),
+        ({"gpus": 2, "gpu_type": "rtx_6000_ada"}, "bfloat16"),
+        ({"gpus": "v100:4"}, "float32"),
+        ({"gpus": "nvidia_t4:1"}, "float32"),
+        ({"gpus": "tesla-p100-pcie:1"}, "float32"),
+    ],
+)
+def test_automatic_precision_is_part_of_the_cell(resources: dict[str, Any], dtype: str) -> None:
+    """What a grid file asks for decides, not where it is read; the cell says which, and is that cell written out."""
+    for unwritten in (HF, {**HF, "dtype": "auto"}):
+        (cell,) = grid_of(policy=unwritten, resources=resources).cells
+        assert cell.resolved()["policy"]["dtype"] == dtype
+        assert [cell.id] == ids(policy={**HF, "dtype": dtype})
+    axis = grid_of(policy=HF, resources=resources, axes={"policy.dtype": ["auto", "float32", "bfloat16"]})
+    assert len(axis.cells) == 2
+    (tiny,) = grid_of(policy="tiny", resources=resources).cells
+    assert tiny.resolved()["policy"]["dtype"] == "float32"
+
+
+def test_exclude_rules_see_the_precision_that_cells_have() -> None:
+    both = grid_of(
+        policy=HF,
+        resources={"gpus": 1},
+        axes={"policy.dtype": ["auto", "float32"], "training.lr": [0.1, 0.2]},
+        exclude=[{"policy.dtype": "bfloat16", "training.lr": 0.1}],
+    )
+    assert [(cell.policy.dtype, cell.training.lr) for cell in both.cells] == [
+        ("bfloat16", 0.2),
+        ("float32", 0.1),
+        ("float32", 0.2),
+    ]
+
+
+def test_float16_is_refused_for_training_and_taken_for_sampling() -> None:
+    with pytest.raises(UserError, match=r"policy\.dtype: gradients below 6e-8 would be lost.*float16.*bfloat16"):
+        grid_of(policy={**HF, "dtype": "float16"})
+    grid_of(policy=HF, training={"sampler": {"dtype": "float16"}})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "found"),
+    [
+        ("bfloat16", REUSED, "trainer"),
+        ("bfloat16", {"minibatches": 4}, "trainer"),
+        ("bfloat16", {"lag": 1, "old_logprobs": "trainer"}, "trainer"),
+        ("bfloat16", {**REUSED, "old_logprobs": "sampler"}, "sampler"),
+        ("bfloat16", {}, "auto"),
+        ("bfloat16", {**REUSED, "sampler": {"dtype": "float32"}}, "auto"),
+        ("float32", REUSED, "auto"),
+        ("float32", {**REUSED, "old_logprobs": "sampler"}, "auto"),
+        ("float32", {**REUSED, "old_logprobs": "trainer"}, "trainer"),
+    ],
+)
+def test_who_computes_the_old_policy(dtype: str, training: dict[str, Any], found: str) -> None:
+    (cell,) = grid_of(policy={**HF, "dtype": dtype}, training=training).cells
+    assert cell.training.old_logprobs == found
+    assert cell.training.recomputes_old == (found == "trainer")
+    assert ("old_logprobs" in cell.resolved()["training"]) == (found != "auto")
+    assert type(cell).from_resolved(cell.resolved()) == cell
+
+
+def test_who_computes_the_old_policy_is_refused_where_nobody_asks() -> None:
+    for training in ({}, {**REUSED, "sampler": {"dtype": "float32"}}):
+        with pytest.raises(UserError, match=r"training\.old_logprobs: has no effect in any cell"):
+            grid_of(training={**training, "old_logprobs": "trainer"})
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [

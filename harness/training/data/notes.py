@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from klab.grid.schema.sections import TrainingSection
+from klab.grid.schema.sections import PolicySection, TrainingSection
 
 
 def small_set_notes(training: TrainingSection, train: int, held_out: int) -> Iterator[str]:
@@ -41,3 +41,14 @@ def sampling_notes(training: TrainingSection) -> Iterator[str]:
             f"log-probabilities, ratios and KL are at training.temperature: {training.temperature:g}; nothing corrects "
             "the difference"
         )
+
+
+def precision_notes(policy: PolicySection, on_gpu: bool) -> Iterator[str]:
+    """One line where a pretrained model's precision is not the one that its device is fast in."""
+    if policy.name == "hf" and on_gpu and policy.dtype == "float32":
+        yield (
+            "policy.dtype: float32 on a GPU: products do without TF32 and take several times as long as with bfloat16, "
+            "which is the default where the grid file asks for GPUs (resources.gpus: 1)"
+        )
+    if not on_gpu and policy.dtype == "bfloat16":
+        yield "policy.dtype: bfloat16 without a GPU: most processors are faster with float32"

@@ -41,7 +41,8 @@ class Experience:
             else None.
         values: float [N, T], the critic's value before each own token as the rollout was drawn; None without a critic.
         old_logprobs: float [N, T], log π_old of the sampled tokens as the trainer computes it, where `training.sampler`
-            draws them from another μ (whose log-probabilities `rollout` holds), else None.
+            draws them from another μ (whose log-probabilities `rollout` holds) or the cell wants it
+            (`training.old_logprobs`), else None.
         sampling_stats: with dynamic sampling, what was drawn to find these groups, else None.
         timeouts: float [N], how many limits of time decided each reward (those of a prompt's greedy completion stand
             with its first trajectory); None where the task has no rewards with such limits.
@@ -87,7 +88,7 @@ def collect_rollouts(
     with timer("reference"):
         looked_up = log_probabilities(reference, rollouts, settings.temperature, budget, process_group)
         old_logprobs = None
-        if settings.sampler is not None:
+        if settings.sampler is not None or settings.recomputes_old:
             old_logprobs = log_probabilities(behaviour, rollouts, settings.temperature, budget, process_group)
     return [
         Experience(

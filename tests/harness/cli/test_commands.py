@@ -19,7 +19,7 @@ from klab.grid.custom_values import SIGNATURES
 from klab.grid.glossary import GLOSSARY
 from klab.grid.sources import SOURCES
 from klab.harness.cli.main import COMMANDS, main
-from klab.harness.cli.rerun import kernels_of, other_kernels
+from klab.harness.cli.rerun import kernels_of, other_device, other_kernels
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.store import Run, machine
@@ -165,6 +165,7 @@ def test_launch_here_then_rerun_finds_the_same_bits(make_grid: MakeGrid, ask: As
     again = ask("rerun", "little", cell, "--json")
     assert again["same"] is True
     assert again["kernels"] == {"stored": [machine.hardware()["kernels"]], "repeated": [machine.hardware()["kernels"]]}
+    assert again["devices"] == {"stored": "cpu", "repeated": "cpu"}
     assert "match the stored ones bit for bit" in ask("rerun", "little", cell)
 
     other = ask("rerun", "little", cell, "--set", "training.lr=0.5", "--json")
@@ -348,6 +349,12 @@ def test_rerun_says_when_machines_differ_in_their_kernels() -> None:
     moved = str(other_kernels([amd, intel], [amd]))
     assert "=avx2 then MKL_CBWR=AVX512" in moved
     assert "belong to no single machine" in moved
+
+
+def test_rerun_says_where_the_device_was_another_one() -> None:
+    assert other_device("cpu", "cpu") is None
+    assert other_device(None, "cpu") is None  # a run of an older version
+    assert "computed on NVIDIA H200, these on cpu" in str(other_device("NVIDIA H200", "cpu"))
 
 
 def test_rerun_finds_the_kernels_of_every_life(make_grid: MakeGrid, ask: Ask, place: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from klab.grid import UserError
 from klab.grid.schema.sections import Sampler, TrainingSection, load_section
 from klab.harness.policy.scores import token_scores
-from klab.harness.training.data.notes import sampling_notes, small_set_notes
+from klab.harness.training.data.notes import precision_notes, sampling_notes, small_set_notes
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun
@@ -53,3 +53,11 @@ def test_log_probabilities_are_of_the_whole_tempered_softmax_whatever_top_p(make
     expected = whole.gather(-1, experience.rollout.tokens[:, -whole.shape[1] :, None]).squeeze(-1)
     for found in (experience.rollout.logp, experience.reference_logprobs):
         torch.testing.assert_close(found[mask].double(), expected[mask], rtol=0, atol=1e-5)
+
+
+def test_a_precision_that_does_not_suit_the_device_is_said() -> None:
+    narrow, wide = (load_section("policy", {"name": "hf", "model": "m", "dtype": d}) for d in ("bfloat16", "float32"))
+    tiny = load_section("policy", {"name": "tiny"})
+    said = {(p, gpu): list(precision_notes(p, gpu)) for p in (narrow, wide, tiny) for gpu in (True, False)}  # type: ignore[arg-type]
+    assert {key for key, notes in said.items() if notes} == {(wide, True), (narrow, False)}
+    assert "resources.gpus: 1" in said[wide, True][0]

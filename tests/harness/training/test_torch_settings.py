@@ -23,6 +23,20 @@ with configure_torch(int(sys.argv[1])):
 print(int(product.count_nonzero()), int(small.grad.count_nonzero()), int((small[:1] * 1e-9).count_nonzero()))
 """
 
+PRECISION = """
+import torch
+from klab.harness.training.runtime.torch_settings import configure_torch
+torch.set_float32_matmul_precision("medium")
+with configure_torch(1):
+    print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
+print(torch.get_float32_matmul_precision())
+"""
+
+
+def test_float32_products_are_of_float32_numbers_while_a_process_trains() -> None:
+    done = subprocess.run([sys.executable, "-c", PRECISION], capture_output=True, text=True)
+    assert done.stdout.split() == ["highest", "False", "medium"], done.stderr
+
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps numbers below the normal range")
 @pytest.mark.parametrize("threads", [1, 2])
