@@ -248,6 +248,12 @@ def _check_training(section: TrainingSection) -> None:
             key="training.minibatches",
             value=section.minibatches,
         )
+    if section.completions_at_the_end < section.evaluation_samples:
+        raise UserError(
+            f"is less than the {section.evaluation_samples} of training.evaluation_samples, of which pass@k is made",
+            key="training.final_evaluation_samples",
+            value=section.final_evaluation_samples,
+        )
     if section.max_new_tokens is not None and (section.overlong_buffer or 0) > section.max_new_tokens:
         raise UserError(
             f"exceeds the {section.max_new_tokens} tokens of training.max_new_tokens",

@@ -149,7 +149,10 @@ class TrainingSection(Section):
     evaluation_prompts: Count = 64
     """Held-out prompts per evaluation."""
     evaluation_samples: Count = 4
-    """Completions per held-out prompt."""
+    """Completions per held-out prompt; the k of pass@k."""
+    final_evaluation_samples: Count | None = None
+    """Completions per held-out prompt in the evaluation after the last update, which the default score is mostly made
+    of; null: 16, or `evaluation_samples` if that is more."""
     checkpoint_updates: Count = 1000
     """Most updates between checkpoints."""
     checkpoint_seconds: Positive = 60.0
@@ -161,9 +164,15 @@ class TrainingSection(Section):
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Settings that came later are left out where they have their default, so that ids stay what they were."""
         written: dict[str, Any] = handler(self)
-        if written.get("old_logprobs") == "auto":
-            del written["old_logprobs"]
+        for name in LATER:
+            if name in written and getattr(self, name) == type(self).model_fields[name].default:
+                del written[name]
         return written
+
+    @property
+    def completions_at_the_end(self) -> int:
+        """Completions per held-out prompt in the last evaluation."""
+        return self.final_evaluation_samples or max(FINAL_SAMPLES, self.evaluation_samples)
 
     @property
     def recomputes_old(self) -> bool:
@@ -181,6 +190,12 @@ class TrainingSection(Section):
         """Optimizer updates that one rollout serves."""
         return self.updates_per_rollout * self.minibatches
 
+
+LATER = ("old_logprobs", "final_evaluation_samples")
+"""Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
+
+FINAL_SAMPLES = 16
+"""Completions per held-out prompt in the last evaluation, unless the grid file says otherwise."""
 
 NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds", "reward_memory_gb", "label")
 """Settings that cannot change any number of a cell, hence no part of its identity."""

@@ -48,13 +48,14 @@ class EvalSet:
 @message_type
 @dataclass(frozen=True, slots=True)
 class EvalOutputs:
-    """What evaluating some of a cell's prompts gave; M = prompts × `evaluation_samples`.
+    """What evaluating some of a cell's prompts gave; M = prompts × completions per prompt.
 
     Attributes:
         best: the score of each prompt's greedy completion.
         scores, texts: of the M samples.
         tokens: float64 [M], own tokens of each sample.
-        reverse, forward, entropy: float64 [M], see `sequence_divergence`.
+        reverse, entropy: float64 [M], see `sequence_divergence`.
+        forward: float64 [prompts × `evaluation_samples`], on samples of the reference.
     """
 
     best: list[Score]
@@ -130,7 +131,7 @@ def evaluate(
     Raises:
         CellFailure: where a cell's reward raises.
     """
-    samples = settings.evaluation_samples
+    samples, k = settings.completions_after(update), settings.evaluation_samples
     examples = [eval_set.examples for eval_set in eval_sets]
 
     def answered() -> list[EvalOutputs]:
@@ -148,8 +149,10 @@ def evaluate(
                 "update": update,
                 "accuracy": _mean([float(s.correct) for s in found.best]),
                 "reward": finite(_mean([s.reward for s in scores])),
-                "pass_at_k": _mean([pass_at_k(samples, count, samples) for count in solved]),
-                "k": samples,
+                "reward_se": sampling_error([s.reward for s in scores], samples),
+                "completions": len(scores),
+                "pass_at_k": _mean([pass_at_k(samples, count, k) for count in solved]),
+                "k": k,
                 "reverse_kl": finite(float(found.reverse.mean())),
                 "forward_kl": finite(float(found.forward.mean())),
                 "entropy": finite(float(found.entropy.sum() / found.tokens.sum().clamp(min=1))),
@@ -181,7 +184,7 @@ def _eval_outputs(
 ) -> list[EvalOutputs]:
     """Evaluate a part of every cell's prompts."""
     examples = [eval_set.examples for eval_set in eval_sets]
-    samples = settings.evaluation_samples
+    samples = settings.completions_after(update)
     greedy = generate(policy, members, examples, 1, None, settings.max_new_tokens, budget=budget, share=share)
     fresh = generate(
         policy, members, examples, samples, ("evaluation", update), settings.max_new_tokens, budget=budget, share=share
@@ -249,6 +252,15 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} is not between 1 and n = {n}")
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def sampling_error(values: Sequence[float], samples: int) -> float | None:
+    """The standard error of the mean of values that were sampled `samples` times for each of several fixed prompts:
+    √(Σ_prompts s²/samples) / prompts. None for single samples, and where it is not finite."""
+    if samples < 2:
+        return None
+    table = torch.tensor(values, dtype=torch.float64).reshape(-1, samples)
+    return finite(float((table.var(dim=1).sum() / samples).sqrt()) / len(table))
 
 
 def _mean(values: Sequence[float]) -> float:

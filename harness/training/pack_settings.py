@@ -47,6 +47,7 @@ class PackSettings:
     critic: Critic | None
     evaluate_every: int
     evaluation_samples: int
+    final_evaluation_samples: int
     checkpoint_updates: int
     checkpoint_seconds: float
     max_new_tokens: int
@@ -59,6 +60,10 @@ class PackSettings:
         if self.sampler is not None and self.sampler.temperature is not None:
             return self.sampler.temperature
         return self.temperature
+
+    def completions_after(self, update: int) -> int:
+        """Completions per held-out prompt in the evaluation after `update` updates."""
+        return self.final_evaluation_samples if update >= self.schedule.updates else self.evaluation_samples
 
     @property
     def minibatch_rows(self) -> int:
@@ -99,6 +104,7 @@ class PackSettings:
             critic=training.critic,
             evaluate_every=training.evaluate_every,
             evaluation_samples=training.evaluation_samples,
+            final_evaluation_samples=training.completions_at_the_end,
             checkpoint_updates=training.checkpoint_updates,
             checkpoint_seconds=training.checkpoint_seconds,
             max_new_tokens=member.max_new_tokens,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from klab.grid import Grid, UserError, parse_grid
+from klab.grid import Cell, Grid, UserError, parse_grid
 from klab.grid.schema.sections import TrainingSection
 
 
@@ -155,3 +155,19 @@ def test_mistakes(training: dict[str, Any], message: str) -> None:
 def test_the_default_training_section_has_none_of_them() -> None:
     section = TrainingSection()
     assert (section.critic, section.beta_control, section.trust_region) == (None, None, None)
+
+
+def test_completions_of_the_last_evaluation() -> None:
+    plain, given = grid_of().cells[0], grid_of(training={"final_evaluation_samples": 64}).cells[0]
+    assert plain.training.completions_at_the_end == 16
+    assert grid_of(training={"evaluation_samples": 20}).cells[0].training.completions_at_the_end == 20
+    assert given.training.completions_at_the_end == 64
+    assert "final_evaluation_samples" not in plain.resolved()["training"]
+    assert given.id != plain.id
+    assert Cell.from_resolved(given.resolved()) == given
+    with pytest.raises(UserError, match=r"training\.final_evaluation_samples.*training\.evaluation_samples"):
+        grid_of(training={"evaluation_samples": 8, "final_evaluation_samples": 4})
+
+
+def test_a_cell_without_later_settings_has_the_id_that_it_always_had() -> None:
+    assert grid_of().cells[0].id == "k3-loss-group_norm-s0-26b6f972"

@@ -31,7 +31,14 @@ STACKED_BYTES = 2**25
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
-_IDLE = ("updates", "evaluate_every", "evaluation_prompts", "evaluation_samples", *NUMERICALLY_IDLE)
+_IDLE = (
+    "updates",
+    "evaluate_every",
+    "evaluation_prompts",
+    "evaluation_samples",
+    "final_evaluation_samples",
+    *NUMERICALLY_IDLE,
+)
 """Training settings that do not change what an update takes."""
 
 

@@ -11,8 +11,8 @@ import torch
 import klab.harness.training.evaluation as module
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
-from klab.harness.training.data.rollouts import rollout_prompts
-from klab.harness.training.evaluation import held_out, pass_at_k, sequence_divergence
+from klab.harness.training.data.rollouts import rollout_prompts, score_completions
+from klab.harness.training.evaluation import held_out, pass_at_k, sampling_error, sequence_divergence
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, finished, numbers
@@ -82,9 +82,8 @@ def test_a_row_has_the_reverse_kl_of_fresh_samples_and_the_forward_kl_of_the_ref
     row = pack.evaluate()[0]
     members, samples = pack.members, pack.members[0].cell.training.evaluation_samples
     examples = [held_out(pack.members[0])]
-    fresh = generate(
-        pack.policy, members, examples, samples, ("evaluation", row["update"]), pack.settings.max_new_tokens
-    )
+    drawn = pack.settings.completions_after(row["update"])
+    fresh = generate(pack.policy, members, examples, drawn, ("evaluation", row["update"]), pack.settings.max_new_tokens)
     kept = generate(
         pack.reference,
         members,
@@ -104,6 +103,46 @@ def test_a_row_has_the_reverse_kl_of_fresh_samples_and_the_forward_kl_of_the_ref
         expected[name] = float((torch.distributions.kl_divergence(*pair) * rollouts[0].mask).sum(1).mean())
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert abs(expected["forward_kl"] - expected["reverse_kl"]) > 1e-2 * expected["reverse_kl"]
+
+
+def test_the_last_evaluation_draws_more_and_says_how_sure_its_reward_is(make_run: MakeRun) -> None:
+    pack = trained(make_run, updates=0)
+    training = pack.members[0].cell.training
+    before = pack.evaluate()[0]
+    for _ in range(training.updates):
+        pack.advance()
+    after = pack.evaluate()[0]
+    prompts = len(held_out(pack.members[0]))
+    assert before["completions"] == prompts * training.evaluation_samples
+    assert after["completions"] == prompts * 16
+    assert before["k"] == after["k"] == training.evaluation_samples
+    fresh = generate(
+        pack.policy,
+        pack.members,
+        [held_out(pack.members[0])],
+        16,
+        ("evaluation", after["update"]),
+        pack.settings.max_new_tokens,
+    )[0]
+    scores = score_completions(pack.members, 0, held_out(pack.members[0]), fresh)
+    rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64).reshape(prompts, 16)
+    assert after["reward"] == pytest.approx(float(rewards.mean()))
+    assert after["reward_se"] == pytest.approx(float((rewards.var(1) / 16).sum().sqrt()) / prompts)
+    correct = torch.tensor([float(score.correct) for score in scores]).reshape(prompts, 16).sum(1)
+    draws = [pass_at_k(16, int(count), training.evaluation_samples) for count in correct]
+    assert after["pass_at_k"] == pytest.approx(sum(draws) / prompts)
+
+
+def test_the_sampling_error_is_the_spread_of_repeated_evaluations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([0.1, 0.5, 0.9])
+    draws = (torch.rand(4000, 3, 8, generator=generator) < levels[:, None]).double()
+    spread = float(draws.mean(dim=(1, 2)).std())
+    errors = [sampling_error(each.flatten().tolist(), 8) for each in draws[:500]]
+    known = torch.tensor([error for error in errors if error is not None], dtype=torch.float64)
+    assert float((known**2).mean().sqrt()) == pytest.approx(spread, rel=0.05)
+    assert sampling_error([1.0, 0.0], 1) is None
+    assert sampling_error([1.0, float("nan")], 2) is None
 
 
 def test_chunks_do_not_change_the_divergence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ UPDATE = [
 ]
 PHASES = ["rollout", "reward", "reference", "forward", "backward", "step"]
 EVALUATION = [
-    "update", "accuracy", "reward", "pass_at_k", "k", "reverse_kl", "forward_kl", "entropy", "length", "parts",
-    "samples", "seconds",
+    "update", "accuracy", "reward", "reward_se", "completions", "pass_at_k", "k", "reverse_kl", "forward_kl", "entropy",
+    "length", "parts", "samples", "seconds",
 ]
 # fmt: on
 
