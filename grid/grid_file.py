@@ -13,9 +13,10 @@ from klab.grid.cell_builder import CellBuilder
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.schema.policy import automatic_dtype
-from klab.grid.schema.sections import Resources, load_section
+from klab.grid.schema.sections import AnalysisPlan, Resources, load_section
+from klab.grid.score import parse_score
 from klab.grid.short_ids import matching_ids
-from klab.grid.variant import Variant
+from klab.grid.variant import Variant, VariantFactory
 from klab.grid.yaml_document import parse_yaml, read_text
 
 KEYS = {
@@ -30,6 +31,7 @@ KEYS = {
     "cells": "with `design: list`, the changes of each cell by dotted key",
     "exclude": "rules that remove cells",
     "seeds": "a count (seeds 0, 1, …) or a list of seeds; default 1",
+    "analysis": "what the study will be asked: score, margin, contrasts, most seeds; recorded by the first launch",
     "resources": "what a job gets",
     "track": "`tensorboard`, `wandb`, or a list of them",
 }
@@ -63,6 +65,8 @@ class Grid:
         baseline: the group of the configuration without changes; None where the study does not contain it.
         file, text: where the grid file is, and what it says.
         equalities: cells that were merged because their gradients are equal (`klab.harness.dispatch.merging`).
+        analysis: the analysis as stated in the file; None where it states none.
+        stated: the groups that the stated contrasts compare with the baseline.
     """
 
     name: str
@@ -77,6 +81,8 @@ class Grid:
     file: str
     text: str
     equalities: tuple[Equality, ...] = ()
+    analysis: AnalysisPlan | None = None
+    stated: tuple[str, ...] = ()
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -142,6 +148,8 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     cells = _with_seeds(cells, spellings, seeds)
     builder.refuse_idle()
     base = next((variant for variant in variants if not variant.changes), None)
+    base_group = builder.cell(base, seeds[0]).group if base else _baseline(builder, baseline, cells.values())
+    analysis = _analysis(data, seeds)
     return Grid(
         name=name,
         description=description.strip(),
@@ -149,12 +157,52 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         axes=axes,
         design=data.get("design", "product"),
         seeds=seeds,
-        baseline=builder.cell(base, seeds[0]).group if base else _baseline(builder, baseline, cells.values()),
+        baseline=base_group,
         resources=resources,  # type: ignore[arg-type]
         track=_track(data.get("track", [])),
         file=file,
         text=text,
+        analysis=analysis,
+        stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
     )
+
+
+def _analysis(data: Mapping[str, Any], seeds: Sequence[int]) -> AnalysisPlan | None:
+    if "analysis" not in data:
+        return None
+    plan: AnalysisPlan = load_section("analysis", data["analysis"])  # type: ignore[assignment]
+    for name in plan.scores:
+        parse_score(name, "analysis.score")
+    if plan.stop is not None and plan.stop.seeds < len(seeds):
+        raise UserError(
+            f"fewer than the {len(seeds)} seeds of the study", key="analysis.stop.seeds", value=plan.stop.seeds
+        )
+    return plan
+
+
+def _stated(
+    plan: AnalysisPlan, builder: CellBuilder, baseline: Variant, base_group: str | None, cells: Iterable[Cell]
+) -> tuple[str, ...]:
+    """The groups of the stated contrasts."""
+    groups = dict.fromkeys(cell.group for cell in cells)
+    factory = VariantFactory(baseline)
+    found: dict[str, None] = {}
+    for index, change in enumerate(plan.contrasts):
+        key = f"analysis.contrasts.{index}"
+        if base_group is None:
+            raise UserError("there is no baseline to compare with in this grid", key=key, value=change)
+        try:
+            group = builder.cell(factory.variant(change.items()), 0, count=False).group
+        except UserError as error:
+            raise error.with_location(prefix=key) from None
+        if group == base_group:
+            raise UserError("is the baseline itself", key=key, value=change)
+        if group not in groups:
+            raise UserError("no cell of this grid is the baseline with these changes", key=key, value=change)
+        if group in found:
+            raise UserError("duplicate contrast", key=key, value=change)
+        found[group] = None
+    return tuple(found)
 
 
 def _with_seeds(

@@ -18,6 +18,7 @@ from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.custom_values import SIGNATURES
 from klab.grid.glossary import GLOSSARY
 from klab.grid.grid_file import KEYS
+from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
@@ -68,6 +69,7 @@ def reference() -> str:
     parts += ["### A task of your own", "", *_section(CustomTask), ""]
     parts += ["### `task.reward`: one term", "", *_section(RewardTerm), ""]
     parts += ["## `resources`", "", *_section(Resources), ""]
+    parts += ["## `analysis`", "", *_section(AnalysisPlan), "", "### `analysis.stop`", "", *_section(Stop), ""]
     parts += ["## Symbols", ""]
     symbols = [(each.symbol, f"`{each.code}`" if each.code else "", each.shape, each.meaning) for each in GLOSSARY]
     parts += [*_table(("symbol", "in the code", "shape", "meaning"), symbols), "", "## Sources", ""]

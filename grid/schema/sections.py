@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from klab.grid.errors import UserError
+from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from klab.grid.schema.sampler import Rejection, Sampler, check_sampler
@@ -35,6 +36,7 @@ __all__ = [
     "POLICIES",
     "TASKS",
     "AdditionTask",
+    "AnalysisPlan",
     "BanditTask",
     "BetaControl",
     "CalculatorTask",
@@ -52,6 +54,7 @@ __all__ = [
     "RewardTerm",
     "Sampler",
     "Section",
+    "Stop",
     "TabularTask",
     "TaskSection",
     "TinyPolicy",
@@ -142,7 +145,7 @@ def load_section(kind: str, given: object) -> Section:
     """A section from its mapping.
 
     Args:
-        kind: ``task``, ``policy``, ``training`` or ``resources``.
+        kind: ``task``, ``policy``, ``training``, ``resources`` or ``analysis``.
         given: what the grid file contains.
 
     Raises:
@@ -180,11 +183,17 @@ def default_of(kind: str, given: Mapping[str, Any], field: str) -> Any:
     return model.model_fields[field].default
 
 
+_UNNAMED: Mapping[str, type[Section]] = {
+    "training": TrainingSection,
+    "resources": Resources,
+    "analysis": AnalysisPlan,
+}
+"""Sections of which there is one kind."""
+
+
 def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
-    if kind == "training":
-        return TrainingSection
-    if kind == "resources":
-        return Resources
+    if kind in _UNNAMED:
+        return _UNNAMED[kind]
     models = TASKS if kind == "task" else POLICIES
     name = given.get("name")
     if name is None:

@@ -19,7 +19,7 @@ from klab.harness.cli.text import say, tolerate_any_encoding
 from klab.harness.store.kernels import fix_kernels
 
 COMMANDS = {
-    "plan": "Show what a grid file would run: cells, merged spellings, packs, estimated time.",
+    "plan": "Show what a grid file would run, what it would cost, and which differences it could see.",
     "launch": "Run a grid file's cells, here, on this machine's cores and GPUs, or on Slurm; again: continue.",
     "status": "Show the state of every cell of a run.",
     "logs": "Show a cell's attempts, its error and its job's output.",

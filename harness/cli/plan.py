@@ -15,6 +15,7 @@ from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOptio
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
+from klab.harness.cli.sight import DetectOption, DeviationOption, PilotOption, deviation_of, sight
 from klab.harness.cli.table import console, duration, show
 from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.backends import Pack
@@ -47,11 +48,17 @@ def plan(
         bool, typer.Option("--measure", help=f"Compare gradients even of more than {AT_ONCE} new objectives.")
     ] = False,
     check: CheckOption = True,
+    pilot: PilotOption = None,
+    sd: DeviationOption = None,
+    detect: DetectOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a grid file would run: cells, merged spellings, packs, estimated time. Writes nothing."""
+    """Show what a grid file would run, what it would cost, and which differences it could see. Writes nothing."""
     study = grid_of(grid)
     folder = runs / study.name
+    if detect is not None and not 0 < detect < float("inf"):
+        raise UserError("not a difference above 0", key="--detect", value=detect)
+    deviation = deviation_of(pilot, sd, runs, study)
     checks = Checks(study, folder, check)
     unmeasured = 0
     written = sum(len(cell.spellings) for cell in study.cells if cell.seed == study.seeds[0])
@@ -70,8 +77,9 @@ def plan(
     planned = make_packs(left, size, workers, read_step_times(runs, place))
     packs = planned.packs
     times = estimate(left, packs, runs, workers)
+    seen = sight(study, deviation, detect)
     if as_json:
-        record = _record(study, folder, resolved, done, planned, workers, times)
+        record = {**_record(study, folder, resolved, done, planned, workers, times), "sight": seen.record()}
         show_json({**record, "notes": found.notes, "memory": [need.record() for need in found.memory]})
         return
     screen = console()
@@ -98,6 +106,8 @@ def plan(
         screen.print(f"{unmeasured} objectives were never compared by measurement; --measure does, and so does launch")
     show_notes(found.notes, quiet=False)
     for line in dict.fromkeys(need.line() for need in found.memory):
+        say(line)
+    for line in seen.lines():
         say(line)
     if not packs:
         screen.print("nothing is left to run")

@@ -58,12 +58,14 @@ def merge_equivalent(
 
 def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Collection[str]) -> Grid:
     gone: set[str] = set()
+    runs_as: dict[str, str] = {}
     spellings: dict[str, tuple[str, ...]] = {}
     equalities: list[Equality] = []
     for members in classes:
         first = next((cell for cell in members if cell.group == grid.baseline), members[0])
         others = [cell for cell in members if cell.id != first.id]
         gone.update(cell.id for cell in others if cell.id not in keep)
+        runs_as.update((cell.group, first.group) for cell in others if cell.id not in keep)
         spellings[first.id] = first.spellings + tuple(word for cell in others for word in cell.spellings)
         equalities.append(
             Equality(first.id, tuple(cell.id for cell in others), tuple(cell.group for cell in (first, *others)))
@@ -71,7 +73,9 @@ def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Colle
     cells = tuple(
         replace(cell, spellings=spellings.get(cell.id, cell.spellings)) for cell in grid.cells if cell.id not in gone
     )
-    return replace(grid, cells=cells, equalities=tuple(equalities))
+    stated = dict.fromkeys(runs_as.get(group, group) for group in grid.stated)
+    stated.pop(str(grid.baseline), None)  # what is the baseline's own algorithm differs in nothing from it
+    return replace(grid, cells=cells, equalities=tuple(equalities), stated=tuple(stated))
 
 
 def _measure(unknown: Mapping[tuple[str, bool], Objective], cache: Path, progress: Progress | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
-from klab.harness.store import files, machine, provenance
+from klab.harness.store import files, looks, machine, provenance, stated_analysis
 from klab.harness.store.record_table import encode_table, read_table
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _CUTS = ("objective", "task", "policy", "training", "seed")
 """Consecutive entries of a cell; most cells share the values of all but the last."""
+KEPT = ("analysis", "looks")
+"""What the manifest says beside its cells of earlier launches, too."""
 
 
 def read_manifest(file: Path) -> dict[str, Any] | None:
@@ -55,6 +57,8 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The manifest of `grid` in the run folder `path`: `existing` itself where the grid changes nothing in it.
 
+    The stated analysis is recorded with every change that it ever has, and so is every number of seeds per cell.
+
     Args:
         created: the time of the creation in seconds since 1970; None: that of `existing`, else now.
         accept_changes: add or continue cells although code, data or models are not those that the run was made with.
@@ -62,6 +66,18 @@ def build_manifest(
     Raises:
         UserError: the folder belongs to another grid, or cells would be added under changed code, data or models.
     """
+    manifest = _manifest(grid, existing, path, created, accept_changes)
+
+    def results() -> int:
+        return 0 if existing is None else sum(_is_finished(path, identity) for identity in existing["cells"])
+
+    manifest = looks.recorded(manifest, existing, results)
+    return stated_analysis.recorded(manifest, existing, grid, results)
+
+
+def _manifest(
+    grid: Grid, existing: dict[str, Any] | None, path: Path, created: float | None, accept_changes: bool
+) -> dict[str, Any]:
     cells = cells_of(grid)
     superseded: list[Any] = []
     if existing is None:
@@ -99,6 +115,7 @@ def build_manifest(
             {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
         ],
         "grid": grid.text,
+        **{key: existing[key] for key in KEPT if existing and key in existing},
         **made,
         "superseded": superseded,
         "cells": cells,

@@ -20,18 +20,14 @@ from klab.reports.inference.contrasts import (
     matched_pairs,
     stacked,
 )
-from klab.reports.inference.design import TASK, Design, Indices, read_design
-from klab.reports.inference.family import ALPHA, DIFFERS, EQUIVALENT, UNDECIDED, Estimates, Family, no_verdicts
+from klab.reports.inference.design import TASK, Design, Indices, cell_with, read_design
+from klab.reports.inference.error_rate import ALONE, ALPHA, SHARES, STATED, divided
+from klab.reports.inference.family import DIFFERS, EQUIVALENT, UNDECIDED, Estimates, Family, joined, no_verdicts
 from klab.reports.inference.headline import headline, notes
 from klab.reports.inference.variance import estimate_components
 
 DELTA = 0.05
 """Differences smaller than this count as none, unless `delta` says otherwise: five points of a reward in [0, 1]."""
-SHARES = (0.55, 0.3, 0.15)
-"""How the error rate is divided between contrasts, effects and interactions where the design crosses axes."""
-ALONE = 0.9
-"""The share that several contrasts use where there is nothing else: the rest covers that their variances are shrunk. A
-single contrast is an exact test and uses all."""
 
 
 class Best(NamedTuple):
@@ -55,7 +51,8 @@ class Analysis:
             cells, so that they hold for a cell picked out afterwards), ``diverged``.
         contrasts: one row per cell but the baseline: the axes, ``difference`` from the baseline (of its task),
             ``low``, ``high`` (simultaneous), ``p`` (adjusted), ``verdict``, ``pairs`` (seeds that both have),
-            ``more_seeds`` (per cell, that would decide an undecided one at the present estimates).
+            ``more_seeds`` (per cell, that would decide an undecided one at the present estimates), ``stated``
+            (beforehand).
         across: the same per configuration, averaged over the tasks; empty with one task.
         levels: one row per axis and value: ``axis``, ``value``, ``difference`` from the baseline's value over all pairs
             of cells that differ in nothing else, ``low``, ``high``, ``p``, ``verdict``, ``pairs``, ``more_seeds``.
@@ -88,6 +85,7 @@ def analyse(
     *,
     higher: bool = True,
     share: float = 1.0,
+    stated: Sequence[Mapping[str, Any]] = (),
 ) -> Analysis:
     """The inference of a study.
 
@@ -97,8 +95,10 @@ def analyse(
         baseline: the baseline's value on every axis; None: there is none, and nothing is compared.
         delta: differences smaller than this count as none.
         higher: whether a higher score is better.
-        share: the part of the error rate that this analysis may use, where several are shown together. p is scaled
-            with it, so that 0.05 stays the threshold.
+        share: the part of the error rate that this analysis may use, where several are shown together, or at a look at a
+            study that grows (`error_rate.look_share`). p is scaled with it, so that 0.05 stays the threshold.
+        stated: the cells, by their values on every axis (and the task, where there is one), whose contrasts were stated
+            beforehand: they are a family of their own with most of the contrasts' error rate.
 
     Raises:
         UserError: for a column, state, axis or value that is not there, and for two rows of one cell and seed.
@@ -107,14 +107,18 @@ def analyse(
         raise UserError("the margin of equivalence is a number of at least 0", key="delta", value=delta)
     if not 0 < share <= 1:
         raise UserError("not a share of the error rate, 0 < share ≤ 1", key="share", value=share)
-    return _Inference(read_design(frame, baseline, higher), float(delta), higher, ALPHA * share).analysis()
+    return _Inference(read_design(frame, baseline, higher), float(delta), higher, ALPHA * share, stated).analysis()
 
 
 class _Inference:
     """Everything that is estimated, as rows of one table of estimates, and the tables made of it."""
 
-    def __init__(self, design: Design, delta: float, higher: bool, alpha: float) -> None:
+    def __init__(
+        self, design: Design, delta: float, higher: bool, alpha: float, stated: Sequence[Mapping[str, Any]]
+    ) -> None:
         self.design, self.delta, self.higher, self.alpha = design, delta, higher, alpha
+        self.stated = np.zeros(design.cells, dtype=bool)
+        self.stated[[cell_with(design, values) for values in stated]] = True
         n = design.n
         self.lost = all(cell < 0 or n[cell] == 0 for cell in design.baseline)
         self.several = len(design.tasks) > 1
@@ -187,13 +191,14 @@ class _Inference:
         if self.several:
             rows = np.concatenate([rows, self._rows("across")[changed]])
         share = SHARES[0] if self.squares else ALONE if len(rows) > 1 else 1.0
-        family = self._family(rows, self.alpha * share)
+        family = self._split(rows, self.alpha * share)
         table, across = (
             self._named(self.others),
             self._named(self._representatives(changed if self.several else changed[:0])),
         )
         split = len(self.others)
         _attach(table, family.part(slice(0, split)), "pairs")
+        table["stated"] = self.stated[self.others]
         across = across.drop(columns=TASK, errors="ignore")
         _attach(across, family.part(slice(split, None)), "pairs")
         # An axis that changes in single steps from the baseline has these rows as its effects.
@@ -203,10 +208,19 @@ class _Inference:
         self.contrast_of = {tuple(code): start + i for i, code in enumerate(names.tolist())}
         return table, across
 
+    def _split(self, rows: Indices, alpha: float) -> Family:
+        """The contrasts as one family, or those that were stated beforehand apart from the others."""
+        stated = np.zeros(len(rows), dtype=bool)
+        stated[: len(self.others)] = self.stated[self.others]
+        if not stated.any() or stated.all():
+            return self._family(rows, alpha)
+        parts = [(np.flatnonzero(stated), STATED), (np.flatnonzero(~stated), 1 - STATED)]
+        return joined([(place, self._family(rows[place], alpha * share)) for place, share in parts])
+
     def _effects(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         design = self.design
         averaged = {axis for axis, found in self.pairs.items() if len(found.cells) and not self._single_steps(found)}
-        alpha = _divided(self.alpha * SHARES[1], len(averaged))
+        alpha = divided(self.alpha * SHARES[1], len(averaged))
         tables, rows = [], []
         for axis, found in self.pairs.items():
             if axis not in averaged:
@@ -235,7 +249,7 @@ class _Inference:
 
     def _interactions(self) -> pd.DataFrame:
         design = self.design
-        alpha = _divided(self.alpha * SHARES[2], len(self.squares))
+        alpha = divided(self.alpha * SHARES[2], len(self.squares))
         rows = []
         for pair, found in self.squares.items():
             family = no_verdicts(len(found.values)) if self.lost else self._family(self._rows(pair), alpha, joint=False)
@@ -274,10 +288,6 @@ class _Inference:
             {column: pd.Series([row[column] for row in rows], dtype=object) for column in design.columns},
             index=range(len(rows)),
         )
-
-
-def _divided(alpha: float, tests: int) -> float:
-    return float(-np.expm1(np.log1p(-alpha) / max(tests, 1)))
 
 
 def _attach(table: pd.DataFrame, family: Family, count: str) -> None:

@@ -140,6 +140,19 @@ def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any] | None, higher:
     )
 
 
+def cell_with(design: Design, values: Mapping[str, Any]) -> int:
+    """The index of the cell that has these values on all columns.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = {column: _key(values.get(column)) for column in design.columns}
+    for cell, own in enumerate(design.values):
+        if all(_key(own[column]) == key for column, key in wanted.items()):
+            return cell
+    raise UserError("no cell of the frame has these values", key="stated", value=dict(values))
+
+
 def _key(value: Any) -> Hashable:
     # Two values are one value when they are written alike; 1 and 1.0 are, True and 1 are not.
     if value is None or (isinstance(value, float) and np.isnan(value)) or value is pd.NA:

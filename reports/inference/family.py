@@ -6,17 +6,18 @@ An estimate has p < ALPHA exactly when its interval excludes 0, and then the ver
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from klab.reports.inference.contrasts import Combinations, values_of
 from klab.reports.inference.design import Array, Design, Indices
+from klab.reports.inference.error_rate import ALPHA
 from klab.reports.inference.uncertainty import critical_values, quantile, tail, uncertainty
 from klab.reports.inference.variance import Components
 
-ALPHA = 0.05
 DIFFERS, EQUIVALENT, UNDECIDED = "differs", "equivalent", "undecided"
 
 
@@ -52,6 +53,14 @@ class Family:
             self.verdict[rows],
             self.more[rows],
         )
+
+
+def joined(parts: Sequence[tuple[Indices, Family]]) -> Family:
+    """One table of the members of several families, each with its places in it."""
+    order = np.argsort(np.concatenate([places for places, _ in parts]), kind="stable")
+    families = [family for _, family in parts]
+    columns = [np.concatenate([getattr(family, each.name) for family in families])[order] for each in fields(Family)]
+    return Family(*columns)
 
 
 def no_verdicts(count: int) -> Family:

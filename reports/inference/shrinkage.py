@@ -14,10 +14,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import betaln, polygamma
 
-from klab.reports.inference.design import Array
-
+Array = NDArray[np.float64]
 SPREAD = 1.6
 _SPREADS = np.concatenate([[0.03], np.arange(0.1, SPREAD + 0.05, 0.1)])
 _SCALES = np.exp(np.linspace(-1.6, 0.8, 19))

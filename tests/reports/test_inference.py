@@ -435,3 +435,45 @@ def test_error_rates_hold_where_nothing_differs(design: str, seeds: int, conditi
 def test_effects_of_two_standard_deviations_are_found() -> None:
     """0.47 in the long run; the contrasts of one study share a baseline, so that twelve studies are a rough measure."""
     assert np.mean([one.found for one in outcomes("prod", 5, IID, 12, seed=7, shift=2.0)]) > 0.2
+
+
+# What was stated beforehand, and looks at a growing study
+
+
+def test_without_contrasts_stated_beforehand_and_with_all_of_them_everything_is_one_family() -> None:
+    frame = _study("one", effect=1.0)
+    plain = analyse(frame, BASE)
+    stated = analyse(frame, BASE, stated=plain.contrasts[list("abc")].to_dict("records"))
+    assert not plain.contrasts["stated"].any()
+    assert stated.contrasts["stated"].all()
+    pd.testing.assert_frame_equal(plain.contrasts.drop(columns="stated"), stated.contrasts.drop(columns="stated"))
+
+
+def test_contrasts_stated_beforehand_are_a_family_of_their_own() -> None:
+    frame, wanted = _study("prod", effect=0.7), [{"a": 1, "b": 0, "c": 0}, {"a": 2, "b": 0, "c": 0}]
+    plain, found = analyse(frame, BASE).contrasts, analyse(frame, BASE, stated=wanted).contrasts
+    stated = found["stated"]
+    assert found.loc[stated, ["a", "b", "c"]].to_dict("records") == wanted
+    width, before = found["high"] - found["low"], plain["high"] - plain["low"]
+    assert (width[stated] < before[stated]).all()
+    assert (width[~stated] > before[~stated]).all()
+    assert (found["difference"] == plain["difference"]).all()
+    excluded = (found["low"] > 0) | (found["high"] < 0)
+    assert ((found["p"] < 0.05) == excluded).all()
+    assert ((found["verdict"] == "differs") == excluded).all()
+
+
+def test_a_stated_cell_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="no cell of the frame has these values"):
+        analyse(_study("one"), BASE, stated=[{"a": 7, "b": 0, "c": 0}])
+
+
+def test_a_look_has_wider_intervals_and_p_keeps_its_threshold() -> None:
+    frame = _study("prod", effect=0.8)
+    plain, look = analyse(frame, BASE), analyse(frame, BASE, share=0.2)
+    assert (plain.alpha, look.alpha) == (0.05, pytest.approx(0.01))
+    for name in TABLES:
+        table, wider = getattr(plain, name), getattr(look, name)
+        if len(table):
+            assert (wider["high"] - wider["low"] > table["high"] - table["low"]).all()
+            assert ((wider["p"] < 0.05) == (wider["verdict"] == "differs")).all()
