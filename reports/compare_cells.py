@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from klab.grid import UserError
-from klab.grid.score import DEFAULT_SCORE, RESULTS
+from klab.grid.score import RESULTS
 from klab.grid.short_ids import matching_ids
 from klab.reports.comparison import Comparison, compare
 from klab.reports.config_detail import settings
 from klab.reports.figures.series import cube, over_seeds
-from klab.reports.inference import DELTA
 from klab.reports.study import Study
 
 
@@ -83,7 +82,7 @@ def configuration(study: Study, text: str) -> str:
     return str(found.pop())
 
 
-def compare_pair(study: Study, first: str, second: str, score: str = DEFAULT_SCORE, delta: float = DELTA) -> Pair:
+def compare_pair(study: Study, first: str, second: str, score: str | None = None, delta: float | None = None) -> Pair:
     """Two configurations of one task, same seeds against each other.
 
     Raises:

@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 
 from klab.grid.score import DEFAULT_SCORE, Score, parse_score
+from klab.reports.conduct import Conduct
 from klab.reports.inference import DELTA, DIFFERS, Analysis, analyse, counted_scores
 from klab.reports.schema import SUMMARY
 from klab.reports.scores import Array, ScoredStudy, run_scores, sampling_deviations, score_notes
 
 LOST = ("diverged", "failed", "damaged")
 OPEN = ("running", "stopped", "missing")
+RUN_COLUMNS = ("seed", "score", "state")
 CONFIGURATION = "configuration"
 """An axis of this name tells configurations apart that have the same value on every other axis."""
 
@@ -34,6 +36,8 @@ class ComparedStudy(ScoredStudy, Protocol):
     def baselines(self) -> Mapping[str, str]: ...
     @property
     def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def conduct(self) -> Conduct: ...
 
 
 @dataclass(frozen=True)
@@ -86,23 +90,23 @@ class Comparison:
 def compare(
     study: ComparedStudy,
     task: str,
-    score: str | Score = DEFAULT_SCORE,
-    delta: float = DELTA,
+    score: str | Score | None = None,
+    delta: float | None = None,
     baseline: str | None = None,
 ) -> Comparison:
     """The comparison of all cells of `task` by `score`.
 
-    The tasks of a study share its error rate evenly.
+    The tasks of a study share its error rate evenly. Contrasts that were stated beforehand have most of it.
 
     Args:
-        score: as `klab.grid.score.parse_score` reads it.
-        delta: differences smaller than this count as none.
+        score: as `klab.grid.score.parse_score` reads it; None: the one that the study states, or the default.
+        delta: differences smaller than this count as none; None: as the study states, or 0.05.
         baseline: the group to compare with; by default the study's for this task.
 
     Raises:
         UserError: for a score that does not exist.
     """
-    score = parse_score(score) if isinstance(score, str) else score
+    score, delta = _asked(study, score, delta)
     mine = (study.cells["task"] == task).to_numpy()
     cells = study.cells[mine]
     groups = tuple(dict.fromkeys(cells["group"]))
@@ -110,7 +114,17 @@ def compare(
     base = baseline or study.baselines.get(task)
     values = run_scores(study, score)[mine]
     frame, reference = run_frame(study, cells, values, base)
-    analysis = analyse(frame, reference, delta, higher=score.higher, share=1 / max(len(study.tasks), 1))
+    own = base is not None and base == study.baselines.get(task)
+    stated = study.conduct.stated & set(groups) - {base} if own else set()
+    places = [int(np.flatnonzero((cells["group"] == group).to_numpy())[0]) for group in groups if group in stated]
+    analysis = analyse(
+        frame,
+        reference,
+        delta,
+        higher=score.higher,
+        share=study.conduct.share / max(len(study.tasks), 1),
+        stated=[{str(key): frame.at[place, key] for key in frame if key not in RUN_COLUMNS} for place in places],
+    )
     row, column = {group: i for i, group in enumerate(groups)}, {seed: i for i, seed in enumerate(seeds)}
     place = ([row[group] for group in cells["group"]], [column[seed] for seed in cells["seed"]])
     state = cells["state"].to_numpy(dtype=object)
@@ -138,9 +152,21 @@ def compare(
     )
 
 
-def compare_all(study: ComparedStudy, scores: Sequence[Score], delta: float = DELTA) -> list[Comparison]:
-    """Every task's comparison by the first score, then by the next; each score has an error rate of its own."""
-    return [compare(study, task, score, delta) for score in scores for task in study.tasks]
+def compare_all(
+    study: ComparedStudy, scores: Sequence[Score] | None = None, delta: float | None = None
+) -> list[Comparison]:
+    """Every task's comparison by the first score, then by the next; each score has an error rate of its own.
+
+    Scores and margin that are not given are those that the study states.
+    """
+    return [compare(study, task, score, delta) for score in scores or (None,) for task in study.tasks]
+
+
+def _asked(study: ComparedStudy, score: str | Score | None, delta: float | None) -> tuple[Score, float]:
+    """The score and the margin to compare by."""
+    score = study.conduct.score or DEFAULT_SCORE if score is None else score
+    delta = study.conduct.delta if delta is None else delta
+    return parse_score(score) if isinstance(score, str) else score, DELTA if delta is None else delta
 
 
 def run_frame(
@@ -218,6 +244,7 @@ def _table(
         ("more_seeds", "more_seeds"),
     ):
         table[name] = contrasts[column]
+    table["stated"] = contrasts["stated"].astype(object).fillna(False).astype(bool)
     table["pairs"] = table["pairs"].fillna(0).astype(int)
     table["verdict"] = table["verdict"].astype(object).where(table["verdict"].notna(), "")
     gain = table["difference"] if score.higher else -table["difference"]

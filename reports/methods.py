@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from klab.reports.comparison import Comparison
+from klab.reports.conduct import methods_words
 from klab.reports.findings import noise_words
 from klab.reports.study import Study
 
 
 def methods(study: Study, comparisons: list[Comparison]) -> list[str]:
     """Paragraphs: what was run, and how it was compared."""
-    return [_run(study, comparison) for comparison in comparisons] + (
-        [_analysis(comparisons[0])] if comparisons else []
-    )
+    if not comparisons:
+        return []
+    runs = [_run(study, comparison) for comparison in comparisons]
+    return [*runs, _analysis(comparisons[0]), methods_words(study.conduct)]
 
 
 def _run(study: Study, comparison: Comparison) -> str:

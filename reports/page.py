@@ -16,16 +16,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.grid.score import DEFAULT_SCORE, parse_scores
+from klab.grid.score import parse_scores
 from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare_all
+from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
 from klab.reports.figures import Drawing, draw, inline_svg, save, svg_text
 from klab.reports.figures.tasks import across_tasks, profiles
 from klab.reports.findings import Findings, find
 from klab.reports.frame import records
 from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
-from klab.reports.inference import DELTA
 from klab.reports.methods import methods
 from klab.reports.provenance import provenance
 from klab.reports.schema import SUMMARY
@@ -60,8 +60,8 @@ def render(
     paths: Sequence[str | Path] | str | Path,
     out: str | Path | None = None,
     *,
-    scores: Sequence[str] = (DEFAULT_SCORE,),
-    delta: float = DELTA,
+    scores: Sequence[str] | None = None,
+    delta: float | None = None,
     baseline: str | None = None,
     only: Collection[str] | None = None,
     figures: bool = True,
@@ -72,8 +72,8 @@ def render(
 
     Args:
         paths: run folders.
-        scores: what cells are compared by, the first is the main one; see `klab.grid.score`.
-        delta: differences smaller than this count as none.
+        scores: what cells are compared by, the first is the main one; see `klab.grid.score`. None: as the study states.
+        delta: differences smaller than this count as none; None: as the study states, or 0.05.
         baseline: id of the cell to compare with, instead of the grid file's.
         only: ids of the cells to report; None: all.
         out, figures, gradients, progress: as `write_report` takes them.
@@ -90,7 +90,7 @@ def render(
     tell("reading")
     study = load_runs(listed, baseline=baseline, only=only)
     tell("comparing")
-    comparisons = compare_all(study, parse_scores(scores), delta)
+    comparisons = compare_all(study, parse_scores(scores) if scores else None, delta)
     return write_report(study, comparisons, out, figures=figures, gradients=gradients, progress=progress)
 
 
@@ -148,6 +148,7 @@ def write_report(
             over_table=records(across_tasks(main)[0]),
             metric=main[0].score.title if main else "",
             methods=methods(study, main),
+            stated=_stated(study, main),
             provenance=provenance(study),
             summary_columns=SUMMARY,
             parameters=PARAMETERS,
@@ -161,6 +162,23 @@ def write_report(
     temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, page)
     return page
+
+
+def _stated(study: Study, main: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """What the page says of the analysis that was stated beforehand; nothing where none was stated."""
+    if not main or not study.conduct.was_stated:
+        return []
+    contrasts = sum(len(comparison.analysis.contrasts) for comparison in main)
+    named = [study.labels[group] for group in study.labels if group in study.conduct.stated]
+    return [
+        {
+            "name": name,
+            "rows": items(history, main[0].score.name, main[0].analysis.delta, contrasts),
+            "contrasts": named,
+            "versions": history_rows(history),
+        }
+        for name, history in study.conduct.versions
+    ]
 
 
 def _section(

@@ -108,6 +108,7 @@ SUMMARY = {
     "pairs": "seeds in the difference",
     "p": "p of the difference, adjusted for all cells; below 0.05 exactly where the interval excludes 0",
     "verdict": "differs; equivalent: the interval lies within the margin; undecided",
+    "stated": "whether its comparison with the baseline was stated before there were results",
     "more_seeds": "further seeds per cell that would decide an undecided one at the present estimates",
     "rank": "1 is the best mean",
     "better": "whether it differs from the baseline for the better",

@@ -12,13 +12,12 @@ from typing import Any
 import pandas as pd
 
 from klab.grid import Cell, UserError
-from klab.grid.score import DEFAULT_SCORE
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
 from klab.reports.comparison import compare
+from klab.reports.conduct import Conduct, conduct
 from klab.reports.frame import Frames, read_frames
-from klab.reports.inference import DELTA
 from klab.reports.schema import CELLS, SUMMARY
 
 
@@ -70,7 +69,12 @@ class Study:
         """Whether axes were crossed: a value is then best shown as the average over the cells that have it."""
         return all(run.manifest.get("design") == "product" for run in self.runs) and len(self.runs) == 1
 
-    def summary(self, score: str = DEFAULT_SCORE, delta: float = DELTA) -> pd.DataFrame:
+    @cached_property
+    def conduct(self) -> Conduct:
+        """What was stated beforehand, and how often the study was looked at."""
+        return conduct(self.runs, self.names)
+
+    def summary(self, score: str | None = None, delta: float | None = None) -> pd.DataFrame:
         """One row per configuration, best first; columns are documented in `schema.SUMMARY`.
 
         Args:
@@ -132,7 +136,7 @@ def load_runs(
         groups = dict.fromkeys(cells.loc[cells["task"] == task, "group"])
         labels.update(group_labels(axes, {group: values[group] for group in groups}, baselines.get(task)))
     cells["label"] = [labels[group] for group in cells["group"]]
-    notes += _warnings(cells, runs)
+    notes += [*_warnings(cells, runs), *conduct(runs, names).notes]
     return Study(runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes))
 
 

@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 from klab.grid import UserError
-from klab.grid.score import DEFAULT_SCORE
 from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, run_of
 from klab.harness.cli.table import show
 from klab.harness.cli.text import say, show_json
 
 ScoreOption = Annotated[
-    str, typer.Option("--score", "--metric", help="What to compare by: reward, accuracy, reward_at_kl(0.5), ….")
+    str | None, typer.Option("--score", "--metric", help="What to compare by: reward, accuracy, reward_at_kl(0.5), ….")
 ]
 CellArgument = Annotated[
     str,
@@ -28,7 +27,7 @@ CellArgument = Annotated[
 def compare(
     first: CellArgument,
     second: CellArgument,
-    score: ScoreOption = DEFAULT_SCORE,
+    score: ScoreOption = None,
     delta: DeltaOption = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
@@ -36,7 +35,6 @@ def compare(
     """Compare two cells over their seeds: settings that differ, results, seeds in pairs, curves."""
     (run, left), (other, right) = _split(first, runs), _split(second, runs)
     from klab.reports.compare_cells import compare_pair, configuration
-    from klab.reports.inference import DELTA
     from klab.reports.sparkline import sparkline
     from klab.reports.study import load_runs
     from klab.reports.words import difference_span, p_words
@@ -48,7 +46,7 @@ def compare(
     ]
     if groups[0] == groups[1]:
         raise UserError("both are seeds of the same configuration; name two configurations", key="cell", value=second)
-    pair = compare_pair(together, groups[0], groups[1], score, DELTA if delta is None else delta)
+    pair = compare_pair(together, groups[0], groups[1], score, delta)
     if as_json:
         show_json(pair.as_dict())
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from klab.grid import UserError
-from klab.grid.score import DEFAULT_SCORE, parse_scores
+from klab.grid.score import parse_scores
 from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.gradients import measure_run
 from klab.harness.cli.table import console, show
@@ -35,8 +35,8 @@ def report(
         typer.Option(
             "--score",
             "--metric",
-            help="What to compare by: reward (default), accuracy, pass_at_k, training_reward, reward_at_kl(0.5), "
-            "objective(0.05), parts.NAME, …; may be repeated, the first is the main one.",
+            help="What to compare by: reward (default, unless the grid file states one), accuracy, pass_at_k, "
+            "training_reward, reward_at_kl(0.5), objective(0.05), parts.NAME, …; repeat it for several.",
         ),
     ] = None,
     delta: DeltaOption = None,
@@ -67,19 +67,17 @@ def report(
     """Write tables, figures and one page about one run or several; failed and missing cells are listed."""
     if form is not None and form not in FORMATS:
         raise UserError("unknown format", key="--format", value=form, allowed=FORMATS)
-    scores = parse_scores(score or [DEFAULT_SCORE], "--score")
+    scores = parse_scores(score, "--score") if score else None
     opened = [run_of(name, runs) for name in runs_given]
     from klab.reports.comparison import compare_all
-    from klab.reports.inference import DELTA
     from klab.reports.study import load_runs
     from klab.reports.tables import formatted
 
     paths = [run.path for run in opened]
     only = None if grid is None else {cell.id for cell in grid_of(grid).cells}
-    margin = DELTA if delta is None else delta
     if form is not None:
         study = load_runs(paths, baseline=baseline, only=only)
-        say(formatted(compare_all(study, scores, margin), form).rstrip("\n"))
+        say(formatted(compare_all(study, scores, delta), form).rstrip("\n"))
         return
     from klab.reports.page import write_report
 
@@ -92,7 +90,7 @@ def report(
         status.update("report: reading")
         study = load_runs(paths, baseline=baseline, only=only)
         status.update("report: comparing")
-        comparisons = compare_all(study, scores, margin)
+        comparisons = compare_all(study, scores, delta)
         page = write_report(
             study,
             comparisons,

@@ -35,3 +35,9 @@ def recorded(
         return manifest
     # Seeds that were added before there was any result are no second look.
     return {**manifest, _KEY: [*(known if results() else known[:-1]), record]}
+
+
+def most_seeds(manifest: Mapping[str, Any]) -> int | None:
+    """Most seeds per cell as was said when seeds were first added; None where nothing was."""
+    found = manifest.get("most_seeds")
+    return int(found) if isinstance(found, int) else None

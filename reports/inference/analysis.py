@@ -95,8 +95,8 @@ def analyse(
         baseline: the baseline's value on every axis; None: there is none, and nothing is compared.
         delta: differences smaller than this count as none.
         higher: whether a higher score is better.
-        share: the part of the error rate that this analysis may use, where several are shown together, or at a look at a
-            study that grows (`error_rate.look_share`). p is scaled with it, so that 0.05 stays the threshold.
+        share: the part of the error rate that this analysis may use, where several are shown together, or at a look
+            at a study that grows (`error_rate.look_share`). p is scaled with it, so that 0.05 stays the threshold.
         stated: the cells, by their values on every axis (and the task, where there is one), whose contrasts were stated
             beforehand: they are a family of their own with most of the contrasts' error rate.
 
