@@ -9,7 +9,7 @@ the backward pass, and saving a checkpoint.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from klab.grid.errors import UserError
+from klab.harness.policy.hf.output_layer import Finish, known_finish
 
 Weights = Mapping[str, Tensor]
 
@@ -32,6 +33,7 @@ class FunctionalModel:
         base: the module that transformers made.
         vocab_size, hidden_size: rows and columns of its output embedding.
         has_kv_cache: whether it can continue from cached keys and values.
+        finish: what it makes of the products of its output embedding; None where that is not known.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,6 +50,41 @@ class FunctionalModel:
         self._places = _parameter_places(model)
         self._checkpointed: list[Any] = []
         self._swapped_in: Weights = {}
+        self.finish = self._find_finish()
+
+    @torch.no_grad()
+    def _find_finish(self) -> Finish | None:
+        """See `known_finish`. The model runs once, on two tokens, with its own parameters, where these have memory."""
+        if any(each.is_meta for each in self.model.parameters()):
+            return None
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self._head.weight.device)  # type: ignore[arg-type]
+
+        def logits_of(products: Tensor) -> Tensor:
+            with self._head_gives(lambda _: products):
+                return self({}, tokens, torch.ones_like(tokens, dtype=torch.bool), 2)[0]
+
+        return known_finish(self._head, self.base.config.get_text_config(), logits_of)
+
+    @contextmanager
+    def _head_gives(self, made: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """The module with another output layer. Whatever is called before and after its own still is."""
+        self._head.forward = made
+        try:
+            yield
+        finally:
+            del self._head.forward
+
+    def final_states(
+        self, weights: Weights, tokens: Tensor, attention_mask: Tensor, states_to_keep: int, adapters: bool = True
+    ) -> Tensor:
+        """Final hidden states [N, states_to_keep, hidden_size] as `__call__` gives them, without logits."""
+        with self._head_gives(lambda states: states):
+            return self(weights, tokens, attention_mask, states_to_keep, adapters=adapters)[1]
+
+    def output_embedding(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        """Weight [vocab_size, hidden_size] and bias of the output layer, among these weights."""
+        with self.swap_parameters(weights):
+            return cast(Tensor, self._head.weight), cast("Tensor | None", self._head.bias)
 
     def take_parameters(self) -> dict[str, nn.Parameter]:
         """Take the module's own parameters out of it, by name; what stays holds no memory."""

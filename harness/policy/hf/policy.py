@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from klab.grid.errors import UserError
 from klab.harness.policy.hf import peft
 from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, pad_rows
 from klab.harness.policy.hf.functional_model import FunctionalModel
+from klab.harness.policy.hf.output_layer import chunked_log_softmax
 from klab.harness.policy.policy import IncrementalDecoder
 from klab.harness.policy.pretrained import (
     GENERATION_CONFIG,
@@ -29,8 +31,9 @@ from klab.harness.policy.pretrained import (
 )
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_scores
+from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores
 from klab.harness.policy.special_tokens import eos_token_ids
+from klab.harness.policy.stacked.lm_head import max_logits
 
 _ALIGNMENT = 64
 """Bytes; see `_aligned`."""
@@ -99,6 +102,12 @@ class TransformersPolicy:
         if lora is not None:
             module = peft.attach(module, lora)
         model = FunctionalModel(module.to(device))
+        if model.finish is None:
+            print(
+                f"klab: {folder}: the model changes its logits in a way of its own, so that all those of a micro-batch "
+                "are held at once; training.token_budget limits them",
+                file=sys.stderr,
+            )
         eos_token_ids(tokenizer, generation_config, model.vocab_size)
         check_vocabulary(tokenizer, model.vocab_size)
         own = model.take_parameters()
@@ -177,10 +186,13 @@ class TransformersPolicy:
         Raises:
             UserError: a sequence exceeds the model's context.
         """
+        self._check_lengths(attention_mask)
+        return self.model(weights, tokens, attention_mask, logits_to_keep, cache, self.lora_enabled)
+
+    def _check_lengths(self, attention_mask: Tensor) -> None:
         longest = int(attention_mask.sum(1).max())
         if longest > self.context_length:
             raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context_length)
-        return self.model(weights, tokens, attention_mask, logits_to_keep, cache, self.lora_enabled)
 
     def decoder(
         self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
@@ -202,16 +214,56 @@ class TransformersPolicy:
         tokens, attention_mask = pad_rows(sequences, self.device)
         first = min(len(prompts[g]) for g in groups) - 1
         keep = tokens.shape[1] - first
-        values, hidden = self.logits(weights, tokens, attention_mask, keep)
+        in_chunks = self._needs_chunks(sum(lengths), options)
+        if in_chunks:
+            self._check_lengths(attention_mask)
+            hidden = self.model.final_states(weights, tokens, attention_mask, keep, self.lora_enabled)
+        else:
+            values, hidden = self.logits(weights, tokens, attention_mask, keep)
         starts = torch.tensor([len(prompts[g]) for g in groups], device=self.device) - 1 - first
         columns = starts[:, None] + torch.arange(mask.shape[1], device=self.device)
         wanted = (columns + keep * torch.arange(len(sequences), device=self.device)[:, None])[mask]
         logits_index = torch.zeros_like(columns).masked_scatter(mask, torch.arange(len(wanted), device=self.device))
+        if in_chunks:
+            chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted)
+            return self._score_in_chunks(weights, rollout, chosen, logits_index, options)
         logits = values.reshape(-1, values.shape[-1]).index_select(0, wanted)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted) if options.states else None
         return gather_scores(rollout, logits_index, logits, states, options)
+
+    def _needs_chunks(self, rows: int, options: ScoreOptions) -> bool:
+        """Whether so many rows' logits are too many to hold at once. They are held if the caller wants them, and where
+        it is not known what the model makes of them."""
+        too_many = rows * self.vocab_size > max_logits(self.device)
+        return too_many and self.model.finish is not None and not options.logits
+
+    def _score_in_chunks(
+        self,
+        weights: Mapping[str, Tensor],
+        rollout: Rollout,
+        states: Tensor,
+        index: Tensor,
+        options: ScoreOptions,
+    ) -> TokenScores:
+        """What `gather_scores` gives, from the hidden states [K, hidden_size] that predict a rollout's K own tokens.
+
+        Args:
+            index: the row of `states` that predicts each token [N, T].
+        """
+        mask, finish = rollout.mask, self.model.finish
+        assert finish is not None
+        weight, bias = self.model.output_embedding(weights)
+        logp, entropy = chunked_log_softmax(
+            states, weight, bias, finish, rollout.tokens[mask], options.temperature, options.entropy
+        )
+        scores = TokenScores(logp.new_zeros(mask.shape).masked_scatter(mask, logp))
+        if options.entropy:
+            scores.entropy = logp.new_zeros(mask.shape).masked_scatter(mask, entropy)
+        if options.states:
+            scores.states = gather_rows(states, index, mask)
+        return scores
 
     def frozen_copy(self, dtype: torch.dtype | None = None) -> TransformersPolicy:
         """See `Policy`. Adapters that add nothing yet (B = 0) are left off; frozen weights are not copied."""
