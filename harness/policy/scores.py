@@ -12,6 +12,9 @@ from torch import Tensor
 
 from klab.harness.policy.rollout import Rollout
 
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits held at once, by type of device, each in two or three tensors of 4 or 8 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreOptions:
@@ -49,6 +52,11 @@ class Scorer(Protocol):
     def score(self, rollouts: Sequence[Rollout], options: ScoreOptions) -> list[TokenScores]:
         """Score every cell's rollout; see `token_scores`, which checks and fills in the arguments."""
         ...
+
+
+def max_logits(device: torch.device) -> int:
+    """Logits held at once on a device."""
+    return MAX_LOGITS.get(device.type, MAX_LOGITS["cuda"])
 
 
 def token_scores(

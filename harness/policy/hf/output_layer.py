@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from klab.harness.policy.stacked.lm_head import max_logits
+from klab.harness.policy.scores import max_logits
 
 Finish = Callable[[Tensor], Tensor]
 """What a model makes of the products of its output embedding, element by element."""

@@ -31,9 +31,8 @@ from klab.harness.policy.pretrained import (
 )
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores
+from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores, max_logits
 from klab.harness.policy.special_tokens import eos_token_ids
-from klab.harness.policy.stacked.lm_head import max_logits
 
 _ALIGNMENT = 64
 """Bytes; see `_aligned`."""

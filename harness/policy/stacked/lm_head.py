@@ -15,18 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from klab.harness.policy.scores import max_logits
 from klab.harness.policy.stacked.layers import linear
-
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits held at once, by type of device, each in two or three tensors of 4 or 8 bytes."""
 
 Chunks = list[tuple[int, int, int, int]]
 """Of each chunk: its first and last row, its first and last token."""
-
-
-def max_logits(device: torch.device) -> int:
-    """Logits held at once on a device."""
-    return MAX_LOGITS.get(device.type, MAX_LOGITS["cuda"])
 
 
 def float32_linear(

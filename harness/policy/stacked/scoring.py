@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores
+from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores, max_logits
 from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
 from klab.harness.policy.stacked.batched_layers import batched_forward
-from klab.harness.policy.stacked.lm_head import max_logits, selective_log_softmax
+from klab.harness.policy.stacked.lm_head import selective_log_softmax
 from klab.harness.policy.stacked.model import StackedModel
 from klab.harness.policy.stacked.packed_layers import packed_forward
 from klab.harness.policy.stacked.packed_layout import PackedLayout

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from klab.grid.schema.policy import Lora
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.scores import TokenScores, token_scores
-from klab.harness.policy.stacked import lm_head
+from klab.harness.policy.scores import MAX_LOGITS, TokenScores, token_scores
 from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, written
@@ -64,7 +63,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPa
     for temperature in (1.0, 0.7):
         rollouts = [some(), some()]
         whole, gradients = scored(policy, rollouts, temperature=temperature)
-        monkeypatch.setitem(lm_head.MAX_LOGITS, "cpu", chunk)
+        monkeypatch.setitem(MAX_LOGITS, "cpu", chunk)
         chunked, same = scored(policy, rollouts, temperature=temperature)
         monkeypatch.undo()
         for mine, other in zip(chunked, whole, strict=True):
@@ -82,7 +81,7 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
     weights = {vocabulary * 32}
     with Largest(weights) as whole:
         scored(policy, [rollout])
-    monkeypatch.setitem(lm_head.MAX_LOGITS, "cpu", rows * vocabulary + 1)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", rows * vocabulary + 1)
     with Largest(weights) as chunked:
         scored(policy, [rollout])
     assert chunked.elements == rows * vocabulary
@@ -92,7 +91,7 @@ def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_bits_of_a_cell_in_chunks_do_not_depend_on_its_mates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lm_head.MAX_LOGITS, "cpu", 5 * VOCABULARY)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 5 * VOCABULARY)
     pack, mate = decoder(2, vocab_size=VOCABULARY), decoder(2, vocab_size=VOCABULARY)
     alone = StackedPolicy(
         mate.config, mate.tokenizer, {n: v.detach()[1:].requires_grad_() for n, v in mate.parameters.items()}
@@ -108,7 +107,7 @@ def test_the_bits_of_a_cell_in_chunks_do_not_depend_on_its_mates(monkeypatch: py
 @pytest.mark.parametrize("chunk", [2**24, 5 * VOCABULARY])
 def test_logits_of_16_bit_weights_are_float32(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int) -> None:
     """The same hidden states through the same output layer, once in float64: only the logits' precision differs."""
-    monkeypatch.setitem(lm_head.MAX_LOGITS, "cpu", chunk)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", chunk)
     policy, rollout = decoder(1, dtype=dtype, vocab_size=VOCABULARY), some()
     with torch.no_grad():
         policy.parameters["head"].mul_(8.0)  # logits of 10 and more

@@ -15,8 +15,7 @@ from klab.harness.policy.hf.output_layer import chunked_log_softmax, known_finis
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
-from klab.harness.policy.scores import TokenScores, token_scores
-from klab.harness.policy.stacked import lm_head
+from klab.harness.policy.scores import MAX_LOGITS, TokenScores, token_scores
 from tests.support.peak_memory import PeakMemory
 from tests.support.random_checkpoints import LATER, SIZES, checkpoint
 from tests.support.tiny_policy import ALPHABET, generators
@@ -54,7 +53,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert policy.model.finish is not None
         scores, gradients = measured(policy, temperature=0.7)
         with monkeypatch.context() as patch:
-            patch.setitem(lm_head.MAX_LOGITS, "cpu", 5 * policy.vocab_size)
+            patch.setitem(MAX_LOGITS, "cpu", 5 * policy.vocab_size)
             again, found = measured(policy, temperature=0.7)
         assert gradients.keys() == found.keys()
         for left, right in zip(scores, again, strict=True):
@@ -67,7 +66,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_gradient_is_right(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lm_head.MAX_LOGITS, "cpu", 22)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 22)
     draw = torch.Generator().manual_seed(0)
     hidden, weight, shift = (
         torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in ((7, 3), (11, 3), (11,))
@@ -105,12 +104,12 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(tmp_path: Path) -> No
     policy = TransformersPolicy.from_pretrained(start)
     rollouts = sample(policy, [[[4, 5, 6]]], generators([0]), SamplingOptions(group_size=24, max_new_tokens=20))
     rows = int(rollouts[0].mask.sum())
-    assert rows * policy.vocab_size > 4 * lm_head.MAX_LOGITS["cpu"]
+    assert rows * policy.vocab_size > 4 * MAX_LOGITS["cpu"]
     with PeakMemory() as memory:
         (scores,) = token_scores(policy, rollouts, entropy=True)
         held = memory.now
         scores.logp.sum().backward()
     assert held < 4 * rows * policy.vocab_size / 50
     weights = 4 * sum(value.numel() for value in policy.parameters.values())
-    assert memory.peak < 6 * 4 * lm_head.MAX_LOGITS["cpu"] + 2 * weights
+    assert memory.peak < 6 * 4 * MAX_LOGITS["cpu"] + 2 * weights
     assert memory.peak < 1.6 * 4 * rows * policy.vocab_size
