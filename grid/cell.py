@@ -13,6 +13,7 @@ from typing import Any
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.errors import UserError
 from klab.grid.objective import Objective
+from klab.grid.schema.sampler import IDLE_SAMPLER_SETTINGS
 from klab.grid.schema.sections import (
     NUMERICALLY_IDLE,
     PolicySection,
@@ -21,6 +22,12 @@ from klab.grid.schema.sections import (
     TrainingSection,
     load_section,
 )
+
+_NO_IDENTITY: Any = {
+    **dict.fromkeys(NUMERICALLY_IDLE, True),
+    "sampler": dict.fromkeys(IDLE_SAMPLER_SETTINGS, True),
+}
+"""What model_dump leaves out of a section: settings that cannot change a number."""
 
 ID_VERSION = 2
 """Version of the id algorithm, part of what is hashed; raised whenever the same cell would get another id."""
@@ -87,7 +94,7 @@ class Cell:
             "objective": self.objective.canonical(self.training.on_policy),
             "task": self.task.model_dump(mode="json"),
             "policy": self.policy.model_dump(mode="json"),
-            "training": self.training.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE)),
+            "training": self.training.model_dump(mode="json", exclude=_NO_IDENTITY),
             "seed": self.seed,
         }
 
@@ -153,7 +160,7 @@ def _sections_json(*sections: Section) -> str:
 
 @lru_cache(maxsize=65536)
 def _section_json(section: Section) -> str:
-    return json.dumps(section.model_dump(mode="json", exclude=set(NUMERICALLY_IDLE)), sort_keys=True)
+    return json.dumps(section.model_dump(mode="json", exclude=_NO_IDENTITY), sort_keys=True)
 
 
 @lru_cache(maxsize=65536)

@@ -11,6 +11,7 @@ from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.cell import Cell
 from klab.grid.errors import UserError
 from klab.grid.objective import Objective, split_value
+from klab.grid.schema.sampler import check_sampled_policy
 from klab.grid.schema.sections import PolicySection, Section, TrainingSection, load_section
 from klab.grid.user_code import names_user_code
 from klab.grid.variant import Variant
@@ -59,6 +60,8 @@ class CellBuilder:
         chosen = self._objective(variant.sections["objective"])
         training = self._training(variant, chosen.algorithm)
         _refuse_groups_of_one(training, chosen.objective)
+        if training.sampler is not None:
+            check_sampled_policy(training.sampler, policy)  # type: ignore[arg-type]
         idle = idle_training(training, chosen.objective)
         if count:
             self._account(chosen, training.on_policy)

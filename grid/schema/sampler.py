@@ -8,8 +8,16 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from klab.grid.errors import UserError
 from klab.grid.schema.base import NonNegative, Positive, Section
+from klab.grid.schema.policy import HfPolicy, TinyPolicy
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+VLLM_TEMPERATURES = (0.01, 2.0)
+"""What `vllm.SamplingParams` takes: lower ones are raised without an error, higher ones refused."""
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest ranks that vLLM's engine can be started with (`vllm.config.lora.MaxLoRARanks`)."""
+IDLE_SAMPLER_SETTINGS = ("url", "group_port", "gpu_memory", "sleep")
+"""Settings of a sampler that say where and how it runs, and are no part of a cell's identity."""
 
 
 class Rejection(Section):
@@ -48,11 +56,23 @@ class Sampler(Section):
     ``level`` takes the ratio of each token, or the product over a trajectory's own tokens for all of them (TRL, verl).
     As in TRL and verl, a KL term of the loss is not multiplied.
 
-    The draws of ``engine: vllm`` are not those of klab's engine, and not the same on every machine.
+    ``engine: vllm`` also draws the completions of evaluations and of greedy baselines. Its draws are not those of
+    klab's engine, and not the same on every machine; a server's are not repeatable.
     """
 
     engine: Literal["klab", "vllm"] = "klab"
     """What draws the rollouts; `vllm` needs the extra `vllm` and a GPU."""
+    url: str | None = None
+    """A server of vLLM that draws (`http://host:8000`), with weights sent to it as TRL does; null: an engine in the
+    trainer's process."""
+    group_port: Annotated[int, Field(ge=1, le=65535)] = 51216
+    """Port over which the weights go to the server."""
+    gpu_memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """Share of the GPU's memory for vLLM's weights and cache, in the trainer's process."""
+    sleep: bool = True
+    """Whether vLLM frees its memory between rollouts, in the trainer's process."""
+    adapters: Literal["merged", "requests"] = "merged"
+    """How vLLM gets the adapters of `policy.lora`: merged into the weights, or with every request."""
     dtype: Dtype | None = None
     """Precision of the sampler's weights; null: the trainer's."""
     temperature: Positive | None = None
@@ -76,7 +96,8 @@ class Sampler(Section):
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Settings that came later are left out where they have their default, so that ids stay what they were."""
         written: dict[str, Any] = handler(self)
-        later = {"level": "token", "floor": 0.0, "reject": None}
+        later = {"level": "token", "floor": 0.0, "reject": None, "adapters": "merged", "url": None}
+        later |= {"group_port": 51216, "gpu_memory": 0.3, "sleep": True}
         return {key: value for key, value in written.items() if key not in later or value != later[key]}
 
     @property
@@ -94,6 +115,12 @@ class Sampler(Section):
             found |= dict.fromkeys(("low", "high"), "it belongs to correction: icepop")
         if self.correction not in ("tis", "icepop"):
             found["level"] = "only the corrections tis and icepop weigh tokens"
+        if self.engine != "vllm":
+            found |= dict.fromkeys(("url", "group_port", "gpu_memory", "sleep", "adapters"), "only vllm has it")
+        elif self.url is None:
+            found["group_port"] = "there is no url of a server"
+        else:
+            found |= dict.fromkeys(("gpu_memory", "sleep", "adapters"), "the server at url has its own")
         return found
 
 
@@ -123,6 +150,12 @@ def check_sampler(sampler: Sampler, top_p: float, temperature: float) -> None:
                     hint=f"Set training.top_p to 1, or leave the {'correction' if key == 'correction' else key} out.",
                 )
     temperature = sampler.temperature or temperature
+    if sampler.engine == "vllm" and not VLLM_TEMPERATURES[0] <= temperature <= VLLM_TEMPERATURES[1]:
+        raise UserError(
+            "vllm draws at temperatures from {:g} to {:g}".format(*VLLM_TEMPERATURES),
+            key="training.temperature" if sampler.temperature is None else "training.sampler.temperature",
+            value=temperature,
+        )
     if sampler.engine == "vllm" and top_p < 1.0 and temperature != 1.0:
         raise UserError(
             "vllm records log-probabilities either before the temperature or after top-p",
@@ -130,6 +163,39 @@ def check_sampler(sampler: Sampler, top_p: float, temperature: float) -> None:
             value=top_p,
             hint=f"Set it to 1, or the temperature ({temperature:g}) to 1.",
         )
+
+
+def check_processes(sampler: Sampler, count: int) -> None:
+    """Raises UserError where several processes would send their weights to one server."""
+    if sampler.url is not None and count > 1:
+        raise UserError(
+            f"a server takes its weights from one process, and {count} train the cell",
+            key="training.sampler.url",
+            value=sampler.url,
+            hint="Set resources.processes to 1, or leave url out: every process then has an engine of its own.",
+        )
+
+
+def check_sampled_policy(sampler: Sampler, policy: TinyPolicy | HfPolicy) -> None:
+    """Raises UserError where a sampler cannot run a policy."""
+    if sampler.engine != "vllm":
+        return
+    if (sampler.dtype or policy.dtype) == "float64":
+        key = "policy.dtype" if sampler.dtype is None else "training.sampler.dtype"
+        raise UserError("vllm has no float64", key=key, value="float64", hint="training.sampler.dtype: float32 has it.")
+    rank = 0 if policy.lora is None else policy.lora.rank
+    if sampler.adapters == "requests":
+        if policy.lora is None:
+            raise UserError(
+                "the policy has no adapters", key="training.sampler.adapters", value="requests", hint="Set policy.lora."
+            )
+        if rank > VLLM_LORA_RANKS[-1]:
+            raise UserError(
+                f"vllm takes adapters of rank {VLLM_LORA_RANKS[-1]} at most",
+                key="policy.lora.rank",
+                value=rank,
+                hint="training.sampler.adapters: merged takes any.",
+            )
 
 
 def _check_rejection(reject: Rejection) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from klab.grid import Grid, UserError
+from klab.grid.schema.sampler import check_processes
 from klab.grid.user_code import is_installed
 from klab.harness.cli.memory import JobMemory, MemoryNeed, memory_needs
 from klab.harness.cli.text import say
@@ -101,8 +102,12 @@ class Checks:
 
 
 def require_samplers(study: Grid) -> None:
-    """Raises UserError where the sampler of a cell is not installed."""
-    asked = any(cell.training.sampler is not None and cell.training.sampler.engine == "vllm" for cell in study.cells)
+    """Raises UserError where the sampler of a cell is not installed, or is a server for several processes."""
+    samplers = [cell.training.sampler for cell in study.cells if cell.training.sampler is not None]
+    asked = any(sampler.engine == "vllm" for sampler in samplers)
+    processes = study.resources.processes_per_node * study.resources.nodes
+    for sampler in samplers:
+        check_processes(sampler, processes)
     if asked and not is_installed("vllm"):  # the module that says so imports torch
         from klab.harness.policy.sampling.vllm import require_vllm
 

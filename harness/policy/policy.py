@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -43,11 +43,14 @@ class Policy(Scorer, Protocol):
     Attributes:
         cells: C.
         encode_prompt: token ids of a prompt for these models.
+        origin, revision: folder or hub id of the checkpoint that they started from, and its revision on the hub.
         parameters: name -> [C, …], the leaf tensors that are trained; all other weights are frozen.
     """
 
     tokenizer: PreTrainedTokenizerFast
     encode_prompt: PromptEncoder
+    origin: str
+    revision: str | None
     parameters: dict[str, Tensor]
 
     @property
@@ -97,6 +100,10 @@ class Policy(Scorer, Protocol):
 
     def save(self, path: str | Path, cell: int) -> None:
         """Write one cell as a folder that transformers (or PEFT, if it has adapters) loads."""
+        ...
+
+    def named_weights(self, cell: int) -> Iterator[tuple[str, Tensor]]:
+        """One cell's weights under their names in transformers, adapters merged, tied ones once; made one by one."""
         ...
 
     def load(self, path: str | Path, cell: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.rollouts import score_completions
+from klab.harness.training.data.samplers import sample_function, sampling_budget
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
@@ -136,7 +138,9 @@ def evaluate(
 
     def answered() -> list[EvalOutputs]:
         share = process_group.shard(len(examples[0]))
-        return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share) if share else []
+        if not share:
+            return []
+        return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share, process_group)
 
     parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
     rows = []
@@ -181,14 +185,17 @@ def _eval_outputs(
     update: int,
     budget: MemoryBudget,
     share: range,
+    process_group: ProcessGroup,
 ) -> list[EvalOutputs]:
-    """Evaluate a part of every cell's prompts."""
+    """Evaluate a part of every cell's prompts, with completions from whoever draws the rollouts."""
     examples = [eval_set.examples for eval_set in eval_sets]
     samples = settings.completions_after(update)
-    greedy = generate(policy, members, examples, 1, None, settings.max_new_tokens, budget=budget, share=share)
-    fresh = generate(
-        policy, members, examples, samples, ("evaluation", update), settings.max_new_tokens, budget=budget, share=share
+    sampler = sample_function(settings.sampler, policy, members, process_group)
+    drawing = partial(
+        generate, policy, members, examples, sampler=sampler, budget=sampling_budget(settings.sampler, budget)
     )
+    greedy = drawing(1, None, settings.max_new_tokens, share=share)
+    fresh = drawing(samples, ("evaluation", update), settings.max_new_tokens, share=share)
     kept = [eval_set.reference for eval_set in eval_sets if eval_set.reference is not None]
     reverse, entropy = sequence_divergence(policy, reference, fresh, settings.max_new_tokens, budget)
     forward, _ = sequence_divergence(reference, policy, kept, settings.max_new_tokens, budget)

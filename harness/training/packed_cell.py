@@ -71,6 +71,18 @@ class PackedCell:
             self.task, name, self.cell, self.start, self.max_new_tokens, self.now, self.prompt_lengths
         )
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that is drawn from; where prompts are limited, the limit."""
+        limit = self.cell.training.max_prompt_tokens
+        if limit is not None:
+            return limit
+        names: tuple[SplitName, ...] = ("train", "held_out")
+        measured = [
+            self.prompt_lengths.measure(self.task.split(name), name, self.cell, self.start, self.now) for name in names
+        ]
+        return max(map(max, measured))
+
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.
 

@@ -27,7 +27,7 @@ from klab.harness.training.checkpoint import CellState
 from klab.harness.training.data.notes import precision_notes, sampling_notes, small_set_notes
 from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.prompts import PromptLengths
-from klab.harness.training.data.sampler_mismatch import check_sampler
+from klab.harness.training.data.samplers import check_sampler
 from klab.harness.training.distributed.commands import CommandChannel
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.distributed.worker import start_pack

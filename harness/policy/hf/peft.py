@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
+from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.pretrained import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _LORA_A, _LORA_B = "lora_A.default.", "lora_B.default."
@@ -77,6 +78,26 @@ def initial_weights(adapters: Mapping[str, Tensor], seeds: Sequence[int]) -> dic
             drawn = [(2 * torch.rand(value.shape, generator=each) - 1) * value.shape[-1] ** -0.5 for each in generators]
             found[name] = torch.stack(drawn).to(value)
     return found
+
+
+def name_in_base(name: str) -> str:
+    """The name that a parameter of an adapted model has in the model without adapters."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def merged(model: FunctionalModel, name: str, value: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:
+    """A frozen weight with what adapters add to it; itself where they add nothing.
+
+    Args:
+        name: of the weight in the adapted model.
+        adapters: of one cell, by name.
+    """
+    owner, of_layer, _ = name.rpartition(".base_layer.weight")
+    if not of_layer:
+        return value
+    with model.swap_parameters({key: each for key, each in adapters.items() if key.startswith(f"{owner}.lora_")}):
+        delta: Tensor = model.model.get_submodule(owner).get_delta_weight("default")
+    return (value + delta).to(value.dtype)
 
 
 def write_adapters(folder: Path, model: Any, base: str, revision: str | None, adapters: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -295,6 +295,14 @@ class TransformersPolicy:
         config.save_pretrained(folder)
         (folder / GENERATION_CONFIG).unlink(missing_ok=True)
         write_generation_config(folder, self.generation_config)
+
+    @torch.no_grad()
+    def named_weights(self, cell: int) -> Iterator[tuple[str, Tensor]]:
+        own = {name: value[cell].detach() for name, value in self.parameters.items()}
+        for name, value in ({**self.shared, **own}).items():
+            if not peft.is_adapter(name):
+                merged = peft.merged(self.model, name, value, own) if self.lora_enabled else value
+                yield peft.name_in_base(name), merged
 
     @torch.no_grad()
     def load(self, path: str | Path, cell: int) -> None:

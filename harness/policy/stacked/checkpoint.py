@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,22 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, value in weights.items():
-        sources = _hf_names(name)
-        sizes = _split_sizes(name, architecture) if len(sources) > 1 else [value.shape[-1]]
-        for source, part in zip(sources, torch.split(value, sizes, -1), strict=True):
-            transposed = part.t() if value.dim() == 2 and name != "embedding" else part
-            state[source] = transposed.contiguous()
+    state = {source: value.contiguous() for source, value in named_tensors(weights, architecture)}
     config = copy.deepcopy(config)
     config.dtype = weights["embedding"].dtype
     config.architectures = [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture.family] + "ForCausalLM"]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(str(folder))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def named_tensors(weights: Mapping[str, Tensor], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """One cell's parameters as the tensors of a transformers checkpoint, views under their names there."""
+    for name, value in weights.items():
+        sources = _hf_names(name)
+        sizes = _split_sizes(name, architecture) if len(sources) > 1 else [value.shape[-1]]
+        for source, part in zip(sources, torch.split(value, sizes, -1), strict=True):
+            yield source, part.t() if value.dim() == 2 and name != "embedding" else part
 
 
 def _hf_names(name: str) -> list[str]:

@@ -102,13 +102,16 @@ class Adapters:
     @torch.no_grad()
     def merge(self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One cell's weights with its adapters merged into them: W + (alpha/rank)·A·B."""
-        found = dict(base)
-        for layer in range(self.num_layers):
-            for kind, parts in PROJECTIONS.items():
-                deltas = [self._delta(adapters, f"layers.{layer}.{part}", base["embedding"]) for part in parts]
-                name = f"layers.{layer}.{kind}"
-                found[name] = (base[name] + torch.cat(deltas, -1)).to(base[name].dtype)
-        return found
+        return {name: self.merge_into(name, value, adapters) for name, value in base.items()}
+
+    @torch.no_grad()
+    def merge_into(self, name: str, value: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:
+        """One weight of the base model with what one cell's adapters add to it; itself where they add nothing."""
+        at, _, kind = name.rpartition(".")
+        parts = PROJECTIONS.get(kind, ())
+        if not any(part in self.targets for part in parts):
+            return value
+        return (value + torch.cat([self._delta(adapters, f"{at}.{part}", value) for part in parts], -1)).to(value.dtype)
 
     def _delta(self, adapters: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
         down, up = adapters.get(name + ".A"), adapters.get(name + ".B")

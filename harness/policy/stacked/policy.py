@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
@@ -24,7 +25,7 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import ScoreOptions, TokenScores
 from klab.harness.policy.special_tokens import eos_token_ids
 from klab.harness.policy.stacked.architecture import Architecture
-from klab.harness.policy.stacked.checkpoint import read_weights, write_checkpoint
+from klab.harness.policy.stacked.checkpoint import named_tensors, read_weights, write_checkpoint
 from klab.harness.policy.stacked.cuda_graph_decoding import GraphCache, StaticCacheDecoder, uses_static_cache
 from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.lora import Adapters, read_adapters, write_adapters
@@ -162,6 +163,14 @@ class StackedPolicy(StackedModel):
             return
         write_checkpoint(folder, self.config, self.tokenizer, self.architecture, weights)
         write_generation_config(folder, self.generation_config)
+
+    @torch.no_grad()
+    def named_weights(self, cell: int) -> Iterator[tuple[str, Tensor]]:
+        own = {name: value[cell].detach() for name, value in self.parameters.items()}
+        base = own if self.adapters is None and own else {name: value[0] for name, value in self.shared.items()}
+        for name, value in base.items():
+            merged = value if self.adapters is None else self.adapters.merge_into(name, value, own)
+            yield from named_tensors({name: merged}, self.architecture)
 
     @torch.no_grad()
     def load(self, path: str | Path, cell: int) -> None:

@@ -13,7 +13,7 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.dynamic_sampling import SampledGroups, SamplingStats, fill, shortfall
 from klab.harness.training.data.generate import generate
-from klab.harness.training.data.sampler_mismatch import sample_function, sampling_policy
+from klab.harness.training.data.samplers import sample_function, sampling_budget, sampling_policy
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
@@ -181,9 +181,9 @@ def _sample_and_score(
                 settings.max_new_tokens,
                 settings.sampling_temperature,
                 settings.top_p,
-                sampler=sample_function(settings.sampler),
+                sampler=sample_function(settings.sampler, policy, members, process_group),
                 positions=positions,
-                budget=budget,
+                budget=sampling_budget(settings.sampler, budget),
                 share=share,
             )
         with timer("reward"):
@@ -231,7 +231,15 @@ def _greedy_rewards(
     def rewards() -> list[tuple[Tensor, Tensor]]:
         with timer("rollout"):
             rollouts = generate(
-                behaviour, members, examples, 1, None, settings.max_new_tokens, budget=budget, share=share
+                behaviour,
+                members,
+                examples,
+                1,
+                None,
+                settings.max_new_tokens,
+                sampler=sample_function(settings.sampler, behaviour, members, process_group),
+                budget=sampling_budget(settings.sampler, budget),
+                share=share,
             )
         with timer("reward"):
             own = [listed[share.start : share.stop] for listed in examples]

@@ -1,4 +1,4 @@
-"""Mismatch between sampler and trainer: which policy samples, and what corrects for the difference.
+"""Mismatch between sampler and trainer: how far they are apart, and what corrects for the difference.
 
 μ is the sampler, π_old the behaviour policy as the trainer computes it. Ratios π_old/μ are constants.
 """
@@ -8,48 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from klab.grid.errors import UserError
 from klab.grid.schema.sections import Rejection, Sampler
 from klab.harness.objective.kl import k3
 from klab.harness.objective.masking import lengths, masked
-from klab.harness.policy.policy import Policy
-from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.sampling.sampler import SampleFunction
-from klab.harness.training.packed_cell import PackedCell
-
-
-def sample_function(sampler: Sampler | None) -> SampleFunction:
-    """Who draws the rollouts of a cell.
-
-    Raises:
-        UserError: vllm is not installed, or there is no GPU for it.
-    """
-    if sampler is None or sampler.engine == "klab":
-        return sample
-    from klab.harness.policy.sampling.vllm import vllm_sampler
-
-    return vllm_sampler(sampler.dtype)
-
-
-def check_sampler(member: PackedCell) -> None:
-    """Raises UserError where the cell's sampler cannot run here, or cannot run its policy."""
-    training, policy = member.cell.training, member.cell.policy
-    sample_function(training.sampler)
-    if training.sampler is not None and training.sampler.engine == "vllm" and policy.lora is not None:
-        raise UserError(
-            "vllm is given whole checkpoints, not adapters",
-            key="training.sampler.engine",
-            value="vllm",
-            hint="Choose the engine klab, or leave policy.lora out.",
-        )
-
-
-def sampling_policy(behaviour: Policy, sampler: Sampler | None) -> Policy:
-    """The policy that the sampler draws from: the behaviour policy itself, or a copy of it in another precision."""
-    if sampler is None or sampler.engine != "klab" or sampler.dtype is None:
-        return behaviour
-    dtype: torch.dtype = getattr(torch, sampler.dtype)
-    return behaviour if dtype == behaviour.dtype else behaviour.frozen_copy(dtype)
 
 
 def correction_weights(sampler: Sampler, old: Tensor, sampled: Tensor, mask: Tensor) -> Tensor | None:

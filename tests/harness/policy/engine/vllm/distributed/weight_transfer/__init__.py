@@ -1,0 +1,1 @@
+"""Parts of vLLM that TRL's client imports."""
