@@ -26,8 +26,8 @@ import torch
 
 from klab.grid.schema.sampler import VLLM_LORA_RANKS
 from klab.harness.policy.policy import Policy
+from klab.harness.policy.sampling.engine import Completion, EngineSettings, Request
 from klab.harness.policy.sampling.sampler import SamplingOptions
-from klab.harness.policy.sampling.vllm import Completion, EngineSettings, Request
 
 
 class ColocatedEngine:

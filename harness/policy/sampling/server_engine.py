@@ -18,8 +18,8 @@ from typing import Any
 
 from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
+from klab.harness.policy.sampling.engine import Completion, EngineSettings, Request
 from klab.harness.policy.sampling.sampler import SamplingOptions
-from klab.harness.policy.sampling.vllm import Completion, EngineSettings, Request
 
 WAIT_SECONDS = 240.0
 """How long a server may take to answer, as in TRL."""

@@ -8,9 +8,10 @@ import torch
 
 from klab.grid.schema.sampler import Sampler, check_processes
 from klab.harness.policy.policy import Policy
+from klab.harness.policy.sampling.engine import EngineSettings
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SampleFunction
-from klab.harness.policy.sampling.vllm import EngineSettings, require_vllm, vllm_sampler
+from klab.harness.policy.sampling.vllm import require_vllm, vllm_sampler
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.packed_cell import PackedCell

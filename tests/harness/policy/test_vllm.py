@@ -20,16 +20,11 @@ from klab.grid.schema.sampler import Sampler
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.colocated_engine import ColocatedEngine, completion_of
+from klab.harness.policy.sampling.engine import EngineSettings
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
-from klab.harness.policy.sampling.vllm import (
-    EngineSettings,
-    VllmSampler,
-    keep_engine,
-    require_vllm,
-    vllm_sampler,
-)
+from klab.harness.policy.sampling.vllm import VllmSampler, keep_engine, require_vllm, vllm_sampler
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.harness.policy.test_rollout import PROMPTS, assert_same

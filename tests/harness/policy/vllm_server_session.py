@@ -16,9 +16,10 @@ from vllm_server import Server
 from klab.grid.errors import UserError
 from klab.grid.schema.policy import Lora
 from klab.grid.schema.sampler import Sampler
+from klab.harness.policy.sampling.engine import EngineSettings
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.sampling.server_engine import ServerEngine
-from klab.harness.policy.sampling.vllm import EngineSettings, VllmSampler
+from klab.harness.policy.sampling.vllm import VllmSampler
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.harness.policy.test_rollout import PROMPTS

@@ -11,7 +11,8 @@ from klab.grid import UserError, parse_grid
 from klab.grid.schema.sampler import Sampler
 from klab.harness.cli.checked import require_samplers
 from klab.harness.policy.sampling.colocated_engine import ColocatedEngine
-from klab.harness.policy.sampling.vllm import EngineSettings, close_engine, keep_engine
+from klab.harness.policy.sampling.engine import EngineSettings
+from klab.harness.policy.sampling.vllm import close_engine, keep_engine
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.samplers import longest_sequence
 from klab.harness.training.pack import Pack
