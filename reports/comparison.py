@@ -96,7 +96,8 @@ def compare(
 ) -> Comparison:
     """The comparison of all cells of `task` by `score`.
 
-    The tasks of a study share its error rate evenly. Contrasts that were stated beforehand have most of it.
+    The tasks of a study share its error rate evenly, see `error_share`. Contrasts that were stated beforehand have most
+    of it.
 
     Args:
         score: as `klab.grid.score.parse_score` reads it; None: the one that the study states, or the default.
@@ -106,7 +107,7 @@ def compare(
     Raises:
         UserError: for a score that does not exist.
     """
-    score, delta = _asked(study, score, delta)
+    score, delta = asked(study, score, delta)
     mine = (study.cells["task"] == task).to_numpy()
     cells = study.cells[mine]
     groups = tuple(dict.fromkeys(cells["group"]))
@@ -122,7 +123,7 @@ def compare(
         reference,
         delta,
         higher=score.higher,
-        share=study.conduct.share / max(len(study.tasks), 1),
+        share=error_share(study),
         stated=[{str(key): frame.at[place, key] for key in frame if key not in RUN_COLUMNS} for place in places],
     )
     row, column = {group: i for i, group in enumerate(groups)}, {seed: i for i, seed in enumerate(seeds)}
@@ -162,11 +163,27 @@ def compare_all(
     return [compare(study, task, score, delta) for score in scores or (None,) for task in study.tasks]
 
 
-def _asked(study: ComparedStudy, score: str | Score | None, delta: float | None) -> tuple[Score, float]:
+def asked(study: ComparedStudy, score: str | Score | None, delta: float | None) -> tuple[Score, float]:
     """The score and the margin to compare by."""
     score = study.conduct.score or DEFAULT_SCORE if score is None else score
     delta = study.conduct.delta if delta is None else delta
     return parse_score(score) if isinstance(score, str) else score, DELTA if delta is None else delta
+
+
+def common_baseline(study: ComparedStudy) -> Mapping[str, Any] | None:
+    """The axis values of the baseline where it is the same configuration on every one of several tasks."""
+    values = [study.values[study.baselines[task]] for task in study.tasks if task in study.baselines]
+    if len(study.tasks) < 2 or len(values) < len(study.tasks) or any(each != values[0] for each in values):
+        return None
+    return values[0]
+
+
+def error_share(study: ComparedStudy) -> float:
+    """The part of a study's error rate that each of its analyses uses: every task has one, and all of them together.
+
+    What earlier looks at the study used is taken off first (`conduct.share`).
+    """
+    return study.conduct.share / max(len(study.tasks) + (common_baseline(study) is not None), 1)
 
 
 def run_frame(
@@ -179,9 +196,10 @@ def run_frame(
     groups = list(dict.fromkeys(cells["group"]))
     keys = [axis.key for axis in study.axes]
     rows = {group: {key: study.values[group][key] for key in keys} for group in groups}
+    tasks = dict(zip(cells["group"], cells["task"], strict=True))
     kinds: dict[tuple[str | None, ...], list[str]] = {}
     for group in groups:
-        kinds.setdefault(tuple(rows[group].values()), []).append(group)
+        kinds.setdefault((tasks[group], *rows[group].values()), []).append(group)
     if any(len(alike) > 1 for alike in kinds.values()):
         for alike in kinds.values():
             for group in alike:

@@ -13,7 +13,7 @@ def methods(study: Study, comparisons: list[Comparison]) -> list[str]:
     if not comparisons:
         return []
     runs = [_run(study, comparison) for comparison in comparisons]
-    return [*runs, _analysis(comparisons[0]), methods_words(study.conduct)]
+    return [*runs, *_analysis(comparisons), methods_words(study.conduct)]
 
 
 def _run(study: Study, comparison: Comparison) -> str:
@@ -36,28 +36,32 @@ def _run(study: Study, comparison: Comparison) -> str:
     )
 
 
-def _analysis(comparison: Comparison) -> str:
-    analysis = comparison.analysis
-    diverged = int(comparison.table["diverged"].sum())
-    missing = int((comparison.table["seeds"] - comparison.table["n"]).sum())
-    return (
-        f"The score is the {comparison.score.title}: {comparison.score.meaning}; one number per training run. "
-        f"{noise_words(comparison)} Diverged runs count as the worst score of a finished run ({diverged} runs); runs "
-        f"that failed, have not ended or have no score are missing data ({missing} runs). The model of a task is "
-        "score[c, s] = μ[c] + b[s] + Σ_a u[a, v_a(c), s] + ε[c, s] for cell c and seed s, with independent normal "
-        "seed blocks b, seed × axis terms u (for axes that the design crosses) and run errors ε whose variance may "
-        "differ from cell to cell. Variances of seed × axis are estimated by Henderson's method III (1953), those of "
-        "cells by empirical Bayes (Smyth 2004). A contrast is the mean difference between a cell and the baseline "
-        "within the seeds that both have; its degrees of freedom are Satterthwaite's (1946). Intervals and adjusted p "
-        "of all contrasts come from the distribution of the largest |t|, simulated with its correlations and unequal "
-        "variances (Dunnett 1955; Hothorn, Bretz and Westfall 2008; Hasler and Hothorn 2008), those of axes and pairs "
-        "of axes from Šidák's inequality (1967). All verdicts together err with probability "
-        f"{analysis.alpha:.3g} where nothing differs; p < 0.05 exactly when the interval excludes 0. A difference is "
-        f"called equivalent when its interval lies within ±{analysis.delta:g}, and undecided when neither holds. The "
-        "intervals of means are simultaneous over all cells, so that that of the best cell holds although it was "
-        "chosen for its mean (Berk et al. 2013). An axis that does nothing in a cell counts as having the baseline's "
-        "value there."
-    )
+def _analysis(comparisons: list[Comparison]) -> list[str]:
+    comparison, analysis = comparisons[0], comparisons[0].analysis
+    diverged = sum(int(each.table["diverged"].sum()) for each in comparisons)
+    missing = sum(int((each.table["seeds"] - each.table["n"]).sum()) for each in comparisons)
+    score = comparison.score
+    return [
+        f"The score is the {score.title}: {score.meaning}; one number per training run. {noise_words(comparison)} "
+        f"Diverged runs count as the worst score of a finished run of the task ({diverged} runs); runs that failed, "
+        f"have not ended or have no score are missing data ({missing} runs).",
+        "The model of a task is score[c, s] = μ[c] + b[s] + Σ_a u[a, v_a(c), s] + ε[c, s] for cell c and seed s, with "
+        "independent normal terms: b the seed as a block (variance θ), u seed × axis (variances τ²[a], for axes that "
+        "the design crosses), ε the run (variance σ²[c], which may differ from cell to cell). τ² is estimated by "
+        "Henderson's method III (1953), σ² by empirical Bayes (Smyth 2004). Every estimate is a weighted sum of runs, "
+        "Σ w·score: a contrast is the mean difference between a cell and the baseline within the seeds that both have; "
+        "the effect of a value of an axis, and the interaction of two, are means of such differences over the cells "
+        "that differ in nothing else. Its variance is Σ_c σ²[c]·Σ w² + Σ_a τ²[a]·Σ_{v,s} (Σ w)² + θ·Σ_s (Σ w)², its "
+        "degrees of freedom are Satterthwaite's (1946).",
+        "Intervals and adjusted p of contrasts come from the distribution of the largest |t| among them, simulated "
+        "with their correlations and unequal variances (Dunnett 1955; Hothorn, Bretz and Westfall 2008; Hasler and "
+        "Hothorn 2008), those of axes and pairs of axes from Šidák's inequality (1967). All verdicts of a task "
+        f"together err with probability {analysis.alpha:.3g} where nothing differs; p < 0.05 exactly when the interval "
+        f"excludes 0. A difference is called equivalent when its interval lies within ±{analysis.delta:g}, undecided "
+        "when it is neither. The intervals of means are simultaneous over all cells, so that that of the best cell "
+        "holds although it was chosen for its mean (Berk, Brown, Buja, Zhang and Zhao 2013). An axis that does nothing "
+        "in a cell counts as having the baseline's value there.",
+    ]
 
 
 def _seeds(seeds: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.score import parse_scores
+from klab.reports.across import Across, across_all
 from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
@@ -90,20 +91,22 @@ def render(
     tell("reading")
     study = load_runs(listed, baseline=baseline, only=only)
     tell("comparing")
-    comparisons = compare_all(study, parse_scores(scores) if scores else None, delta)
-    return write_report(study, comparisons, out, figures=figures, gradients=gradients, progress=progress)
+    parsed = parse_scores(scores) if scores else None
+    comparisons, across = compare_all(study, parsed, delta), across_all(study, parsed, delta)
+    return write_report(study, comparisons, across, out, figures=figures, gradients=gradients, progress=progress)
 
 
 def write_report(
     study: Study,
     comparisons: Sequence[Comparison],
+    across: Sequence[Across] = (),
     out: str | Path | None = None,
     *,
     figures: bool = True,
     gradients: pd.DataFrame | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the report of comparisons that `compare_all` made.
+    """Writes the report of comparisons that `compare_all` made, and of those over all tasks by `compare_across`.
 
     Args:
         out: folder for the report; by default the first run's own ``report``.
@@ -125,7 +128,7 @@ def write_report(
     others = list(comparisons[len(main) :])
     _make_folders(folder)
     tell("tables")
-    write_tables(study, comparisons, folder / "tables")
+    write_tables(study, comparisons, across, folder / "tables")
     if len(exact := gradient_table(main, gradients)):
         (folder / "tables" / "gradients.csv").write_text(csv(exact), encoding="utf-8", errors="replace")
     sections = []
@@ -143,6 +146,7 @@ def write_report(
         .render(
             study=study,
             sections=sections,
+            across=across,
             over=over,
             over_svg=over_svg,
             over_table=records(across_tasks(main)[0]),

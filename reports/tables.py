@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from klab.grid import UserError
+from klab.reports.across import Across
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
 from klab.reports.inference import DIFFERS, Analysis
@@ -48,8 +49,8 @@ _LATEX = {
 }
 
 
-def formatted(comparisons: Sequence[Comparison], form: str) -> str:
-    """The summary of all tasks in one of `FORMATS`.
+def formatted(comparisons: Sequence[Comparison], form: str, across: Sequence[Across] = ()) -> str:
+    """The summary of all tasks in one of `FORMATS`; JSON also has what was found over all tasks.
 
     Raises:
         UserError: for another format.
@@ -59,7 +60,7 @@ def formatted(comparisons: Sequence[Comparison], form: str) -> str:
     if form == "csv":
         return csv(summary(comparisons))
     if form == "json":
-        return to_json(comparisons)
+        return to_json(comparisons, across)
     return "\n\n".join(markdown(c) if form == "md" else latex(c) for c in comparisons) + "\n"
 
 
@@ -89,10 +90,26 @@ def summary(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     return pd.concat([comparison.table for comparison in comparisons], ignore_index=True)
 
 
-def to_json(comparisons: Sequence[Comparison]) -> str:
+def to_json(comparisons: Sequence[Comparison], across: Sequence[Across] = ()) -> str:
     """What was run and the whole analysis, for every score and task, with null for what is not a number."""
-    parts = [comparison_data(comparison) for comparison in comparisons]
-    return json.dumps({"schema": 2, "comparisons": parts}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    found = {
+        "schema": 2,
+        "comparisons": [comparison_data(comparison) for comparison in comparisons],
+        "across": [across_data(one) for one in across],
+    }
+    return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def across_data(across: Across) -> dict[str, Any]:
+    """A comparison over all tasks as plain data."""
+    found = {
+        "score": across.score.name,
+        "tasks": list(across.tasks),
+        "delta": across.delta,
+        "alpha": across.alpha,
+        "table": records(across.table),
+    }
+    return {key: _plain(value) for key, value in found.items()}
 
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
@@ -214,13 +231,18 @@ def _tex(text: str) -> str:
     return "{[}" + text[1:] if text.startswith("[") else text  # a row that begins with [ would be an argument of \\
 
 
-def write_tables(study: Study, comparisons: Sequence[Comparison], folder: Path) -> None:
+def write_tables(study: Study, comparisons: Sequence[Comparison], across: Sequence[Across], folder: Path) -> None:
     """Summary in every format, one row per cell and seed, and the frames of the analyses."""
     folder.mkdir(parents=True, exist_ok=True)
     for form in FORMATS:
         suffix = {"latex": "tex"}.get(form, form)
-        (folder / f"summary.{suffix}").write_text(formatted(comparisons, form), encoding="utf-8", errors="replace")
+        (folder / f"summary.{suffix}").write_text(
+            formatted(comparisons, form, across), encoding="utf-8", errors="replace"
+        )
     _write_csv(study.cells, folder / "cells.csv")
+    if across:
+        frames = [one.table.assign(score=one.score.name)[["score", *one.table.columns]] for one in across]
+        _write_csv(pd.concat(frames, ignore_index=True), folder / "across.csv")
     for name in ("levels", "effects", "interactions"):
         _write_csv(_joined(comparisons, name), folder / f"{name}.csv")
 

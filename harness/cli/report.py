@@ -16,6 +16,7 @@ from klab.harness.cli.table import console, show
 from klab.harness.cli.text import say, show_json
 
 if TYPE_CHECKING:
+    from klab.reports.across import Across
     from klab.reports.comparison import Comparison
 
 FORMATS = ("md", "latex", "csv", "json")
@@ -69,6 +70,7 @@ def report(
         raise UserError("unknown format", key="--format", value=form, allowed=FORMATS)
     scores = parse_scores(score, "--score") if score else None
     opened = [run_of(name, runs) for name in runs_given]
+    from klab.reports.across import across_all
     from klab.reports.comparison import compare_all
     from klab.reports.study import load_runs
     from klab.reports.tables import formatted
@@ -77,7 +79,8 @@ def report(
     only = None if grid is None else {cell.id for cell in grid_of(grid).cells}
     if form is not None:
         study = load_runs(paths, baseline=baseline, only=only)
-        say(formatted(compare_all(study, scores, delta), form).rstrip("\n"))
+        across = across_all(study, scores, delta)
+        say(formatted(compare_all(study, scores, delta), form, across).rstrip("\n"))
         return
     from klab.reports.page import write_report
 
@@ -91,9 +94,11 @@ def report(
         study = load_runs(paths, baseline=baseline, only=only)
         status.update("report: comparing")
         comparisons = compare_all(study, scores, delta)
+        across = across_all(study, scores, delta)
         page = write_report(
             study,
             comparisons,
+            across,
             out,
             figures=figures,
             progress=lambda text: status.update(f"report: {text}"),
@@ -108,6 +113,8 @@ def report(
         return
     for comparison in comparisons:
         _show(comparison)
+    for over_tasks in across:
+        _show_across(over_tasks)
     for note in study.notes:
         say(f"note: {note}")
     say(str(page))
@@ -136,3 +143,15 @@ def _show(comparison: Comparison) -> None:
     say(comparison.analysis.headline)
     for note in comparison.notes:
         say(f"note: {note}")
+
+
+def _show_across(across: Across) -> None:
+    from klab.reports.frame import records
+    from klab.reports.words import difference_span, p_number
+
+    rows = [
+        (row["label"], difference_span(row["difference"], row["low"], row["high"]), p_number(row["p"]), row["verdict"])
+        for row in records(across.table.head(_LINES))
+    ]
+    title = f"all {len(across.tasks)} tasks, {across.score.title}"
+    show(("cell", "against the baseline", "p", "verdict"), rows, title=title)

@@ -183,6 +183,13 @@ def frames(folder: Path, cells: int) -> Spent:
     return spent(_FRAMES, finished(folder, cells), cache=folder / "cache")
 
 
+def report(folder: Path, cells: int) -> Spent:
+    path = folder / f"reported-{cells}"
+    if not path.exists():
+        write_large_run(path, cells // 5, 5)
+    return spent(_COMMAND, "report", path, "--no-gradients", "--no-figures", cache=folder / "cache")
+
+
 PARTS = (
     Part("plan", 100_000, 10.0, plan, memory=1_000.0),
     Part("merging, nothing measured before", 10_000, 60.0, merging),
@@ -191,6 +198,7 @@ PARTS = (
     Part("status, cold", 10_000, 5.0, status_cold, whole=1_000),
     Part("status, warm", 10_000, 1.0, status_warm, whole=1_000),
     Part("report frames, 100 updates", 10_000, 60.0, frames, whole=1_000),
+    Part("report, page and tables", 5_000, 60.0, report, memory=2_000.0, whole=625),
 )
 
 

@@ -46,7 +46,7 @@ def study(run: Run) -> Study:
 
 @pytest.fixture(scope="session")
 def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return render(run.path, tmp_path_factory.mktemp("report"))
+    return render(run.path, tmp_path_factory.mktemp("report"), scores=["reward", "accuracy_final"])
 
 
 @pytest.fixture

@@ -226,4 +226,4 @@ seeds: 5
     comparisons = [compare(study, task, "training_reward") for task in study.tasks]
     table, _ = across_tasks(comparisons)
     assert table.set_index("label").loc["baseline", "iqm"] == pytest.approx(stats.trim_mean(everything, 0.25))
-    assert [comparison.analysis.alpha for comparison in comparisons] == pytest.approx([0.05 / 3] * 3)
+    assert [comparison.analysis.alpha for comparison in comparisons] == pytest.approx([0.05 / 4] * 3)
