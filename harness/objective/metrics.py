@@ -69,17 +69,17 @@ def update_metrics(stats: TokenStats, **losses: Float[Tensor, ""]) -> dict[str, 
         **losses,
         "ratio_max": ratio.max(),
         "ess": torch.where(square == 0, 0.0, weight.sum().square() / square),
-        "informative_groups": advantage.new_tensor(_informative_share(stats)),
         "advantage_std": advantage.std(correction=0),
     }
     figures = torch.cat([torch.stack([*means.values()]).mean(1), torch.stack([*others.values()])])
-    return dict(zip([*means, *others], figures.double().tolist(), strict=True))
-
-
-def _informative_share(stats: TokenStats) -> float:
-    """The share of the groups with an advantage other than 0."""
-    groups, informative = stats.groups.tolist(), ((stats.advantage != 0) & stats.mask).any(1).tolist()
-    return len(set(compress(groups, informative))) / len(set(groups))
+    informative = ((stats.advantage != 0) & stats.mask).any(1)
+    # all in one copy to the host, which waits for the device
+    copied = torch.cat([figures.double(), stats.groups.double(), informative.double()]).cpu()
+    numbers, groups, chosen = (
+        part.tolist() for part in copied.tensor_split((len(figures), len(copied) - len(informative)))
+    )
+    share = torch.tensor(len(set(compress(groups, chosen))) / len(set(groups)), dtype=advantage.dtype)
+    return dict(zip([*means, *others], numbers, strict=True)) | {"informative_groups": float(share)}
 
 
 _NAMES = (

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from klab.harness.policy.categorical import Draw
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.scores import Scorer
 
@@ -34,6 +38,57 @@ class IncrementalDecoder(Protocol):
         Raises:
             UserError: a sequence exceeds the model's context.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Where a cell's N trajectories stand, and how they go on.
+
+    Attributes:
+        last_tokens: the last token of each; its prompt's where it has none.
+        num_tokens: tokens of each after its prompt.
+        unfinished: which go on.
+        forced: the tokens that each has to take next.
+        most: the most tokens that one of them may still take.
+        uniforms: float64 [steps, N], the random numbers of each one's next steps; None where nothing is drawn.
+    """
+
+    last_tokens: Sequence[int]
+    num_tokens: Sequence[int]
+    unfinished: Sequence[bool]
+    forced: Sequence[Sequence[int]]
+    most: int
+    uniforms: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnBlock:
+    """The next tokens [steps, N] of a cell's trajectories, forced ones among them, and their log-probabilities.
+
+    A trajectory that ended its turn, or was finished before, has nothing of meaning after that.
+    """
+
+    tokens: NDArray[np.int64]
+    logp: NDArray[np.float64]
+
+
+class BlockDecoder(Protocol):
+    """Draws next tokens on a device, several steps between two copies to the host."""
+
+    max_steps: int
+    """Of a block."""
+
+    def draw(self, continuations: Mapping[int, Continuation]) -> dict[int, DrawnBlock]:
+        """The next block of some cells' trajectories.
+
+        Raises:
+            UserError: a sequence exceeds the model's context.
+        """
+        ...
+
+    def close(self) -> None:
+        """Nothing more is drawn: give back memory that others need."""
         ...
 
 
@@ -83,6 +138,16 @@ class Policy(Scorer, Protocol):
         Args:
             prompts: token ids [C][P][length].
             plain: the reference path: no cache, nothing shared.
+        """
+        ...
+
+    def block_decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, max_new_tokens: int, draw: Draw
+    ) -> BlockDecoder | None:
+        """A decoder that draws the tokens itself; None where the policy has none.
+
+        Args:
+            max_new_tokens: that a trajectory is expected to take at most; more need other memory.
         """
         ...
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from klab.harness.policy.ordered_gather import take_rows
 from klab.harness.policy.rollout import Rollout
 
 MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
@@ -105,7 +106,7 @@ def gather_scores(
     mask, V = rollout.mask, logits.shape[-1]
     N, T = mask.shape
     logp = tempered.log_softmax(-1)
-    chosen = logp.view(-1).gather(0, (logits_index * V + rollout.tokens).view(-1)).view(N, T)
+    chosen = take_rows(logp.view(-1), (logits_index * V + rollout.tokens).view(-1)).view(N, T)
     scores = TokenScores(torch.where(mask, chosen, 0.0))
     if options.entropy:
         with torch.no_grad():
@@ -123,5 +124,5 @@ def gather_rows(
     values: Float[Tensor, "K width"], index: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]
 ) -> Float[Tensor, "N T width"]:
     """Rows of `values` by index; 0 outside the mask."""
-    rows = values.index_select(0, index.view(-1)).view(*index.shape, -1)
+    rows = take_rows(values, index.view(-1)).view(*index.shape, -1)
     return torch.where(mask.unsqueeze(-1), rows, 0.0)

@@ -98,7 +98,7 @@ def compute_gradients(
             if at_once:
                 losses += [loss, *_value_losses(models.critics, whole, batch, context)]
             stats = _value_stats(models.critics, whole, batch, context)
-            results.append(CellLoss(float(loss.detach()), metrics, whole.entropy.detach(), stats))
+            results.append(CellLoss(metrics["loss"], metrics, whole.entropy.detach(), stats))
             contexts.append(context)
         passes.clear()
         if not keeps_graph:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from klab.harness.objective.masking import masked
@@ -53,13 +54,13 @@ def update_row(
         gradient_norm: before clipping.
         nonfinite: the loss or the gradient was not finite, and the update was skipped.
     """
-    sampled = sampled_figures(experience)
+    sampled, total_entropy = _sampled(experience, masked(entropy, experience.rollout.mask).sum())
     return {
         "update": update,
         "rollout": experience.number,
         **sampled,
         **{name: finite(metrics[name]) for name in FROM_OBJECTIVE},
-        "entropy": finite(float(masked(entropy, experience.rollout.mask).sum()) / max(1, sampled["tokens"])),
+        "entropy": finite(total_entropy / max(1, sampled["tokens"])),
         "gradient_norm": finite(gradient_norm),
         "loss": finite(loss),
         "lr": lr,
@@ -69,16 +70,24 @@ def update_row(
 
 def sampled_figures(experience: Experience) -> Row:
     """Metrics of the trajectories of a minibatch that need no policy: rewards and lengths."""
+    return _sampled(experience, experience.rewards.new_zeros(()))[0]
+
+
+def _sampled(experience: Experience, more: Tensor) -> tuple[Row, float]:
+    """The same, and another scalar tensor as a number, all in one copy to the host."""
     rollout, rewards = experience.rollout, experience.rewards.double()
-    tokens = int(rollout.mask.sum())
-    return {
-        "reward_mean": finite(float(rewards.mean())),
-        "reward_std": finite(float(rewards.std(correction=0))),
-        "correct": float(experience.correct.mean()),
+    tokens = int(rollout.on_host.mask.sum())
+    figures = (rewards.mean(), rewards.std(correction=0), experience.correct.mean(), rollout.truncated.double().mean())
+    mean, std, correct, truncated, number = torch.stack([figure.double() for figure in (*figures, more)]).tolist()
+    row = {
+        "reward_mean": finite(mean),
+        "reward_std": finite(std),
+        "correct": correct,
         "length_mean": tokens / len(rewards),
-        "truncated": float(rollout.truncated.double().mean()),
+        "truncated": truncated,
         "tokens": tokens,
     }
+    return row, number
 
 
 def finite(value: float) -> float | None:

@@ -62,7 +62,7 @@ def micro_batches(rollout: Rollout, budget: MemoryBudget) -> list[MicroBatch]:
     most, most_tokens = budget.rows or rows, budget.tokens or math.inf
     if rows <= most and budget.tokens is None:
         return [(rollout, slice(0, rows))]
-    own = rollout.present.sum(1).tolist()
+    own = rollout.on_host.lengths.tolist()
     bounds: list[tuple[int, int]] = []
     first, spent = 0, 0  # of the piece that is being filled with whole groups
     for group, prompt in enumerate(rollout.prompts):
@@ -79,7 +79,7 @@ def micro_batches(rollout: Rollout, budget: MemoryBudget) -> list[MicroBatch]:
         bounds.append((first, rows))
     if len(bounds) == 1:
         return [(rollout, slice(0, rows))]
-    return [(_slice_rows(rollout, first, last), slice(first, last)) for first, last in bounds]
+    return [(rollout.slice_rows(first, last), slice(first, last)) for first, last in bounds]
 
 
 def _parts(
@@ -93,22 +93,6 @@ def _parts(
             first, spent = row, prompt
         spent += own[row]
     return [*bounds, (first, end)]
-
-
-def _slice_rows(rollout: Rollout, first: int, last: int) -> Rollout:
-    prompts = rollout.prompts[first // rollout.group_size : -(-last // rollout.group_size)]
-    rows = slice(first, last)
-    return replace(
-        rollout,
-        prompts=prompts,
-        group_size=(last - first) // len(prompts),
-        tokens=rollout.tokens[rows],
-        mask=rollout.mask[rows],
-        present=rollout.present[rows],
-        logp=rollout.logp[rows],
-        truncated=rollout.truncated[rows],
-        texts=rollout.texts[rows],
-    )
 
 
 def align_micro_batches(pieces: Sequence[Sequence[MicroBatch]]) -> list[PackMicroBatch]:

@@ -74,7 +74,7 @@ class Pack:
         self.budget = self.settings.budget
         self._halved = False
         self._schedule = self.settings.schedule
-        self._timer = PhaseTimer()
+        self._timer = PhaseTimer(self.policy.device)
         self._eval_sets: list[EvalSet] = []
 
     @property

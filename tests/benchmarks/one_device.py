@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from klab.harness.policy.stacked.cuda_graph_decoding import VARIABLE
+from klab.harness.policy.stacked.block_decoding import VARIABLE
 from tests.benchmarks.clock import per_update
 from tests.benchmarks.processes import NO_GPU, Failure, console, run, say
 from tests.benchmarks.setting import ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, Setting

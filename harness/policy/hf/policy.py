@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
+from klab.harness.policy.categorical import Draw
 from klab.harness.policy.hf import peft
 from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, pad_rows
 from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.hf.output_layer import chunked_log_softmax
-from klab.harness.policy.policy import IncrementalDecoder
+from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder
 from klab.harness.policy.pretrained import (
     GENERATION_CONFIG,
     check_vocabulary,
@@ -199,6 +200,12 @@ class TransformersPolicy:
         if plain or not self.model.has_kv_cache:
             return UncachedDecoder(self, prompts, group_size)
         return CachedDecoder(self, prompts, group_size)
+
+    def block_decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, max_new_tokens: int, draw: Draw
+    ) -> BlockDecoder | None:
+        """None: transformers' cache grows."""
+        return None
 
     def score(self, rollouts: Sequence[Rollout], options: ScoreOptions) -> list[TokenScores]:
         """Every trajectory forwarded in full, padded at the right, with or without `options.plain`."""

@@ -8,9 +8,9 @@ from itertools import islice
 import torch
 
 from klab.grid.errors import UserError
-from klab.harness.policy.policy import Policy
+from klab.harness.policy.categorical import Draw, UniformSlice, UniformTable, uniform_numbers
+from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder, Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import UniformSlice, sample_tokens, uniform_numbers
 from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
 from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 
@@ -44,25 +44,59 @@ def sample(
         if not listed or not all(listed):
             raise UserError("a prompt is empty", key="task")
     builders = [TrajectoryBuilder(policy, cell, listed, options, environment) for cell, listed in enumerate(prompts)]
+    draw = Draw(options.temperature, options.top_p, options.greedy)
     with torch.no_grad():
-        decoder = policy.decoder(prompts, options.group_size, plain)
-        active = list(range(policy.cells))
-        logits = decoder.start()
-        while active:
-            joint = sum(logits[cell].numel() for cell in active) <= MAX_JOINT_LOGITS
-            for cells in [active] if joint else [[cell] for cell in active]:
-                rows = torch.cat([logits[cell] for cell in cells])
-                uniforms = None
-                if not options.greedy:
-                    drawn = [uniform_numbers(generators[cell], len(logits[cell]), rows.device) for cell in cells]
-                    uniforms = torch.cat(drawn)
-                tempered = rows if options.temperature == 1.0 else rows / options.temperature
-                tokens, logp = sample_tokens(tempered, uniforms, options.top_p)
-                sampled = zip(tokens.tolist(), logp.tolist(), strict=True)
-                for cell in cells:
-                    builders[cell].add_tokens(islice(sampled, len(logits[cell])))
-            active = [cell for cell in active if not builders[cell].finished]
-            if active:
-                last_tokens = {cell: builders[cell].last_tokens for cell in active}
-                logits = decoder.step(last_tokens, {cell: builders[cell].unfinished for cell in active})
+        given = prompts, options.group_size
+        blocks = None if plain else policy.block_decoder(*given, options.max_new_tokens, draw)
+        if blocks is not None:
+            _sample_in_blocks(blocks, builders, generators, draw)
+        else:
+            _sample_by_steps(policy.decoder(*given, plain), builders, generators, draw)
     return [builder.build() for builder in builders]
+
+
+def _sample_by_steps(
+    decoder: IncrementalDecoder,
+    builders: Sequence[TrajectoryBuilder],
+    generators: Sequence[torch.Generator | UniformSlice],
+    draw: Draw,
+) -> None:
+    """Draw token by token; the host knows each of them before the next step."""
+    active = list(range(len(builders)))
+    logits = decoder.start()
+    while active:
+        joint = sum(logits[cell].numel() for cell in active) <= MAX_JOINT_LOGITS
+        for cells in [active] if joint else [[cell] for cell in active]:
+            rows = torch.cat([logits[cell] for cell in cells])
+            uniforms = None
+            if not draw.greedy:
+                drawn = [uniform_numbers(generators[cell], len(logits[cell]), rows.device) for cell in cells]
+                uniforms = torch.cat(drawn)
+            tokens, logp = draw(rows, uniforms)
+            sampled = zip(tokens.tolist(), logp.tolist(), strict=True)
+            for cell in cells:
+                builders[cell].add_tokens(islice(sampled, len(logits[cell])))
+        active = [cell for cell in active if not builders[cell].finished]
+        if active:
+            last_tokens = {cell: builders[cell].last_tokens for cell in active}
+            logits = decoder.step(last_tokens, {cell: builders[cell].unfinished for cell in active})
+
+
+def _sample_in_blocks(
+    decoder: BlockDecoder,
+    builders: Sequence[TrajectoryBuilder],
+    generators: Sequence[torch.Generator | UniformSlice],
+    draw: Draw,
+) -> None:
+    """Draw block by block; a trajectory uses the same random numbers as token by token."""
+    tables: list[UniformTable | None] = [None] * len(builders)
+    if not draw.greedy:
+        pairs = zip(generators, builders, strict=True)
+        tables = [UniformTable(generator, len(builder.unfinished)) for generator, builder in pairs]
+    active = list(range(len(builders)))
+    while active:
+        going = {cell: builders[cell].continuation(tables[cell], decoder.max_steps) for cell in active}
+        for cell, block in decoder.draw(going).items():
+            builders[cell].add_block(block)
+        active = [cell for cell in active if not builders[cell].finished]
+    decoder.close()

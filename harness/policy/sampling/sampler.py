@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
+from klab.harness.policy.categorical import UniformSlice
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import UniformSlice
 
 Environment = Callable[[int, int, str], str | None]
 """`environment(cell, trajectory, transcript)` -> the environment's answer once the policy has ended its turn, or None

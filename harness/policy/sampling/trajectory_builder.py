@@ -8,7 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from klab.harness.policy.policy import Policy
+from klab.harness.policy.categorical import UniformTable
+from klab.harness.policy.policy import Continuation, DrawnBlock, Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
 from klab.harness.policy.special_tokens import trailing_special_tokens
@@ -68,21 +69,56 @@ class TrajectoryBuilder:
             sampled: a token and its log-probability for each of the N trajectories.
         """
         for i, (token, logp) in enumerate(sampled):
-            if not self.unfinished[i]:
-                continue
-            if self._answers[i]:
-                self.tokens[i].append(self._answers[i].pop(0))
-                self.generated[i].append(False)
-                self.logp[i].append(0.0)
-                continue
-            self.tokens[i].append(token)
-            self.generated[i].append(True)
-            self.logp[i].append(logp)
-            self.num_generated[i] += 1
-            if token in self.eos_token_ids:
-                self.unfinished[i] = self._environment_answers(i)
-            elif self.num_generated[i] >= self.options.max_new_tokens:
-                self.unfinished[i], self.truncated[i] = False, True
+            if self.unfinished[i]:
+                self._add_token(i, token, logp)
+
+    def add_block(self, drawn: DrawnBlock) -> None:
+        """Add the tokens of a block to every unfinished trajectory, at most up to the end of its turn."""
+        for i, (tokens, logps) in enumerate(zip(drawn.tokens.T.tolist(), drawn.logp.T.tolist(), strict=True)):
+            for token, logp in zip(tokens, logps, strict=True):
+                if not self.unfinished[i] or self._add_token(i, token, logp):
+                    break
+
+    def _add_token(self, i: int, token: int, logp: float) -> bool:
+        """Add the next token of the environment's answer, else the sampled one; whether it ends a turn."""
+        if self._answers[i]:
+            self.tokens[i].append(self._answers[i].pop(0))
+            self.generated[i].append(False)
+            self.logp[i].append(0.0)
+            return False
+        self.tokens[i].append(token)
+        self.generated[i].append(True)
+        self.logp[i].append(logp)
+        self.num_generated[i] += 1
+        if token in self.eos_token_ids:
+            self.unfinished[i] = self._environment_answers(i)
+            return True
+        if self.num_generated[i] >= self.options.max_new_tokens:
+            self.unfinished[i], self.truncated[i] = False, True
+        return False
+
+    def continuation(self, uniforms: UniformTable | None, steps: int) -> Continuation:
+        """Where the trajectories stand.
+
+        Args:
+            uniforms: the random numbers of this cell; None where nothing is drawn.
+            steps: of the next block, at most.
+        """
+        num_tokens = [len(tokens) for tokens in self.tokens]
+        prompts = [prompt for prompt in self.prompts for _ in range(self.options.group_size)]
+        left = [
+            self.options.max_new_tokens - generated + len(answer)
+            for generated, answer, goes_on in zip(self.num_generated, self._answers, self.unfinished, strict=True)
+            if goes_on
+        ]
+        return Continuation(
+            last_tokens=[(tokens or prompt)[-1] for tokens, prompt in zip(self.tokens, prompts, strict=True)],
+            num_tokens=num_tokens,
+            unfinished=self.unfinished,
+            forced=self._answers,
+            most=max(left),
+            uniforms=None if uniforms is None else uniforms.numbers(num_tokens, steps),
+        )
 
     def add_turn(self, i: int, tokens: Sequence[int], logp: Sequence[float]) -> None:
         """Add a whole turn of the policy to an unfinished trajectory, and the environment's answer to it.
@@ -131,22 +167,22 @@ class TrajectoryBuilder:
 
     def build(self) -> Rollout:
         """The trajectories as a rollout."""
-        device = self.policy.device
         logp_dtype = torch.float64 if self.policy.dtype == torch.float64 else torch.float32
-        lengths = torch.tensor([len(tokens) for tokens in self.tokens], device=device)
-        present = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        present = torch.arange(int(lengths.max())) < lengths[:, None]
 
         def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-            values = torch.tensor(list(chain.from_iterable(rows)), dtype=dtype, device=device)
-            return torch.zeros(present.shape, dtype=dtype, device=device).masked_scatter_(present, values)
+            values = torch.tensor(list(chain.from_iterable(rows)), dtype=dtype)
+            return torch.zeros(present.shape, dtype=dtype).masked_scatter_(present, values)
 
-        return Rollout(
+        built = Rollout(
             prompts=self.prompts,
             group_size=self.options.group_size,
             tokens=padded(self.tokens, torch.long),
             mask=padded(self.generated, torch.bool),
             present=present,
             logp=padded(self.logp, logp_dtype),
-            truncated=torch.tensor(self.truncated, device=device),
+            truncated=torch.tensor(self.truncated),
             texts=[self._text(i, generated_only=True) for i in range(len(self.tokens))],
         )
+        return built.to(self.policy.device)

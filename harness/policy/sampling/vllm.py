@@ -14,9 +14,9 @@ import torch
 
 from klab.grid.errors import UserError
 from klab.grid.user_code import is_installed
+from klab.harness.policy.categorical import UniformSlice, uniform_numbers
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import UniformSlice, uniform_numbers
 from klab.harness.policy.sampling.engine import Engine, EngineSettings, Request
 from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
 from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from klab.grid.errors import UserError
+from klab.harness.policy.ordered_gather import take_rows
 from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.attention import AttentionLayout
 from klab.harness.policy.stacked.layers import apply_rotary, embed, linear, rms_norm, swiglu
@@ -71,15 +72,15 @@ def _layer(
     heads, rotated_heads = a.num_heads + 2 * a.num_kv_heads, a.num_heads + a.num_kv_heads
     h = rms_norm(x, weights[prefix + "input_norm"].unsqueeze(1), a.norm_eps)
     qkv = _linear(model, h, weights, prefix + "qkv").view(-1, a.head_dim)
-    qkv = qkv.index_select(0, qkv_index).view(heads, -1, layout.positions.shape[1], a.head_dim)
+    qkv = take_rows(qkv, qkv_index).view(heads, -1, layout.positions.shape[1], a.head_dim)
     queries_keys, values = torch.split(qkv, [rotated_heads, a.num_kv_heads])
     if a.qk_norm:
         queries_keys = _qk_norm(a, queries_keys, weights[prefix + "q_norm"], weights[prefix + "k_norm"])
     queries, keys = torch.split(apply_rotary(queries_keys, *rotary), [a.num_heads, a.num_kv_heads])
     attn = layout.attend(layer, queries, keys, values).reshape(-1, a.head_dim)
     if output is not None:
-        x = x.flatten(0, 1).index_select(0, output).view(A, -1, a.hidden_size)
-    attn = attn.index_select(0, attn_index).view(A, -1, a.num_heads * a.head_dim)
+        x = take_rows(x.flatten(0, 1), output).view(A, -1, a.hidden_size)
+    attn = take_rows(attn, attn_index).view(A, -1, a.num_heads * a.head_dim)
     x = x + _linear(model, attn, weights, prefix + "out")
     h = rms_norm(x, weights[prefix + "mlp_norm"].unsqueeze(1), a.norm_eps)
     return x + _linear(model, swiglu(_linear(model, h, weights, prefix + "gate_up")), weights, prefix + "down")

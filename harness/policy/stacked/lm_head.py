@@ -58,7 +58,7 @@ def selective_log_softmax(
     ends = [*range(step, K, step), K]
     bounds = [0, *torch.searchsorted(rows, torch.tensor(ends)).tolist()]
     chunks = list(zip([0, *ends], ends, bounds, bounds[1:], strict=False))
-    values = (hidden, head, rows.to(hidden.device), tokens, temperature, entropy, chunks)
+    values = (hidden, head, rows.to(hidden.device, non_blocking=True), tokens, temperature, entropy, chunks)
     found: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(*values)  # type: ignore[no-untyped-call]
     return found
 

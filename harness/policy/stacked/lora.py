@@ -84,16 +84,17 @@ class Adapters:
         parts = PROJECTIONS[kind]
         if not any(part in self.targets for part in parts):
             return out
-        pieces = torch.split(out, [self.sizes[part][1] for part in parts], -1)
-        adapted = [self._add_projection(p, x, weights, f"{at}.{part}") for p, part in zip(pieces, parts, strict=True)]
-        return torch.cat(adapted, -1) if len(adapted) > 1 else adapted[0]
-
-    def _add_projection(self, out: Tensor, x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
-        down, up = weights.get(name + ".A"), weights.get(name + ".B")
-        if down is None or up is None:
+        names = [f"{at}.{part}" for part in parts]
+        given = [weights[name + end] for name in names if name + ".A" in weights for end in (".A", ".B")]
+        if not given:
             return out
-        product = linear(linear(x.to(down.dtype), down, None), up, None)
-        return torch.add(out, product, alpha=self.scaling).to(out.dtype)
+        products = iter(low_rank_products(x, given))
+        pieces = torch.split(out, [self.sizes[part][1] for part in parts], -1)
+        adapted = [
+            torch.add(piece, next(products), alpha=self.scaling).to(piece.dtype) if name + ".A" in weights else piece
+            for name, piece in zip(names, pieces, strict=True)
+        ]
+        return torch.cat(adapted, -1) if len(adapted) > 1 else adapted[0]
 
     @property
     def scaling(self) -> float:
@@ -118,6 +119,36 @@ class Adapters:
         if down is None or up is None:
             return like.new_zeros(self.sizes[name.rsplit(".", 1)[1]])
         return (down @ up) * self.scaling
+
+
+def low_rank_products(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """x·A·B [A, M, out] for each pair A, B of `weights`, in their precision; x [A, M, in] may be narrower."""
+    if x.dtype == weights[0].dtype:
+        return [linear(linear(x, down, None), up, None) for down, up in zip(weights[::2], weights[1::2], strict=True)]
+    products: tuple[Tensor, ...] = _WidenedProducts.apply(x, *weights)  # type: ignore[no-untyped-call]
+    return products
+
+
+class _WidenedProducts(torch.autograd.Function):
+    """`low_rank_products` of a 16-bit x, which alone is kept for the backward pass: there it is widened once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(low_rank_products(x.to(weights[0].dtype), weights))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            wide = x.to(weights[0].dtype).requires_grad_(needed[0])
+            leaves = [w.detach().requires_grad_(wanted) for w, wanted in zip(weights, needed[1:], strict=True)]
+            products = low_rank_products(wide, leaves)
+        wanted = [leaf for leaf in (wide, *leaves) if leaf.requires_grad]
+        found = iter(torch.autograd.grad(products, wanted, grads))
+        d_x = next(found).to(x.dtype) if needed[0] else None
+        return d_x, *(next(found) if each else None for each in needed[1:])
 
 
 def write_adapters(

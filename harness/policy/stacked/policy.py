@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
-from klab.harness.policy.policy import IncrementalDecoder
+from klab.harness.policy.categorical import Draw
+from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder
 from klab.harness.policy.pretrained import (
     check_vocabulary,
     read_config,
@@ -25,12 +26,13 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import ScoreOptions, TokenScores
 from klab.harness.policy.special_tokens import eos_token_ids
 from klab.harness.policy.stacked.architecture import Architecture
+from klab.harness.policy.stacked.block_decoding import StaticBlockDecoder, uses_static_cache
 from klab.harness.policy.stacked.checkpoint import named_tensors, read_weights, write_checkpoint
-from klab.harness.policy.stacked.cuda_graph_decoding import GraphCache, StaticCacheDecoder, uses_static_cache
 from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.lora import Adapters, read_adapters, write_adapters
 from klab.harness.policy.stacked.model import StackedModel, Weights, stack_cells
 from klab.harness.policy.stacked.packed_decoding import PackedDecoder
+from klab.harness.policy.stacked.recorded_steps import RecordedSteps
 from klab.harness.policy.stacked.scoring import score_rollouts
 from klab.harness.policy.stacked.uncached_decoding import UncachedDecoder
 
@@ -42,7 +44,7 @@ class StackedPolicy(StackedModel):
         tokenizer, encode_prompt: that all cells have.
         origin, revision: folder or hub id of the checkpoint, written as the base model of adapters.
         generation_config: the checkpoint's, None without.
-        graphs: recorded decoding steps, on GPUs.
+        steps: recorded decoding steps and their memory, on GPUs.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class StackedPolicy(StackedModel):
         self.revision: str | None = None
         self.generation_config: dict[str, Any] | None = None
         self.encode_prompt = PromptEncoder(tokenizer, self.vocab_size)
-        self.graphs = GraphCache()
+        self.steps = RecordedSteps()
+        self._selected_from: tuple[StackedPolicy, list[int]] | None = None
 
     @classmethod
     def random(
@@ -143,9 +146,17 @@ class StackedPolicy(StackedModel):
     ) -> IncrementalDecoder:
         if plain:
             return UncachedDecoder(self, prompts, group_size)
-        if uses_static_cache(self.device):
-            return StaticCacheDecoder(self, prompts, group_size, self.graphs)
         return (PackedDecoder if self.packable else KVCacheDecoder)(self, prompts, group_size)
+
+    def block_decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, max_new_tokens: int, draw: Draw
+    ) -> BlockDecoder | None:
+        if not uses_static_cache(self.device):
+            return None
+        # some cells of a policy are decoded in its memory, with the steps that it has recorded
+        owner, cells = self._selected_from or (self, list(range(self.cells)))
+        given = (prompts, group_size, max_new_tokens, draw, owner.steps, self.eos_token_ids)
+        return StaticBlockDecoder(owner, cells, *given)
 
     def score(self, rollouts: Sequence[Rollout], options: ScoreOptions) -> list[TokenScores]:
         return score_rollouts(self, rollouts, options)
@@ -212,7 +223,10 @@ class StackedPolicy(StackedModel):
         if list(cells) == list(range(self.cells)):
             return self
         chosen = {name: value.detach()[list(cells)] for name, value in self.parameters.items()}
-        return self._like(chosen, self.shared, self.adapters, len(cells))
+        selected = self._like(chosen, self.shared, self.adapters, len(cells))
+        owner, own = self._selected_from or (self, list(range(self.cells)))
+        selected._selected_from = (owner, [own[c] for c in cells])
+        return selected
 
     def release_memory(self) -> None:
-        self.graphs.clear()
+        self.steps.clear()

@@ -43,12 +43,13 @@ class Prefill:
             for p, prompt in enumerate(listed):
                 padded[c, p, : len(prompt)] = prompt
                 last[c, p] = len(prompt) - 1
-        self.tokens = torch.from_numpy(padded).to(device).view(C, -1)
+        self.tokens = torch.from_numpy(padded).to(device, non_blocking=True).view(C, -1)
         self.token_of_slot = self.slot_of_token = torch.arange(C * num_rows * width, device=device)
         self.positions = torch.arange(width, device=device)[None]
         self.position_limit = width
         rows = np.arange(C * num_rows)
-        self.output_index: Tensor | None = torch.from_numpy(rows * width + last.reshape(-1)).to(device)
+        output_index = torch.from_numpy(rows * width + last.reshape(-1))
+        self.output_index: Tensor | None = output_index.to(device, non_blocking=True)
         self.attn_bias = attn_bias
         self.cache: KVCache = []
 

@@ -22,16 +22,21 @@ class PrefixTreeBatch:
     def __init__(self, trees: Sequence[PrefixTree], device: torch.device, dtype: torch.dtype) -> None:
         first = trees[0]
         M, num_slots = len(first.tokens), first.token_of_slot.numel()
-        self.tokens = torch.stack([tree.tokens for tree in trees]).to(device)
-        self.positions = torch.cat([tree.positions for tree in trees]).to(device)
-        self.position_limit = int(self.positions.max()) + 1
-        self.token_of_slot = _concatenate([tree.token_of_slot.reshape(-1) for tree in trees], M).to(device)
-        self.slot_of_token = _concatenate([tree.slot_of_token for tree in trees], num_slots).to(device)
-        self.output_index: Tensor | None = _concatenate([tree.output_index for tree in trees], M).to(device)
+        positions = torch.cat([tree.positions for tree in trees])
+        self.position_limit = int(positions.max()) + 1
+
+        def moved(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
+        self.tokens = moved(torch.stack([tree.tokens for tree in trees]))
+        self.positions = moved(positions)
+        self.token_of_slot = moved(_concatenate([tree.token_of_slot.reshape(-1) for tree in trees], M))
+        self.slot_of_token = moved(_concatenate([tree.slot_of_token for tree in trees], num_slots))
+        self.output_index: Tensor | None = moved(_concatenate([tree.output_index for tree in trees], M))
         self.attn_bias = None
         if first.attn_bias is not None:
             biases = [tree.attn_bias for tree in trees if tree.attn_bias is not None]
-            self.attn_bias = torch.cat(biases).to(device, dtype)
+            self.attn_bias = moved(torch.cat(biases)).to(dtype)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return attention(queries, keys, values, self.attn_bias)

@@ -54,7 +54,9 @@ def score_rollouts(model: StackedModel, rollouts: Sequence[Rollout], options: Sc
             continue
         logits = model.logits(weights, hidden)
         for c, each, state in zip(cells, logits.unbind(0), hidden.unbind(0), strict=True):
-            found[c] = gather_scores(rollouts[c], trees[c].logits_index.to(model.device), each, state, options)
+            found[c] = gather_scores(
+                rollouts[c], trees[c].logits_index.to(model.device, non_blocking=True), each, state, options
+            )
     return [scores for scores in found if scores is not None]
 
 
@@ -68,14 +70,15 @@ def _score_in_chunks(
 ) -> TokenScores:
     """What `gather_scores` gives, from hidden states [K, hidden_size] and without the logits of all rows at once."""
     mask, device = rollout.mask, hidden.device
-    own = mask.cpu().view(-1).nonzero().view(-1)
+    own = rollout.on_host.mask.view(-1).nonzero().view(-1)
     rows, order = logits_index.view(-1)[own].sort(stable=True)
-    places = own[order].to(device)
+    places = own[order].to(device, non_blocking=True)
+    logits_index = logits_index.to(device, non_blocking=True)
     tokens = rollout.tokens.view(-1)[places]
     logp, entropy = selective_log_softmax(hidden, head, rows, tokens, options.temperature, options.entropy)
     scores = TokenScores(logp.new_zeros(mask.numel()).index_put((places,), logp).view(mask.shape))
     if options.entropy:
-        scores.entropy = torch.where(mask, entropy[logits_index.to(device)], 0.0)
+        scores.entropy = torch.where(mask, entropy[logits_index], 0.0)
     if options.states:
-        scores.states = gather_rows(hidden, logits_index.to(device), mask)
+        scores.states = gather_rows(hidden, logits_index, mask)
     return scores

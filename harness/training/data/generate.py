@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from klab.harness.policy.categorical import UniformSlice
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import UniformSlice
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import Environment, SampleFunction, SamplingOptions
 from klab.harness.training.data.prompts import encode_prompts

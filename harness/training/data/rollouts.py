@@ -352,4 +352,4 @@ def _scores(task: Task, examples: Sequence[Example], completions: Sequence[str])
 
 
 def _column(rollout: Rollout, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=rollout.logp.dtype, device=rollout.logp.device)
+    return torch.tensor(values, dtype=rollout.logp.dtype).to(rollout.logp.device, non_blocking=True)

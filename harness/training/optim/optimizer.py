@@ -113,7 +113,7 @@ class StackedAdamW:
         divisor = None
         if clip_norm is not None and norm > clip_norm:
             if self._divides:
-                divisor = torch.tensor(norm / clip_norm, device=gradients[0].device)
+                divisor = torch.tensor(norm / clip_norm).to(gradients[0].device, non_blocking=True)
             else:
                 torch._foreach_mul_(list(gradients), clip_norm / norm)
         narrow = [gradient.numel() for gradient in gradients if gradient.dtype in NARROW]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from klab.harness.policy.stacked.cuda_graph_decoding import VARIABLE
+from klab.harness.policy.stacked.block_decoding import VARIABLE
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from tests.support.emulated_device.device import EmulatedDevices

@@ -17,6 +17,7 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores
+from klab.harness.policy.stacked.lora import low_rank_products
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import configuration, decoder, generators, written
 
@@ -235,6 +236,47 @@ def test_unknown_targets_are_named() -> None:
         decoder(2).with_lora(Lora(), [0])
 
 
+def saved_bytes(policy: StackedPolicy, rollout: Rollout) -> tuple[Tensor, int]:
+    """Scores, and the memory of what the forward pass keeps for the backward pass beside the weights."""
+    own = {value.data_ptr() for value in (*policy.shared.values(), *policy.parameters.values())}
+    saved: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        if value.data_ptr() not in own:
+            saved[value.data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        score = token_scores(policy, [rollout])[0].logp
+    return score, sum(saved.values())
+
+
+def test_over_16_bits_adapters_keep_no_wide_copies_of_their_inputs() -> None:
+    rollout = written(PROMPTS, [[5, 6, 7, 1], [5, 6, 1], [9], [9, 3, 4, 4, 1], [1], [7, 7]])
+    _, adapters = saved_bytes(adapted(Lora(rank=1), [1], dtype=torch.bfloat16), rollout)
+    _, whole = saved_bytes(decoder(1, dtype=torch.bfloat16), rollout)
+    assert adapters < whole
+
+
+@pytest.mark.parametrize("wide_inputs", [False, True])
+def test_widened_products_have_the_gradients_of_plain_ones(wide_inputs: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 6, generator=draw).bfloat16().requires_grad_(wide_inputs)
+    weights = [
+        torch.randn(2, *shape, generator=draw).requires_grad_() for shape in ((6, 3), (3, 4), (6, 3), (3, 7), (6, 1))
+    ]
+    weights.append(torch.randn(2, 1, 2, generator=draw).requires_grad_())
+    wide = x.detach().float().requires_grad_(wide_inputs)
+    found, expected = low_rank_products(x, weights), low_rank_products(wide, weights)
+    inputs = weights + ([x] if wide_inputs else [])
+    losses = [sum((each.sin() * 2).sum() for each in products) for products in (found, expected)]
+    mine = torch.autograd.grad(losses[0], inputs)
+    theirs = torch.autograd.grad(losses[1], weights + ([wide] if wide_inputs else []))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for got, right in zip(mine, theirs, strict=True):
+        assert torch.equal(got, right.to(got.dtype))
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_gradient_checkpointing_keeps_layer_inputs_only(adapters: bool) -> None:
     rollout = written(PROMPTS, [[5, 6, 7, 1], [5, 6, 1], [9], [9, 3, 4, 4, 1], [1], [7, 7]])
@@ -242,17 +284,7 @@ def test_gradient_checkpointing_keeps_layer_inputs_only(adapters: bool) -> None:
     for checkpointing in (False, True):
         policy = adapted(Lora(rank=4), [1]) if adapters else decoder(1, num_key_value_heads=2)
         policy.gradient_checkpointing = checkpointing
-        own = {value.data_ptr() for value in (*policy.shared.values(), *policy.parameters.values())}
-        saved: dict[int, int] = {}
-
-        def keep(value: Tensor, own: set[int] = own, saved: dict[int, int] = saved) -> Tensor:
-            if value.data_ptr() not in own:
-                saved[value.data_ptr()] = value.untyped_storage().nbytes()
-            return value
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            score = token_scores(policy, [rollout])[0].logp
-        inside = sum(saved.values())
+        score, inside = saved_bytes(policy, rollout)
         (torch.linspace(-1, 2, score.numel()).view(score.shape) * score).sum().backward()
         found.append((inside, score, [value.grad for value in policy.parameters.values()]))
     (full, score, gradients), (little, again, same) = found

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
+from klab.harness.policy.categorical import UniformSlice, sample_tokens, uniform_numbers
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.categorical import UniformSlice, sample_tokens, uniform_numbers
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.scores import token_scores

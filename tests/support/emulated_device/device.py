@@ -7,8 +7,10 @@ device. Copies to the device wait for it too, unless they are `non_blocking`.
 
 from __future__ import annotations
 
-import traceback
+import sys
+import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ class EmulatedDevices(TorchDispatchMode):
         unordered: operations with other last digits each time: (which, where) -> times.
         kernels: names of kernels launched by the host -> times.
         recorded: how many graphs have been recorded.
+        kernel_seconds: how long the device says that a kernel takes; the host does not wait for that.
+        busy_until: when the device will have done its work, by the host's clock.
     """
 
     def __init__(self, count: int = 1, capacity: int | None = None) -> None:
@@ -58,6 +62,8 @@ class EmulatedDevices(TorchDispatchMode):
         self.several_streams = False
         self.capture: Capture | None = None
         self.recorded = 0
+        self.kernel_seconds = 0.0
+        self.busy_until = 0.0
         self.reset_counts()
 
     def reset_counts(self) -> None:
@@ -193,6 +199,7 @@ class EmulatedDevices(TorchDispatchMode):
             self.capture.before([each.allocation for each in ours], [each.values for each in written])
         else:
             self.launches += 1
+            self.busy_until = max(time.perf_counter(), self.busy_until) + self.kernel_seconds
             self.kernels[func._schema.name.split("::")[1]] += 1
         if self.several_streams:
             self.stream.check([each.allocation for each in ours], [each.allocation for each in written])
@@ -253,11 +260,21 @@ def _poison(values: torch.Tensor) -> None:
 
 def _caller() -> str:
     """The innermost lines of klab that led here."""
-    found = []
-    for frame in reversed(traceback.extract_stack(limit=60)):
-        path = Path(frame.filename)
-        if path.is_relative_to(_ROOT) and "support" not in path.parts and ".venv" not in path.parts:
-            found.append(f"{path.relative_to(_ROOT)}:{frame.lineno}")
-            if len(found) == 2:
-                break
+    found: list[str] = []
+    frame = sys._getframe(2)
+    while frame is not None and len(found) < 2:
+        place = _place(frame.f_code.co_filename)
+        if place:
+            found.append(f"{place}:{frame.f_lineno}")
+        frame = frame.f_back  # type: ignore[assignment]
     return " < ".join(found)
+
+
+@cache
+def _place(file: str) -> str:
+    """The path of a file of klab in the repository; "" for others."""
+    path = Path(file)
+    if not path.is_relative_to(_ROOT):
+        return ""
+    inside = path.relative_to(_ROOT)
+    return "" if inside.parts[0] == ".venv" or "support" in inside.parts else str(inside)
