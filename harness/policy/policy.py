@@ -159,6 +159,11 @@ class Policy(Scorer, Protocol):
         """
         ...
 
+    def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> Policy:
+        """A copy in another precision to sample from: `earlier`, one that was made before, brought up to date where
+        that can be done."""
+        ...
+
     def select(self, cells: Sequence[int]) -> Policy:
         """Some of the cells as a policy of their own to sample from, without gradient."""
         ...

@@ -182,6 +182,8 @@ class Pack:
                 self._eval_sets = prepare_eval_sets(
                     self.settings, self.members, self.reference, self.budget, self.channel.process_group
                 )
+                if not self.settings.samples_reference:
+                    self.reference.release_memory()  # it draws no more
             rows = evaluate(
                 self.policy,
                 self.reference,

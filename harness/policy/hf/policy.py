@@ -20,7 +20,7 @@ from klab.harness.policy.hf import peft
 from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, pad_rows
 from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.hf.output_layer import chunked_log_softmax
-from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder
+from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder, Policy
 from klab.harness.policy.pretrained import (
     GENERATION_CONFIG,
     check_vocabulary,
@@ -278,6 +278,10 @@ class TransformersPolicy:
         if self.lora_enabled and not any(copies[name].any() for name in copies if peft.is_lora_b(name)):
             return self._like({}, shared, self.cells)
         return self._like(copies, shared, self.cells)
+
+    def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> TransformersPolicy:
+        """See `Policy`; a new one."""
+        return self.frozen_copy(dtype)
 
     def select(self, cells: Sequence[int]) -> TransformersPolicy:
         """Some of the cells as a policy of their own, without gradient."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
 from klab.harness.policy.categorical import Draw
-from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder
+from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder, Policy
 from klab.harness.policy.pretrained import (
     check_vocabulary,
     read_config,
@@ -216,6 +216,17 @@ class StackedPolicy(StackedModel):
         shared = {name: value.to(dtype) for name, value in self.shared.items()}
         if self.adapters is not None and not any(v.any() for n, v in copies.items() if n.endswith(".B")):
             return self._like({}, shared, None, self.cells)
+        return self._like(copies, shared, self.adapters, self.cells)
+
+    @torch.no_grad()
+    def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> StackedPolicy:
+        """See `Policy`. Weights are copied to where they stood, so that recorded decoding steps stay valid."""
+        if isinstance(earlier, StackedPolicy):
+            for name, value in earlier.parameters.items():
+                value.copy_(self.parameters[name])
+            return earlier
+        copies = {name: value.detach().to(dtype, copy=True) for name, value in self.parameters.items()}
+        shared = {name: value.to(dtype) for name, value in self.shared.items()}
         return self._like(copies, shared, self.adapters, self.cells)
 
     def select(self, cells: Sequence[int]) -> StackedPolicy:

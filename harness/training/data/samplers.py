@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -15,6 +16,9 @@ from klab.harness.policy.sampling.vllm import require_vllm, vllm_sampler
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.packed_cell import PackedCell
+
+_copies: WeakKeyDictionary[Policy, Policy] = WeakKeyDictionary()
+"""The copy of each policy that its sampler drew from last, on GPUs: recorded decoding steps belong to it."""
 
 
 def sample_function(
@@ -69,4 +73,10 @@ def sampling_policy(behaviour: Policy, sampler: Sampler | None) -> Policy:
     if sampler is None or sampler.engine != "klab" or sampler.dtype is None:
         return behaviour
     dtype: torch.dtype = getattr(torch, sampler.dtype)
-    return behaviour if dtype == behaviour.dtype else behaviour.frozen_copy(dtype)
+    if dtype == behaviour.dtype:
+        return behaviour
+    if behaviour.device.type == "cpu":
+        return behaviour.frozen_copy(dtype)
+    earlier = _copies.get(behaviour)
+    _copies[behaviour] = behaviour.sampling_copy(dtype, earlier if earlier and earlier.dtype == dtype else None)
+    return _copies[behaviour]
