@@ -163,7 +163,10 @@ def noise_words(comparison: Comparison) -> str:
     words = f"The {comparison.score.title} has a standard deviation of {number(seeds)} between the seeds of a cell"
     if not np.isfinite(sampling):
         return words + "."
-    return f"{words}; sampling the completions of the last evaluations alone gives {number(sampling)}."
+    words += f"; sampling the completions of the last evaluations alone gives {number(sampling)}."
+    if 0 < seeds < 2 * sampling:
+        words += " More completions (training.final_evaluation_samples) would sharpen every comparison."
+    return words
 
 
 def _cautions(study: Study, comparison: Comparison, axes: list[AxisFinding]) -> list[str]:

@@ -88,6 +88,10 @@ def score_notes(study: ScoredStudy, score: Score) -> tuple[str, ...]:
             )
         if any(cell.training.beta_control is not None for cell in study.configurations.values()):
             notes.append("β moves during training in some cells; the objective takes its first value.")
+    prompts = {cell.training.evaluation_prompts for cell in study.configurations.values()}
+    if score.kind not in RESULTS and len(prompts) > 1:
+        shown = ", ".join(str(count) for count in sorted(prompts))
+        notes.append(f"Cells were evaluated on different numbers of prompts ({shown}): these are not the same prompts.")
     missing = np.isnan(run_scores(study, score)) & (study.cells["state"] == "finished").to_numpy()
     if missing.any():
         runs = f"{int(missing.sum())} of {len(missing)} runs finished"

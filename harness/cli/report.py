@@ -121,6 +121,7 @@ def report(
 
 
 def _show(comparison: Comparison) -> None:
+    from klab.reports.findings import noise_words
     from klab.reports.frame import records
     from klab.reports.words import difference_span, mean_span, number, p_number
 
@@ -141,8 +142,9 @@ def _show(comparison: Comparison) -> None:
     if (rest := len(comparison.table) - _LINES) > 0:
         say(f"… and {rest} more cells; the page has them all.")
     say(comparison.analysis.headline)
-    for note in comparison.notes:
-        say(f"note: {note}")
+    for note in (*comparison.notes, noise_words(comparison)):
+        if note:
+            say(f"note: {note}")
 
 
 def _show_across(across: Across) -> None:

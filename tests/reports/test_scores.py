@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from klab.harness.store import Run
 from klab.harness.training.summary import summarize
 from klab.reports import Study, load_run, render
 from klab.reports.comparison import compare
-from klab.reports.findings import find
+from klab.reports.findings import find, noise_words
 from klab.reports.scores import run_scores, sampling_deviations, score_notes
 from tests.reports.synthetic import write_run
 
@@ -199,3 +200,15 @@ def test_the_noise_of_sampling_stands_beside_that_of_seeds(tmp_path: Path) -> No
     assert np.isnan(comparison.sampling_deviation)
     told = _study(tmp_path / "told", "[{}]", {0: PATH})
     assert compare(told, told.tasks[0]).sampling_deviation == pytest.approx(np.hypot(10, 30) / 400)
+    assert noise_words(comparison).endswith(f"of {comparison.seed_deviation:.3f} between the seeds of a cell.")
+    coarse, fine = (noise_words(replace(comparison, seed_deviation=0.1, sampling_deviation=s)) for s in (0.06, 0.02))
+    assert "alone gives 0.060. More completions (training.final_evaluation_samples)" in coarse
+    assert fine.endswith("alone gives 0.020.")
+
+
+def test_cells_that_were_examined_on_other_prompts(tmp_path: Path) -> None:
+    cells = "[{}, {training.evaluation_prompts: 32}]"
+    study = _study(tmp_path / "run", cells, {0: PATH, 1: PATH})
+    assert score_notes(study, parse_score("training_reward")) == ()
+    (note,) = score_notes(study, parse_score("accuracy"))
+    assert "different numbers of prompts (32, 64)" in note
