@@ -9,6 +9,7 @@ from typing import Any
 from klab.grid.algorithms import load_algorithm
 from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.cell import Cell
+from klab.grid.engines import refuse_unsupported
 from klab.grid.errors import UserError
 from klab.grid.objective import Objective, split_value
 from klab.grid.schema.sampler import check_sampled_policy
@@ -62,6 +63,7 @@ class CellBuilder:
         _refuse_groups_of_one(training, chosen.objective)
         if training.sampler is not None:
             check_sampled_policy(training.sampler, policy)  # type: ignore[arg-type]
+        refuse_unsupported(training, policy, chosen.objective)  # type: ignore[arg-type]
         idle = idle_training(training, chosen.objective)
         if count:
             self._account(chosen, training.on_policy)
@@ -217,10 +219,14 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
     idle = {}
     if training.on_policy:
         idle["old_logprobs"] = "every ratio is 1: one update per rollout"
+    elif training.engine == "trl":
+        idle["old_logprobs"] = "with training.engine: trl the trainer always computes them"
     elif training.sampler is not None:
         idle["old_logprobs"] = "beside training.sampler the trainer always computes them"
     if training.equal_groups != "refill":
         idle["refill_rounds"] = "only equal_groups: refill draws again"
+    if training.engine != "trl":
+        idle["trl"] = "only training.engine: trl reads it"
     if training.overlong_buffer is None:
         idle["overlong_penalty"] = "there is no overlong_buffer"
     if training.sampler is not None:

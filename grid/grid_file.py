@@ -10,10 +10,11 @@ from typing import Any
 
 from klab.grid.cell import Cell
 from klab.grid.cell_builder import CellBuilder
+from klab.grid.engines import refuse_launcher
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.schema.policy import automatic_dtype
-from klab.grid.schema.sections import AnalysisPlan, Resources, load_section
+from klab.grid.schema.sections import AnalysisPlan, Launcher, Resources, load_section
 from klab.grid.score import parse_score
 from klab.grid.short_ids import matching_ids
 from klab.grid.variant import Variant, VariantFactory
@@ -131,11 +132,11 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     if not isinstance(description, str):
         raise UserError("not a text", key="description", value=description)
     seeds = _seeds(data.get("seeds", 1))
-    resources = load_section("resources", data.get("resources", {}))
+    resources = _resources(data.get("resources", {}), Path(file))
     if "task" not in data:
         raise UserError("missing: which task is trained?", key="task")
     baseline = Variant.from_sections(data)
-    builder = CellBuilder(automatic_dtype(resources.gpus, resources.gpu_type))  # type: ignore[attr-defined]
+    builder = CellBuilder(automatic_dtype(resources.gpus, resources.gpu_type))
     variants, axes = expand(baseline, data, builder.settings)
     cells: dict[str, Cell] = {}
     spellings: dict[str, dict[str, None]] = {}
@@ -145,6 +146,8 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         if known is not cell and known.identity != cell.identity:
             raise UserError("two different cells have the same id; change a value slightly", value=cell.id)
         spellings.setdefault(cell.id, {}).update(dict.fromkeys(cell.spellings))
+    if resources.launcher is not None:
+        refuse_launcher(cell.training for cell in cells.values())
     cells = _with_seeds(cells, spellings, seeds)
     builder.refuse_idle()
     base = next((variant for variant in variants if not variant.changes), None)
@@ -158,13 +161,25 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         design=data.get("design", "product"),
         seeds=seeds,
         baseline=base_group,
-        resources=resources,  # type: ignore[arg-type]
+        resources=resources,
         track=_track(data.get("track", [])),
         file=file,
         text=text,
         analysis=analysis,
         stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
     )
+
+
+def _resources(given: object, file: Path) -> Resources:
+    """The section, with the launcher's configuration where it is: beside the grid file, or in the working folder."""
+    resources: Resources = load_section("resources", given)  # type: ignore[assignment]
+    if resources.launcher is None or resources.launcher.accelerate is None:
+        return resources
+    written = Path(resources.launcher.accelerate).expanduser()
+    found = next((path for path in (file.parent / written, written) if path.is_file()), None)
+    if found is None:
+        raise UserError("no such file", key="resources.launcher.accelerate", value=str(written))
+    return resources.model_copy(update={"launcher": Launcher(accelerate=str(found.absolute()))})
 
 
 def _analysis(data: Mapping[str, Any], seeds: Sequence[int]) -> AnalysisPlan | None:

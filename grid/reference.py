@@ -22,9 +22,9 @@ from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
-from klab.grid.schema.sections import Resources
+from klab.grid.schema.sections import Launcher, Resources
 from klab.grid.schema.task import TASKS, CustomTask, RewardTerm
-from klab.grid.schema.training import BetaControl, Critic, TrainingSection, TrustRegion
+from klab.grid.schema.training import BetaControl, Critic, TrainingSection, TrlConfig, TrustRegion
 from klab.grid.sources import SOURCES
 
 MARKER = "<!-- Everything below is written by `python -m klab.grid.reference`. -->"
@@ -57,6 +57,7 @@ def reference() -> str:
         "trust_region": TrustRegion,
         "sampler": Sampler,
         "sampler.reject": Rejection,
+        "trl": TrlConfig,
     }
     for key, model in nested.items():
         parts += [f"### `training.{key}`", "", *_section(model), ""]
@@ -69,6 +70,7 @@ def reference() -> str:
     parts += ["### A task of your own", "", *_section(CustomTask), ""]
     parts += ["### `task.reward`: one term", "", *_section(RewardTerm), ""]
     parts += ["## `resources`", "", *_section(Resources), ""]
+    parts += ["### `resources.launcher`", "", *_section(Launcher), ""]
     parts += ["## `analysis`", "", *_section(AnalysisPlan), "", "### `analysis.stop`", "", *_section(Stop), ""]
     parts += ["## Symbols", ""]
     symbols = [(each.symbol, f"`{each.code}`" if each.code else "", each.shape, each.meaning) for each in GLOSSARY]

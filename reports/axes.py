@@ -49,8 +49,8 @@ def shown(value: Any) -> str:
 
 def _shown_section(value: Section) -> str:
     """Settings within a setting: the kind, if it has one, and what differs from the defaults; ``model(lr=0.001)``."""
-    first = next(iter(type(value).model_fields))
-    kind = getattr(value, first)
+    first = next(iter(type(value).model_fields), None)
+    kind = getattr(value, first) if first is not None else None
     given = value.model_dump(mode="json", exclude_defaults=True)
     rest = ", ".join(f"{key}={shown(each)}" for key, each in given.items() if key != first or not isinstance(kind, str))
     if isinstance(kind, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from klab.grid.errors import UserError
 from klab.grid.schema.analysis import AnalysisPlan, Stop
@@ -46,6 +46,7 @@ __all__ = [
     "FileTask",
     "Gsm8kTask",
     "HfPolicy",
+    "Launcher",
     "Lora",
     "MathTask",
     "PolicySection",
@@ -64,6 +65,15 @@ __all__ = [
     "load_section",
     "parse_gpus",
 ]
+
+
+class Launcher(Section):
+    """What starts the processes that train a cell of `training.engine: trl`: torchrun, or accelerate with a
+    configuration of its own (FSDP, DeepSpeed). klab adds the numbers of processes and nodes, and where they meet.
+    """
+
+    accelerate: str | None = None
+    """Configuration file of accelerate, relative to the grid file or to the working folder; null: torchrun."""
 
 
 class Resources(Section):
@@ -109,6 +119,9 @@ class Resources(Section):
     """Python on the nodes, when it is not the launcher's; inside the container where there is one (`python3`)."""
     container: str | None = None
     """Image in which jobs run, by apptainer (`image.sif`); klab must be installed in it."""
+    launcher: Launcher | None = None
+    """What starts the processes of cells of `training.engine: trl`: `torchrun`, or `{accelerate: config.yaml}`; null:
+    torchrun on this machine, where there are several."""
     profile: str | None = None
     """Name of a profile in the user's config file, whose settings override these."""
 
@@ -120,6 +133,16 @@ class Resources(Section):
         if isinstance(gpus, str):
             return {**given, **parse_gpus(gpus, "gpus")}
         return given
+
+    @field_validator("launcher", mode="before")
+    @classmethod
+    def _named_launcher(cls, given: Any) -> Any:
+        """`torchrun` stands for a launcher without a configuration."""
+        if isinstance(given, str) and given != "torchrun":
+            raise UserError(
+                "unknown launcher", key="launcher", value=given, allowed=("torchrun",), hint="Or {accelerate: FILE}."
+            )
+        return {} if given == "torchrun" else given
 
     @property
     def processes_per_node(self) -> int:

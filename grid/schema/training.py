@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from klab.grid.schema.base import Count, NonNegative, Positive, Section
 from klab.grid.schema.sampler import Sampler
@@ -60,6 +61,19 @@ class TrustRegion(Section):
     """KL(π_old‖π) per own token, in nats, that the coefficient adapts to; null keeps it fixed."""
 
 
+class TrlConfig(Section):
+    """Further fields of `trl.GRPOConfig` by their names there, for cells with ``engine: trl``: `vllm_mode`, `optim`,
+    `model_init_kwargs` and so on. A field that follows from other settings of the grid file is refused, naming them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The written fields."""
+        return dict(self.model_extra or {})
+
+
 class TrainingSection(Section):
     """How a cell is trained.
 
@@ -75,6 +89,10 @@ class TrainingSection(Section):
     advantage. With ``overlong_buffer`` the recorded reward stays the task's.
     """
 
+    engine: Literal["klab", "trl"] = "klab"
+    """What trains the cell: klab's own engine, or `trl.GRPOTrainer` with klab's objective as its loss (extra `trl`)."""
+    trl: TrlConfig | None = None
+    """Further fields of `trl.GRPOConfig`, with `engine: trl`."""
     updates: Count = 100
     """Optimizer updates in all."""
     prompts: Count = 16
@@ -160,6 +178,12 @@ class TrainingSection(Section):
     reward_seconds: Positive = 60.0
     """Time limit of one call of a task's reward, in seconds."""
 
+    @field_validator("trl", mode="before")
+    @classmethod
+    def _nothing_written(cls, given: object) -> object:
+        """An empty mapping is the same as none."""
+        return None if isinstance(given, Mapping) and not given else given
+
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Settings that came later are left out where they have their default, so that ids stay what they were."""
@@ -191,7 +215,7 @@ class TrainingSection(Section):
         return self.updates_per_rollout * self.minibatches
 
 
-LATER = ("old_logprobs", "final_evaluation_samples")
+LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl")
 """Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
 
 FINAL_SAMPLES = 16

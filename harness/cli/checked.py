@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from klab.grid import Grid, UserError
+from klab.grid.engines import rows_per_pass
 from klab.grid.schema.sampler import check_processes
 from klab.grid.user_code import is_installed
 from klab.harness.cli.memory import JobMemory, MemoryNeed, memory_needs
@@ -44,6 +45,7 @@ class Checks:
         accept_changes: whether cells may be added or continued under changed code, data or models.
         executor, retry_failed: of the launch.
         look_inside: load code, data and models, in a process of its own; otherwise only what a launch refuses anyway.
+        starts_here: whether cells are about to train on this machine, so that what they need must be here.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Checks:
         accept_changes: bool = False,
         executor: str = "local",
         retry_failed: bool = False,
+        starts_here: bool = False,
     ) -> None:
+        self._starts_here = starts_here
         self._executor, self._retry_failed = executor, retry_failed
         self._study, self._folder, self._accept_changes = study, folder, accept_changes
         self._preflight = Preflight(study) if look_inside else None
@@ -72,7 +76,8 @@ class Checks:
         refusals: list[Callable[[], None]] = [
             self._refuse_run,
             lambda: require_trackers(self._study.track),
-            lambda: require_samplers(self._study),
+            lambda: require_samplers(self._study, self._starts_here),
+            lambda: refuse_unequal_shares(self._study),
         ]
         mistakes = []
         for refuse in refusals:
@@ -91,6 +96,7 @@ class Checks:
         policies = {id(cell.policy): cell.policy for cell in study.cells}.values()
         precision = dict.fromkeys(note for policy in policies for note in precision_notes(policy, job.on_gpu))
         notes = [finding.text for finding in results.findings]
+        notes += absent_samplers(self._study)
         return Found([*notes, *(f"{study.file}: {note}" for note in precision)], needs)
 
     def _refuse_run(self) -> None:
@@ -101,17 +107,39 @@ class Checks:
             refuse_changed_inputs(Run.open(self._folder), self._executor, self._retry_failed, cells)
 
 
-def require_samplers(study: Grid) -> None:
-    """Raises UserError where the sampler of a cell is not installed, or is a server for several processes."""
-    samplers = [cell.training.sampler for cell in study.cells if cell.training.sampler is not None]
-    asked = any(sampler.engine == "vllm" for sampler in samplers)
+def require_samplers(study: Grid, starts_here: bool = True) -> None:
+    """Raises UserError where the sampler of a cell is not installed, or is a server for several processes.
+
+    Cells of TRL may be planned without vllm, and TRL sends the weights of all its processes to one server.
+    """
+    sampled = [cell.training for cell in study.cells if cell.training.sampler is not None]
+    asked = any(
+        training.sampler.engine == "vllm" and (starts_here or training.engine != "trl")
+        for training in sampled
+        if training.sampler is not None
+    )
     processes = study.resources.processes_per_node * study.resources.nodes
-    for sampler in samplers:
-        check_processes(sampler, processes)
+    for training in sampled:
+        if training.sampler is not None and training.engine != "trl":
+            check_processes(training.sampler, processes)
     if asked and not is_installed("vllm"):  # the module that says so imports torch
         from klab.harness.policy.sampling.vllm import require_vllm
 
         require_vllm()
+
+
+def absent_samplers(study: Grid) -> Iterator[str]:
+    """A line where cells of TRL need vllm and it is not installed here: they may train elsewhere."""
+    samplers = (cell.training.sampler for cell in study.cells if cell.training.engine == "trl")
+    if any(sampler is not None for sampler in samplers) and not is_installed("vllm"):
+        yield f"{study.file}: training.sampler: vllm is not installed here; it has to be where the cells train"
+
+
+def refuse_unequal_shares(study: Grid) -> None:
+    """Raises UserError where the processes of a job cannot share the trajectories of an update as TRL needs it."""
+    wanted = study.resources
+    for training in dict.fromkeys(cell.training for cell in study.cells if cell.training.engine == "trl"):
+        rows_per_pass(training, wanted.nodes * wanted.processes_per_node)
 
 
 def show_notes(notes: Sequence[str], quiet: bool) -> None:

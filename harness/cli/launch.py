@@ -82,7 +82,8 @@ def launch(
     """Run a grid file's cells. Launching again continues: results stay, running cells go on, the rest is run."""
     study = grid_of(grid)
     folder = runs / study.name
-    checks = Checks(study, folder, check, accept_changes, on.value, retry_failed)
+    starts_here = on is not Where.slurm and not dry_run
+    checks = Checks(study, folder, check, accept_changes, on.value, retry_failed, starts_here)
     if merge:
         study = merged_grid(study, folder, quiet=as_json).grid
     flags = {

@@ -28,6 +28,7 @@ from klab.harness.store.kernels import kernels
 from klab.harness.store.lock import REFRESH_SECONDS
 
 if TYPE_CHECKING:
+    from klab.harness.engines.trl.launcher import Ranks
     from klab.harness.training.distributed.process_group import ProcessGroup
     from klab.harness.training.runner import Progress
 
@@ -87,6 +88,7 @@ def run_job(
     processes: int = 1,
     devices: Sequence[str] = (),
     world: ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, str]:
     """Train those of the cells that have no result and no other living worker; returns how each one ended.
 
@@ -95,9 +97,10 @@ def run_job(
         stop: asked after every update whether to save and end.
         processes: how many train each cell together; all but this one are started here, on `devices`.
         world: the process group, where it exists already.
+        ranks: for cells on TRL, the processes of all nodes of a job; None: `processes` on this machine.
     """
     run = Run.open(run_path)
-    size = processes if world is None else world.size
+    size = ranks.size if ranks is not None else processes if world is None else world.size
     details = {"executor": executor, **_job_details(run), "processes": size, "threads": threads}
     claimed = [folder for folder in map(run.cell, cells) if _claim(folder, details)]
     states: dict[str, str] = {}
@@ -106,25 +109,14 @@ def run_job(
             try:
                 states = _refuse_changed_data(run, claimed)
                 ids = [folder.id for folder in claimed if folder.id not in states]
-                if ids:
-                    let_segments_grow(sampling_engines(run, ids))
-                    with (
-                        user_code.searching(known=run.user_code()),
-                        nullcontext(world) if world else started_group(run, processes, threads, devices) as together,
-                    ):
-                        from klab.harness.training import run_cells
-                        from klab.harness.training.pack import device
-
-                        began, used = time.monotonic(), time.process_time()
-                        trained = run_cells(
-                            run.path, ids, progress=progress, stop=stop, threads=threads, process_group=together
+                for engine, alike in _by_engine(run, ids).items():
+                    if engine == "trl":
+                        together = ranks or _ranks_here(run, processes)
+                        states |= _train_on_trl(run, alike, progress, stop, threads, together)
+                    else:
+                        states |= _train_on_klab(
+                            run, alike, executor, progress, stop, threads, processes, devices, world
                         )
-                        states |= trained
-                    if together is None and executor != "slurm" and set(trained.values()) == {"finished"}:
-                        on_gpu, busy = device().type == "cuda", 1.0
-                        if threads == 1 and not on_gpu:
-                            busy = min(1.0, (time.process_time() - used) / (time.monotonic() - began))
-                        record_job(run, ids, HardwareKey.of_this_machine(threads, on_gpu), busy)
             except Exception:
                 for folder in claimed:
                     _record_failure(folder, traceback.format_exc())
@@ -142,6 +134,69 @@ def sampling_engines(run: Run, cells: Sequence[str]) -> set[str]:
         with suppress(UserError):
             found.add((run.resolved(identity)["training"].get("sampler") or {}).get("engine", "klab"))
     return found
+
+
+def _by_engine(run: Run, ids: Sequence[str]) -> dict[str, list[str]]:
+    """The cells by `training.engine`."""
+    found: dict[str, list[str]] = {}
+    for identity in ids:
+        found.setdefault(str(run.resolved(identity)["training"].get("engine", "klab")), []).append(identity)
+    return found
+
+
+def _train_on_klab(
+    run: Run,
+    ids: Sequence[str],
+    executor: str,
+    progress: Callable[[Progress], None] | None,
+    stop: Callable[[], bool] | None,
+    threads: int,
+    processes: int,
+    devices: Sequence[str],
+    world: ProcessGroup | None,
+) -> dict[str, str]:
+    """Train cells with klab's own engine; how each one ended."""
+    let_segments_grow(sampling_engines(run, ids))
+    with (
+        user_code.searching(known=run.user_code()),
+        nullcontext(world) if world else started_group(run, processes, threads, devices) as together,
+    ):
+        from klab.harness.training import run_cells
+        from klab.harness.training.pack import device
+
+        began, used = time.monotonic(), time.process_time()
+        trained = run_cells(run.path, ids, progress=progress, stop=stop, threads=threads, process_group=together)
+    if together is None and executor != "slurm" and set(trained.values()) == {"finished"}:
+        on_gpu, busy = device().type == "cuda", 1.0
+        if threads == 1 and not on_gpu:
+            busy = min(1.0, (time.process_time() - used) / (time.monotonic() - began))
+        record_job(run, ids, HardwareKey.of_this_machine(threads, on_gpu), busy)
+    return trained
+
+
+def _train_on_trl(
+    run: Run,
+    ids: Sequence[str],
+    progress: Callable[[Progress], None] | None,
+    stop: Callable[[], bool] | None,
+    threads: int,
+    ranks: Ranks | None,
+) -> dict[str, str]:
+    """Train cells with TRL's trainer, one after another; how each one ended."""
+    from klab.harness.engines.trl.run import train_cells
+
+    with user_code.searching(known=run.user_code()):
+        return train_cells(run.path, ids, progress=progress, stop=stop, threads=threads, ranks=ranks)
+
+
+def _ranks_here(run: Run, processes: int) -> Ranks | None:
+    """The processes on this machine that a launcher starts for TRL; None where this one trains alone."""
+    launcher = run.resources.launcher
+    if processes == 1 and launcher is None:
+        return None
+    from klab.harness.engines.trl.launcher import Ranks
+
+    return Ranks(processes, accelerate=None if launcher is None else launcher.accelerate)
 
 
 class StopSignal:

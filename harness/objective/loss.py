@@ -178,6 +178,7 @@ def update_context(
     batch: TokenBatch,
     coefficients: LossCoefficients = CONSTANT_COEFFICIENTS,
     groups: Groups | None = None,
+    phi: Float[Tensor, "N T"] | None = None,
 ) -> UpdateContext:
     """Advantages, denominators, solved parameters and a critic's targets of a whole update.
 
@@ -189,10 +190,11 @@ def update_context(
         batch: the whole update.
         coefficients: those of this update.
         groups: the trajectories by prompt, where they are known; else they are found from `batch.groups`.
+        phi: `detached_kl` of the whole update, where it is known; else it is computed.
     """
     functions = axis_functions(objective)
     mask, dtype = batch.mask, batch.logp.dtype
-    phi = _detached_kl(functions, batch)
+    phi = _detached_kl(functions, batch) if phi is None else phi
     rewards = batch.rewards.to(dtype)
     token_rewards = torch.where(last_token_mask(mask), rewards[:, None], 0.0)
     if functions.placement.reward is not None and phi is not None:
@@ -213,6 +215,12 @@ def update_context(
     solved = {} if functions.solver is None else functions.solver(_log_rho(functions, batch)[1], batch.loss_mask)
     targets = None if returns.values is None else functions.value_targets(returns)
     return UpdateContext(advantages, totals, solved, coefficients, targets)
+
+
+@torch.no_grad()
+def detached_kl(objective: Objective, batch: TokenBatch) -> Float[Tensor, "N T"] | None:
+    """φ for the placements in the reward and the advantage, of some rows of an update; None where there is neither."""
+    return _detached_kl(axis_functions(objective), batch)
 
 
 def loss_terms(

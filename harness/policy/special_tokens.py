@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -37,3 +37,17 @@ def eos_token_ids(
 def trailing_special_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Special tokens that are no part of an answer when they stand at its end: all but the unknown token."""
     return frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
+def answer_tokens(tokens: Iterable[int], eos_token_ids: Collection[int], trailing: Collection[int]) -> tuple[int, ...]:
+    """The tokens of a trajectory that are part of its text: no end-of-sequence tokens, and at the end no other special
+    tokens.
+
+    Args:
+        eos_token_ids: see `eos_token_ids`.
+        trailing: see `trailing_special_tokens`.
+    """
+    shown = [token for token in tokens if token not in eos_token_ids]
+    while shown and shown[-1] in trailing:
+        shown.pop()
+    return tuple(shown)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from klab.grid import Cell, Objective, UserError, user_code
 from klab.grid.catalogue import AXES
+from klab.grid.engines import engine_notes
+from klab.grid.schema.training import TrainingSection
 from klab.grid.user_code import names_user_code
 from klab.harness.preflight.memory import (
     MemoryEstimate,
@@ -43,7 +45,11 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
         models: dict[str, Model | None] = {}
         sizes: dict[tuple[str, str], Sizes | None] = {}
         estimated: set[tuple[str, ...]] = set()
+        engines: set[object] = set()
         for cell, memory_key in zip(cells, memory_keys(cells), strict=True):
+            if cell.training.engine == "trl" and cell.training.trl not in engines:
+                engines.add(cell.training.trl)
+                yield from _tried(partial(_check_trl, cell.training), file, "training.trl")
             task_key, policy_key = cell.task.model_dump_json(), cell.policy.model_dump_json()
             if task_key not in tasks:
                 tasks[task_key] = yield from _tried(partial(load_and_score, cell.task), file, "task", cell.task.name)
@@ -52,7 +58,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             task, model = tasks[task_key], models[policy_key]
             if task is None:
                 continue
-            for note in (*small_sets(cell, task), *sampling_notes(cell.training)):
+            for note in (*small_sets(cell, task), *sampling_notes(cell.training), *engine_notes(cell.training)):
                 yield Finding(f"{file}: {note}", False)
             if model is not None and task.alphabet is None:
                 yield from _tried(partial(check_prompts, cell, task, model), file, "policy")
@@ -63,6 +69,12 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             if size is not None and memory_key not in estimated:
                 estimated.add(memory_key)
                 yield estimate_memory(cell, size)
+
+
+def _check_trl(training: TrainingSection) -> None:
+    from klab.harness.engines.trl.settings import check_fields
+
+    check_fields(training)
 
 
 def _objective(objective: Objective, file: Path) -> Iterator[Finding]:

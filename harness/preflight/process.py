@@ -96,6 +96,7 @@ def representatives(cells: Iterable[Cell]) -> list[Cell]:
             training.evaluation_prompts,
             training.max_prompt_tokens,
             training.max_new_tokens,
+            (training.engine, training.trl, training.sampler, training.minibatches),
         )
         found.setdefault(key, cell)
     return list(found.values())

@@ -20,17 +20,39 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
     Returns:
         the cell's final state, `finished` or `diverged`.
     """
+    partial = partial_policy(folder)
+    pack.policy.save(partial, position)
+    planned = pack.members[position].cell.training.updates
+    return conclude(folder, partial, planned, stopped, processes, pack.policy.device)
+
+
+def partial_policy(folder: CellFolder) -> Path:
+    """Where the policy is written before it is whole; nothing is left there from an earlier attempt."""
     folder.assert_owner()
     partial = folder.path / "policy.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    pack.policy.save(partial, position)
+    return partial
+
+
+def conclude(
+    folder: CellFolder, partial: Path, planned: int, stopped: bool, processes: int, device: torch.device
+) -> str:
+    """Publish a policy that was saved to `partial`, write the result, delete the checkpoint; in this order.
+
+    Args:
+        planned: updates that the cell was to make.
+        stopped: training was stopped as diverged.
+        processes, device: that trained it.
+
+    Returns:
+        the cell's final state, `finished` or `diverged`.
+    """
     files.share_folder(partial)
     _make_durable(partial)
     shutil.rmtree(folder.policy, ignore_errors=True)
     partial.rename(folder.policy)
-    planned = pack.members[position].cell.training.updates
     found = summarize(planned, folder.metrics(), folder.evaluations(), stopped)
-    folder.write_result({**found, **_provenance(processes, pack.policy.device)})
+    folder.write_result({**found, **_provenance(processes, device)})
     shutil.rmtree(folder.checkpoint, ignore_errors=True)
     return str(found["state"])
 

@@ -92,7 +92,7 @@ def compute_gradients(
             whole = concat_passes(
                 [passes[index][c] for index, pieces in enumerate(micro_batches) if not is_padding(pieces[c])]
             )
-            batch = _token_batch(member, minibatches[c], whole)
+            batch = token_batch(member, minibatches[c], whole)
             context = _update_context(c, member, minibatches[c], batch, coefficients[c])
             loss, metrics = _objective_loss(c, member, batch, context)
             if at_once:
@@ -113,7 +113,7 @@ def compute_gradients(
                     if is_padding(pieces[c]):
                         continue
                     rows = pieces[c][1]
-                    batch = _token_batch(member, minibatches[c], forwards[c], rows)
+                    batch = token_batch(member, minibatches[c], forwards[c], rows)
                     context = contexts[c].rows(rows)
                     loss, _ = _objective_loss(c, member, batch, context, measure=False)
                     losses += [loss, *_value_losses(models.critics, forwards[c], batch, context)]
@@ -123,7 +123,14 @@ def compute_gradients(
     return results
 
 
-def _token_batch(member: PackedCell, experience: Experience, computed: ForwardPass, rows: slice = _ALL) -> TokenBatch:
+def token_batch(
+    member: PackedCell, experience: Experience, computed: ForwardPass, rows: slice | Tensor = _ALL
+) -> TokenBatch:
+    """Some rows of a cell's minibatch as the objective reads them.
+
+    Args:
+        computed: the forward pass over these rows.
+    """
     rollout, training = experience.rollout, member.cell.training
     sampler, excluded, correction = training.sampler, excluded_rows(member, rollout), None
     if sampler is not None and experience.old_logprobs is not None:

@@ -153,7 +153,7 @@ def _groups(cells: Mapping[str, Mapping[str, Any]], step_times: Mapping[str, Map
     groups = []
     for members in alike.values():
         first = cells[members[0]]
-        small = _is_small(first["policy"])
+        small = _is_small(first["policy"]) and first["training"].get("engine", "klab") == "klab"
         times = step_times.get(cost_key(first), {}) if small and step_times else {}
         updates = int(first["training"].get("updates", 1))
         groups.append(_Group(members, updates, small, without_noise(times, PACK_SIZE)))

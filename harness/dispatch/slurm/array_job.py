@@ -85,7 +85,8 @@ def submit(job: ArrayJob) -> str:
     executor = _executor(job)
     wanted = with_user_options(job.resources)
     grace, processes = signal_delay(wanted.minutes) / 2, processes_per_job(wanted)
-    array_tasks = [ArrayTask(str(job.run.path), cells, wanted.cpus, grace, processes) for cells in job.cells]
+    ranks = ranks_per_node(wanted)
+    array_tasks = [ArrayTask(str(job.run.path), cells, wanted.cpus, grace, processes, ranks) for cells in job.cells]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
             jobs = executor.submit_array(array_tasks)
@@ -122,14 +123,19 @@ def submitit_parameters(job: ArrayJob) -> dict[str, Any]:
     if wanted.container:
         given["teardown"] = _REQUEUE_OUTSIDE
     if processes_per_job(wanted) > 1:  # one that dies takes the others with it
-        given["ntasks_per_node"] = wanted.processes_per_node
+        given["ntasks_per_node"] = 1 if wanted.launcher else wanted.processes_per_node
         given["srun_args"].append("--kill-on-bad-exit=1")
     return given
 
 
 def processes_per_job(resources: Resources) -> int:
-    """The processes of a job, over all of its nodes, which train together."""
-    return resources.nodes * resources.processes_per_node
+    """The tasks of a job, over all of its nodes, which train together: a process each, or, with a launcher, a node."""
+    return resources.nodes * (1 if resources.launcher else resources.processes_per_node)
+
+
+def ranks_per_node(resources: Resources) -> int:
+    """The processes that a launcher starts on each node; 0 without one."""
+    return resources.processes_per_node if resources.launcher else 0
 
 
 def signal_delay(minutes: int) -> int:

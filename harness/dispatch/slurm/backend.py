@@ -50,6 +50,7 @@ class SlurmExecutor:
         Job names end in random letters, and an array that waits for another one names that one's position.
         """
         resources = self.resources(given)
+        _require_launcher(run, packs, resources)
         try:
             limits = client.cluster_limits()
         except SlurmUnavailable:
@@ -79,6 +80,7 @@ class SlurmExecutor:
             UserError: when Slurm does not answer or refuses; what was submitted until then stays submitted.
         """
         resources = self.resources(resources)
+        _require_launcher(run, packs, resources)
         try:
             limits = client.cluster_limits()
             packs = self._without_living(run, packs)
@@ -152,7 +154,12 @@ class SlurmExecutor:
         """Submit one array; in halves, one after the other, where it exceeds what the user may have in the queue."""
         part = packs[chunk.first : chunk.first + chunk.count]
         intent = record_intent(
-            run, part, cluster=limits.cluster, threads=resources.cpus, processes=array_job.processes_per_job(resources)
+            run,
+            part,
+            cluster=limits.cluster,
+            threads=resources.cpus,
+            processes=array_job.processes_per_job(resources),
+            ranks=array_job.ranks_per_node(resources),
         )
         array = array_job.ArrayJob(
             run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name, limits.gres
@@ -198,6 +205,19 @@ class _Progress:
     def stopped(self, text: str) -> UserError:
         hint = f"{self.done} of {self.all} jobs were submitted; launch again for the rest." if self.done else None
         return UserError(f"Slurm refused the job: {text}", hint=hint)
+
+
+def _require_launcher(run: Run, packs: Sequence[Pack], resources: Resources) -> None:
+    """Raises UserError where several processes are asked for, and nothing would start those of cells on TRL."""
+    if array_job.processes_per_job(resources) == 1 or resources.launcher is not None:
+        return
+    for cell in (cell for pack in packs for cell in pack.cells):
+        if run.manifest["cells"][cell]["training"].get("engine") == "trl":
+            raise UserError(
+                "is missing: several processes train each cell of training.engine: trl",
+                key="resources.launcher",
+                hint="Write launcher: torchrun, or launcher: {accelerate: FILE}.",
+            )
 
 
 def _from_accounting(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> dict[str, JobStatus]:

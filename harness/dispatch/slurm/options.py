@@ -90,7 +90,8 @@ def sbatch_options(resources: Resources, *, gres: bool = False) -> dict[str, Any
     gpus = f"{resources.gpu_type}:{resources.gpus}" if resources.gpu_type else str(resources.gpus)
     ours: dict[str, Any] = {
         "time": resources.minutes,
-        "cpus-per-task": resources.cpus,
+        # a launcher starts all processes of a node from one task
+        "cpus-per-task": resources.cpus * (resources.processes_per_node if resources.launcher else 1),
         "mem": _memory(resources.memory_gb),
         "partition": resources.partition,
         "account": resources.account,

@@ -21,7 +21,8 @@ _RECORD = "submission.json"
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One array: task number i trains `cells[i]`. `job` is Slurm's id, None as long as nobody has seen it.
+    """One array: task number i trains `cells[i]`. `job` is Slurm's id, None as long as nobody has seen it; `ranks` are
+    the processes that a launcher starts on each node, 0 without one.
 
     The folder holds this record, submitit's files and the logs. A single task is an ordinary job, not an array.
     """
@@ -33,6 +34,7 @@ class Submission:
     cluster: str = ""
     threads: int = 1
     processes: int = 1
+    ranks: int = 0
     job: str | None = None
 
     @property
@@ -47,7 +49,12 @@ class Submission:
     def write(self) -> None:
         """Store the record, replacing the one there is."""
         record: dict[str, Any] = {"name": self.name, "at": self.at, "cluster": self.cluster, "threads": self.threads}
-        record |= {"processes": self.processes, "job": self.job, "cells": [list(cells) for cells in self.cells]}
+        record |= {
+            "processes": self.processes,
+            "ranks": self.ranks,
+            "job": self.job,
+            "cells": [list(cells) for cells in self.cells],
+        }
         files.replace(self.folder / _RECORD, files.encode_record(record))
 
     def forget(self) -> None:
@@ -56,13 +63,15 @@ class Submission:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def record_intent(run: Run, packs: Sequence[Pack], *, cluster: str, threads: int, processes: int = 1) -> Submission:
+def record_intent(
+    run: Run, packs: Sequence[Pack], *, cluster: str, threads: int, processes: int = 1, ranks: int = 0
+) -> Submission:
     """Write down that these packs are about to be submitted. The caller holds the run's lock."""
     number = next_number(run.jobs)
     path = folder(run.jobs, number)
     path.mkdir(parents=True)
     cells = tuple(pack.cells for pack in packs)
-    submission = Submission(path, job_name(run.name, number), cells, time.time(), cluster, threads, processes)
+    submission = Submission(path, job_name(run.name, number), cells, time.time(), cluster, threads, processes, ranks)
     submission.write()
     files.sync_folder(path.parent)
     return submission
@@ -90,7 +99,7 @@ def read(path: Path) -> Submission | None:
         raise files.damaged_file(file, "does not describe a submission")
     if job is not None and not job.isdigit():
         raise files.damaged_file(file, f"has the job {job[:40]!r}")
-    threads, processes = record.get("threads"), record.get("processes")
+    threads, processes, ranks = (record.get(key) for key in ("threads", "processes", "ranks"))
     return Submission(
         path,
         str(name),
@@ -99,6 +108,7 @@ def read(path: Path) -> Submission | None:
         str(record.get("cluster", "")),
         threads if isinstance(threads, int) and threads > 0 else 1,
         processes if isinstance(processes, int) and processes > 0 else 1,
+        ranks if isinstance(ranks, int) and ranks > 0 else 0,
         job,
     )
 

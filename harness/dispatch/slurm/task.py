@@ -30,6 +30,7 @@ from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
+    from klab.harness.engines.trl.launcher import Ranks
     from klab.harness.training.distributed.process_group import ProcessGroup
 
 MAX_REQUEUES = 1000
@@ -49,7 +50,8 @@ class ArrayTask:
     Attributes:
         threads: of each process.
         grace: seconds that the current update may take after a signal, before the job requeues without it.
-        processes: of the job, over all of its nodes, which train together.
+        processes: tasks of the job, over all of its nodes, which train together.
+        ranks: processes that a launcher starts on each node for TRL; a task is a node then. 0: there is no launcher.
     """
 
     run: str
@@ -57,10 +59,13 @@ class ArrayTask:
     threads: int = 1
     grace: float = 40.0
     processes: int = 1
+    ranks: int = 0
 
     def __call__(self) -> dict[str, str]:
         rank = int(os.environ.get("SLURM_PROCID", "0"))
         limit_threads(self.threads)
+        if self.ranks:
+            return self._with_launcher(rank)
         if self.processes > 1:
             select_gpu(int(os.environ.get("SLURM_LOCALID", "0")))
             let_segments_grow(sampling_engines(Run.open(self.run), self.cells))
@@ -75,7 +80,32 @@ class ArrayTask:
         with leading_group(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
             return self._lead(world)
 
-    def _lead(self, world: ProcessGroup | None = None) -> dict[str, str]:
+    def _with_launcher(self, node: int) -> dict[str, str]:
+        """Train cells on TRL with processes of every node, of which this task is one."""
+        from klab.harness.engines.trl.launcher import Ranks, dismiss, follow_ranks
+
+        run = Run.open(self.run)
+        launcher = run.resources.launcher
+        ranks = Ranks(
+            self.ranks,
+            self.processes,
+            node,
+            None if self.processes == 1 else _first_node(),
+            None if launcher is None else launcher.accelerate,
+            None if self.processes == 1 else _meeting().with_suffix(".orders"),
+        )
+        if node:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
+            follow_ranks(run, ranks)
+            return {}
+        signal.signal(signal.SIGUSR2, _requeue)
+        try:
+            return self._lead(ranks=ranks)
+        finally:
+            dismiss(ranks)
+
+    def _lead(self, world: ProcessGroup | None = None, ranks: Ranks | None = None) -> dict[str, str]:
         while True:
             with StopSignal(grace=self.grace) as stop_signal:
                 states = run_job(
@@ -85,6 +115,7 @@ class ArrayTask:
                     threads=self.threads,
                     stop=stop_signal.requested,
                     world=world,
+                    ranks=ranks,
                 )
             if "interrupted" not in states.values():
                 return states
@@ -102,6 +133,15 @@ class ArrayTask:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _first_node() -> str:
+    """The name of the job's first node."""
+    listed = os.environ.get("SLURM_JOB_NODELIST", "")
+    if shutil.which("scontrol") is None:
+        sys.exit("klab: several nodes with a launcher need scontrol on them, which says the first one's name")
+    names = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True)
+    return names.stdout.split()[0]
 
 
 def _meeting() -> Path:
@@ -153,7 +193,9 @@ def write_missing_pickle(run: str, number: int) -> None:
     os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     environment = JobEnvironment()
     index = int(environment.array_task_id or 0)
-    task = ArrayTask(run, submission.cells[index], submission.threads, processes=submission.processes)
+    task = ArrayTask(
+        run, submission.cells[index], submission.threads, processes=submission.processes, ranks=submission.ranks
+    )
     delayed = DelayedSubmission(task)
     delayed.set_timeout(MAX_REQUEUES, MAX_REQUEUES)
     target = JobPaths(path, job_id=environment.job_id).submitted_pickle

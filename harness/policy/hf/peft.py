@@ -23,18 +23,9 @@ def attach(model: Any, section: Any) -> Any:
     Raises:
         UserError: PEFT is not installed, or there is no such layer.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError(
-            "adapters of this architecture need the library PEFT, which is not installed",
-            key="policy.lora",
-            hint='pip install "klab[lora]".',
-        ) from error
-    targets = section.targets if section.targets == "all-linear" else list(section.targets)
-    config = LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
+    config = lora_config(section)
+    from peft import get_peft_model
+
     linear = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)})
     try:
         with warnings.catch_warnings():
@@ -44,9 +35,29 @@ def attach(model: Any, section: Any) -> Any:
         raise UserError(
             f"PEFT cannot adapt them: {error}",
             key="policy.lora.targets",
-            value=targets,
+            value=section.targets,
             hint=f"Linear layers: {', '.join(linear)}.",
         ) from error
+
+
+def lora_config(section: Any) -> Any:
+    """The `peft.LoraConfig` of the grid's `policy.lora`.
+
+    Raises:
+        UserError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError(
+            "adapters of this architecture need the library PEFT, which is not installed",
+            key="policy.lora",
+            hint='pip install "klab[lora]".',
+        ) from error
+    targets = section.targets if section.targets == "all-linear" else list(section.targets)
+    return LoraConfig(
+        r=section.rank, lora_alpha=section.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
 
 
 def _is_linear(module: Any) -> bool:

@@ -12,7 +12,7 @@ from klab.harness.policy.categorical import UniformTable
 from klab.harness.policy.policy import Continuation, DrawnBlock, Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
-from klab.harness.policy.special_tokens import trailing_special_tokens
+from klab.harness.policy.special_tokens import answer_tokens, trailing_special_tokens
 
 
 class TrajectoryBuilder:
@@ -155,15 +155,11 @@ class TrajectoryBuilder:
     def _text(self, i: int, generated_only: bool) -> str:
         """A trajectory's text without end-of-sequence tokens, and without other special tokens at its end."""
         pairs = zip(self.tokens[i], self.generated[i], strict=True)
-        kept = tuple(
-            token for token, generated in pairs if token not in self.eos_token_ids and (generated or not generated_only)
-        )
-        if kept not in self._decoded:
-            shown = list(kept)
-            while shown and shown[-1] in self._trailing:
-                shown.pop()
-            self._decoded[kept] = str(self.policy.tokenizer.decode(shown, skip_special_tokens=False))
-        return self._decoded[kept]
+        wanted = (token for token, generated in pairs if generated or not generated_only)
+        shown = answer_tokens(wanted, self.eos_token_ids, self._trailing)
+        if shown not in self._decoded:
+            self._decoded[shown] = str(self.policy.tokenizer.decode(list(shown), skip_special_tokens=False))
+        return self._decoded[shown]
 
     def build(self) -> Rollout:
         """The trajectories as a rollout."""

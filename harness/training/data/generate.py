@@ -61,7 +61,7 @@ def generate(
                 for c, start in zip(cells, starts, strict=True)
             ],
             options,
-            _environment(
+            environment_of(
                 [members[c] for c in cells],
                 [examples[c][start:] for c, start in zip(cells, starts, strict=True)],
                 group_size,
@@ -73,7 +73,7 @@ def generate(
     return [Rollout.concatenate(parts) for parts in found]
 
 
-def _environment(
+def environment_of(
     members: Sequence[PackedCell], examples: Sequence[Sequence[Example]], group_size: int, positions: Sequence[int]
 ) -> Environment | None:
     """The tasks' answers to what the policies write; None where no task ever answers, which spares much asking."""

@@ -297,11 +297,16 @@ def rollout_prompts(member: PackedCell, number: int, again: int = 0) -> list[Exa
     """
     split, training = member.split("train"), member.cell.training
     purpose = ("prompts", member.cell.seed, number)
-    chosen, before = sample_indices(len(split), training.prompts, *purpose), set[int]()
+    chosen, before = prompt_indices(member, number, len(split)), set[int]()
     for further in range(1, again + 1):
         before.update(chosen)
         chosen = _unseen_first(len(split), training.prompts, before, *purpose, further)
     return [split[index] for index in chosen]
+
+
+def prompt_indices(member: PackedCell, number: int, size: int) -> list[int]:
+    """Where the prompts of rollout `number` stand in the training split, which has `size` prompts."""
+    return sample_indices(size, member.cell.training.prompts, "prompts", member.cell.seed, number)
 
 
 def _unseen_first(size: int, count: int, before: Collection[int], *purpose: int | str) -> list[int]:
@@ -315,18 +320,26 @@ def _unseen_first(size: int, count: int, before: Collection[int], *purpose: int 
 def score_completions(
     members: Sequence[PackedCell], position: int, examples: Sequence[Example], rollout: Rollout
 ) -> list[Score]:
-    """The task's score of every trajectory. Rewards may be NaN or infinite: the update they spoil is recorded so.
+    """The task's score of every trajectory; see `score_texts`."""
+    answered = [examples[row // rollout.group_size] for row in range(len(rollout.texts))]
+    return score_texts(members[position], answered, rollout.texts, position)
+
+
+def score_texts(
+    member: PackedCell, answered: Sequence[Example], texts: Sequence[str], position: int = 0
+) -> list[Score]:
+    """The task's score of each text as the completion of its example. Rewards may be NaN or infinite: the update they
+    spoil is recorded so.
 
     Raises:
         CellFailure: where the task raises, takes longer than `training.reward_seconds` for the next score, or returns
             something else than a `Score`; the message shows the example.
     """
-    task, limit = members[position].task, members[position].cell.training.reward_seconds
-    answered = [examples[row // rollout.group_size] for row in range(len(rollout.texts))]
+    task, limit = member.task, member.cell.training.reward_seconds
     found: list[Score] = []
     with time_limit(limit) as restart:
-        values = _scores(task, answered, rollout.texts)
-        for example, completion in zip(answered, rollout.texts, strict=True):
+        values = _scores(task, answered, texts)
+        for example, completion in zip(answered, texts, strict=True):
             try:
                 restart()
                 value = next(values)

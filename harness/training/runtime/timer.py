@@ -53,6 +53,15 @@ class PhaseTimer:
         event.record(backend.current_stream(self._device))
         return event
 
+    @property
+    def total(self) -> float:
+        """Seconds in all phases since the last `take`."""
+        return sum(self._spent.values())
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere."""
+        self._spent[phase] += seconds
+
     def take(self, cells: int) -> dict[str, float]:
         """Seconds per phase since the last call, shared equally by the `cells` of the pack."""
         if self._events:

@@ -1,0 +1,1 @@
+"""Engines other than klab's own that train cells; `training.engine` chooses."""

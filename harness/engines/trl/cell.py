@@ -1,0 +1,224 @@
+"""One cell's training on TRL, from its checkpoint to its result, in this process or in one of several."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+from trl import GRPOConfig
+
+from klab.harness.engines.trl import checkpoints
+from klab.harness.engines.trl.recorder import Recorder
+from klab.harness.engines.trl.settings import check_fields, grpo_arguments
+from klab.harness.engines.trl.trainer import EXAMPLE, KlabTrainer, RolloutFunction
+from klab.harness.engines.trl.turns import complete_turns
+from klab.harness.objective import LossCoefficients
+from klab.harness.policy.hf import peft
+from klab.harness.policy.init.initial_policy import initial_policy
+from klab.harness.policy.pretrained import (
+    ADAPTER_CONFIG,
+    GENERATION_CONFIG,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+    write_generation_config,
+)
+from klab.harness.policy.special_tokens import eos_token_ids
+from klab.harness.store import CellFolder, Run
+from klab.harness.training.data.overlong import check_overlong_buffer
+from klab.harness.training.data.rollouts import prompt_indices
+from klab.harness.training.finalize import conclude, partial_policy
+from klab.harness.training.pack import device
+from klab.harness.training.packed_cell import PackedCell
+from klab.harness.training.runner import Progress
+from klab.tasks import load_task
+
+
+class StopRequested(Exception):
+    """A stop was requested while the initial policy was being trained; nothing of it is kept."""
+
+
+def prepare_member(run: Run, folder: CellFolder, stop: Callable[[], bool] = lambda: False) -> PackedCell:
+    """Load a cell's task, and make its initial policy unless the run has it."""
+    cell = folder.cell()
+    check_fields(cell.training)
+    task = load_task(cell.task)
+
+    def watch(update: int, at_most: int, accuracy: float) -> None:
+        if stop():
+            raise StopRequested
+
+    start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
+    member = PackedCell(cell, task, start, run.created)
+    check_overlong_buffer(member)
+    return member
+
+
+def make_trainer(
+    member: PackedCell,
+    folder: Path,
+    processes: int = 1,
+    halved: bool = False,
+    rollout_function: RolloutFunction | None = None,
+) -> KlabTrainer:
+    """The trainer of a cell, before its first update.
+
+    Args:
+        folder: for checkpoints.
+        processes: that train together.
+        halved: with half of the micro-batch that the cell asks for.
+        rollout_function: draws the completions instead of TRL.
+    """
+    tokenizer = read_tokenizer(member.start, _trusted(member))
+    tokenizer.padding_side = "left"
+    vocabulary = read_config(member.start, _trusted(member)).get_text_config().vocab_size
+    ends = sorted(eos_token_ids(tokenizer, read_generation_config(member.start), vocabulary))
+    on_cpu = device().type == "cpu"
+    arguments = grpo_arguments(member, folder, processes, ends, on_cpu=on_cpu, halved=halved)
+    if rollout_function is None and getattr(member.task, "interactive", True):
+        rollout_function = complete_turns
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    lora = member.cell.policy.lora
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = KlabTrainer(
+            member,
+            args=GRPOConfig(**arguments),
+            train_dataset=prompt_dataset(member),
+            processing_class=tokenizer,
+            peft_config=None if lora is None else peft.lora_config(lora),
+            rollout_func=rollout_function,
+        )
+    trainer.remove_callback(PrinterCallback)
+    if lora is not None and not trainer.is_sharded:
+        _draw_adapters(trainer.model, member.cell.seed)
+    return trainer
+
+
+def prompt_dataset(member: PackedCell) -> Dataset:
+    """The prompts of all rollouts of a cell in order: those that klab's own engine draws."""
+    split, training = member.split("train"), member.cell.training
+    numbers = range(member.schedule.rollouts)
+    indices = [index for number in numbers for index in prompt_indices(member, number, len(split))]
+
+    def with_prompts(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {EXAMPLE: rows[EXAMPLE], "prompt": [split[index].prompt for index in rows[EXAMPLE]]}
+
+    assert len(indices) == len(numbers) * training.prompts
+    return Dataset.from_dict({EXAMPLE: indices}).with_transform(with_prompts)
+
+
+def train(
+    run: Run,
+    folder: CellFolder,
+    *,
+    processes: int = 1,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    halved: bool = False,
+) -> str:
+    """Train a cell from where it is to its end, or until it is asked to stop.
+
+    Args:
+        processes: that train it together, of which this is one.
+        stop: asked by process 0 where a rollout is used up.
+        halved: with half of the micro-batch that the cell asks for, which changes no gradient.
+
+    Returns:
+        `finished`, `diverged` (its result is written), or `interrupted` (a checkpoint is there if there was a rollout).
+    """
+    try:
+        member = prepare_member(run, folder, stop)
+    except StopRequested:
+        return "interrupted"
+    try:
+        trainer = make_trainer(member, folder.checkpoint, processes, halved)
+        state = _resumed(folder, trainer)
+        if state is not None:
+            trainer.coefficients = state.coefficients
+        recorder = Recorder(folder, trainer, progress, stop, state)
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
+        if recorder.state != "interrupted":
+            finalize(folder, trainer, recorder.state == "diverged")
+        return recorder.state
+    finally:
+        reset_accelerate()
+
+
+def _resumed(folder: CellFolder, trainer: KlabTrainer) -> checkpoints.TrainerState | None:
+    """The state that process 0 finds, in all processes."""
+
+    def found() -> list[Any] | None:
+        state = checkpoints.resume(folder) if trainer.group.is_main else None
+        if state is None:
+            return None
+        return [str(state.path), state.update, state.streak, state.coefficients.kl, state.coefficients.trust]
+
+    plain = trainer.group.all_gather_object("where to go on", found)[0]
+    if plain is None:
+        return None
+    path, update, streak, kl, trust = plain
+    return checkpoints.TrainerState(Path(path), update, streak, LossCoefficients(kl, trust))
+
+
+def finalize(folder: CellFolder, trainer: KlabTrainer, stopped: bool) -> None:
+    """Save the policy and write the result. All processes call it, process 0 writes."""
+    partial = partial_policy(folder)
+    save_policy(trainer, partial)
+    if trainer.group.is_main:
+        conclude(
+            folder,
+            partial,
+            trainer.member.cell.training.updates,
+            stopped,
+            trainer.group.size,
+            trainer.accelerator.device,
+        )
+    trainer.group.all_gather_object("the end", lambda: None)
+
+
+def save_policy(trainer: KlabTrainer, path: Path) -> None:
+    """Write the policy in training as a folder that transformers (or PEFT, if it has adapters) loads."""
+    policy = trainer.member.cell.policy
+    if policy.lora is not None:
+        config = trainer.model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = str(trainer.member.start.absolute()), None
+        if policy.name == "hf" and not Path(policy.model).expanduser().is_dir():
+            config.base_model_name_or_path, config.revision = policy.model, policy.revision
+    trainer.save_model(str(path), _internal_call=True)
+    if not trainer.group.is_main:
+        return
+    for name in ("training_args.bin", "README.md", GENERATION_CONFIG):
+        (path / name).unlink(missing_ok=True)
+    if not (path / ADAPTER_CONFIG).exists():
+        write_generation_config(path, read_generation_config(trainer.member.start))
+
+
+def reset_accelerate() -> None:
+    """Forget the accelerator of the last trainer, so that the next one of this process may have another precision."""
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
+    gc.collect()
+
+
+def _draw_adapters(model: Any, seed: int) -> None:
+    """Start the adapters where klab's own engine starts them: a function of the cell's seed."""
+    adapters = {name: weight for name, weight in model.named_parameters() if peft.is_adapter(name)}
+    drawn = peft.initial_weights({name: weight.detach() for name, weight in adapters.items()}, [seed])
+    with torch.no_grad():
+        for name, weight in adapters.items():
+            weight.copy_(drawn[name][0])
+
+
+def _trusted(member: PackedCell) -> bool:
+    return bool(getattr(member.cell.policy, "trust_remote_code", False))

@@ -1,0 +1,63 @@
+"""On TRL an update has the gradient of klab's objective, for every combination of the axes that is supported."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from klab.harness.engines.trl.cell import reset_accelerate
+from klab.harness.engines.trl.trainer import KlabTrainer
+from tests.support.random_batches import random_objective
+from tests.support.small_cells import small_policy
+from tests.support.trl_cells import (
+    draw_rollout,
+    drift,
+    plain_gradient,
+    trainer_of,
+    trl_cell,
+    trl_gradient,
+    with_objective,
+)
+
+COMBINATIONS = 200
+MakeTrainer = Callable[..., KlabTrainer]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def make(policy: Path, tmp_path: Path) -> Iterator[MakeTrainer]:
+    def of(objective: dict[str, Any] | None = None, **training: Any) -> KlabTrainer:
+        return trainer_of(trl_cell(policy, objective, **training), policy, tmp_path)
+
+    yield of
+    reset_accelerate()
+
+
+def assert_same_gradient(trainer: KlabTrainer, policy: Path, what: object) -> None:
+    mine, theirs = trl_gradient(trainer), plain_gradient(trainer, policy)
+    assert torch.isfinite(theirs).all(), what
+    error = float((mine - theirs).norm()) / max(float(theirs.norm()), 1e-12)
+    assert error < 1e-9, (what, error)
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["on-policy", "off-policy"])
+def test_random_combinations_have_the_gradient_of_the_objective(make: MakeTrainer, policy: Path, steps: int) -> None:
+    trainer = make({"placement": "reward", "advantage": "greedy_baseline"}, updates_per_rollout=steps, micro_batch=5)
+    assert trainer.current_gradient_accumulation_steps == 3
+    draw_rollout(trainer)
+    if steps == 2:
+        drift(trainer, 2)
+    source = random.Random(steps)
+    for _ in range(COMBINATIONS // 2):
+        objective = random_objective(source)
+        with_objective(trainer, objective)
+        assert_same_gradient(trainer, policy, objective)
