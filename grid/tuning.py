@@ -193,8 +193,10 @@ def _values(key: str, listed: object, axes: Mapping[str, Any]) -> tuple[Any, ...
 
 
 def _overlap(first: str, second: str) -> bool:
-    one, other = (key.removeprefix("objective.") for key in (first, second))
-    return one == other or one.startswith(other + ".") or other.startswith(one + ".")
+    """Whether two keys name a field of the same setting; `training.critic` and its fields are one."""
+    one, other = (key.removeprefix("objective.").split(".")[:2] for key in (first, second))
+    shorter = min(len(one), len(other))
+    return one[:shorter] == other[:shorter]
 
 
 def _seeds(given: object, read_seeds: Any, study_seeds: Sequence[int]) -> tuple[int, ...]:

@@ -22,7 +22,8 @@ from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
-from klab.reports.figures import Drawing, draw, inline_svg, save, svg_text
+from klab.reports.figures import Drawing, draw, freeze, inline_svg, save, svg_text
+from klab.reports.figures.sensitivity import sensitivity
 from klab.reports.figures.tasks import across_tasks, profiles
 from klab.reports.findings import Findings, find
 from klab.reports.frame import records
@@ -32,6 +33,7 @@ from klab.reports.provenance import provenance
 from klab.reports.schema import SUMMARY
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import csv, write_tables
+from klab.reports.tuned import tuned_parts, tuning_table
 from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed
 
 Progress = Callable[[str], None]
@@ -137,6 +139,12 @@ def write_report(
         beside = [other for other in others if other.task == comparison.task]
         files = folder / "figures" if figures else None
         sections.append(_section(study, comparison, beside, prefix, gradients, files, tell))
+    tuned, tuned_figures = tuned_parts(study, main), []
+    for position, part in enumerate(tuned):
+        drawing = sensitivity(part, f"sensitivity{position + 1}" if len(tuned) > 1 else "sensitivity")
+        tuned_figures.append(_framed(drawing, folder / "figures" if figures else None) if drawing else Markup(""))
+    if tuned:
+        (folder / "tables" / "tuning.csv").write_text(csv(tuning_table(tuned)), encoding="utf-8", errors="replace")
     over = profiles(main)
     over_svg = _figure(over, folder / "figures" if figures else None) if over is not None else Markup("")
     tell("page")
@@ -153,6 +161,8 @@ def write_report(
             metric=main[0].score.title if main else "",
             methods=methods(study, main),
             stated=_stated(study, main),
+            tuned=tuned,
+            tuned_figures=tuned_figures,
             provenance=provenance(study),
             summary_columns=SUMMARY,
             parameters=PARAMETERS,
@@ -220,6 +230,13 @@ def _figure(drawing: Drawing, folder: Path | None) -> Markup:
     if folder is not None:
         save(drawing, text, folder)
     return Markup(inline_svg(drawing, text))  # ElementTree escapes every text in it
+
+
+def _framed(drawing: Drawing, folder: Path | None) -> Markup:
+    """A figure of the page with its caption."""
+    freeze(drawing)
+    macro: Any = _environment().get_template("parts.html.j2").module
+    return Markup(macro.figure(drawing, _figure(drawing, folder)))
 
 
 def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:

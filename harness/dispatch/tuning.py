@@ -17,7 +17,7 @@ from klab.grid import Cell
 from klab.grid.score import parse_score
 from klab.harness.store import Run, Snapshot, scan
 from klab.harness.store.cell_score import cell_score
-from klab.harness.store.tuning import Choice, TunedRun, choices, pending_cells, write_choices
+from klab.harness.store.tuning import Choice, TunedRun, choices, second_stage, write_choices
 
 _LOCK_SECONDS = 120.0
 
@@ -96,7 +96,7 @@ def pending(run: Run) -> dict[str, Mapping[str, Any]]:
     tuned = run.tuned
     if tuned is None:
         return {}
-    waiting = pending_cells(tuned, choices(run.path))
+    waiting = _waiting(run, tuned)
     places = _first_stage(run, tuned) if waiting else {}
     found: dict[str, Mapping[str, Any]] = {}
     for name, (arm, _) in waiting.items():
@@ -121,7 +121,7 @@ def stopped(run: Run) -> set[str]:
     tuned = run.tuned
     if tuned is None:
         return set()
-    waiting = pending_cells(tuned, choices(run.path))
+    waiting = _waiting(run, tuned)
     places = _first_stage(run, tuned) if waiting else {}
     arms = dict.fromkeys(arm for arm, _ in waiting.values())
     held = {arm for arm in arms if _is_stopped(run, _first_cell(places, tuned, arm))}
@@ -134,10 +134,17 @@ def _is_stopped(run: Run, first: str | None) -> bool:
     return decisive[-1:] == ["cancelled"]
 
 
+def _waiting(run: Run, tuned: TunedRun) -> dict[str, tuple[str, int]]:
+    """By name, arm and seed of the cells of the second stage that are not cells of the run yet."""
+    there = second_stage_names(run)
+    return {name: place for name, place in second_stage(tuned).items() if name not in there}
+
+
 def _append(run: Run, names: Iterable[str], event: str) -> None:
     tuned = run.tuned
-    assert tuned is not None
-    waiting, places = pending_cells(tuned, choices(run.path)), _first_stage(run, tuned)
+    if tuned is None:
+        return
+    waiting, places = _waiting(run, tuned), _first_stage(run, tuned)
     for arm in dict.fromkeys(waiting[name][0] for name in names if name in waiting):
         identity = _first_cell(places, tuned, arm)
         if identity is not None:

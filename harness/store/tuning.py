@@ -9,7 +9,7 @@ called by their arm and seed (`pending_name`).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,11 +169,11 @@ def _by_seed(row: Mapping[str, Any]) -> dict[int, float | None]:
     return {int(seed): None if value is None else float(value) for seed, value in row.items()}
 
 
-def pending_cells(tuned: TunedRun, chosen: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple[str, int]]:
-    """By name, arm and seed of the cells of the second stage whose arm has not chosen."""
+def second_stage(tuned: TunedRun) -> dict[str, tuple[str, int]]:
+    """By its name before the choice, arm and seed of every cell of the second stage that depends on a choice."""
     return {
         tuned.pending_name(arm, seed): (arm, seed)
         for arm, settings in tuned.arms.items()
-        if len(settings) > 1 and arm not in chosen
+        if len(settings) > 1
         for seed in tuned.study_seeds
     }
