@@ -10,11 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-<<<<<<< HEAD
-from klab.harness.policy.ordered_gather import take_rows
-=======
 from klab.harness.policy.footprint import MAX_LOGITS
->>>>>>> 331480b (plan says what activations, logits and caches take and refuses what cannot fit; a token budget from the card's memory)
+from klab.harness.policy.ordered_gather import take_rows
 from klab.harness.policy.rollout import Rollout
 
 

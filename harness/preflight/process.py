@@ -93,13 +93,8 @@ def representatives(cells: Iterable[Cell]) -> list[Cell]:
             id(cell.policy),
             training.critic.kind if training.critic is not None else None,
             training.evaluation_prompts,
-<<<<<<< HEAD
-            training.max_prompt_tokens,
-            training.max_new_tokens,
-            (training.engine, training.trl, training.sampler, training.minibatches),
-=======
+            (training.engine, training.trl, training.sampler),
             workload_settings(cell),
->>>>>>> 331480b (plan says what activations, logits and caches take and refuses what cannot fit; a token budget from the card's memory)
         )
         found.setdefault(key, cell)
     return list(found.values())
