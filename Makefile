@@ -30,7 +30,7 @@ install: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/klab launch grid/studies/quickstart.yaml --on local
-	$(BIN)/klab report runs/quickstart
+	$(BIN)/klab report runs/quickstart --over updates --over tokens
 
 test: $(VENV)/installed
 	$(PYTEST) -q -n 2 --dist worksteal -m "not slurm and not faults and not browser and not parity"
@@ -70,7 +70,7 @@ browser-test: $(VENV)/installed
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 	$(PYTEST) -q -m browser tests/browser
 
-$(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt pyproject.toml
+$(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
 	test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt

@@ -102,7 +102,7 @@ def _setting(value: Any) -> str:
 
 
 def axis_table(
-    cells: Mapping[str, Cell], written: Collection[str] = (), tuned: Collection[str] = ()
+    cells: Mapping[str, Cell], written: Collection[str] = ()
 ) -> tuple[tuple[VariedAxis, ...], dict[str, dict[str, str | None]]]:
     """The varied axes of some configurations, and every configuration's value on them.
 
@@ -111,13 +111,12 @@ def axis_table(
         written: the keys under ``axes`` in the grid files; a parameter that stands there is an axis of its own,
             others are part of
             the value they belong to (``power(q=0.25)``).
-        tuned: keys whose value every configuration chose for itself: no axes.
 
     Returns:
         The axes, and by group the value on each axis; None where the axis is inactive in that configuration.
     """
     own = {key.removeprefix("objective.") for key in written}
-    fields = {group: _without(_fields(cell, own), tuned) for group, cell in cells.items()}
+    fields = {group: _fields(cell, own) for group, cell in cells.items()}
     keys = list(dict.fromkeys(key for values in fields.values() for key in values))
     parameters = _varied_parameters(fields)
     labelled = {
@@ -167,6 +166,13 @@ def group_labels(
     return {group: label if counts[label] == 1 else f"{label} #{group[-8:]}" for group, label in labels.items()}
 
 
+def value_words(axes: Sequence[VariedAxis], row: Mapping[str, str | None]) -> str:
+    """What a configuration is on the varied axes, in few words: ``placement loss, k3, ppo_clip``."""
+    clear = _clear_values(axes)
+    shown = [(axis, row[axis.key]) for axis in axes]
+    return ", ".join(value if value in clear else f"{axis.short} {value}" for axis, value in shown if value is not None)
+
+
 def _clear_values(axes: Sequence[VariedAxis]) -> set[str]:
     """Values that say by themselves which axis they belong to: words that only one axis has."""
     everything = [value for axis in axes for value in axis.values]
@@ -200,11 +206,6 @@ def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
             if not name.startswith("checkpoint_") and name != "micro_batch":
                 result[f"{section}.{name}"] = shown(value)
     return result
-
-
-def _without(fields: Mapping[Any, Any], tuned: Collection[str]) -> dict[Any, Any]:
-    names = {".".join(key.removeprefix("objective.").split(".")[:2]) for key in tuned}
-    return {key: value for key, value in fields.items() if (key[1] if isinstance(key, tuple) else key) not in names}
 
 
 def _varied_parameters(fields: Mapping[str, Mapping[Any, Any]]) -> set[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from klab.grid.score import RESULTS
 from klab.grid.short_ids import matching_ids
 from klab.reports.comparison import Comparison, compare
 from klab.reports.config_detail import settings
-from klab.reports.figures.series import cube, over_seeds
+from klab.reports.figures.series import cube, mean_curve, run_states
 from klab.reports.study import Study
 
 
@@ -145,13 +145,14 @@ def _means(study: Study, first: str, second: str) -> list[tuple[str, float, floa
 
 
 def _curves(study: Study, main: Comparison, at: tuple[int, int]) -> list[tuple[str, list[float], list[float]]]:
-    found = []
+    found, states = [], run_states(study, main)
     for frame, column, title in (
         (study.metrics, "reward_mean", "reward"),
         (study.evaluations, "reverse_kl", "KL"),
         (study.metrics, "entropy", "entropy"),
     ):
         data = cube(study, main, frame, column)
-        lines = [over_seeds(data.updates, data.values[i]).mean.tolist() for i in at]
+        curves = [mean_curve(data, states, [i]) for i in at]
+        lines = [[] if curve is None else curve.mean.tolist() for curve in curves]
         found.append((title, lines[0], lines[1]))
     return found

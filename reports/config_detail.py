@@ -12,7 +12,7 @@ import numpy as np
 
 from klab.grid import Cell
 from klab.reports.comparison import Comparison
-from klab.reports.figures.series import Cube, cube, over_seeds, smoothed
+from klab.reports.figures.series import Cube, RunStates, cube, mean_curve, run_states, smoothed
 from klab.reports.frame import records
 from klab.reports.statistics import Array
 from klab.reports.study import Study
@@ -72,11 +72,12 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
         for source, column, title in _QUANTITIES
         if column in (frame := getattr(study, source)) and frame[column].fillna(0.0).any()
     ]
+    states = run_states(study, comparison)
     points = int(np.clip(_BUDGET // max(len(by_group), 1), 14, 60))
     shown = 8 if len(by_group) <= 100 else 0
     position = {group: i for i, group in enumerate(comparison.groups)}
-    kept = 2 if len(by_group) <= 200 else 1
-    length = int(np.clip(_TEXT_BUDGET // (8 * max(len(by_group), 1)), 200, 1500))
+    kept = 3 if len(by_group) <= 200 else 1
+    length = int(np.clip(_TEXT_BUDGET // (12 * max(len(by_group), 1)), 200, 1500))
     samples = _by(records(study.samples[study.samples["cell"].isin(set(cells["cell"]))]), "cell")
     base = settings(study.configurations[comparison.baseline]) if comparison.baseline else {}
     found = []
@@ -95,7 +96,7 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
                 panels=[
                     panel
                     for title, data in cubes
-                    if (panel := _panel(title, data, position[group], points, shown)) is not None
+                    if (panel := _panel(title, data, states, position[group], points, shown)) is not None
                 ],
                 samples=_samples(part, samples, kept, length),
                 errors=[(row["seed"], row["error"]) for row in part if isinstance(row["error"], str) and row["error"]],
@@ -137,18 +138,19 @@ def _by(rows: list[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]
 def _samples(
     part: list[dict[str, Any]], samples: Mapping[str, list[dict[str, Any]]], kept: int, length: int
 ) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Completions at the start and at the end of the first seed that has any, texts cut to `length`."""
+    """Completions of the first seed that has any, by moment of its training, texts cut to `length`."""
     for run in part:
-        rows = samples.get(run["cell"], [])
-        if not rows:
-            continue
-        first, last = min(row["update"] for row in rows), max(row["update"] for row in rows)
-        moments = (
-            [("at the start", first), (f"after {last} updates", last)]
-            if last > first
-            else [(f"after {first} updates", first)]
-        )
-        return [(name, [_cut(row, length) for row in rows if row["update"] == at][: kept + 1]) for name, at in moments]
+        moments: dict[int, list[dict[str, Any]]] = {}
+        for row in samples.get(run["cell"], []):
+            moments.setdefault(int(row["update"]), []).append(row)
+        if moments:
+            return [
+                (
+                    "at the start" if update == 0 else f"after {update} updates",
+                    [_cut(row, length) for row in rows[:kept]],
+                )
+                for update, rows in sorted(moments.items())
+            ]
     return []
 
 
@@ -157,7 +159,7 @@ def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
     return row | {key: text if len(text) <= length else text[:length] + "…" for key, text in texts.items()}
 
 
-def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel | None:
+def _panel(title: str, data: Cube, states: RunStates, row: int, points: int, shown: int) -> Panel | None:
     values = data.values[row]
     present = np.isfinite(values).any(0)
     if not present.any():
@@ -167,7 +169,9 @@ def _panel(title: str, data: Cube, row: int, points: int, shown: int) -> Panel |
     if updates.size > points:
         kept = np.unique(np.linspace(0, updates.size - 1, points).astype(int))
         updates, values = updates[kept], values[:, kept]
-    curve = over_seeds(updates, values)
+    own = RunStates(states.ended[row : row + 1], states.diverged[row : row + 1])
+    if (curve := mean_curve(Cube(updates, values[None]), own, [0])) is None:
+        return None
     spread = values[np.isfinite(values)]
     low, high = float(spread.min()), float(spread.max())
     if high <= low:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,11 @@ from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
 from klab.reports.schema import EVALUATIONS, METRICS
 
-_VERSION = 4
+MOMENTS = 5
+"""Evaluations of a cell whose completions are kept."""
+
+_VERSION = 5
+T = TypeVar("T")
 _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
 _ENDED = ("finished", "diverged", "failed", "damaged")
@@ -39,7 +43,7 @@ _TOGETHER = 64
 class Frames:
     """The tidy frames of one run; `metrics`, `evaluations` and `samples` name their cell in the column ``cell``.
 
-    `samples` holds the completions stored at each cell's first and last evaluation.
+    `samples` holds the completions stored at `MOMENTS` of each cell's evaluations, from the first to the last.
     """
 
     cells: pd.DataFrame
@@ -131,7 +135,7 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
             row.update(state="failed", error=error[-_ERROR_TAIL:])
         metrics.add(identity, measured)
         evaluations.add(identity, [_with_parts(row) for row in evaluated])
-        for evaluation in [evaluated[i] for i in sorted({0, len(evaluated) - 1})] if evaluated else []:
+        for evaluation in spread(evaluated, MOMENTS):
             samples += [_sample(identity, evaluation["update"], item) for item in evaluation.get("samples") or ()]
     columns = ["cell", "mark", "state", "error", *RESULTS]
     table = pd.DataFrame(cells, columns=columns).astype({"error": "str"} if cells else {})
@@ -142,6 +146,12 @@ def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
     """An evaluation with every part of the reward as a number of its own, ``parts.NAME``."""
     parts = row.get("parts")
     return row | {f"{PARTS}{name}": value for name, value in parts.items()} if isinstance(parts, dict) else row
+
+
+def spread(rows: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the rows, evenly from the first to the last."""
+    count = min(len(rows), most)
+    return [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _sample(identity: str, update: int, item: object) -> tuple[Any, ...]:

@@ -42,6 +42,14 @@ def load_gradients(study: Study) -> pd.DataFrame | None:
     return pd.concat(found, ignore_index=True) if found else None
 
 
+def own_drift(gradients: pd.DataFrame) -> pd.DataFrame:
+    """By group, the row after the drift that the configuration's own updates make; without drift where it has none."""
+    own = gradients[gradients["drift"].astype(str).str.endswith("updates")].drop_duplicates("group", keep="last")
+    rest = gradients[~gradients["group"].isin(own["group"])]
+    fresh = rest[rest["drift"] == "on-policy"].drop_duplicates("group")
+    return pd.concat([own, fresh]).set_index("group")
+
+
 def gradient_rows(comparison: Comparison, gradients: pd.DataFrame | None) -> list[GradientRow]:
     """One row per configuration that was measured, in the order of the comparison."""
     if gradients is None or gradients.empty:

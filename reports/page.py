@@ -22,18 +22,17 @@ from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
-from klab.reports.figures import Drawing, draw, freeze, inline_svg, save, svg_text
-from klab.reports.figures.sensitivity import sensitivity
-from klab.reports.figures.tasks import across_tasks, profiles
+from klab.reports.figures import Drawing, draw, inline_svg, save, svg_text
+from klab.reports.figures.effort import UPDATES, parse_units
+from klab.reports.figures.profiles import across_tasks, task_profiles
 from klab.reports.findings import Findings, find
 from klab.reports.frame import records
 from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
 from klab.reports.methods import methods
-from klab.reports.provenance import provenance
+from klab.reports.provenance import cost_unit, provenance
 from klab.reports.schema import SUMMARY
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import csv, write_tables
-from klab.reports.tuned import tuned_parts, tuning_table
 from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed
 
 Progress = Callable[[str], None]
@@ -41,9 +40,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What the page says about one task; `figures` maps a drawing's name to its inline SVG.
+    """What the page says about one task.
 
-    `comparison` is by the first score, `others` are by the further ones.
+    Attributes:
+        comparison, others: by the first score, by the further ones.
+        baseline: what the baseline is on the varied axes.
+        unit: what hours are counted of, core or GPU.
+        plots: by name, a drawing with its inline SVG; several where it is there once per unit of effort.
     """
 
     key: str
@@ -51,8 +54,9 @@ class TaskSection:
     comparison: Comparison
     others: list[Comparison]
     findings: Findings
-    drawings: dict[str, Drawing]
-    figures: dict[str, Markup]
+    baseline: str
+    unit: str
+    plots: dict[str, list[tuple[Drawing, Markup]]]
     axes: list[AxisLegend]
     rows: list[dict[str, Any]]
     details: list[Detail]
@@ -68,6 +72,7 @@ def render(
     baseline: str | None = None,
     only: Collection[str] | None = None,
     figures: bool = True,
+    over: Sequence[str] = (UPDATES,),
     gradients: pd.DataFrame | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -79,7 +84,7 @@ def render(
         delta: differences smaller than this count as none; None: as the study states, or 0.05.
         baseline: id of the cell to compare with, instead of the grid file's.
         only: ids of the cells to report; None: all.
-        out, figures, gradients, progress: as `write_report` takes them.
+        out, figures, over, gradients, progress: as `write_report` takes them.
 
     Returns:
         The page, ``index.html`` in `out`; beside it ``figures/`` and ``tables/``.
@@ -95,7 +100,9 @@ def render(
     tell("comparing")
     parsed = parse_scores(scores) if scores else None
     comparisons, across = compare_all(study, parsed, delta), across_all(study, parsed, delta)
-    return write_report(study, comparisons, across, out, figures=figures, gradients=gradients, progress=progress)
+    return write_report(
+        study, comparisons, across, out, figures=figures, over=over, gradients=gradients, progress=progress
+    )
 
 
 def write_report(
@@ -105,6 +112,7 @@ def write_report(
     out: str | Path | None = None,
     *,
     figures: bool = True,
+    over: Sequence[str] = (UPDATES,),
     gradients: pd.DataFrame | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -113,6 +121,8 @@ def write_report(
     Args:
         out: folder for the report; by default the first run's own ``report``.
         figures: also write each figure as PDF, SVG and PNG.
+        over: what stands on the horizontal axis of curves: ``updates``, ``tokens``, ``samples``; of several the page
+            has a choice.
         gradients: bias and variance of each cell's gradient estimator, with columns group, bias, cosine, variance; by
             default read from ``gradients.json`` in the runs' report folders, where there is one.
         progress: is told what is being done.
@@ -121,9 +131,10 @@ def write_report(
         The page, ``index.html`` in `out`; beside it ``figures/`` and ``tables/``.
 
     Raises:
+        UserError: for a unit of effort that does not exist.
         OSError: when the folder cannot be written.
     """
-    tell = progress or (lambda text: None)
+    tell, units = progress or (lambda text: None), parse_units(over)
     folder = Path(out) if out is not None else _default_folder(study)
     gradients = gradients if gradients is not None else load_gradients(study)
     main = [comparison for comparison in comparisons if comparison.score == comparisons[0].score]
@@ -138,15 +149,9 @@ def write_report(
         prefix = f"task{position + 1}-" if len(main) > 1 else ""
         beside = [other for other in others if other.task == comparison.task]
         files = folder / "figures" if figures else None
-        sections.append(_section(study, comparison, beside, prefix, gradients, files, tell))
-    tuned, tuned_figures = tuned_parts(study, main), []
-    for position, part in enumerate(tuned):
-        drawing = sensitivity(part, f"sensitivity{position + 1}" if len(tuned) > 1 else "sensitivity")
-        tuned_figures.append(_framed(drawing, folder / "figures" if figures else None) if drawing else Markup(""))
-    if tuned:
-        (folder / "tables" / "tuning.csv").write_text(csv(tuning_table(tuned)), encoding="utf-8", errors="replace")
-    over = profiles(main)
-    over_svg = _figure(over, folder / "figures" if figures else None) if over is not None else Markup("")
+        sections.append(_section(study, comparison, beside, prefix, gradients, files, units, tell))
+    tasks = task_profiles(main)
+    tasks_svg = _figure(tasks, folder / "figures" if figures else None) if tasks is not None else Markup("")
     tell("page")
     text = (
         _environment()
@@ -155,14 +160,13 @@ def write_report(
             study=study,
             sections=sections,
             across=across,
-            over=over,
-            over_svg=over_svg,
+            over_tasks=tasks,
+            over_svg=tasks_svg,
+            units=units,
             over_table=records(across_tasks(main)[0]),
             metric=main[0].score.title if main else "",
             methods=methods(study, main),
             stated=_stated(study, main),
-            tuned=tuned,
-            tuned_figures=tuned_figures,
             provenance=provenance(study),
             summary_columns=SUMMARY,
             parameters=PARAMETERS,
@@ -202,22 +206,24 @@ def _section(
     prefix: str,
     gradients: pd.DataFrame | None,
     figures: Path | None,
+    units: Sequence[str],
     tell: Progress,
 ) -> TaskSection:
     tell("figures")
-    drawings = draw(study, comparison, gradients)
-    inline: dict[str, Markup] = {}
-    for drawing in drawings:
-        name, drawing.name = drawing.name, prefix + drawing.name
-        inline[name] = _figure(drawing, figures)
+    plots: dict[str, list[tuple[Drawing, Markup]]] = {}
+    for drawing in draw(study, comparison, gradients, units):
+        name = drawing.name.removesuffix(f"-{drawing.view}")
+        drawing.name = prefix + drawing.name
+        plots.setdefault(name, []).append((drawing, _figure(drawing, figures)))
     return TaskSection(
         key=prefix.rstrip("-") or "task",
         task=comparison.task,
         comparison=comparison,
         others=others,
         findings=find(study, comparison),
-        drawings=dict(zip(inline, drawings, strict=True)),
-        figures=inline,
+        baseline=study.baseline_words(comparison.task),
+        unit=cost_unit(study.runs),
+        plots=plots,
         axes=legend(study, comparison),
         rows=_rows(study, comparison),
         details=details(study, comparison),
@@ -230,13 +236,6 @@ def _figure(drawing: Drawing, folder: Path | None) -> Markup:
     if folder is not None:
         save(drawing, text, folder)
     return Markup(inline_svg(drawing, text))  # ElementTree escapes every text in it
-
-
-def _framed(drawing: Drawing, folder: Path | None) -> Markup:
-    """A figure of the page with its caption."""
-    freeze(drawing)
-    macro: Any = _environment().get_template("parts.html.j2").module
-    return Markup(macro.figure(drawing, _figure(drawing, folder)))
 
 
 def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
@@ -253,6 +252,7 @@ def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
     def at(value: float) -> float:
         return round(float(np.clip((value - low) / width, 0.0, 1.0)) * 100, 1)
 
+    costs = study.cells.groupby("group", sort=False)[["seconds", "tokens"]].mean()
     rows = []
     for row in records(table):
         lost = row["diverged"] + row["failed"]
@@ -262,6 +262,8 @@ def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
             "state": state,
             "axes": [study.values[row["group"]][axis.key] for axis in study.axes],
             "baseline": row["group"] == comparison.baseline,
+            "hours": float(costs["seconds"][row["group"]]) / 3600,
+            "tokens": float(costs["tokens"][row["group"]]),
             "mark": None
             if not np.isfinite(row["mean"])
             else {

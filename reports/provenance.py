@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from klab.harness.store import Run
 from klab.reports.study import Study
+
+
+def cost_unit(runs: Sequence[Run]) -> str:
+    """What the hours of training are hours of: ``GPU`` where every run had some, else ``core``."""
+    return "GPU" if runs and all(run.manifest["hardware"].get("gpus") for run in runs) else "core"
 
 
 def provenance(study: Study) -> list[dict[str, Any]]:
@@ -38,8 +45,7 @@ def provenance(study: Study) -> list[dict[str, Any]]:
             ("graphics processors", ", ".join(map(str, gpus)) or "none"),
             (
                 "cost",
-                f"{hours:.3g} {'GPU' if gpus else 'core'}-hours of training, {np.nansum(cells['tokens']):,.0f} "
-                "tokens sampled",
+                f"{hours:.3g} {cost_unit([run])}-hours of training, {np.nansum(cells['tokens']):,.0f} tokens sampled",
             ),
             ("versions", ", ".join(f"{key} {value}" for key, value in manifest["versions"].items() if value)),
         ]

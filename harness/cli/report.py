@@ -50,6 +50,10 @@ def report(
     figures: Annotated[
         bool, typer.Option("--figures/--no-figures", help="Also write each figure as PDF, SVG and PNG.")
     ] = True,
+    over: Annotated[
+        list[str] | None,
+        typer.Option("--over", help="Draw curves over updates (default), tokens or samples; may be repeated."),
+    ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients/--no-gradients", help="Measure each configuration's gradient in the exact lab.")
     ] = True,
@@ -101,6 +105,7 @@ def report(
             across,
             out,
             figures=figures,
+            over=over or (),
             progress=lambda text: status.update(f"report: {text}"),
         )
     for name in track or ():

@@ -39,7 +39,9 @@ class TokenStats:
 def update_metrics(stats: TokenStats, **losses: Float[Tensor, ""]) -> dict[str, float]:
     """The metrics of an update as plain numbers, over its own tokens; all 0 where it has none.
 
-    * `k1`, `k2`, `k3`: mean estimate per token of KL(π‖π_ref), in nats; `kl_behaviour`: of KL(π_old‖π).
+    * `k1`, `k2`, `k3`: mean per token of the terms log π − log π_ref, half its square, and π_ref/π − 1 + k1, in nats,
+      over tokens that π_old drew: estimates of KL(π‖π_ref) only where π is still π_old.
+    * `kl_behaviour`: of KL(π_old‖π).
     * `ratio_mean`, `ratio_max`: of ρ; `weight_mean`: of w; `clip_fraction`: share of the weights that are 0.
     * `ess`: effective sample size as a share, (Σw)²/(n·Σw²); 0 when every weight is 0.
     * `advantage_mean`, `advantage_std` (population); `informative_groups`: share of groups with a non-zero advantage.

@@ -29,8 +29,7 @@ from klab.harness.training.optim.critic import Critics
 from klab.harness.training.optim.optimizer import StackedAdamW
 from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import PackedCell
-from klab.harness.training.runtime.automatic_budget import automatic_budget
-from klab.harness.training.runtime.timer import PhaseTimer
+from klab.harness.training.runtime.timer import PhaseTimer, shares
 from klab.harness.training.summary import DIVERGED_AFTER
 from klab.harness.training.update import update
 
@@ -72,9 +71,7 @@ class Pack:
         self.evaluated = -1
         self.pending: list[list[Experience]] = []
         self.streaks = [0] * len(self.members)
-        self.budget = automatic_budget(
-            self.settings.budget, self.policy, self.settings.policy, len(self.members), self.channel.process_group
-        )
+        self.budget = self.settings.budget
         self._halved = False
         self._schedule = self.settings.schedule
         self._timer = PhaseTimer(self.policy.device)
@@ -131,13 +128,17 @@ class Pack:
         self.done += 1
         if self.done % self._schedule.updates_per_rollout == 0:
             self.pending.pop(0)
-        seconds = self._timer.take(len(self.members))
+        drawn = [
+            float(of_cell.get("sampled_tokens", row["tokens"]) or 0)
+            for row, of_cell in zip(rows, filtered, strict=True)
+        ]
+        seconds = self._timer.take(drawn)
         for c, row in enumerate(rows):
             self.streaks[c] = self.streaks[c] + 1 if row["nonfinite"] else 0
             row.update(filtered[c])
             if row.get("loss_tokens") != 0:
                 self.coefficients[c] = kl_controller.adapt_coefficients(self.members[c].cell, self.coefficients[c], row)
-            row.update(seconds)
+            row.update(seconds[c])
         return rows
 
     def halve_budget(self) -> bool:
@@ -198,8 +199,8 @@ class Pack:
                 self.channel.process_group,
             )
         self.evaluated = self.done
-        seconds = (time.perf_counter() - started) / len(self.members)
-        return [{**row, "seconds": seconds} for row in rows]
+        seconds, parts = time.perf_counter() - started, shares([row["length"] for row in rows])
+        return [{**row, "seconds": seconds * part} for row, part in zip(rows, parts, strict=True)]
 
     def diverged(self) -> list[int]:
         """Positions of the members that diverged: too many non-finite updates in a row, or non-finite weights."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from klab.reports.comparison import Comparison
-from klab.reports.figures.curves import axis_curves, cell_curves, curve_cubes
-from klab.reports.figures.effects import interaction_maps, main_effect_plot
+from klab.reports.figures.curves import axis_curves, cell_curves, training_curves
+from klab.reports.figures.effects import main_effect_plot
+from klab.reports.figures.effort import UPDATES
+from klab.reports.figures.interactions import interaction_maps
+from klab.reports.figures.paths import reward_paths
 from klab.reports.figures.plane import bias_variance_plane
+from klab.reports.figures.profiles import axis_profile
 from klab.reports.figures.ranking import ranking, seed_lines
 from klab.reports.figures.stability import stability_panel, stability_table
 from klab.reports.figures.style import Drawing, styled
@@ -20,16 +25,22 @@ from klab.reports.study import Study
 __all__ = ["Drawing", "draw", "inline_svg", "save", "svg_text"]
 
 
-def draw(study: Study, comparison: Comparison, gradients: pd.DataFrame | None = None) -> list[Drawing]:
-    """Every figure that the data of this task allow, in the order of the page."""
-    cubes = curve_cubes(study, comparison)
+def draw(
+    study: Study, comparison: Comparison, gradients: pd.DataFrame | None = None, units: Sequence[str] = (UPDATES,)
+) -> list[Drawing]:
+    """Every figure that the data of this task allow, in the order of the page; curves over each of the `units` of
+    effort.
+    """
+    curves = training_curves(study, comparison)
     found = [
         tradeoff(study, comparison),
-        ranking(comparison),
+        ranking(study, comparison),
         main_effect_plot(study, comparison),
         interaction_maps(study, comparison),
-        *(axis_curves(study, comparison, axis, i, cubes) for i, axis in enumerate(study.axes)),
-        cell_curves(study, comparison, cubes),
+        *(each for i, axis in enumerate(study.axes) for each in axis_curves(study, comparison, axis, i, curves, units)),
+        *(reward_paths(study, comparison, axis, i, curves) for i, axis in enumerate(study.axes)),
+        *cell_curves(study, comparison, curves, units),
+        axis_profile(study, comparison),
         seed_lines(comparison),
         stability_panel(study, comparison, stability_table(study, comparison.task)),
         bias_variance_plane(comparison, gradients),
@@ -42,9 +53,10 @@ def draw(study: Study, comparison: Comparison, gradients: pd.DataFrame | None = 
 
 def freeze(drawing: Drawing) -> None:
     """Computes the layout once; saving in four formats would compute it four times."""
-    with styled():
-        drawing.figure.draw_without_rendering()
-        drawing.figure.set_layout_engine("none")
+    if drawing.figure.get_layout_engine() is not None:
+        with styled():
+            drawing.figure.draw_without_rendering()
+            drawing.figure.set_layout_engine("none")
 
 
 def save(drawing: Drawing, svg: str, folder: Path) -> None:

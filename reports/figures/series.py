@@ -1,4 +1,9 @@
-"""Learning curves as arrays: which cells stand for a value of an axis, and their mean and interval over seeds."""
+"""Learning curves as arrays: which cells stand for a value of an axis, and their mean and interval over seeds.
+
+A curve is a mean over the same runs from its first point to its last, so that no run that ends can make it jump. Runs
+that diverged stay in it at their last measured value. Runs that failed or have not ended are left out; where no run
+has ended, the curve ends with the run that is behind.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,8 @@ from klab.reports.comparison import Comparison
 from klab.reports.statistics import Array
 from klab.reports.study import Study
 
+Flags = NDArray[np.bool_]
+
 
 class Cube(NamedTuple):
     """One quantity of every cell of a task: `values` is `[groups, seeds, updates]`, NaN where nothing was measured."""
@@ -23,26 +30,39 @@ class Cube(NamedTuple):
     values: Array
 
 
+class RunStates(NamedTuple):
+    """Of every run of a task, `[groups, seeds]`: whether it finished or diverged, and whether it diverged."""
+
+    ended: Flags
+    diverged: Flags
+
+
 class Curve(NamedTuple):
-    """Mean over seeds with its 95% t-interval (NaN for one seed), and how many seeds are present, `[updates]`."""
+    """A mean over runs with its pointwise 95% t-interval over seeds (NaN for one seed).
+
+    Attributes:
+        updates: `[points]`.
+        mean, low, high: `[points]`.
+        kept: `[groups, seeds]`, the runs in the mean.
+        ends: for each of them that diverged before the last point, the update from which it is held.
+    """
 
     updates: NDArray[np.int64]
     mean: Array
     low: Array
     high: Array
-    n: NDArray[np.int64]
+    kept: Flags
+    ends: NDArray[np.int64]
+
+    @property
+    def runs(self) -> int:
+        return int(self.kept.sum())
 
 
 def cube(study: Study, comparison: Comparison, frame: pd.DataFrame, column: str) -> Cube:
     """`column` of `frame` (metrics or evaluations) for the groups and seeds of a comparison."""
-    cells = study.cells[study.cells["task"] == comparison.task]
-    row = {group: i for i, group in enumerate(comparison.groups)}
-    position = {seed: i for i, seed in enumerate(comparison.seeds)}
+    places = _places(study, comparison)
     categories = frame["cell"].cat.categories
-    places = {
-        identity: (row[group], position[seed])
-        for identity, group, seed in zip(cells["cell"], cells["group"], cells["seed"], strict=True)
-    }
     lookup = np.asarray([places.get(identity, (-1, -1)) for identity in categories], dtype=np.int64).reshape(-1, 2)
     codes = frame["cell"].cat.codes.to_numpy()
     at = lookup[codes] if len(categories) else np.empty((0, 2), dtype=np.int64)
@@ -52,6 +72,28 @@ def cube(study: Study, comparison: Comparison, frame: pd.DataFrame, column: str)
     if column in frame:
         values[at[mine, 0], at[mine, 1], index] = frame[column].to_numpy(dtype=np.float64)[mine]
     return Cube(updates, values)
+
+
+def run_states(study: Study, comparison: Comparison) -> RunStates:
+    """What became of the runs of a task."""
+    shape = (len(comparison.groups), len(comparison.seeds))
+    states = RunStates(np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_))
+    places = _places(study, comparison)
+    cells = study.cells[study.cells["task"] == comparison.task]
+    for identity, state in zip(cells["cell"], cells["state"], strict=True):
+        states.ended[places[identity]] = state in ("finished", "diverged")
+        states.diverged[places[identity]] = state == "diverged"
+    return states
+
+
+def _places(study: Study, comparison: Comparison) -> dict[str, tuple[int, int]]:
+    cells = study.cells[study.cells["task"] == comparison.task]
+    row = {group: i for i, group in enumerate(comparison.groups)}
+    position = {seed: i for i, seed in enumerate(comparison.seeds)}
+    return {
+        identity: (row[group], position[seed])
+        for identity, group, seed in zip(cells["cell"], cells["group"], cells["seed"], strict=True)
+    }
 
 
 def smoothed(values: Array, window: int) -> Array:
@@ -71,26 +113,61 @@ def smoothed(values: Array, window: int) -> Array:
     return np.where(present, mean, np.nan)
 
 
-def over_seeds(updates: NDArray[np.int64], by_seed: Array, level: float = 0.95) -> Curve:
-    """Mean and t-interval of `[seeds, updates]`, over the seeds that are present at each update."""
-    present = np.isfinite(by_seed)
-    n = present.sum(0)
-    n = np.where(
-        n < np.maximum.accumulate(n[::-1])[::-1], 0, n
-    )  # a last evaluation of a lost seed, between the others' ones
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(n > 0, np.where(present, by_seed, 0.0).sum(0) / n, np.nan)
-        spread = np.where(present, (by_seed - mean) ** 2, 0.0).sum(0)
-        deviation = np.where(n > 1, np.sqrt(spread / (n - 1)), np.nan)
-        quantile = np.asarray([_quantile(level, int(count) - 1) for count in range(int(n.max(initial=0)) + 1)])
-        half = quantile[n] * deviation / np.sqrt(n)
-    kept = n > 0
-    return Curve(updates[kept], mean[kept], (mean - half)[kept], (mean + half)[kept], n[kept])
+def filled(updates: NDArray[np.int64], values: Array, held: Flags) -> Array:
+    """`[runs, updates]` with a straight line between the measurements of a run, and the last one kept where `held`."""
+    result = values.copy()
+    for row in np.flatnonzero(~np.isfinite(values).all(axis=1)):
+        known = np.flatnonzero(np.isfinite(values[row]))
+        if known.size:
+            end = len(updates) if held[row] else known[-1] + 1
+            inside = updates[known[0] : end]
+            result[row, known[0] : end] = np.interp(inside, updates[known], values[row, known])
+    return result
+
+
+def mean_curve(data: Cube, states: RunStates, groups: list[int], level: float = 0.95) -> Curve | None:
+    """The mean over runs of `groups`; None where nothing was measured. See the module for which runs count.
+
+    The interval is that of the seeds' means over the groups.
+    """
+    values = data.values[groups]
+    shape = values.shape[:2]
+    measured = np.isfinite(values).any(axis=2)
+    ended = states.ended[groups] & measured
+    kept = ended if ended.any() else measured
+    if not kept.any():
+        return None
+    diverged = states.diverged[groups] & kept
+    runs, lost = values[kept], diverged[kept]
+    going = ~lost if not lost.all() else lost
+    columns = np.flatnonzero(np.isfinite(runs[going]).any(axis=0))
+    updates = data.updates[columns]
+    lines = filled(data.updates, runs, lost)[:, columns]
+    whole = np.isfinite(lines).all(axis=0)
+    if not whole.any():
+        return None
+    updates, lines = updates[whole], lines[:, whole]
+    last = np.asarray([data.updates[np.flatnonzero(np.isfinite(run))[-1]] for run in runs[lost]], dtype=np.int64)
+    full = np.full((*shape, updates.size), np.nan)
+    full[kept] = lines
+    by_seed = average(full, 0)
+    mean, half = _interval(by_seed[np.isfinite(by_seed).all(axis=1)], level)
+    spread = np.zeros((len(data.values), shape[1]), dtype=np.bool_)
+    spread[groups] = kept
+    return Curve(updates, mean, mean - half, mean + half, spread, last[last < updates[-1]])
+
+
+def _interval(by_seed: Array, level: float) -> tuple[Array, Array]:
+    n = len(by_seed)
+    mean = by_seed.mean(axis=0)
+    if n < 2:
+        return mean, np.full(mean.shape, np.nan)
+    return mean, _quantile(level, n - 1) * by_seed.std(axis=0, ddof=1) / np.sqrt(n)
 
 
 @lru_cache(maxsize=1024)
 def _quantile(level: float, freedom: int) -> float:
-    return float(stats.t.ppf(0.5 + level / 2, freedom)) if freedom > 0 else float("nan")
+    return float(stats.t.ppf(0.5 + level / 2, freedom))
 
 
 def average(values: Array, axis: int) -> Array:

@@ -19,16 +19,17 @@ INK, MUTED, RULE, PAPER = "#1b1d21", "#6a6f78", "#dfe2e6", "#fffffd"
 SERIES = ("#0065a8", "#d1480a", "#00866a", "#8a3fa0", "#a87400", "#3a97d4", "#c6527f", "#6b6b6d")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
-WIDE, NARROW = 6.9, 3.4
-"""Widths in inches: two columns and one column of a paper."""
+COLUMN = 3.33
+"""Width in inches of one column of a paper: every figure fits it with labels of at least 6 points."""
 
 _SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.titlepad": 3.0,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 8,
+    "axes.labelsize": 7,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": RULE,
     "axes.linewidth": 0.8,
@@ -42,8 +43,8 @@ _SETTINGS: dict[str, Any] = {
     "ytick.color": RULE,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
     "text.color": INK,
     "axes.facecolor": "none",
     "figure.facecolor": PAPER,
@@ -52,8 +53,8 @@ _SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "klab",
     "pdf.fonttype": 42,
     "legend.frameon": False,
-    "legend.fontsize": 7,
-    "lines.linewidth": 1.6,
+    "legend.fontsize": 6.5,
+    "lines.linewidth": 1.2,
     "lines.solid_capstyle": "round",
     "text.parse_math": False,
 }
@@ -69,6 +70,7 @@ class Drawing:
         caption: what is drawn, what the bars mean, how many seeds.
         alt: the message, for readers who do not see it.
         tips: by id of a drawn group, what to say when a reader points at it.
+        view: where a figure is there once per unit of effort (see `effort.UNITS`), which unit this one has.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Drawing:
     alt: str
     figure: Figure
     tips: dict[str, str] = field(default_factory=dict)
+    view: str = ""
 
     def tip(self, text: str) -> str:
         """Registers `text` and returns the id to give the artist."""
@@ -92,11 +95,47 @@ def styled() -> Iterator[None]:
         yield
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    """An empty figure (not registered with pyplot) and its axes in reading order."""
+def canvas(
+    width: float, height: float, rows: int = 1, columns: int = 1, **layout: Sequence[float]
+) -> tuple[Figure, list[Any]]:
+    """An empty figure (not registered with pyplot) and its axes in reading order; `layout` has ratios of the grid."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=layout)
     return figure, list(axes.ravel())
+
+
+def placed(height: float, *, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Any]:
+    """A figure of one column's width with one panel between the given margins, all in inches."""
+    figure = Figure(figsize=(COLUMN, height))
+    sides = {"left": left / COLUMN, "right": 1 - right / COLUMN, "bottom": bottom / height, "top": 1 - top / height}
+    return figure, figure.subplots(gridspec_kw=sides)
+
+
+def panel_grid(panels: int, panel_height: float, below: float) -> tuple[Figure, list[Any]]:
+    """An empty figure of one column's width with panels in two columns, placed by hand: solving for a layout would take
+    most of the time of a large page.
+
+    Args:
+        panel_height: of each panel with its title, inches.
+        below: inches left at the bottom, for labels and a legend.
+    """
+    rows = (panels + 1) // 2
+    height = rows * panel_height + below
+    figure = Figure(figsize=(COLUMN, height))
+    axes = figure.subplots(rows, 2, squeeze=False)
+    title, left, between = 0.2, 0.4, 0.45
+    panel = (COLUMN - left - between - 0.08) / 2
+    figure.subplots_adjust(
+        left=left / COLUMN,
+        right=1 - 0.08 / COLUMN,
+        top=1 - title / height,
+        bottom=below / height,
+        wspace=between / panel,
+        hspace=title / (panel_height - title),
+    )
+    for each in axes.ravel()[panels:]:
+        each.set_visible(False)
+    return figure, list(axes.ravel()[:panels])
 
 
 def look(position: int) -> dict[str, Any]:
@@ -106,6 +145,23 @@ def look(position: int) -> dict[str, Any]:
         "marker": MARKERS[position % len(MARKERS)],
         "linestyle": DASHES[position // len(SERIES) % len(DASHES)],
     }
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, solved: bool = True) -> None:
+    """A legend under the panels, in `legend_columns`; `solved`: the layout makes room for it."""
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center" if solved else "lower center",
+        ncols=legend_columns(labels),
+        borderaxespad=0.1,
+        labelspacing=0.3,
+    )
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """Two columns where the labels fit a column's width side by side."""
+    return 2 if max(map(len, labels), default=0) <= 24 else 1
 
 
 def spread_labels(positions: Sequence[float], gap: float) -> list[float]:

@@ -4,10 +4,28 @@
   const dark = () => root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   document.getElementById("theme").addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; });
 
-  // Tables: sort by a click on a heading, numbers as numbers, empty values last.
+  root.classList.add("js");
+
+  // Tables: sorted by a click on a heading (numbers as numbers, empty values last), filtered by every word of the search,
+  // every chosen axis value and the state, and shown page by page.
+  const PAGE = 25;
   const value = (row, column) => { const cell = row.cells[column]; return (cell.dataset.value ?? cell.textContent).trim(); };
   for (const table of document.querySelectorAll("table.cells")) {
     const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+    const form = document.querySelector(`form[data-table="${table.id}"]`), pager = document.querySelector(`[data-pager="${table.id}"]`);
+    let start = 0;
+    const show = () => {
+      const kept = [...body.rows].filter((row) => !row.hidden);
+      start = Math.max(0, Math.min(start, Math.floor((kept.length - 1) / PAGE) * PAGE));
+      kept.forEach((row, at) => row.classList.toggle("off", at < start || at >= start + PAGE));
+      if (!pager) return;
+      const [back, on] = pager.querySelectorAll("button");
+      pager.hidden = kept.length <= PAGE;
+      back.disabled = start === 0;
+      on.disabled = start + PAGE >= kept.length;
+      pager.querySelector("output").textContent = `${start + 1}–${Math.min(start + PAGE, kept.length)} of ${kept.length}`;
+    };
+    pager?.querySelectorAll("button").forEach((button, k) => button.addEventListener("click", () => { start += k ? PAGE : -PAGE; show(); }));
     heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";
       heads.forEach((other) => other.removeAttribute("aria-sort"));
@@ -21,33 +39,37 @@
         return down ? -order : order;
       });
       body.append(...keyed.map(([, row]) => row));
+      start = 0;
+      show();
     }));
-  }
-
-  // Filters: every word of the search, every chosen axis value, and the state.
-  for (const form of document.querySelectorAll("form.filters")) {
-    const rows = [...document.getElementById(form.dataset.table).tBodies[0].rows];
-    const apply = () => {
-      const words = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
+    form?.addEventListener("input", () => {
+      const rows = [...body.rows], words = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
       const choices = [...form.querySelectorAll("select[data-column]")].filter((select) => select.value);
       const state = form.elements.state.value;
-      let shown = 0;
       for (const row of rows) {
         const text = row.textContent.toLowerCase();
-        const keep = words.every((word) => text.includes(word)) && (!state || row.dataset.state === state)
-          && choices.every((select) => row.cells[2 + Number(select.dataset.column)].textContent === select.value);
-        row.hidden = !keep;
-        shown += keep;
+        row.hidden = !(words.every((word) => text.includes(word)) && (!state || row.dataset.state === state)
+          && choices.every((select) => row.cells[2 + Number(select.dataset.column)].textContent === select.value));
       }
+      const shown = rows.filter((row) => !row.hidden).length;
       form.querySelector("output").textContent = shown === rows.length ? `${rows.length} cells` : `${shown} of ${rows.length} cells`;
-    };
-    form.addEventListener("input", apply);
-    form.addEventListener("submit", (event) => event.preventDefault());
+      start = 0;
+      show();
+    });
+    form?.addEventListener("submit", (event) => event.preventDefault());
+    show();
   }
+
+  // The horizontal axis of the curves.
+  for (const choice of document.querySelectorAll(".effort input")) choice.addEventListener("change", () => {
+    root.dataset.effort = choice.value;
+    for (const other of document.querySelectorAll(`.effort input[value="${choice.value}"]`)) other.checked = true;
+  });
 
   // Many axes make a wide table: their columns are shown on request.
   for (const button of document.querySelectorAll("[data-columns]")) button.addEventListener("click", () => {
-    const brief = document.getElementById(button.dataset.columns).classList.toggle("brief");
+    const table = document.getElementById(button.dataset.columns), brief = table.classList.toggle("brief");
+    table.classList.toggle("wide-axes", !brief);
     button.setAttribute("aria-pressed", String(!brief));
     button.textContent = brief ? "Show axes" : "Hide axes";
   });

@@ -13,7 +13,8 @@ from klab.grid import Cell
 from klab.reports import render
 from tests.reports.synthetic import write_run
 
-ARTEFACTS = Path(__file__).parents[2] / "artefacts"
+ROOT = Path(__file__).parents[2]
+ARTEFACTS = ROOT / "artefacts"
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -75,6 +76,38 @@ seeds: 3
 
 
 @pytest.fixture(scope="session")
+def demo_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of `make demo` where it has run, else one of the same cells with made-up numbers."""
+    page = ROOT / "runs" / "quickstart" / "report" / "index.html"
+    if page.exists():
+        return page
+    folder = tmp_path_factory.mktemp("demo")
+    text = (ROOT / "grid" / "studies" / "quickstart.yaml").read_text()
+    run = write_run(folder / "quickstart", text)
+    return render(run.path, folder / "report", figures=False, over=("updates", "tokens"))
+
+
+@pytest.fixture(scope="session")
+def crowd_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 cells of one task, with long names."""
+    text = """
+name: crowd
+task: {name: addition, digits: 2}
+training: {updates: 6, updates_per_rollout: 2, evaluate_every: 3}
+objective: {algorithm: grpo, beta: 0.05}
+axes:
+  estimator: [k1, k2, k3, abs, full]
+  placement: [loss, reward, reward_to_go, advantage, loss_corrected]
+  weight: [ppo_clip, ratio, truncate, power]
+  training.lr: [1.0e-4, 3.0e-4]
+seeds: 3
+"""
+    folder = tmp_path_factory.mktemp("crowd")
+    run = write_run(folder / "crowd", text, outcome=_troubled, noise=0.03)
+    return render(run.path, folder / "report", figures=False)
+
+
+@pytest.fixture(scope="session")
 def wide_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five axes, one at a time."""
     text = """
@@ -98,8 +131,8 @@ seeds: 3
 class Visit:
     """An open page and everything it said or asked for."""
 
-    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+    def __init__(self, browser: Any, path: Path, width: int = 1280, **options: Any) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         self.page = self.context.new_page()
         self.messages: list[str] = []
         self.requests: list[str] = []

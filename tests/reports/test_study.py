@@ -13,7 +13,7 @@ from klab.grid import UserError
 from klab.harness.store import Run
 from klab.reports import Study, load_run
 from klab.reports.comparison import compare
-from klab.reports.figures.tasks import across_tasks
+from klab.reports.figures.profiles import across_tasks
 from klab.reports.schema import CELLS, SUMMARY
 from klab.reports.study import load_runs
 from tests.reports.synthetic import EFFECTS, write_run

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch import gpus
 from klab.harness.dispatch.packing.balance import NOISE
 from klab.harness.dispatch.packing.packs import cost_key
-from klab.harness.store import Run, files, machine
+from klab.harness.store import CellFolder, Run, files, machine
 
 FILE = ".step-times.jsonl"
 """Below the folder that holds the runs."""
@@ -72,11 +72,17 @@ def record_job(run: Run, cells: Sequence[str], key: HardwareKey, busy: float = 1
     with suppress(OSError, UserError):
         folders = [run.cell(identity) for identity in cells]
         begun = [sum(event["event"] == "started" for event in folder.attempts()) for folder in folders]
-        rows = folders[0].metrics()[1:]
-        if any(count > 1 for count in begun) or len(rows) < _LEAST:
+        if any(count > 1 for count in begun):
             return
-        spent = [sum(value for key, value in row.items() if key.startswith("seconds")) for row in rows]
+        spent = [mean(seconds) for seconds in zip(*map(_update_seconds, folders), strict=False)][1:]
+        if len(spent) < _LEAST:
+            return
         append_measurement(run.path.parent, key, cost_key(run.resolved(cells[0])), len(cells), busy * median(spent))
+
+
+def _update_seconds(folder: CellFolder) -> list[float]:
+    rows = folder.metrics()
+    return [sum(value for key, value in row.items() if key.startswith("seconds")) for row in rows]
 
 
 def append_measurement(runs: Path, key: HardwareKey, cost: str, size: int, seconds: float) -> None:

@@ -371,7 +371,7 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
         if row.get("loss_tokens") != 0:
             self.coefficients = adapt_coefficients(self.member.cell, self.coefficients, row)
         self._metrics["train"].clear()  # TRL's own, which nobody reads
-        return {**row, **self.timer.take(cells=1)}
+        return {**row, **self.timer.take([1.0])[0]}
 
     # -- views --------------------------------------------------------------------------------------------------------
 

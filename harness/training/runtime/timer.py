@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ class PhaseTimer:
     >>> timer = PhaseTimer()
     >>> with timer("reward"):
     ...     total = sum(range(10))
-    >>> sorted(timer.take(cells=1))
+    >>> sorted(timer.take([512])[0])
     ['seconds_backward', 'seconds_forward', 'seconds_reference', 'seconds_reward', 'seconds_rollout', 'seconds_step']
     """
 
@@ -62,13 +62,30 @@ class PhaseTimer:
         """Add seconds that were measured elsewhere."""
         self._spent[phase] += seconds
 
-    def take(self, cells: int) -> dict[str, float]:
-        """Seconds per phase since the last call, shared equally by the `cells` of the pack."""
+    def take(self, work: Sequence[float]) -> list[dict[str, float]]:
+        """Seconds per phase since the last call, for each cell of the pack.
+
+        Args:
+            work: how much each cell gave to do, in tokens. Phases are shared in proportion to it; the optimizer's step,
+                which is the same for every cell, evenly.
+        """
         if self._events:
             self._events[-1][2].synchronize()
         for phase, start, end in self._events:
             self._spent[phase] += start.elapsed_time(end) / 1000
-        taken = {f"seconds_{phase}": spent / cells for phase, spent in self._spent.items()}
+        taken = [
+            {
+                f"seconds_{phase}": spent * (share if phase != "step" else 1 / len(work))
+                for phase, spent in self._spent.items()
+            }
+            for share in shares(work)
+        ]
         self._spent = dict.fromkeys(PHASES, 0.0)
         self._events.clear()
         return taken
+
+
+def shares(work: Sequence[float]) -> list[float]:
+    """Each part of the sum, even parts where nothing was done."""
+    total = sum(work)
+    return [each / total for each in work] if total > 0 else [1 / len(work)] * len(work)
