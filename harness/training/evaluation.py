@@ -18,6 +18,7 @@ from torch import Tensor
 
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
+from klab.harness.policy.sampling.sampler import SampleFunction
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.rollouts import score_completions
@@ -135,12 +136,13 @@ def evaluate(
     """
     samples, k = settings.completions_after(update), settings.evaluation_samples
     examples = [eval_set.examples for eval_set in eval_sets]
+    sampler = sample_function(settings.sampler, policy, members, process_group)
 
     def answered() -> list[EvalOutputs]:
         share = process_group.shard(len(examples[0]))
         if not share:
             return []
-        return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share, process_group)
+        return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share, sampler)
 
     parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
     rows = []
@@ -185,12 +187,11 @@ def _eval_outputs(
     update: int,
     budget: MemoryBudget,
     share: range,
-    process_group: ProcessGroup,
+    sampler: SampleFunction,
 ) -> list[EvalOutputs]:
     """Evaluate a part of every cell's prompts, with completions from whoever draws the rollouts."""
     examples = [eval_set.examples for eval_set in eval_sets]
     samples = settings.completions_after(update)
-    sampler = sample_function(settings.sampler, policy, members, process_group)
     drawing = partial(
         generate, policy, members, examples, sampler=sampler, budget=sampling_budget(settings.sampler, budget)
     )

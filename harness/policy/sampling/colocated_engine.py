@@ -31,12 +31,12 @@ from klab.harness.policy.sampling.sampler import SamplingOptions
 
 
 class ColocatedEngine:
-    """An `Engine` that holds vLLM's `LLM`, started with the first policy that it is to hold."""
+    """An `Engine` that holds vLLM's `LLM`. Processes that train together start theirs together."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._as_requests = settings.sampler.adapters == "requests"
-        self._llm: Any = None
+        self._llm: Any = self._start()
         self._asleep = False
         self._complete = False
         self._adapters: Any = None
@@ -45,8 +45,6 @@ class ColocatedEngine:
 
     @contextmanager
     def holding(self, policy: Policy, cell: int) -> Iterator[None]:
-        if self._llm is None:
-            self._llm = self._start(policy)
         if self._asleep:
             torch.cuda.empty_cache()  # what the trainer freed may be what the engine needs
             self._llm.wake_up(tags=["weights"])
@@ -94,7 +92,7 @@ class ColocatedEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _start(self, policy: Policy) -> Any:
+    def _start(self) -> Any:
         from vllm import LLM
 
         settings = self._settings
@@ -102,7 +100,7 @@ class ColocatedEngine:
         if self._as_requests:
             rank = next(rank for rank in VLLM_LORA_RANKS if rank >= settings.lora_rank)
             adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
-        with _launched(policy.device):
+        with _launched():
             return LLM(
                 model=settings.model,
                 revision=settings.revision,
@@ -169,13 +167,13 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _launched(device: torch.device) -> Iterator[None]:
+def _launched() -> Iterator[None]:
     """The environment in which vLLM's `external_launcher` finds its process group; afterwards it is as before."""
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     wanted = {
         "RANK": str(torch.distributed.get_rank() if group else 0),
         "WORLD_SIZE": str(torch.distributed.get_world_size() if group else 1),
-        "LOCAL_RANK": str(device.index or 0),
+        "LOCAL_RANK": str(torch.cuda.current_device() if torch.cuda.is_available() else 0),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

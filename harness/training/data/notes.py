@@ -41,6 +41,8 @@ def sampling_notes(training: TrainingSection) -> Iterator[str]:
             f"log-probabilities, ratios and KL are at training.temperature: {training.temperature:g}; nothing corrects "
             "the difference"
         )
+    if sampler is not None and sampler.url is not None:
+        yield "training.sampler.url: the server draws with generators of its own: the cell's numbers are not repeatable"
 
 
 def precision_notes(policy: PolicySection, on_gpu: bool) -> Iterator[str]:

@@ -165,6 +165,7 @@ def _sample_and_score(
     process_group: ProcessGroup,
 ) -> list[SampledGroups]:
     """A draw of the cells at some positions of the pack, one list of examples each, all equally long."""
+    sampler = sample_function(settings.sampler, policy, members, process_group)
     share = process_group.shard(len(examples[0]))
 
     def drawn() -> list[tuple[Rollout, Tensor, Tensor, Tensor]]:
@@ -181,7 +182,7 @@ def _sample_and_score(
                 settings.max_new_tokens,
                 settings.sampling_temperature,
                 settings.top_p,
-                sampler=sample_function(settings.sampler, policy, members, process_group),
+                sampler=sampler,
                 positions=positions,
                 budget=sampling_budget(settings.sampler, budget),
                 share=share,
@@ -226,6 +227,7 @@ def _greedy_rewards(
     """Per cell, the reward [N] of the behaviour policy's greedy completion of each trajectory's prompt, and the
     timeouts [P] of each prompt's."""
     examples = [each.examples for each in draws]
+    sampler = sample_function(settings.sampler, behaviour, members, process_group)
     share = process_group.shard(len(examples[0]))
 
     def rewards() -> list[tuple[Tensor, Tensor]]:
@@ -237,7 +239,7 @@ def _greedy_rewards(
                 1,
                 None,
                 settings.max_new_tokens,
-                sampler=sample_function(settings.sampler, behaviour, members, process_group),
+                sampler=sampler,
                 budget=sampling_budget(settings.sampler, budget),
                 share=share,
             )

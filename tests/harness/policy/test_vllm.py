@@ -247,7 +247,7 @@ def test_an_engine_that_lacks_weights_is_not_drawn_from(vllm: Any, tmp_path: Pat
         engine_of(policy)(policy, [PROMPTS], generators([1]), options())
 
 
-def test_an_engine_runs_on_as_long_as_it_will_do(vllm: Any) -> None:
+def test_an_engine_runs_on_as_long_as_it_will_do(vllm: Any, tmp_path: Path) -> None:
     for changes, will in [
         ({"context": 100}, True),
         ({"context": 513}, False),
@@ -257,5 +257,6 @@ def test_an_engine_runs_on_as_long_as_it_will_do(vllm: Any) -> None:
         ({"sampler": Sampler(engine="vllm", gpu_memory=0.5)}, False),
     ]:
         assert SETTINGS.will_do(replace(SETTINGS, **changes)) == will  # type: ignore[arg-type]
-    kept = keep_engine(ColocatedEngine(SETTINGS), SETTINGS)
-    assert vllm_sampler(replace(SETTINGS, context=80)) is kept
+    settings = replace(SETTINGS, model=start(tmp_path).origin)
+    kept = keep_engine(ColocatedEngine(settings), settings)
+    assert vllm_sampler(replace(settings, context=80)) is kept

@@ -29,6 +29,8 @@ def test_tokens_of_another_distribution_are_named() -> None:
     (note,) = sampling_notes(TrainingSection(sampler=Sampler(temperature=0.5)))
     assert note.startswith("training.sampler.temperature: 0.5")
     assert list(sampling_notes(TrainingSection(sampler=Sampler(temperature=0.5, correction="tis")))) == []
+    (note,) = sampling_notes(TrainingSection(sampler=Sampler(engine="vllm", url="http://a:1")))
+    assert note.endswith("the cell's numbers are not repeatable")
 
 
 @pytest.mark.parametrize("correction", ["ratio", "tis", "icepop"])

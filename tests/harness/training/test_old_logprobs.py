@@ -11,7 +11,7 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from klab.harness.training.forward import ForwardPass
-from klab.harness.training.loss import _token_batch
+from klab.harness.training.loss import token_batch
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished
@@ -36,7 +36,7 @@ def test_whose_log_probabilities_the_ratio_is_to(make_run: MakeRun, engine: str,
     member, experience = pack.members[0], pack.pending[0][0]
     experience.rollout.logp += 0.25
     now = token_scores(pack.policy, [experience.rollout])[0].logp.detach()
-    behaviour = _token_batch(member, experience, ForwardPass(now, now)).logp_behaviour
+    behaviour = token_batch(member, experience, ForwardPass(now, now)).logp_behaviour
     if asked == "trainer" or (asked is None and dtype == "bfloat16"):
         assert torch.equal(behaviour, now)
     else:

@@ -21,7 +21,7 @@ from klab.harness.training.data.prompts import encode_prompts
 from klab.harness.training.data.rollouts import rollout_prompts
 from klab.harness.training.data.sampler_mismatch import correction_weights, mismatch_metrics
 from klab.harness.training.forward import ForwardPass
-from klab.harness.training.loss import _token_batch
+from klab.harness.training.loss import token_batch
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from klab.harness.training.runtime.rng import generator
@@ -143,7 +143,7 @@ def test_the_ratio_is_to_the_trainer_unless_it_is_asked_to_be_to_the_sampler(
     member, experience = trained.members[0], trained.pending[0][0]
     assert experience.old_logprobs is not None
     now = experience.old_logprobs + 0.25
-    batch = _token_batch(member, experience, ForwardPass(now, now))
+    batch = token_batch(member, experience, ForwardPass(now, now))
     if kind == "ratio":
         assert torch.equal(batch.logp_behaviour, experience.rollout.logp)
     else:
@@ -266,6 +266,10 @@ def test_a_setting_of_the_sampler_without_effect_is_named_and_makes_no_other_cel
         cells(training={"sampler": {"correction": "icepop", "cap": 3.0}})
     axes = {"training.sampler.correction": ["none", "tis"], "training.sampler.level": ["token", "sequence"]}
     assert len(set(cells(training={"sampler": {"temperature": 1.5}}, axes=axes))) == 3
+    rejections = {"training.sampler.reject": [None, {"high": 2.0}, {"high": 2.0, "over": "token"}]}
+    assert len(set(cells(training={"sampler": {"temperature": 1.5}}, axes=rejections))) == 3
+    bounds = {"training.sampler.reject.high": [1.5, 2.0]}
+    assert len(set(cells(training={"sampler": {"reject": {"high": 3.0}}}, axes=bounds))) == 2
 
 
 def test_settings_that_came_later_do_not_change_older_ids() -> None:
