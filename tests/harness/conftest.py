@@ -54,6 +54,7 @@ def make_grid(place: Path, digits: Path) -> Callable[..., Grid]:
             "evaluate_every": 1000,
             "evaluation_prompts": 2,
             "evaluation_samples": 2,
+            "final_evaluation_samples": 2,
             "checkpoint_updates": 2,
         }
         text = {

@@ -23,6 +23,7 @@ TRAINING: dict[str, Any] = {
     "evaluate_every": 50,
     "evaluation_prompts": 2,
     "evaluation_samples": 1,
+    "final_evaluation_samples": 1,
     "checkpoint_updates": 5,
 }
 
