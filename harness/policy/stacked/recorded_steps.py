@@ -24,6 +24,9 @@ MIN_ROWS = 8
 MIN_LENGTH = 128
 """Fewest rows per cell and fewest slots that a step is recorded for."""
 
+MAX_DRAWN_LOGITS = 2**26
+"""Logits that are held at once while tokens are drawn, each in three or four tensors of 4 or 8 bytes."""
+
 KEPT_SHARE = 1 / 8
 """Share of a device's memory up to which decoding keeps its own between rollouts."""
 
@@ -131,17 +134,17 @@ class RecordedSteps:
     def _draw(self, model: StackedModel, rows: int, draw: Draw) -> None:
         assert self.memory is not None
         memory, C, places = self.memory, model.cells, rows * model.cells
-
-        def by_cell(values: Tensor) -> Tensor:
-            return values.view(rows, C).t().reshape(-1)
-
-        def by_row(values: Tensor) -> Tensor:
-            return values.view(C, rows).t().reshape(-1)
-
+        uniforms = memory.uniforms.index_select(0, memory.step)[0, :places].view(rows, C)
+        at_once = max(1, MAX_DRAWN_LOGITS // (C * model.vocab_size))
+        parts = []
+        for first in range(0, rows, at_once):
+            some = slice(first, min(first + at_once, rows))
+            # rows of tokens are numbered cell by cell for the output layer, places row by row
+            logits = model.logits(self._weights, memory.hidden[some].transpose(0, 1)).flatten(0, 1)
+            found = draw(logits, uniforms[some].t().reshape(-1, 1))
+            parts.append([each.view(C, -1).t().reshape(-1) for each in found])
+        drawn, logp = (torch.cat(each) for each in zip(*parts, strict=True))
         tokens, positions, going = memory.integers[:3, :places].unbind(0)
-        uniforms = by_cell(memory.uniforms.index_select(0, memory.step)[0, :places])
-        logits = model.logits(self._weights, memory.hidden[:rows].transpose(0, 1)).flatten(0, 1)
-        drawn, logp = (by_row(each) for each in draw(logits, uniforms[:, None]))
         given = memory.integers[3:].index_select(0, memory.step)[0, :places]
         forced = given >= 0
         chosen = torch.where(forced, given, drawn)

@@ -35,6 +35,7 @@ def _small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(module, "BLOCK"):
             monkeypatch.setattr(module, "BLOCK", 5)
     monkeypatch.setattr(StaticBlockDecoder, "max_steps", 5)
+    monkeypatch.setattr(recorded_steps, "MAX_DRAWN_LOGITS", 5 * 2 * 15)  # of five rows of two cells at once
 
 
 def some_prompts(cells: int, count: int = 3) -> list[list[list[int]]]:
