@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu bench-statistics clean
+.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu gpu-proof bench-statistics clean
 
 help:
 	@echo "make demo          train the quickstart grid and write its report"
@@ -18,6 +18,7 @@ help:
 	@echo "make browser-test  the report in headless Chromium (needs apt)"
 	@echo "make parity-test   gradients against TRL and verl, in an environment of their own"
 	@echo "make bench         benchmarks"
+	@echo "make gpu-proof     the first ten minutes on a GPU: everything that only a GPU can show, on one page"
 	@echo "make bench-gpu     benchmarks of a model of real size on one GPU"
 	@echo "make bench-statistics  error rates, coverage and power of the report's verdicts"
 
@@ -90,6 +91,9 @@ bench: $(VENV)/installed $(VENV)-parity/installed
 
 bench-statistics: $(VENV)/installed
 	$(BIN)/python -m tests.benchmarks.error_rates
+
+gpu-proof: $(VENV)/installed
+	$(BIN)/python -m tests.benchmarks.gpu_proof
 
 bench-gpu: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python -m tests.benchmarks.gpu
