@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from klab.grid.catalogue import value_of
 from klab.grid.user_code import names_user_code
 
 _IN_RETURN = {"reward": "none", "reward_to_go": "none", "reward_and_loss": "loss"}
@@ -28,6 +29,13 @@ class CanonicalForm:
 
     canonical: dict[str, Any]
     idle: dict[str, str]
+
+
+_IGNORES_RETURNS = {
+    "positive": "the advantage 'positive' looks at the task reward only",
+    "term_norm": "the advantage 'term_norm' looks at the terms of the task's reward only",
+}
+_DRIFT = {"log_ratio", "logp", "logp_behaviour"}
 
 
 def keeps_unit_ratio(weight: str, arguments: Mapping[str, Any]) -> bool:
@@ -49,6 +57,7 @@ def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, A
     kept = {axis: dict(parameters) for axis, parameters in arguments.items()}
     idle: dict[str, str] = {}
 
+    _one_clip_by_two_names(value, kept)
     _drop_idle_placement(value, kept, idle)
     _drop_idle_weight(value, kept, idle, on_policy)
     _drop_idle_path(value, idle)
@@ -77,8 +86,8 @@ def _drop_idle_placement(value: dict[str, str], kept: dict[str, dict[str, Any]],
     if "beta" in kept["placement"] and kept["placement"]["beta"] == 0.0:
         idle["placement"] = "beta is 0"
         value["placement"], kept["placement"] = "none", {}
-    elif value["advantage"] == "positive" and placement in _IN_RETURN:
-        reason = "the advantage 'positive' looks at the task reward only"
+    elif value["advantage"] in _IGNORES_RETURNS and placement in _IN_RETURN:
+        reason = _IGNORES_RETURNS[value["advantage"]]
         value["placement"] = _IN_RETURN[placement]
         beta = kept["placement"]["beta"]
         kept["placement"] = {"beta": beta} if value["placement"] == "loss" else {}
@@ -86,6 +95,14 @@ def _drop_idle_placement(value: dict[str, str], kept: dict[str, dict[str, Any]],
             idle[parameter] = reason
         if value["placement"] == "none":
             idle["placement"] = idle["beta"] = reason
+
+
+def _one_clip_by_two_names(value: dict[str, str], kept: dict[str, dict[str, Any]]) -> None:
+    """`two_sided_clip` is `dual_clip` where its ceiling is no lower than 1 + ε_high: ppo_clip cuts off the rest."""
+    weight = kept["weight"]
+    if value["weight"] == "two_sided_clip" and weight["ceiling"] >= 1 + weight["eps_high"]:
+        value["weight"] = "dual_clip"
+        kept["weight"] = {"eps_low": weight["eps_low"], "eps_high": weight["eps_high"], "c": weight["ceiling"]}
 
 
 def _drop_idle_weight(
@@ -96,7 +113,8 @@ def _drop_idle_weight(
         value["placement"] = "loss"
     if value["ratio"] == "none" and value["placement"] == "loss_corrected":
         value["placement"] = "loss"
-    if ratio_is_one and keeps_unit_ratio(value["weight"], kept["weight"]):
+    sees_no_drift = on_policy or (value["ratio"] == "none" and not _DRIFT.intersection(_needs(value["weight"])))
+    if sees_no_drift and keeps_unit_ratio(value["weight"], kept["weight"]):
         if value["weight"] != "one":
             reason = "every ratio is 1: one update per rollout" if on_policy else "the ratio is none"
             idle["weight"] = reason
@@ -109,6 +127,11 @@ def _drop_idle_weight(
         else:
             idle["ratio"] = "the weight is one"
         value["ratio"] = "none"
+
+
+def _needs(weight: str) -> tuple[str, ...]:
+    """What a weight looks at beside the ratio and the advantage."""
+    return value_of("weight", weight).needs
 
 
 def _drop_idle_path(value: dict[str, str], idle: dict[str, str]) -> None:

@@ -61,6 +61,7 @@ class CellBuilder:
         chosen = self._objective(variant.sections["objective"])
         training = self._training(variant, chosen.algorithm)
         _refuse_groups_of_one(training, chosen.objective)
+        _refuse_unseen_penalty(training, chosen.objective)
         if training.sampler is not None:
             check_sampled_policy(training.sampler, policy)  # type: ignore[arg-type]
         refuse_unsupported(training, policy, chosen.objective)  # type: ignore[arg-type]
@@ -189,6 +190,17 @@ def _refuse_groups_of_one(training: TrainingSection, objective: Objective) -> No
             value=1,
             hint="Sample 2 or more completions per prompt, or choose an advantage that does not compare within the "
             "group, such as raw, batch_norm or gae.",
+        )
+
+
+def _refuse_unseen_penalty(training: TrainingSection, objective: Objective) -> None:
+    """Raises UserError where an advantage would not see the penalty of long completions."""
+    if training.overlong_buffer is not None and "reward_terms" in value_of("advantage", objective.advantage).needs:
+        raise UserError(
+            f"the advantage {objective.advantage!r} sees the terms of the task's reward, but no penalty of length",
+            key="training.overlong_buffer",
+            value=training.overlong_buffer,
+            hint="Leave it out, or give the task a reward term for the length.",
         )
 
 

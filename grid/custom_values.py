@@ -17,8 +17,8 @@ class Signature:
 
     Attributes:
         inputs: the positional arguments, in order: name and shape.
-        optional: further inputs, passed as keywords to a function that has parameters of these names; the cell is then
-            given what they need (whole logits, a greedy completion of every prompt).
+        optional: further inputs (see `VIEW`), passed as keywords to a function that has parameters of these names; the
+            cell is then given what they need (whole logits, a greedy completion of every prompt).
         returns: what comes back.
         example: a complete module with one function.
         written: how a grid file would use that function, the module being called ``mine``.
@@ -32,10 +32,42 @@ class Signature:
 
     def call(self, function: str = "function") -> str:
         """The signature as a line of Python."""
-        optional = [f"{name}=…" for name in self.optional]
-        return f"{function}({', '.join([*self.inputs, *optional, '**parameters'])}) -> {self.returns}"
+        asked = ["…"] if self.optional else []
+        return f"{function}({', '.join([*self.inputs, *asked, '**parameters'])}) -> {self.returns}"
 
 
+VIEW: Mapping[str, str] = MappingProxyType(
+    {
+        "logp": "ℓ, float [N, T], of the current policy",
+        "logp_behaviour": "ℓ_old, float [N, T], of the policy that sampled",
+        "logp_reference": "ℓ_ref, float [N, T], of the reference policy",
+        "log_ratio": "λ = ℓ − ℓ_old, float [N, T]",
+        "ratio": "ρ, float [N, T]",
+        "mask": "own tokens, bool [N, T]",
+        "advantage": "A, float [N, T]",
+        "rewards": "R, float [N]",
+        "reward_terms": "the reward's terms without their weights, float [N, K], NaN where one has no value",
+        "term_weights": "the weight of each term, float [K]",
+        "groups": "the trajectories by prompt, a klab.harness.objective.Groups; only where the whole update is at hand",
+        "lengths": "own tokens of each trajectory, int [N, 1]",
+        "positions": "how many own tokens stand before each, int [N, T]",
+        "entropy": "of the current policy at each token, in nats, float [N, T]",
+        "greedy_rewards": "float [N], the reward of the greedy completion of the same prompt",
+        "values": "a critic's V, float [N, T]",
+        "logits": "of the current policy, float [N, T, V]; with gradient for an estimator",
+        "logits_reference": "of the reference policy, float [N, T, V]",
+        "update": "number of the update, int, from 0",
+    }
+)
+"""What an update knows, by the name that a function asks for it with. Without gradient and 0 off the own tokens."""
+
+
+def _view(without: tuple[str, ...]) -> dict[str, str]:
+    """`VIEW` but for some names: an axis's own positional inputs, and what is not known yet when it is called."""
+    return {name: text for name, text in VIEW.items() if name not in without}
+
+
+_WHOLE_UPDATE = ("groups",)
 _TOKENS = "float [N, T]"
 _LOG_RATIO = "κ = ℓ − ℓ_ref, float [N, T], 0 off the own tokens"
 
@@ -43,10 +75,7 @@ SIGNATURES: Mapping[str, Signature] = MappingProxyType(
     {
         "estimator": Signature(
             inputs={"log_ratio": _LOG_RATIO},
-            optional={
-                "logits": "float [N, T, V] of the current policy, with gradient",
-                "logits_reference": "float [N, T, V] of the reference policy",
-            },
+            optional=_view(without=("log_ratio", "ratio", "advantage", *_WHOLE_UPDATE)),
             returns="φ, float [N, T], differentiable",
             example='''def huber(log_ratio, *, width):
     """κ²/2 near 0, linear beyond ±width."""
@@ -72,6 +101,7 @@ def final_reward(*, beta):
                 "log_ratio": "λ = ℓ − ℓ_old, float [N, T], 0 off the own tokens, with gradient",
                 "mask": "own tokens, bool [N, T]",
             },
+            optional=_view(without=("log_ratio", "mask", "ratio", *_WHOLE_UPDATE)),
             returns="log ρ, float [N, T], differentiable",
             example='''def half(log_ratio, mask):
     """The square root of the token's ratio."""
@@ -81,6 +111,7 @@ def final_reward(*, beta):
         ),
         "weight": Signature(
             inputs={"ratio": f"ρ, {_TOKENS}, without gradient", "advantage": f"A, {_TOKENS}, without gradient"},
+            optional=_view(without=("ratio", "advantage", *_WHOLE_UPDATE)),
             returns="w, float [N, T]",
             example='''def soft(ratio, advantage, *, tau):
     """ρ, damped the further it is from 1."""
@@ -90,7 +121,7 @@ def final_reward(*, beta):
         ),
         "advantage": Signature(
             inputs={"returns": "a klab.harness.objective.Returns: returns [N, T], rewards [N], mask, groups, …"},
-            optional={"greedy_rewards": "float [N], the reward of the greedy completion of the same prompt"},
+            optional=_view(without=("advantage", "ratio")),
             returns="A, float [N, T]",
             example='''def above_greedy(returns, greedy_rewards):
     """1 where the sample beats the greedy completion, else 0."""
@@ -127,3 +158,27 @@ def final_reward(*, beta):
     }
 )
 """The signature of the user's own values, by axis."""
+
+SOLVER = Signature(
+    inputs={
+        "log_rho": f"log ρ, {_TOKENS}, without gradient",
+        "mask": "own tokens of the loss in the whole update, bool [N, T]",
+    },
+    optional=_view(without=("mask",)),
+    returns="a dict of what the weight is then called with: scalars, or tensors whose first dimension is N",
+    example='''def largest(log_rho, mask):
+    """The largest ratio of the update."""
+    return {"top": log_rho.where(mask, -float("inf")).amax().exp()}
+
+
+def relative(ratio, advantage, *, top):
+    """The ratio as a share of the update's largest one."""
+    return ratio / top
+
+
+relative.solver = largest
+''',
+    written='weight: "mine:relative"',
+)
+"""A weight whose parameters depend on the whole update: a function with the attribute `solver`, itself a function that
+is called once per update. Parameters of the grid file go to whichever of the two has them."""

@@ -141,6 +141,8 @@ def refuse_unsupported(training: TrainingSection, policy: PolicySection, objecti
     _refuse_training(training)
     _refuse_sampler(training, policy, objective)
     _refuse_fields(training)
+    if not names_user_code(objective.advantage) and "logits" in value_of("advantage", objective.advantage).needs:
+        raise _unsupported("objective.advantage", objective.advantage, "TRL keeps no logits of the whole update")
     if getattr(policy, "engine", "auto") == "stacked":
         raise UserError(
             "is klab's own engine for models, and training.engine: trl has its own",

@@ -46,6 +46,24 @@ class Objective:
     tau_pos: float
     tau_neg: float
     ess: float
+    ceiling: float
+    tv_low: float
+    tv_high: float
+    kl_low: float
+    kl_high: float
+    truncation: float
+    drift: float
+    worst: float
+    moment: float
+    k_pos: float
+    rate_pos: float
+    k_neg: float
+    rate_neg: float
+    half_life: float
+    influence: float
+    safety: float
+    clip_low: float
+    clip_high: float
     gamma: float
     lam: float
     whiten: str

@@ -15,7 +15,7 @@ from typing import Any
 
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.grid.custom_values import SIGNATURES
+from klab.grid.custom_values import SIGNATURES, SOLVER, VIEW, Signature
 from klab.grid.glossary import GLOSSARY
 from klab.grid.grid_file import KEYS
 from klab.grid.schema.analysis import AnalysisPlan, Stop
@@ -139,12 +139,30 @@ def _values(field: Mapping[str, Any]) -> str:
 
 
 def _signatures() -> Iterable[str]:
+    """How the user's own values are called; what most of them may ask for stands in one table at the end."""
     for axis, signature in SIGNATURES.items():
-        yield f"`{signature.call(axis)}`"
-        yield ""
-        rows = [(f"`{name}`", text) for name, text in (*signature.inputs.items(), *signature.optional.items())]
-        yield from (*_table(("input", "what it is"), rows), "") if rows else ()
-        yield from ("```python", *signature.example.splitlines(), "```", "", "```yaml", signature.written, "```", "")
+        yield from _signature(axis, signature)
+    yield (
+        "A weight whose parameters depend on the whole update has an attribute `solver`, a function that is called "
+        "once per update; parameters of the grid file go to whichever of the two has them."
+    )
+    yield ""
+    yield from _signature("solver", SOLVER)
+    yield (
+        "What a function may ask for by the names of its parameters, on each axis but for what it is called with "
+        "anyway and what is not known yet:"
+    )
+    yield ""
+    yield from _table(("name", "what it is"), [(f"`{name}`", text) for name, text in VIEW.items()])
+    yield ""
+
+
+def _signature(axis: str, signature: Signature) -> Iterable[str]:
+    yield f"`{signature.call(axis)}`"
+    yield ""
+    rows = [(f"`{name}`", text) for name, text in signature.inputs.items()]
+    yield from (*_table(("input", "what it is"), rows), "") if rows else ()
+    yield from ("```python", *signature.example.splitlines(), "```", "", "```yaml", signature.written, "```", "")
 
 
 def _algorithms() -> list[str]:

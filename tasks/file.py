@@ -80,6 +80,7 @@ class File:
         self._train, self._held_out, self._held_out_path = train, held_out, held_out_path
         self._rewards = Rewards(reward, reward_seconds, reward_memory_gb)
         self.has_reward_timeouts = self._rewards.has_timeouts
+        self.reward_weights = dict(zip(self._rewards.names, self._rewards.weights, strict=True))
 
     def split(self, name: SplitName) -> Sequence[Example]:
         return self._splits[name]

@@ -71,7 +71,9 @@ class Task(Protocol):
         alphabet: the characters that a character tokenizer must cover; None where a pretrained tokenizer is needed.
         max_new_tokens: default budget of own tokens per trajectory, including the end token.
 
-    A task whose scores may have `timeouts` sets `has_reward_timeouts = True`, and they are counted in the records.
+    A task whose scores may have `timeouts` sets `has_reward_timeouts = True`, and they are counted in the records. One
+    whose reward is a weighted sum of parts of its scores says so with `reward_weights`, the weight of each such part by
+    its name: advantages like `term_norm` look at the parts.
 
     A task may also set `interactive = False`: `respond` is then never called, which saves decoding text in between. And
     it may have `score_all(examples, completions)`, which yields the scores of many completions in order and may compute

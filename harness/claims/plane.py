@@ -11,7 +11,7 @@ from klab.grid import Objective
 from klab.harness.claims.drift import INSTANCES
 from klab.harness.claims.instances import Setting, binary_reward
 from klab.harness.exact.gradients import exact_gradient
-from klab.harness.objective.loss import axis_functions
+from klab.harness.objective import axis_functions
 
 RATIOS = ("none", "token", "sequence_mean", "future_mean", "prefix_product", "future_product", "sequence_product")
 WEIGHTS = ("one", "ratio", "ppo_clip", "dual_clip", "truncate", "clamp", "truncate_clip", "power", "mask", "sigmoid")

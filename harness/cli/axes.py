@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from klab.grid import UserError, catalogue
-from klab.grid.custom_values import SIGNATURES, Signature
+from klab.grid.custom_values import SIGNATURES, SOLVER, Signature
 from klab.grid.glossary import GLOSSARY
 from klab.grid.sources import SOURCES
 from klab.harness.cli.arguments import JsonOption
@@ -53,6 +53,11 @@ def axes(
     console().print("* default")
     if name:
         _show_signature(name, SIGNATURES[name])
+        if name == "weight":
+            console().print(
+                "\n[bold]a weight whose parameters depend on the whole update[/] has an attribute `solver`:"
+            )
+            _show_signature("solver", SOLVER)
     else:
         console().print("`klab axes NAME` shows how to write a value of your own; --symbols and --sources explain.")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from klab.grid import Objective
 from klab.harness.exact.estimators import loss_gradients
 from klab.harness.objective import TokenBatch, axis_functions
+from klab.harness.objective.kl import entropy
 
 VOCABULARY, POSITIONS, GROUP_SIZE = 4, 6, 4
 PROJECTIONS = 3
@@ -39,6 +40,7 @@ _REWARDS = (
 _LENGTHS = ((6, 3, 1, 5), (4, 6, 2, 6), (0, 5, 6, 3), (6, 2, 4, 5), (3, 6, 5, 1), (6, 6, 6, 6))
 _DRIFTS = (0.0, 0.05, 1.0)
 _COMB = 96
+_TERM_WEIGHT = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,17 +98,22 @@ def probe(on_policy: bool) -> Probe:
     logp_reference = torch.log_softmax(logits_reference, -1).gather(-1, tokens[..., None])[..., 0]
     log_ratio = torch.zeros_like(logp) if on_policy else torch.cat(drifts)
     groups = torch.arange(rows) // GROUP_SIZE
+    all_rewards = torch.cat(rewards)
+    second = torch.randn(rows, generator=torch.Generator().manual_seed(20260105), dtype=torch.float64)
     batch = TokenBatch(
         logp=logp * mask,
         logp_behaviour=(logp - log_ratio) * mask,
         logp_reference=logp_reference * mask,
         mask=mask,
-        rewards=torch.cat(rewards),
+        rewards=all_rewards,
         groups=groups,
         max_new_tokens=MAX_NEW_TOKENS,
         logits=logits,
         logits_reference=logits_reference,
         greedy_rewards=normal(rows // GROUP_SIZE)[groups],
+        entropy=entropy(logits),
+        reward_terms=torch.stack([all_rewards - _TERM_WEIGHT * second, second], 1),
+        term_weights=(1.0, _TERM_WEIGHT),
     )
     scores = torch.nn.functional.one_hot(tokens, VOCABULARY) - torch.softmax(logits, -1)
     return Probe(batch, scores, tuple(blocks), normal(PROJECTIONS, rows, POSITIONS, VOCABULARY))

@@ -13,6 +13,7 @@ from klab.grid import Objective
 from klab.harness.exact.gradients import Scale, exact_gradient
 from klab.harness.exact.tabular import Reward, TabularPolicy, Trajectories
 from klab.harness.objective import TokenBatch
+from klab.harness.objective.kl import entropy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +96,7 @@ class Setting:
             logits=self.logits[members] if with_logits else None,
             logits_reference=self.logits_reference[members] if with_logits else None,
             greedy_rewards=self._greedy_reward.expand(members.shape),
+            entropy=self._entropy[members],
         )
 
     def parameter_gradients(
@@ -183,6 +185,11 @@ class Setting:
     def logits_reference(self) -> Float64[Tensor, "M H V"]:
         """The same under the reference policy."""
         return self.reference.token_logits().detach()
+
+    @cached_property
+    def _entropy(self) -> Tensor:
+        """Entropy of the current policy before each token of each trajectory, [M, H]."""
+        return entropy(self.logits)
 
     @cached_property
     def _greedy_reward(self) -> Tensor:

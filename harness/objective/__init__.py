@@ -1,20 +1,20 @@
 """The objective: every axis as pure functions of tensors, composed into the loss of an update.
 
-One module per axis: `kl` (estimators), `placement`, `ratio`, `weight`, `advantage`, `aggregate`, and the gradient paths
-in `loss`, which composes them. Symbols and shapes are those of `klab.grid.glossary`; a function of the user's own is
-called as `klab.grid.custom_values` says (`klab axes weight` prints it).
+The axes: `kl` (estimators), `placement`, `ratio`, `weight` with `weight_masks` and `soft_weights`, `advantage` with
+`advantage_groups`, `aggregate`, and the gradient paths in `functions`; `loss` composes them. Symbols and shapes are
+those of `klab.grid.glossary`; a function of the user's own is called as `klab.grid.custom_values` says (`klab axes
+weight` prints it).
 """
 
 from klab.harness.objective.advantage import Returns
 from klab.harness.objective.aggregate import Totals
 from klab.harness.objective.batch import TokenBatch
+from klab.harness.objective.functions import AxisFunctions, axis_functions
 from klab.harness.objective.groups import Groups
 from klab.harness.objective.loss import (
-    AxisFunctions,
     LossCoefficients,
     LossOutput,
     UpdateContext,
-    axis_functions,
     detached_kl,
     loss_terms,
     objective_loss,

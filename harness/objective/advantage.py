@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from klab.harness.objective.groups import Groups, mean_and_std
-from klab.harness.objective.masking import left_align, lengths, masked, suffix_sum, undo_left_align
+from klab.harness.objective.masking import discounted_suffix_sum, left_align, lengths, masked, undo_left_align
 from klab.harness.objective.registry import Registry
 
 ADVANTAGES = Registry("advantage")
@@ -57,7 +57,7 @@ class Returns:
         return self.groups.to_rows(mean), self.groups.to_rows(spread)
 
 
-def _standardised(centred: Float[Tensor, "N T"], spread: Float[Tensor, "N _"], eps: float) -> Float[Tensor, "N T"]:
+def standardised(centred: Float[Tensor, "N T"], spread: Float[Tensor, "N _"], eps: float) -> Float[Tensor, "N T"]:
     """centred / (spread + eps), and 0 where the spread is 0."""
     return torch.where(spread == 0, 0.0, centred / (spread + eps))
 
@@ -72,7 +72,7 @@ def raw(returns: Returns) -> Float[Tensor, "N T"]:
 def group_norm(returns: Returns, *, std: str, eps: float) -> Float[Tensor, "N T"]:
     """(r − mean_G)/(std_G + eps) over the group's returns (GRPO, Shao et al. 2024)."""
     mean, spread = returns.group_mean_and_std(returns.trajectory_returns, returns.has_tokens, std)
-    return _standardised(returns.returns - mean, spread, eps)
+    return standardised(returns.returns - mean, spread, eps)
 
 
 @ADVANTAGES.register("group_center")
@@ -95,14 +95,14 @@ def leave_one_out(returns: Returns) -> Float[Tensor, "N T"]:
 def group_center_batch_norm(returns: Returns, *, std: str, eps: float) -> Float[Tensor, "N T"]:
     """(r − mean_G)/(std of all returns of the update + eps) (Lite-PPO, Liu et al. 2025c)."""
     _, spread = mean_and_std(returns.trajectory_returns[None], returns.has_tokens[None], std)
-    return _standardised(group_center(returns), spread, eps)
+    return standardised(group_center(returns), spread, eps)
 
 
 @ADVANTAGES.register("batch_norm")
 def batch_norm(returns: Returns, *, std: str, eps: float) -> Float[Tensor, "N T"]:
     """r whitened over all own tokens of the update (REINFORCE++, Hu et al. 2025)."""
     mean, spread = mean_and_std(returns.returns.reshape(1, -1, 1), returns.mask.reshape(1, -1, 1), std)
-    return _standardised(returns.returns - mean, spread, eps)
+    return standardised(returns.returns - mean, spread, eps)
 
 
 def _position_mean_and_std(
@@ -119,7 +119,7 @@ def _position_mean_and_std(
 def position_norm(returns: Returns, *, std: str, eps: float) -> Float[Tensor, "N T"]:
     """(r_j − μ_j)/(σ_j + eps) over the group's trajectories that have a j-th own token (Bai & Zhang 2026)."""
     mean, spread = _position_mean_and_std(returns, std)
-    return _standardised(returns.returns - mean, spread, eps)
+    return standardised(returns.returns - mean, spread, eps)
 
 
 @ADVANTAGES.register("position_center")
@@ -161,7 +161,7 @@ def gae(returns: Returns, *, gamma: float, lam: float, whiten: str) -> Float[Ten
     `whiten: batch` standardises it to mean 0 and variance 1 over the update's own tokens.
     """
     advantages = _advantage_estimates(returns, gamma, lam)
-    return advantages if whiten == "none" else _whitened(advantages, returns.mask)
+    return advantages if whiten == "none" else whitened(advantages, returns.mask)
 
 
 def value_targets(returns: Returns, gamma: float, lam: float) -> Float[Tensor, "N T"]:
@@ -170,7 +170,7 @@ def value_targets(returns: Returns, gamma: float, lam: float) -> Float[Tensor, "
     return masked(targets if returns.values is None else targets + returns.values, returns.mask)
 
 
-def _whitened(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+def whitened(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """(v − mean)/√(variance + 1e-8) over the own tokens with the unbiased variance, as verl's `masked_whiten`."""
     mean, spread = mean_and_std(values.reshape(1, -1, 1), mask.reshape(1, -1, 1), "sample")
     return (values - mean) * torch.rsqrt(spread.square() + 1e-8)
@@ -182,9 +182,4 @@ def _advantage_estimates(returns: Returns, gamma: float, lam: float) -> Float[Te
     if returns.values is not None:
         values = left_align(returns.values, returns.mask)
         delta = delta + gamma * torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
-    if gamma * lam == 1.0:
-        return undo_left_align(suffix_sum(delta), returns.mask)
-    step = torch.arange(delta.shape[1], device=delta.device, dtype=delta.dtype)
-    ahead = step[:, None] - step[None, :]
-    decay = torch.where(ahead >= 0, (gamma * lam) ** ahead.clamp(min=0), 0.0)
-    return undo_left_align(delta @ decay, returns.mask)
+    return undo_left_align(discounted_suffix_sum(delta, gamma * lam), returns.mask)

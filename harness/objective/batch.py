@@ -36,6 +36,10 @@ class TokenBatch:
             mapped by `torch.func.vmap`.
         correction: a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
             sampler μ other than π_old drew the tokens. As in TRL and verl the KL term of the loss is not multiplied.
+        entropy: of the current policy at each token, in nats, without gradient; for values that ask for it.
+        reward_terms: the terms of the reward without their weights, NaN where a term has no value; for values that ask
+            for them. None: the reward is one term.
+        term_weights: the weight of each term in R.
         excluded_from_loss: trajectories whose rewards count in the statistics of the advantage, but none of
             whose tokens enter the loss (DAPO's overlong filtering). They still count in N, as in TRL and verl.
 
@@ -56,6 +60,9 @@ class TokenBatch:
     values: Float[Tensor, "N T"] | None = None
     n_groups: int | None = None
     correction: Float[Tensor, "N T"] | None = None
+    entropy: Float[Tensor, "N T"] | None = None
+    reward_terms: Float[Tensor, "N K"] | None = None
+    term_weights: tuple[float, ...] | None = None
     excluded_from_loss: Bool[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +71,7 @@ class TokenBatch:
         n, t = self.logp.shape
         if n == 0 or t == 0:
             raise ValueError(f"a batch needs a trajectory and a position, not [{n}, {t}]")
-        for name in ("logp_behaviour", "logp_reference", "values", "correction"):
+        for name in ("logp_behaviour", "logp_reference", "values", "correction", "entropy"):
             _expect(name, getattr(self, name), (n, t))
         for name in ("rewards", "greedy_rewards", "excluded_from_loss"):
             _expect(name, getattr(self, name), (n,))
@@ -76,6 +83,8 @@ class TokenBatch:
             raise ValueError(f"groups must be integers, not {self.groups.dtype}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.reward_terms is not None:
+            _expect("reward_terms", self.reward_terms, (n, len(self.term_weights or ())))
         if self.logits is not None:
             _expect("logits", self.logits, (n, t, self.logits.shape[-1]))
             _expect("logits_reference", self.logits_reference, tuple(self.logits.shape))

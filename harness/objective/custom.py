@@ -27,17 +27,44 @@ def load_function(name: str, axis: str) -> Callable[..., Any]:
 
 
 def optional_inputs(function: Callable[..., Any], signature: Signature) -> frozenset[str]:
-    """The optional inputs of an axis that `function` asks for by having parameters of their names."""
-    try:
-        return frozenset(signature.optional).intersection(inspect.signature(function).parameters)
-    except ValueError:  # a builtin without a signature
-        return frozenset()
+    """The optional inputs of an axis that `function` asks for by having parameters of their names, after the positional
+    ones."""
+    return frozenset(signature.optional).intersection(_parameters(function)[len(signature.inputs) :])
+
+
+def divide_parameters(
+    weight: Callable[..., Any], solver: Callable[..., Any], path: str, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a weight's parameters goes to the weight itself, and what to its solver: each to whichever has it.
+
+    Raises:
+        UserError: for a parameter that neither has.
+    """
+    named = [_parameters(function)[2:] for function in (weight, solver)]
+    for name in arguments:
+        if not any(name in names for names in named):
+            raise UserError(
+                f"neither {path!r} nor its solver has such a parameter",
+                key="weight",
+                value=name,
+                allowed=[*named[0], *named[1]],
+            )
+    parts = ({name: value for name, value in arguments.items() if name in names} for names in named)
+    return next(parts), next(parts)
 
 
 def check_parameters(
-    function: Callable[..., Any], path: str, axis: str, signature: Signature, arguments: Mapping[str, Any]
+    function: Callable[..., Any],
+    path: str,
+    axis: str,
+    signature: Signature,
+    arguments: Mapping[str, Any],
+    solved: bool = False,
 ) -> None:
     """Make sure that `function` can be called with this axis's inputs and the given parameters.
+
+    Args:
+        solved: a solver finds further parameters, whose names only its result tells.
 
     Raises:
         UserError: for a parameter that it does not take, or one without a default that is missing.
@@ -53,8 +80,16 @@ def check_parameters(
     for name in arguments:
         if name in asked or not (anything or name in names):
             raise UserError(f"{path!r} has no such parameter", key=axis, value=name, allowed=names)
+    bind = called.bind_partial if solved else called.bind
     try:
-        called.bind(*inputs, **dict.fromkeys(asked), **arguments)
+        bind(*inputs, **dict.fromkeys(asked), **arguments)
     except TypeError as error:
         expected = f"It is called as {path.rpartition(':')[2]}({', '.join([*inputs, *asked, *arguments])})."
         raise UserError(f"cannot be called: {error}", key=axis, value=path, hint=expected) from error
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except ValueError:  # a builtin without a signature
+        return []

@@ -69,3 +69,9 @@ def behaviour_kl(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"
     π_old whatever π is: summed over a trajectory, it is value and gradient of the KL of trajectories (the chain rule).
     """
     return k3(-log_ratio)
+
+
+def entropy(logits: Float[Tensor, "*tokens V"]) -> Float[Tensor, "*tokens"]:
+    """−Σ_v π(v)·log π(v), in nats."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)

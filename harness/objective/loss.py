@@ -14,100 +14,24 @@ tensor([[-0.1250, -0.1250],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from klab.grid import Objective
-from klab.harness.objective.advantage import ADVANTAGES, Returns, value_targets
-from klab.harness.objective.aggregate import AGGREGATIONS, Totals
+from klab.harness.objective.advantage import Returns
+from klab.harness.objective.aggregate import Totals
 from klab.harness.objective.batch import TokenBatch
+from klab.harness.objective.functions import AxisFunctions, axis_functions
 from klab.harness.objective.groups import Groups
-from klab.harness.objective.kl import ESTIMATORS, behaviour_kl
+from klab.harness.objective.inputs import View
+from klab.harness.objective.kl import behaviour_kl
 from klab.harness.objective.masking import last_token_mask, masked, suffix_sum
 from klab.harness.objective.metrics import TokenStats, update_metrics
-from klab.harness.objective.placement import PLACEMENTS, Placement
-from klab.harness.objective.ratio import RATIOS
-from klab.harness.objective.registry import Registry
-from klab.harness.objective.weight import SOLVERS, WEIGHTS, zero_preserving_product
-
-PATHS = Registry("path")
-
-
-@PATHS.register("score")
-def score_path(logp: Float[Tensor, "N T"], log_rho: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    """The surrogate's gradient is w·A·∇ℓ."""
-    return logp
-
-
-@PATHS.register("ratio")
-def ratio_path(logp: Float[Tensor, "N T"], log_rho: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    """The surrogate's gradient is w·A·∇log ρ, through every token that enters ρ (GSPO, Zheng et al. 2025a)."""
-    return log_rho
-
-
-@dataclass(frozen=True)
-class AxisFunctions:
-    """The functions that an objective chooses, with their parameters filled in.
-
-    Attributes:
-        estimator_inputs, advantage_inputs: the fields of the batch that these functions are given as keywords.
-        solver: finds the parameters of a weight that depend on the whole update; None where there are none.
-        value_targets: R̂ of a critic.
-    """
-
-    estimator: Callable[..., Tensor]
-    estimator_inputs: frozenset[str]
-    placement: Placement
-    ratio: Callable[..., Tensor]
-    weight: Callable[..., Tensor]
-    solver: Callable[..., dict[str, Tensor]] | None
-    advantage: Callable[..., Tensor]
-    advantage_inputs: frozenset[str]
-    value_targets: Callable[[Returns], Tensor]
-    aggregation: Callable[..., Tensor]
-    path: Callable[..., Tensor]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The optional fields of a `TokenBatch` that must be given: `logits`, `logits_reference`, `greedy_rewards`."""
-        return self.advantage_inputs | (self.estimator_inputs if self.placement.has_kl else frozenset())
-
-
-@lru_cache(maxsize=4096)
-def axis_functions(objective: Objective) -> AxisFunctions:
-    """The functions of an objective, the user's own ones imported.
-
-    Raises:
-        UserError: when a custom value's module or function does not exist or does not take its parameters.
-    """
-    solver = SOLVERS.get(objective.weight)
-    settings: Mapping[str, Any] = objective.arguments("weight")
-    return AxisFunctions(
-        estimator=ESTIMATORS.bound(objective.estimator, objective.arguments("estimator")),
-        estimator_inputs=ESTIMATORS.needs(objective.estimator),
-        placement=PLACEMENTS.bound(objective.placement, objective.arguments("placement"))(),
-        ratio=RATIOS.bound(objective.ratio, objective.arguments("ratio")),
-        weight=WEIGHTS.bound(objective.weight, {} if solver else settings),
-        solver=(lambda log_rho, mask: solver(log_rho, mask, **settings)) if solver else None,
-        advantage=ADVANTAGES.bound(objective.advantage, objective.arguments("advantage")),
-        advantage_inputs=ADVANTAGES.needs(objective.advantage),
-        value_targets=_value_targets(objective),
-        aggregation=AGGREGATIONS.bound(objective.aggregation, objective.arguments("aggregation")),
-        # without a ratio log ρ is 0 and carries no gradient
-        path=score_path if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
-    )
-
-
-def _value_targets(objective: Objective) -> Callable[[Returns], Tensor]:
-    """R̂ with the γ and λ of `gae`; beside a custom advantage, the undiscounted returns."""
-    gamma, lam = (objective.gamma, objective.lam) if objective.advantage == "gae" else (1.0, 1.0)
-    return lambda returns: value_targets(returns, gamma, lam)
+from klab.harness.objective.weight import zero_preserving_product
 
 
 @dataclass(frozen=True)
@@ -133,21 +57,30 @@ class UpdateContext:
     Attributes:
         advantages: A, 0 off the own tokens.
         totals: the denominators of the aggregation.
-        solved: parameters of the weight that were found for the whole update (the exponent of `adaptive`).
+        solved: parameters of the weight that were found for the whole update (the exponent of `adaptive`): scalars, or
+            tensors with a row for each trajectory.
         coefficients: those of this update.
         value_targets: R̂ for the critic whose values the batch holds; None without one.
+        update: number of the update, from 0.
     """
 
     advantages: Float[Tensor, "N T"]
     totals: Totals
-    solved: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    solved: dict[str, Tensor] = field(default_factory=dict)
     coefficients: LossCoefficients = CONSTANT_COEFFICIENTS
     value_targets: Float[Tensor, "N T"] | None = None
+    update: int = 0
 
     def rows(self, index: Int[Tensor, " n"] | slice) -> UpdateContext:
         """The context of the micro-batch `batch.rows(index)`."""
         targets = None if self.value_targets is None else self.value_targets[index]
-        return replace(self, advantages=self.advantages[index], value_targets=targets)
+        return replace(
+            self,
+            advantages=self.advantages[index],
+            totals=self.totals.rows(index),
+            solved={name: value[index] if value.dim() else value for name, value in self.solved.items()},
+            value_targets=targets,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,11 +112,12 @@ def update_context(
     coefficients: LossCoefficients = CONSTANT_COEFFICIENTS,
     groups: Groups | None = None,
     phi: Float[Tensor, "N T"] | None = None,
+    update: int = 0,
 ) -> UpdateContext:
     """Advantages, denominators, solved parameters and a critic's targets of a whole update.
 
-    Reads the current policy (`logp`, `logits`) only for `kl_at: current`, estimators on logits and the weight
-    `adaptive`.
+    Reads the current policy (`logp`, `logits`) only for `kl_at: current`, estimators on logits, weights with a solver
+    and functions that ask for it.
 
     Args:
         objective: the point on the axes.
@@ -191,10 +125,13 @@ def update_context(
         coefficients: those of this update.
         groups: the trajectories by prompt, where they are known; else they are found from `batch.groups`.
         phi: `detached_kl` of the whole update, where it is known; else it is computed.
+        update: number of the update, for functions that ask for it.
     """
     functions = axis_functions(objective)
     mask, dtype = batch.mask, batch.logp.dtype
-    phi = _detached_kl(functions, batch) if phi is None else phi
+    groups = batch.grouping() if groups is None else groups
+    view = View(batch, mask, update, groups=groups)
+    phi = _detached_kl(functions, batch, view) if phi is None else phi
     rewards = batch.rewards.to(dtype)
     token_rewards = torch.where(last_token_mask(mask), rewards[:, None], 0.0)
     if functions.placement.reward is not None and phi is not None:
@@ -204,23 +141,31 @@ def update_context(
         token_rewards=token_rewards,
         rewards=rewards,
         mask=mask,
-        groups=batch.grouping() if groups is None else groups,
+        groups=groups,
         values=None if batch.values is None else masked(batch.values.to(dtype), mask),
     )
-    inputs = {name: value.to(dtype) for name, value in _inputs(batch, functions.advantage_inputs).items()}
-    advantages = masked(functions.advantage(returns, **inputs), mask)
+    advantages = masked(functions.advantage(returns, **view.inputs(functions.asks["advantage"])), mask)
     if functions.placement.advantage is not None and phi is not None:
         advantages = masked(advantages - coefficients.kl * functions.placement.advantage(phi, mask), mask)
-    totals = Totals(mask.shape[0], batch.loss_mask.sum(), batch.max_new_tokens)
-    solved = {} if functions.solver is None else functions.solver(_log_rho(functions, batch)[1], batch.loss_mask)
-    targets = None if returns.values is None else functions.value_targets(returns)
-    return UpdateContext(advantages, totals, solved, coefficients, targets)
+    context = UpdateContext(
+        advantages,
+        Totals.of(batch.loss_mask, groups, batch.max_new_tokens),
+        coefficients=coefficients,
+        value_targets=None if returns.values is None else functions.value_targets(returns),
+        update=update,
+    )
+    if functions.solver is None:
+        return context
+    view = replace(view, mask=batch.loss_mask, advantage=advantages)
+    log_rho = _log_rho(functions, batch, view)[1]
+    asked = replace(view, ratio=log_rho.exp()).inputs(functions.asks["solver"])
+    return replace(context, solved=functions.solver(log_rho, batch.loss_mask, **asked))
 
 
 @torch.no_grad()
 def detached_kl(objective: Objective, batch: TokenBatch) -> Float[Tensor, "N T"] | None:
     """φ for the placements in the reward and the advantage, of some rows of an update; None where there is neither."""
-    return _detached_kl(axis_functions(objective), batch)
+    return _detached_kl(axis_functions(objective), batch, View(batch, batch.mask))
 
 
 def loss_terms(
@@ -260,7 +205,7 @@ def objective_loss(objective: Objective, batch: TokenBatch, context: UpdateConte
 
 def _trust_region(functions: AxisFunctions, batch: TokenBatch, context: UpdateContext) -> Float[Tensor, ""]:
     """agg(e^λ − 1 − λ), an estimate of KL(π_old‖π)."""
-    log_ratio, _ = _log_rho(functions, batch)
+    log_ratio = masked(batch.logp - batch.logp_behaviour, batch.loss_mask)
     estimate: Tensor = functions.aggregation(behaviour_kl(log_ratio), batch.loss_mask, context.totals)
     return estimate
 
@@ -269,10 +214,12 @@ def _terms(
     functions: AxisFunctions, batch: TokenBatch, context: UpdateContext
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], TokenStats]:
     mask, advantages = batch.loss_mask, context.advantages
-    log_ratio, log_rho = _log_rho(functions, batch)
+    view = View(batch, mask, context.update, advantages)
+    log_ratio, log_rho = _log_rho(functions, batch, view)
     kappa = masked(batch.logp - batch.logp_reference, mask)
     rho = log_rho.detach().exp()
-    weight = functions.weight(rho, advantages, **context.solved).detach()
+    asked = view.inputs(functions.asks["weight"])
+    weight = functions.weight(rho, advantages, **asked, **context.solved).detach()
     factor = weight if batch.correction is None else zero_preserving_product(weight, batch.correction.detach())
     logp = kappa if functions.placement.log_ratio_surrogate else masked(batch.logp, mask)
     surrogate = masked(zero_preserving_product(factor, advantages) * functions.path(logp, log_rho), mask)
@@ -280,42 +227,30 @@ def _terms(
     if functions.placement.loss is None:
         kl_loss = torch.zeros_like(policy_loss)
     else:
-        phi = masked(functions.placement.loss(_kl(functions, batch, kappa), log_rho), mask)
+        phi = masked(functions.placement.loss(_kl(functions, batch, view, kappa), log_rho), mask)
         kl_loss = context.coefficients.kl * functions.aggregation(phi, mask, context.totals)
     token_stats = TokenStats(log_ratio.detach(), kappa.detach(), rho, weight, advantages, mask, batch.groups)
     return policy_loss, kl_loss, token_stats
 
 
-def _log_rho(functions: AxisFunctions, batch: TokenBatch) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+def _log_rho(
+    functions: AxisFunctions, batch: TokenBatch, view: View
+) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
     """λ and log ρ, 0 off the tokens of the loss."""
     mask = batch.loss_mask
     log_ratio = masked(batch.logp - batch.logp_behaviour, mask)
-    return log_ratio, masked(functions.ratio(log_ratio, mask), mask)
+    return log_ratio, masked(functions.ratio(log_ratio, mask, **view.inputs(functions.asks["ratio"])), mask)
 
 
-def _detached_kl(functions: AxisFunctions, batch: TokenBatch) -> Float[Tensor, "N T"] | None:
+def _detached_kl(functions: AxisFunctions, batch: TokenBatch, view: View) -> Float[Tensor, "N T"] | None:
     """φ for the placements in the reward and the advantage; None where there is neither."""
     if functions.placement.reward is None and functions.placement.advantage is None:
         return None
     policy = batch.logp if functions.placement.kl_at == "current" else batch.logp_behaviour
-    return _kl(functions, batch, masked(policy - batch.logp_reference, batch.mask)).detach()
+    return _kl(functions, batch, view, masked(policy - batch.logp_reference, batch.mask)).detach()
 
 
-def _kl(functions: AxisFunctions, batch: TokenBatch, kappa: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+def _kl(functions: AxisFunctions, batch: TokenBatch, view: View, kappa: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """φ at own tokens, 0 elsewhere."""
-    inside = batch.mask[..., None]
-    logits = {name: masked(value, inside) for name, value in _inputs(batch, functions.estimator_inputs).items()}
-    return masked(functions.estimator(kappa, **logits), batch.mask)
-
-
-def _inputs(batch: TokenBatch, names: frozenset[str]) -> dict[str, Tensor]:
-    """The optional fields of the batch that an axis value asks for.
-
-    Raises:
-        ValueError: where the batch has none.
-    """
-    found = {name: getattr(batch, name) for name in sorted(names)}
-    for name, value in found.items():
-        if value is None:
-            raise ValueError(f"this objective needs {name}, which the batch does not have")
-    return found
+    asked = replace(view, mask=batch.mask).inputs(functions.asks["estimator"])
+    return masked(functions.estimator(kappa, **asked), batch.mask)

@@ -21,6 +21,15 @@ def suffix_sum(values: Shaped[Tensor, "N T"]) -> Shaped[Tensor, "N T"]:
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
+def discounted_suffix_sum(values: Float[Tensor, "N T"], discount: float) -> Float[Tensor, "N T"]:
+    """Σ_{i≥j} discount^{i−j}·values_i along the last axis."""
+    if discount == 1.0:
+        return suffix_sum(values)
+    step = torch.arange(values.shape[1], device=values.device, dtype=values.dtype)
+    ahead = step[:, None] - step[None, :]
+    return values @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0), 0.0)
+
+
 def lengths(mask: Bool[Tensor, "N T"]) -> Int[Tensor, "N 1"]:
     """H: the number of own tokens of each trajectory."""
     return mask.sum(1, keepdim=True)

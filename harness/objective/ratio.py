@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from klab.harness.objective.masking import lengths, suffix_sum
+from klab.harness.objective.masking import lengths, masked, suffix_sum
 from klab.harness.objective.registry import Registry
 
 RATIOS = Registry("ratio")
@@ -56,3 +56,26 @@ def future_product(log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -
 def prefix_product(log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """Σ_{i≤j} λ_i: per-decision importance sampling (Precup et al. 2000)."""
     return log_ratio.cumsum(1)
+
+
+@RATIOS.register("prefix_minimum")
+def prefix_minimum(log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """λ_j + min_{i<j} λ_i, and λ_j at the first own token (MinPRO, Lei et al. 2026)."""
+    smallest = torch.where(mask, log_ratio, torch.inf).cummin(1).values.roll(1, 1)
+    smallest = torch.cat([torch.full_like(smallest[:, :1], torch.inf), smallest[:, 1:]], 1)
+    return log_ratio + torch.where(smallest.isinf(), 0.0, smallest)
+
+
+@RATIOS.register("clipped_mean")
+def clipped_mean(
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    advantage: Float[Tensor, "N T"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "N T"]:
+    """(1/H)·Σ_i of min(λ_i, clip_high) where A_i > 0 and max(λ_i, −clip_low) where A_i < 0, 0 where A_i = 0 (GMPO, Zhao
+    et al. 2025, with the weight `ratio` and the path `ratio`)."""
+    clipped = torch.where(advantage > 0, log_ratio.clamp(max=clip_high), log_ratio.clamp(min=-clip_low))
+    return sequence_mean(masked(clipped, mask & (advantage != 0)), mask)

@@ -67,13 +67,16 @@ class Registry(Mapping[str, Callable[..., Any]]):
             return frozenset(value_of(self.axis, name).needs)
         return optional_inputs(self.function(name), self.signature)
 
-    def bound(self, name: str, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    def bound(self, name: str, arguments: Mapping[str, Any], solved: bool = False) -> Callable[..., Any]:
         """The value `name` with its parameters filled in.
+
+        Args:
+            solved: a solver finds further parameters for each update.
 
         Raises:
             UserError: for an unknown name, a missing module or function, or parameters that do not fit.
         """
         function = self.function(name)
         if name not in self._values:
-            check_parameters(function, name, self.axis, self.signature, arguments)
+            check_parameters(function, name, self.axis, self.signature, arguments, solved)
         return partial(function, **arguments) if arguments else function

@@ -7,8 +7,6 @@ whether it stays within [min(ρ, 1), max(ρ, 1)] (the family of Bai & Zhang 2026
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -146,7 +144,3 @@ def largest_exponent(
         width /= _CUTS
     top = torch.ones_like(low)
     return {"q": torch.where(enough(top), top, low)[0].to(log_ratio.dtype)}
-
-
-SOLVERS: dict[str, Callable[..., dict[str, Float[Tensor, ""]]]] = {"adaptive": largest_exponent}
-"""Weights whose parameters are found once per update, from log ρ and the mask of the whole of it."""

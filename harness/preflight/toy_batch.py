@@ -7,6 +7,8 @@ from torch import Tensor
 
 from klab.grid import Objective, UserError
 from klab.harness.objective import Placement, TokenBatch, axis_functions, objective_loss
+from klab.harness.objective.inputs import View
+from klab.harness.objective.kl import entropy
 
 _N, _T, _V = 4, 3, 5
 
@@ -58,6 +60,7 @@ def toy_batch() -> TokenBatch:
         logits_reference=reference,
         greedy_rewards=torch.tensor([0.5, 0.5, 1.0, 1.0]),
         values=torch.zeros(_N, _T),
+        entropy=entropy(logits.detach()),
     )
 
 
@@ -65,10 +68,15 @@ def _check_kind(objective: Objective, axis: str, batch: TokenBatch) -> None:
     """Raises UserError where a value of these axes does not return a tensor of the shape of the tokens."""
     functions = axis_functions(objective)
     ratio = (batch.logp - batch.logp_behaviour).detach()
-    inputs = {"ratio": (ratio, batch.mask), "weight": (ratio.exp(), torch.ones_like(ratio)), "path": (ratio, ratio)}
+    advantage = torch.ones_like(ratio)
+    inputs = {"ratio": (ratio, batch.mask), "weight": (ratio.exp(), advantage), "path": (ratio, ratio)}
     if axis not in inputs:
         return
-    value = getattr(functions, axis)(*inputs[axis])
+    view = View(batch, batch.mask, advantage=advantage, ratio=ratio.exp(), groups=batch.grouping())
+    asked = view.inputs(functions.asks.get(axis, ()))
+    if axis == "weight" and functions.solver is not None:
+        asked |= functions.solver(ratio, batch.mask, **view.inputs(functions.asks["solver"]))
+    value = getattr(functions, axis)(*inputs[axis], **asked)
     if not isinstance(value, Tensor) or value.shape != ratio.shape:
         kind = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise UserError(

@@ -211,6 +211,7 @@ _STORED_NAMES = {
     "correct": "correct",
     "reference": "reference_logprobs",
     "greedy": "greedy_rewards",
+    "terms": "reward_terms",
     "values": "values",
     "recomputed": "old_logprobs",
     "timeouts": "timeouts",

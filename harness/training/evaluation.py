@@ -21,8 +21,8 @@ from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sampler import SampleFunction
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
-from klab.harness.training.data.rollouts import score_completions
 from klab.harness.training.data.samplers import sample_function, sampling_budget
+from klab.harness.training.data.scoring import score_completions
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite

@@ -59,6 +59,7 @@ def compute_gradients(
     members: Sequence[PackedCell],
     minibatches: Sequence[Experience],
     coefficients: Sequence[LossCoefficients],
+    number: int,
     critic_only: bool,
     timer: PhaseTimer,
     budget: MemoryBudget,
@@ -67,6 +68,7 @@ def compute_gradients(
     """Add this process's part of every cell's gradient to the parameters' `.grad`; the losses of the whole update.
 
     Args:
+        number: of the update, from 1.
         critic_only: during critic warm-up, in which no gradient of the critic's goes into the policy.
         budget: what may go through a policy at once; it does not change the gradient.
 
@@ -93,7 +95,7 @@ def compute_gradients(
                 [passes[index][c] for index, pieces in enumerate(micro_batches) if not is_padding(pieces[c])]
             )
             batch = token_batch(member, minibatches[c], whole)
-            context = _update_context(c, member, minibatches[c], batch, coefficients[c])
+            context = _update_context(c, member, minibatches[c], batch, coefficients[c], number - 1)
             loss, metrics = _objective_loss(c, member, batch, context)
             if at_once:
                 losses += [loss, *_value_losses(models.critics, whole, batch, context)]
@@ -149,6 +151,9 @@ def token_batch(
         values=None if experience.values is None else experience.values[rows],
         correction=None if correction is None else correction[rows],
         excluded_from_loss=None if excluded is None else excluded[rows],
+        entropy=computed.entropy.detach(),
+        reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
+        term_weights=None if experience.reward_terms is None else tuple((member.reward_weights or {}).values()),
     )
 
 
@@ -171,10 +176,15 @@ def _objective_loss(
 
 
 def _update_context(
-    position: int, member: PackedCell, experience: Experience, batch: TokenBatch, coefficients: LossCoefficients
+    position: int,
+    member: PackedCell,
+    experience: Experience,
+    batch: TokenBatch,
+    coefficients: LossCoefficients,
+    update: int,
 ) -> UpdateContext:
     try:
-        return update_context(member.cell.objective, batch, coefficients, experience.rollout.grouping)
+        return update_context(member.cell.objective, batch, coefficients, experience.rollout.grouping, update=update)
     except Exception as error:
         raise CellFailure(position, f"the objective raised {type(error).__name__}: {error}") from error
 

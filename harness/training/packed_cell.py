@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,13 @@ class PackedCell:
     def needs_greedy(self) -> bool:
         """Whether the objective reads the reward of a greedy completion of each prompt."""
         return "greedy_rewards" in axis_functions(self.cell.objective).needs
+
+    @property
+    def reward_weights(self) -> Mapping[str, float] | None:
+        """The weight of each term of the reward, where the objective reads the terms and the task has any."""
+        if "reward_terms" not in axis_functions(self.cell.objective).needs:
+            return None
+        return getattr(self.task, "reward_weights", None)
 
     def split(self, name: SplitName) -> Sequence[Example]:
         """The examples of the task whose prompts are not too long; see `data.prompts.prompts_that_fit`."""

@@ -60,7 +60,7 @@ def update(
     for each in optimizers:
         each.clear()
     results = compute_gradients(
-        models, settings, members, minibatches, coefficients, critic_only, timer, budget, process_group
+        models, settings, members, minibatches, coefficients, number, critic_only, timer, budget, process_group
     )
     with timer("step"):
         process_group.sum_gradients([parameter for each in optimizers for parameter in each.parameters.values()])

@@ -22,7 +22,10 @@ def test_defaults_are_the_contract():
     assert (objective.advantage, objective.aggregation, objective.path) == ("group_norm", "sequence_mean", "score")
     expected = dict(beta=0.04, eps_low=0.2, eps_high=0.2, q=0.5, cap=1.2, c=3.0, low=0.5, high=2.0, tau_pos=1.0)
     expected |= dict(tau_neg=1.05, ess=0.9, gamma=1.0, lam=1.0, whiten="none", std="population", eps=1e-6)
-    expected |= dict(rejected=0.0, kl_scale="mean", kl_at="rollout")
+    expected |= dict(rejected=0.0, kl_scale="mean", kl_at="rollout", ceiling=4.0, tv_low=0.15, tv_high=0.15)
+    expected |= dict(kl_low=0.05, kl_high=0.05, truncation=20.0, drift=0.2, worst=0.5, moment=0.04, k_pos=2.0)
+    expected |= dict(rate_pos=3.0, k_neg=3.0, rate_neg=2.0, half_life=32.0, influence=0.2, safety=4.0)
+    expected |= dict(clip_low=0.4, clip_high=0.4)
     assert {name: getattr(objective, name) for name in PARAMETERS} == expected
 
 

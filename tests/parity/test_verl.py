@@ -4,9 +4,8 @@ verl's conventions, set on klab's side: group std with Bessel's correction and e
 loss. verl's sequence means divide by H + 1e-8, which leaves a relative difference below 1e-8 / 3 for the lengths of the
 probes.
 
-Not compared, because no axis value says it: geo_mean (GMPO), clip_cov and kl_cov (random or covariance masks), dppo and
-dro, GPG's rescaling by the share of informative groups, pass@k advantages and optimal token baselines. `full` is not
-implemented in verl.
+Not compared, because no axis value says it: clip_cov and kl_cov (random or covariance masks) and dro. `full` is not
+implemented in verl. What both have of 2025 and 2026 is in `test_values_2026.py`.
 """
 
 from __future__ import annotations

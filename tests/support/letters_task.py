@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -126,3 +126,17 @@ def nothing(returns: Returns) -> Tensor:
 def starving(ratio: Tensor, advantage: Tensor) -> Tensor:
     """A custom weight for which memory never suffices."""
     raise MemoryError("nothing left")
+
+
+class TwoTerms(Letters):
+    """Repeats of the letter, and half a point for a completion without an `a`; prompts that begin with `b` lack the
+    second term."""
+
+    reward_weights: ClassVar = {"repeats": 1.0, "tidy": 0.5}
+
+    def score(self, example: Example, completion: str) -> Score:
+        parts = {"repeats": completion.count(example.answer) / 4}
+        if example.answer != "b":
+            parts["tidy"] = float("a" not in completion)
+        total = sum(self.reward_weights[name] * value for name, value in parts.items())
+        return Score(total, parts["repeats"] >= 0.5, parts)

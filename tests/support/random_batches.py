@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,24 @@ PARAMETERS = {
     "tau_pos": (0.5, 1.0, 3.0),
     "tau_neg": (0.5, 1.05, 3.0),
     "ess": (0.3, 0.7, 0.9, 0.99),
+    "ceiling": (1.0, 1.15, 4.0),
+    "tv_low": (0.0, 0.05, 0.15),
+    "tv_high": (0.0, 0.05, 0.15),
+    "kl_low": (0.0, 0.01, 0.05),
+    "kl_high": (0.0, 0.01, 0.05),
+    "truncation": (1.0, 1.3, 20.0),
+    "drift": (0.0, 0.05, 0.2),
+    "worst": (0.0, 0.05, 0.5),
+    "moment": (0.0, 0.01, 0.04),
+    "k_pos": (0.5, 2.0),
+    "rate_pos": (0.5, 3.0),
+    "k_neg": (0.5, 3.0),
+    "rate_neg": (0.5, 2.0),
+    "half_life": (0.5, 2.0, 32.0),
+    "influence": (0.0, 0.2, 1.0),
+    "safety": (1.0, 1.2, 4.0),
+    "clip_low": (0.0, 0.1, 0.4),
+    "clip_high": (0.0, 0.1, 0.4),
     "gamma": (0.0, 0.5, 0.99, 1.0),
     "lam": (0.0, 0.5, 0.95, 1.0),
     "whiten": ("none", "batch"),
@@ -83,7 +102,21 @@ def random_batch(source: random.Random, drift: float | None = None, garbage: flo
         logits_reference=normal(n, t, v) + dirty[..., None],
         greedy_rewards=normal(n),
         values=None if values is None else values + dirty,
+        **_reward_terms(source, rewards),
     )
+
+
+def _reward_terms(source: random.Random, rewards: Tensor) -> dict[str, Any]:
+    """Two terms that make up the rewards, the second of which some trajectories lack; or none."""
+    if source.random() < 0.3:
+        return {}
+    n = len(rewards)
+    noise = torch.Generator().manual_seed(source.randrange(2**31))
+    second = torch.randn(n, generator=noise, dtype=torch.float64)
+    first, weight = rewards - 0.5 * second, source.choice((0.5, -0.5))
+    missing = torch.rand(n, generator=noise) < 0.2
+    terms = torch.stack([first, torch.where(missing, torch.nan, second * (0.5 / weight))], 1)
+    return {"reward_terms": terms, "term_weights": (1.0, weight)}
 
 
 def with_sampler(source: random.Random, batch: TokenBatch) -> TokenBatch:
@@ -121,6 +154,8 @@ def trajectories(batch: TokenBatch) -> list[Trajectory]:
                 values=None if batch.values is None else own(batch.values),
                 logits=None if batch.logits is None else own(batch.logits),
                 logits_ref=None if batch.logits_reference is None else own(batch.logits_reference),
+                terms=[float(batch.rewards[n])] if batch.reward_terms is None else batch.reward_terms[n].tolist(),
+                term_weights=list(batch.term_weights or (1.0,)),
                 correction=None if batch.correction is None else own(batch.correction),
                 excluded_from_loss=batch.excluded_from_loss is not None and bool(batch.excluded_from_loss[n]),
             )

@@ -20,6 +20,7 @@ from klab.harness.engines.trl.recorder import Recorder
 from klab.harness.engines.trl.settings import check_fields, grpo_arguments
 from klab.harness.engines.trl.trainer import EXAMPLE, KlabTrainer, RolloutFunction
 from klab.harness.engines.trl.turns import complete_turns
+from klab.harness.engines.trl.update import check_inputs
 from klab.harness.objective import LossCoefficients
 from klab.harness.policy.hf import peft
 from klab.harness.policy.init.initial_policy import initial_policy
@@ -50,6 +51,7 @@ def prepare_member(run: Run, folder: CellFolder, stop: Callable[[], bool] = lamb
     """Load a cell's task, and make its initial policy unless the run has it."""
     cell = folder.cell()
     check_fields(cell.training)
+    check_inputs(cell.objective)
     task = load_task(cell.task)
 
     def watch(update: int, at_most: int, accuracy: float) -> None:

@@ -25,7 +25,7 @@ class GeneratedRows:
         sampled: log-probabilities [n, T] under the behaviour policy, as whoever sampled computed them.
         old: those of another sampler as the trainer computes them; None where the trainer itself samples.
         reference: under the reference policy.
-        rewards, correct, timeouts, greedy: see `Experience`.
+        rewards, correct, timeouts, greedy, reward_terms: see `Experience`.
     """
 
     prompts: list[list[int]]
@@ -40,6 +40,7 @@ class GeneratedRows:
     correct: Tensor
     timeouts: Tensor | None
     greedy: Tensor | None
+    reward_terms: Tensor | None = None
 
 
 def joined_experience(parts: Sequence[GeneratedRows], group_size: int, number: int) -> Experience:
@@ -72,6 +73,7 @@ def joined_experience(parts: Sequence[GeneratedRows], group_size: int, number: i
         greedy_rewards=None if first.greedy is None else listed("greedy"),
         old_logprobs=None if first.old is None else padded("old"),
         timeouts=None if first.timeouts is None else listed("timeouts"),
+        reward_terms=None if first.reward_terms is None else listed("reward_terms"),
     )
 
 
@@ -98,4 +100,5 @@ def select_rows(experience: Experience, rows: Tensor) -> Experience:
         greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
         old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[rows],
         timeouts=None if experience.timeouts is None else experience.timeouts[rows],
+        reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
     )

@@ -31,7 +31,8 @@ from klab.harness.policy.pretrained import read_generation_config
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.special_tokens import answer_tokens, eos_token_ids, trailing_special_tokens
 from klab.harness.training.data.prompts import chat_template
-from klab.harness.training.data.rollouts import Experience, score_texts
+from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.scoring import reward_terms, score_texts
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.forward import ForwardPass
@@ -215,6 +216,7 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
             if getattr(self.member.task, "has_reward_timeouts", False)
             else None,
             greedy=None if greedy is None else greedy.to(dtype),
+            reward_terms=reward_terms(self.member, self._scores, reference),
         )
 
     def _scores_without_gradient(self, output: dict[str, Any]) -> Tensor:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from klab.grid import Objective, UserError
 from klab.harness.engines.trl.experience import select_rows
 from klab.harness.objective import (
     LossCoefficients,
     TokenBatch,
+    Totals,
     UpdateContext,
     axis_functions,
     objective_loss,
@@ -69,11 +71,26 @@ class _Measured:
 
 def needs_current_policy(member: PackedCell) -> bool:
     """Whether advantages or weights of an update depend on the policy as it is before the update, which takes a pass
-    of its own: `adaptive`, `kl_at: current`, and `full` in the reward or the advantage."""
+    of its own: weights with a solver, `kl_at: current`, `full` in the reward or the advantage, and advantages that ask
+    for the policy's log-probabilities."""
     functions = axis_functions(member.cell.objective)
     detached = has_detached_kl(member)
     current = functions.solver is not None or (detached and functions.placement.kl_at == "current")
-    return (current and not member.cell.training.on_policy) or (detached and "logits" in functions.estimator_inputs)
+    current = current or not functions.asks["advantage"].isdisjoint({"logp", "log_ratio"})
+    return (current and not member.cell.training.on_policy) or (detached and "logits" in functions.asks["estimator"])
+
+
+def check_inputs(objective: Objective) -> None:
+    """Raises UserError for an advantage or a solver that asks for what TRL does not keep of the whole update."""
+    asks = axis_functions(objective).asks
+    for axis in ("advantage", "solver"):
+        for name in sorted(asks.get(axis, frozenset()) & {"logits", "logits_reference", "entropy", "values"}):
+            raise UserError(
+                f"asks for {name} of the whole update, which TRL does not keep",
+                key=f"objective.{'weight' if axis == 'solver' else axis}",
+                value=objective.advantage if axis == "advantage" else objective.weight,
+                hint="Train the cell with training.engine: klab.",
+            )
 
 
 def has_detached_kl(member: PackedCell) -> bool:
@@ -130,11 +147,14 @@ class Update:
         phi = None if extra is None or extra.phi is None else self._of_used(extra.phi)
         batch = token_batch(self.member, self.used, ForwardPass(logp, torch.zeros_like(logp)))
         groups = self.used.rollout.grouping
-        context = update_context(self.member.cell.objective, batch, self.coefficients, groups, phi)
+        context = update_context(self.member.cell.objective, batch, self.coefficients, groups, phi, self.number - 1)
         if self._rows is None:
             return context
-        tokens = loss_mask(self.member, self.minibatch).sum()
-        return replace(context, totals=replace(context.totals, trajectories=len(self._rows), tokens=tokens))
+        chosen = torch.zeros(len(batch.rewards), 1, dtype=torch.bool, device=batch.mask.device)
+        place = self._place[self._rows]
+        chosen[place[place >= 0]] = True
+        totals = Totals.of(batch.loss_mask & chosen, groups, batch.max_new_tokens)
+        return replace(context, totals=replace(totals, trajectories=len(self._rows)))
 
     def _of_used(self, values: Tensor) -> Tensor:
         """The rows of [N, …] that were not dropped; where all were, as many as stand for none."""

@@ -25,6 +25,7 @@ class SampledGroups:
         rollout: their trajectories.
         rewards, correct: float [N].
         timeouts: float [N], how many limits of time decided each reward; None where the task has no such limits.
+        reward_terms: float [N, K], the terms of the reward, NaN where one has no value; None where nobody reads them.
     """
 
     examples: list[Example]
@@ -32,27 +33,35 @@ class SampledGroups:
     rewards: Tensor
     correct: Tensor
     timeouts: Tensor | None = None
+    reward_terms: Tensor | None = None
 
     def groups(self, chosen: Sequence[int]) -> SampledGroups:
         """Some of the groups, in this order."""
         rows = group_rows(chosen, self.rollout.group_size).to(self.rewards.device)
-        examples = [self.examples[g] for g in chosen]
-        timeouts = None if self.timeouts is None else self.timeouts[rows]
         return SampledGroups(
-            examples, self.rollout.select_prompts(chosen), self.rewards[rows], self.correct[rows], timeouts
+            [self.examples[g] for g in chosen],
+            self.rollout.select_prompts(chosen),
+            self.rewards[rows],
+            self.correct[rows],
+            None if self.timeouts is None else self.timeouts[rows],
+            None if self.reward_terms is None else self.reward_terms[rows],
         )
 
     @classmethod
     def joined(cls, parts: Sequence[SampledGroups]) -> SampledGroups:
         """The groups of several draws one after the other."""
-        known = [part.timeouts for part in parts if part.timeouts is not None]
-        timeouts = known if len(known) == len(parts) else None
+
+        def all_of(columns: Sequence[Tensor | None]) -> Tensor | None:
+            known = [column for column in columns if column is not None]
+            return torch.cat(known) if len(known) == len(parts) else None
+
         return cls(
             [example for part in parts for example in part.examples],
             Rollout.concatenate([part.rollout for part in parts]),
             torch.cat([part.rewards for part in parts]),
             torch.cat([part.correct for part in parts]),
-            None if timeouts is None else torch.cat(timeouts),
+            all_of([part.timeouts for part in parts]),
+            all_of([part.reward_terms for part in parts]),
         )
 
 

@@ -38,4 +38,5 @@ def select_groups(experience: Experience, groups: Sequence[int]) -> Experience:
         values=None if experience.values is None else experience.values[rows],
         old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[rows],
         timeouts=None if experience.timeouts is None else experience.timeouts[rows],
+        reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
     )

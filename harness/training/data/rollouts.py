@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,15 +14,15 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.dynamic_sampling import SampledGroups, SamplingStats, fill, shortfall
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.samplers import sample_function, sampling_budget, sampling_policy
+from klab.harness.training.data.scoring import has_timeouts, reward_column, reward_terms, score_completions
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
 from klab.harness.training.pack_settings import PackSettings
-from klab.harness.training.packed_cell import CellFailure, PackedCell
+from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runtime.rng import permutation, sample_indices
-from klab.harness.training.runtime.timeout import time_limit
 from klab.harness.training.runtime.timer import PhaseTimer
-from klab.tasks.task import Example, Score, Task
+from klab.tasks.task import Example, Score
 
 message_type(Rollout)
 message_type(Score)
@@ -46,6 +46,8 @@ class Experience:
         sampling_stats: with dynamic sampling, what was drawn to find these groups, else None.
         timeouts: float [N], how many limits of time decided each reward (those of a prompt's greedy completion stand
             with its first trajectory); None where the task has no rewards with such limits.
+        reward_terms: float [N, K], the terms of the reward without their weights, NaN where one has no value; None
+            where the objective does not read them or the reward has none.
     """
 
     number: int
@@ -58,6 +60,7 @@ class Experience:
     old_logprobs: Tensor | None = None
     sampling_stats: SamplingStats | None = None
     timeouts: Tensor | None = None
+    reward_terms: Tensor | None = None
 
 
 def collect_rollouts(
@@ -101,6 +104,7 @@ def collect_rollouts(
             old_logprobs=None if old_logprobs is None else old_logprobs[c],
             sampling_stats=sampling_stats[c],
             timeouts=_timeouts(each, None if baselines is None else baselines[c][1]),
+            reward_terms=each.reward_terms,
         )
         for c, each in enumerate(draws)
     ]
@@ -168,8 +172,9 @@ def _sample_and_score(
     sampler = sample_function(settings.sampler, policy, members, process_group)
     share = process_group.shard(len(examples[0]))
 
-    def drawn() -> list[tuple[Rollout, Tensor, Tensor, Tensor]]:
-        """By cell, the trajectories of this process's share, their rewards, whether they are correct, and timeouts."""
+    def drawn() -> list[tuple[Rollout, Tensor, Tensor, Tensor, Tensor | None]]:
+        """By cell, the trajectories of this process's share, their rewards, whether they are correct, timeouts, and
+        terms."""
         if not share:
             return []
         with timer("rollout"):
@@ -195,11 +200,12 @@ def _sample_and_score(
         return [
             (
                 rollout,
-                _column(rollout, [s.reward for s in each]),
-                _column(rollout, [float(s.correct) for s in each]),
-                _column(rollout, [float(s.timeouts) for s in each]),
+                reward_column(rollout, [s.reward for s in each]),
+                reward_column(rollout, [float(s.correct) for s in each]),
+                reward_column(rollout, [float(s.timeouts) for s in each]),
+                reward_terms(members[c], each, rollout.logp),
             )
-            for rollout, each in zip(rollouts, scores, strict=True)
+            for c, rollout, each in zip(positions, rollouts, scores, strict=True)
         ]
 
     parts = [part for part in process_group.all_gather_object("a draw", drawn, policy.device) if part]
@@ -209,10 +215,16 @@ def _sample_and_score(
             Rollout.concatenate([part[c][0] for part in parts]),
             torch.cat([part[c][1] for part in parts]),
             torch.cat([part[c][2] for part in parts]),
-            torch.cat([part[c][3] for part in parts]) if _has_timeouts(members[positions[c]]) else None,
+            torch.cat([part[c][3] for part in parts]) if has_timeouts(members[positions[c]]) else None,
+            _joined([part[c][4] for part in parts]),
         )
         for c, listed in enumerate(examples)
     ]
+
+
+def _joined(columns: Sequence[Tensor | None]) -> Tensor | None:
+    known = [column for column in columns if column is not None]
+    return torch.cat(known) if known else None
 
 
 def _greedy_rewards(
@@ -247,7 +259,10 @@ def _greedy_rewards(
             own = [listed[share.start : share.stop] for listed in examples]
             scores = [score_completions(members, c, own[c], rollout) for c, rollout in enumerate(rollouts)]
         return [
-            (_column(rollout, [s.reward for s in each]), _column(rollout, [float(s.timeouts) for s in each]))
+            (
+                reward_column(rollout, [s.reward for s in each]),
+                reward_column(rollout, [float(s.timeouts) for s in each]),
+            )
             for rollout, each in zip(rollouts, scores, strict=True)
         ]
 
@@ -270,10 +285,6 @@ def _timeouts(drawn: SampledGroups, greedy: Tensor | None) -> Tensor | None:
     found = drawn.timeouts.clone()
     found[:: drawn.rollout.group_size] += greedy
     return found
-
-
-def _has_timeouts(member: PackedCell) -> bool:
-    return bool(getattr(member.task, "has_reward_timeouts", False))
 
 
 @torch.no_grad()
@@ -317,54 +328,3 @@ def _unseen_first(size: int, count: int, before: Collection[int], *purpose: int 
         return [index for index in sample_indices(size, count + len(before), *purpose) if index not in before][:count]
     order = sorted(permutation(size, *purpose), key=before.__contains__)
     return (order * -(-count // size))[:count]
-
-
-def score_completions(
-    members: Sequence[PackedCell], position: int, examples: Sequence[Example], rollout: Rollout
-) -> list[Score]:
-    """The task's score of every trajectory; see `score_texts`."""
-    answered = [examples[row // rollout.group_size] for row in range(len(rollout.texts))]
-    return score_texts(members[position], answered, rollout.texts, position)
-
-
-def score_texts(
-    member: PackedCell, answered: Sequence[Example], texts: Sequence[str], position: int = 0
-) -> list[Score]:
-    """The task's score of each text as the completion of its example. Rewards may be NaN or infinite: the update they
-    spoil is recorded so.
-
-    Raises:
-        CellFailure: where the task raises, takes longer than `training.reward_seconds` for the next score, or returns
-            something else than a `Score`; the message shows the example.
-    """
-    task, limit = member.task, member.cell.training.reward_seconds
-    found: list[Score] = []
-    with time_limit(limit) as restart:
-        values = _scores(task, answered, texts)
-        for example, completion in zip(answered, texts, strict=True):
-            try:
-                restart()
-                value = next(values)
-                if not isinstance(value, Score):
-                    raise TypeError(f"a task's score is a tasks.Score, not {type(value).__name__}")
-                float(value.reward)
-            except Exception as error:
-                raise CellFailure(
-                    position,
-                    f"the reward of task {task.name!r} raised {type(error).__name__}: {error} "
-                    f"(prompt {example.prompt!r}, answer {example.answer!r}, completion {completion!r})",
-                ) from error
-            found.append(value)
-    return found
-
-
-def _scores(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
-    score_all = getattr(task, "score_all", None)
-    if score_all is not None:
-        yield from score_all(examples, completions)
-    else:
-        yield from map(task.score, examples, completions)
-
-
-def _column(rollout: Rollout, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=rollout.logp.dtype).to(rollout.logp.device, non_blocking=True)

@@ -24,6 +24,8 @@ class Trajectory:
     ref: list[float]
     greedy: float = 0.0
     values: list[float] | None = None
+    terms: list[float] = field(default_factory=list)
+    term_weights: list[float] = field(default_factory=list)
     logits: list[list[float]] | None = None
     logits_ref: list[list[float]] | None = None
     correction: list[float] | None = None
@@ -50,9 +52,10 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
     advantages = _advantages(o, trajectories)
     trajectories = [replace(t, columns=[], now=[], old=[], ref=[]) if t.excluded_from_loss else t for t in trajectories]
     advantages = [[] if t.excluded_from_loss else row for t, row in zip(trajectories, advantages, strict=True)]
-    log_rho, slopes = zip(*[_log_rho(o.ratio, t) for t in trajectories], strict=True)
+    ratios = [_log_rho(o, t, row) for t, row in zip(trajectories, advantages, strict=True)]
+    log_rho, slopes = zip(*ratios, strict=True)
     rho = [[math.exp(x) for x in row] for row in log_rho]
-    weights = _weights(o, rho, log_rho, advantages)
+    weights = _weights(o, trajectories, rho, log_rho, advantages)
     share = _shares(o.aggregation, trajectories, max_new_tokens)
     answer = Answer(0.0, advantages=advantages, weights=weights)
 
@@ -140,13 +143,15 @@ def _mean(values: list[float]) -> float:
 def _advantages(o: Any, ts: list[Trajectory]) -> list[list[float]]:
     returns = [_returns(o, t) for t in ts]
     estimated = [_gae(o, t) for t in ts] if o.advantage == "gae" else []
+    if o.advantage == "term_norm":
+        estimated = _term_norm(o, ts)
     if o.advantage == "gae" and o.whiten == "batch":
         estimated = _whitened(estimated)
     result = []
     for n, t in enumerate(ts):
         mates = [m for m, other in enumerate(ts) if other.group == t.group and other.length]
         row = [_advantage(o, ts, returns, mates, n, j) for j in range(t.length)]
-        if o.advantage == "gae":
+        if o.advantage in ("gae", "term_norm"):
             row = estimated[n]
         if o.placement == "advantage":
             row = [a - o.beta * phi for a, phi in zip(row, _charges(o, t), strict=True)]
@@ -189,10 +194,51 @@ def _advantage(o: Any, ts: list[Trajectory], returns: list[list[float]], mates: 
         case "greedy_baseline":
             return r - t.greedy
         case "length_baseline":
+            if max(firsts) == min(firsts):
+                return r - firsts[0]
             return r - sum(ts[m].length * returns[m][0] for m in mates) / sum(ts[m].length for m in mates)
-        case "gae":
+        case "leave_one_out_norm":
+            others, std = [returns[m][0] for m in mates if m != n], _deviation(firsts, o.std)
+            return (r - _mean(others)) / (std + o.eps) if std and others else 0.0
+        case "group_success":
+            return (r - _mean(firsts)) / _mean(firsts) if _mean(firsts) > 0 else 0.0
+        case "group_center_rescaled":
+            return (r - _mean(firsts)) * len(ts) / max(1, sum(row[0] != 0 for row in returns if row))
+        case "best_of_group":
+            best, *rest = sorted(firsts, reverse=True)
+            std = _deviation(firsts, o.std)
+            return (best - rest[0]) / (std + o.eps) if rest and std and returns[n][0] == best else 0.0
+        case "optimal_token_baseline":
+            alive = [m for m in mates if ts[m].length > j]
+            energies = [_energy(ts[m], j) for m in alive]
+            weighed = sum(w * returns[m][j] for w, m in zip(energies, alive, strict=True)) / (sum(energies) + 1e-8)
+            return r - weighed if len(alive) > 1 else r
+        case "gae" | "term_norm":
             return 0.0
     raise AssertionError(o.advantage)
+
+
+def _energy(t: Trajectory, j: int) -> float:
+    """Σ_{i≤j} (1 − 2π_i + Σ_v π_i(v)²)."""
+    assert t.logits is not None
+    return sum(
+        1 - 2 * math.exp(ell) + sum(p * p for p in _softmax(row))
+        for ell, row in zip(t.now[: j + 1], t.logits[: j + 1], strict=True)
+    )
+
+
+def _term_norm(o: Any, ts: list[Trajectory]) -> list[list[float]]:
+    """Each term normalised in its group, weighed, summed, and whitened over all tokens."""
+    rows = []
+    for t in ts:
+        total = 0.0
+        for k, own in enumerate(t.terms):
+            known = [m.terms[k] for m in ts if m.group == t.group and m.length and not math.isnan(m.terms[k])]
+            std = _deviation(known, o.std) if known else 0.0
+            if t.length and std and not math.isnan(own):
+                total += t.term_weights[k] * (own - _mean(known)) / (std + o.eps)
+        rows.append([total] * t.length)
+    return _whitened(rows)
 
 
 def _gae(o: Any, t: Trajectory) -> list[float]:
@@ -225,11 +271,23 @@ def _whitened(rows: list[list[float]]) -> list[list[float]]:
     return [[(x - mean) / math.sqrt(variance + 1e-8) for x in row] for row in rows]
 
 
-def _log_rho(name: str, t: Trajectory) -> tuple[list[float], list[list[float]]]:
+def _log_rho(o: Any, t: Trajectory, advantages: list[float]) -> tuple[list[float], list[list[float]]]:
     """log ρ_j, and its derivative to every own ℓ_i."""
-    lam = [a - b for a, b in zip(t.now, t.old, strict=True)]
+    name, lam = o.ratio, [a - b for a, b in zip(t.now, t.old, strict=True)]
     h = t.length
     values, slopes = [], []
+    if name == "prefix_minimum":
+        for j in range(h):
+            least = [i for i in range(j) if lam[i] == min(lam[:j])][-1:]
+            values.append(lam[j] + sum(lam[i] for i in least))
+            slopes.append([float(i == j) + float(i in least) for i in range(h)])
+        return values, slopes
+    if name == "clipped_mean":
+        clipped, free = [], []
+        for x, a in zip(lam, advantages, strict=True):
+            clipped.append(min(x, o.clip_high) if a > 0 else max(x, -o.clip_low) if a < 0 else 0.0)
+            free.append(1 / h if (a > 0 and x <= o.clip_high) or (a < 0 and x >= -o.clip_low) else 0.0)
+        return [sum(clipped) / max(h, 1)] * h, [free] * h
     for j in range(h):
         members = {
             "none": range(0),
@@ -247,19 +305,48 @@ def _log_rho(name: str, t: Trajectory) -> tuple[list[float], list[list[float]]]:
 
 
 def _weights(
-    o: Any, rho: list[list[float]], log_rho: tuple[list[float], ...], advantages: list[list[float]]
+    o: Any,
+    ts: list[Trajectory],
+    rho: list[list[float]],
+    log_rho: tuple[list[float], ...],
+    advantages: list[list[float]],
 ) -> list[list[float]]:
     if o.weight == "adaptive":
         q = largest_exponent([x for row in log_rho for x in row], o.ess)
         return [[math.exp(q * x) for x in row] for row in log_rho]
-    return [[weight(o, r, a) for r, a in zip(*rows, strict=True)] for rows in zip(rho, advantages, strict=True)]
+    if o.weight == "second_moment_mask":
+        dropped = _second_moment_dropped(log_rho, advantages, o.moment)
+        return [[0.0 if (n, j) in dropped else r for j, r in enumerate(row)] for n, row in enumerate(rho)]
+    return [
+        [weight(o, t, j, r, a) for j, (r, a) in enumerate(zip(*rows, strict=True))]
+        for t, *rows in zip(ts, rho, advantages, strict=True)
+    ]
 
 
-def weight(o: Any, rho: float, a: float) -> float:
+def _second_moment_dropped(
+    log_rho: tuple[list[float], ...], advantages: list[list[float]], limit: float
+) -> set[tuple[int, int]]:
+    """One token after the other, the largest square first, while the mean of the rest is above the limit."""
+    left = {
+        (n, j): x * x
+        for n, (row, signs) in enumerate(zip(log_rho, advantages, strict=True))
+        for j, (x, a) in enumerate(zip(row, signs, strict=True))
+        if x * a > 0
+    }
+    dropped = set()
+    while left and math.fsum(left.values()) / len(left) > limit:
+        largest = max(left, key=lambda place: (left[place], place))
+        dropped.add(largest)
+        del left[largest]
+    return dropped
+
+
+def weight(o: Any, t: Trajectory, j: int, rho: float, a: float) -> float:
     def clip(x: float) -> float:
         return min(max(x, 1 - o.eps_low), 1 + o.eps_high)
 
-    kept = (rho - clip(rho)) * a <= 0
+    lam = [x - y for x, y in zip(t.now, t.old, strict=True)]
+    kept = o.weight in _UNCLIPPED or (rho - clip(rho)) * a <= 0
     match o.weight:
         case "one":
             return 1.0
@@ -282,7 +369,49 @@ def weight(o: Any, rho: float, a: float) -> float:
         case "sigmoid":
             p = 1 / (1 + math.exp(-(o.tau_pos if a > 0 else o.tau_neg) * (rho - 1)))
             return 4 * rho * p * (1 - p)
+        case "two_sided_clip":
+            return _two_sided(rho, a, o)
+        case "dppo_tv":
+            moved = math.exp(t.now[j]) - math.exp(t.old[j])
+            return min(rho, o.truncation) if (moved <= o.tv_high if a > 0 else moved >= -o.tv_low) else 0.0
+        case "dppo_kl":
+            p, old = math.exp(t.now[j]), math.exp(t.old[j])
+            other, other_old = max(0.0, 1 - p), max(0.0, 1 - old)
+            apart = old * math.log(old / p) + other_old * math.log((other_old + 1e-8) / (other + 1e-8))
+            away = t.now[j] > t.old[j] and apart > o.kl_high if a > 0 else p < old and apart > o.kl_low
+            return 0.0 if away else min(rho, o.truncation)
+        case "sequence_kl_mask":
+            return 0.0 if not kept or (a < 0 and -sum(lam) / t.length > o.drift) else rho
+        case "sequence_max_mask":
+            return rho if all(math.exp(x) - 1 - x <= o.worst for x in lam) else 0.0
+        case "gamma_kernel":
+            k, rate = (o.k_pos, o.rate_pos) if a >= 0 else (o.k_neg, o.rate_neg)
+            return rho**k * math.exp(rate - rate * rho)
+        case "tapered":
+            return 1.0 if a > 0 else min(rho, 1.0)
+        case "future_kl":
+            ahead = sum(2 ** (-(i - j) / o.half_life) * lam[i] for i in range(j, t.length))
+            factor = min(max(math.exp(ahead), 1.0), 1.0 + o.influence)
+            if a < 0 and rho > o.safety:
+                factor = min(max(factor, 0.8), 1.0)
+            return factor * rho if kept else 0.0
     raise AssertionError(o.weight)
+
+
+_UNCLIPPED = {
+    "one", "ratio", "truncate", "power", "mask", "sigmoid", "dppo_tv", "dppo_kl", "sequence_max_mask", "gamma_kernel",
+    "tapered",
+}  # fmt: skip
+
+
+def _two_sided(rho: float, a: float, o: Any) -> float:
+    """The derivative of min(min(ρ, δ)·A, clip(ρ)·A) to ρ, times ρ."""
+    if a == 0:
+        return rho
+    inner = (min(rho, o.ceiling) * a, rho if rho <= o.ceiling else 0.0)
+    low, high = 1 - o.eps_low, 1 + o.eps_high
+    outer = (min(max(rho, low), high) * a, rho if low <= rho <= high else 0.0)
+    return min(inner, outer, key=lambda term: term[0])[1]
 
 
 def largest_exponent(log_rho: list[float], target: float) -> float:
@@ -304,12 +433,17 @@ def largest_exponent(log_rho: list[float], target: float) -> float:
 def _shares(name: str, ts: list[Trajectory], max_new_tokens: int) -> list[float]:
     """What one own token of each trajectory counts for."""
     tokens = sum(t.length for t in ts)
+    by_prompt: dict[int, int] = {}
+    for t in ts:
+        by_prompt[t.group] = by_prompt.get(t.group, 0) + t.length
+    prompts = max(1, sum(count > 0 for count in by_prompt.values()))
     return [
         {
             "sequence_mean": 1 / (len(ts) * max(t.length, 1)),
             "token_mean": 1 / max(tokens, 1),
             "constant": 1 / (len(ts) * max_new_tokens),
             "sequence_sum": 1 / len(ts),
+            "prompt_mean": 1 / (prompts * max(by_prompt[t.group], 1)),
         }[name]
         for t in ts
     ]

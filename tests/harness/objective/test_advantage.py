@@ -141,7 +141,9 @@ def test_greedy_baseline_says_what_it_needs() -> None:
 def test_the_reward_of_a_group_of_one_cancels_where_the_catalogue_says_so(advantage: str) -> None:
     """Three groups of one with a KL in the reward; the first reward rises from 1 to 2."""
     drift = [[0.1, 0.3], [0.2, -0.4], [0.0, 0.1]]
-    batch = tokens(drift, rewards=[1.0, 4.0, 7.0], groups=[0, 1, 2], greedy_rewards=torch.zeros(3))
+    logits = torch.zeros(3, 2, 4, dtype=torch.float64)
+    seen = {"greedy_rewards": torch.zeros(3), "logits": logits, "logits_reference": logits}
+    batch = tokens(drift, rewards=[1.0, 4.0, 7.0], groups=[0, 1, 2], **seen)
     objective = Objective(advantage=advantage, estimator="k1", placement="reward_to_go", beta=0.1)
     better = batch.replace(rewards=torch.tensor([2.0, 4.0, 7.0], dtype=torch.float64))
     one, two = (update_context(objective, each).advantages for each in (batch, better))

@@ -11,12 +11,12 @@ from klab.grid.catalogue import AXES
 from klab.harness.objective import axis_functions
 from klab.harness.objective.advantage import ADVANTAGES
 from klab.harness.objective.aggregate import AGGREGATIONS
+from klab.harness.objective.functions import PATHS
 from klab.harness.objective.kl import ESTIMATORS
-from klab.harness.objective.loss import PATHS
 from klab.harness.objective.placement import PLACEMENTS
 from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
-from klab.harness.objective.weight import SOLVERS, WEIGHTS
+from klab.harness.objective.values import SOLVERS, WEIGHTS
 
 REGISTRIES = (ESTIMATORS, PLACEMENTS, RATIOS, WEIGHTS, ADVANTAGES, AGGREGATIONS, PATHS)
 

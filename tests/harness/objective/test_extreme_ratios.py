@@ -18,7 +18,9 @@ from klab.harness.objective.weight import WEIGHTS as WEIGHT_FUNCTIONS
 
 WEIGHTS = sorted(WEIGHT_FUNCTIONS)
 RATIOS = sorted(name for name in RATIO_FUNCTIONS if name != "none")
-UNBOUNDED = {"ratio", "power", "adaptive", "ppo_clip", "dual_clip"}
+UNBOUNDED = {
+    "ratio", "power", "adaptive", "ppo_clip", "dual_clip", "sequence_kl_mask", "second_moment_mask", "future_kl"
+}  # fmt: skip
 """Weights that grow with ρ without end, the clipped ones where A < 0 (`dual_clip` up to c)."""
 
 log_ratios = st.sampled_from([-1e4, -750.0, -117.0, -1.0, 0.0, 1.0, 50.0, 88.8, 117.0, 750.0, 1e4]) | st.floats(

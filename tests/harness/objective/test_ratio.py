@@ -11,6 +11,7 @@ from klab.harness.objective.ratio import RATIOS
 
 MASK = torch.tensor([[False, True, True, False, True, False], [True, False, False, False, False, False]])
 LOG_RATIO = torch.tensor([[0.0, 0.1, -0.4, 0.0, 0.9, 0.0], [0.3, 0, 0, 0, 0, 0]], dtype=torch.float64)
+ADVANTAGE = torch.tensor([[0, 1.0, -2.0, 0, 1.0, 0], [-1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
 
 GOLDEN = {
     "none": ([0.0, 0.0, 0.0], 0.0),
@@ -20,6 +21,8 @@ GOLDEN = {
     "sequence_product": ([0.6, 0.6, 0.6], 0.3),
     "future_product": ([0.6, 0.5, 0.9], 0.3),
     "prefix_product": ([0.1, -0.3, 0.6], 0.3),
+    "prefix_minimum": ([0.1, -0.3, 0.5], 0.3),
+    "clipped_mean": ([0.1, 0.1, 0.1], 0.3),
 }
 """By hand: log ρ at the three own tokens of the first trajectory, and at the one of the second."""
 
@@ -27,7 +30,8 @@ GOLDEN = {
 @pytest.mark.parametrize("name", list(AXES["ratio"].values))
 def test_log_rho_by_hand(name: str) -> None:
     first, second = GOLDEN[name]
-    assert RATIOS[name](LOG_RATIO, MASK)[MASK].tolist() == pytest.approx([*first, second], abs=1e-15)
+    clipping = {"advantage": ADVANTAGE, "clip_low": 0.2, "clip_high": 0.4} if name == "clipped_mean" else {}
+    assert RATIOS[name](LOG_RATIO, MASK, **clipping)[MASK].tolist() == pytest.approx([*first, second], abs=1e-15)
 
 
 def test_future_mean_ends_as_token_and_starts_as_sequence_mean() -> None:

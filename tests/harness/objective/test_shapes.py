@@ -14,16 +14,18 @@ import torch
 from jaxtyping import AbstractArray, jaxtyped
 
 from klab.grid import Objective
+from klab.grid.custom_values import VIEW
 from klab.harness.objective import Groups, Returns, Totals, update_context
-from klab.harness.objective.advantage import ADVANTAGES
 from klab.harness.objective.aggregate import AGGREGATIONS
 from klab.harness.objective.batch import TokenBatch
+from klab.harness.objective.functions import PATHS
+from klab.harness.objective.inputs import View
 from klab.harness.objective.kl import ESTIMATORS
-from klab.harness.objective.loss import PATHS, LossOutput, UpdateContext, objective_loss
+from klab.harness.objective.loss import LossOutput, UpdateContext, objective_loss
 from klab.harness.objective.masking import last_token_mask, left_align, lengths, masked, suffix_sum, undo_left_align
 from klab.harness.objective.metrics import TokenStats
 from klab.harness.objective.ratio import RATIOS
-from klab.harness.objective.weight import SOLVERS, WEIGHTS
+from klab.harness.objective.values import ADVANTAGES, SOLVERS, WEIGHTS
 from tests.support.random_batches import PARAMETERS, random_batch
 
 
@@ -54,12 +56,15 @@ def _inputs(batch: TokenBatch) -> Mapping[str, Any]:
     mask = batch.mask
     log_ratio = masked(batch.logp.detach() - batch.logp_behaviour, mask)
     token_rewards = torch.where(last_token_mask(mask), batch.rewards[:, None], 0.0)
-    returns = Returns(suffix_sum(token_rewards), token_rewards, batch.rewards, mask, Groups.from_labels(batch.groups))
+    groups = Groups.from_labels(batch.groups)
+    returns = Returns(suffix_sum(token_rewards), token_rewards, batch.rewards, mask, groups)
+    view = View(batch, mask, advantage=returns.returns, ratio=log_ratio.exp(), groups=groups)
     return {
+        **view.inputs(set(VIEW) - {"values", "entropy"}),
         "log_ratio": log_ratio, "mask": mask, "ratio": log_ratio.exp(), "advantage": returns.returns,
-        "returns": returns, "terms": log_ratio, "totals": Totals(len(mask), mask.sum(), batch.max_new_tokens),
+        "returns": returns, "terms": log_ratio, "totals": Totals.of(mask, groups, batch.max_new_tokens),
         "logp": log_ratio, "log_rho": log_ratio, "logits": batch.logits, "logits_reference": batch.logits_reference,
-        "greedy_rewards": batch.greedy_rewards, "q": torch.tensor(0.5, dtype=torch.float64),
+        "greedy_rewards": batch.greedy_rewards, "kept": mask, "q": torch.tensor(0.5, dtype=torch.float64),
         **{name: values[0] for name, values in PARAMETERS.items() if name != "q"},
     }  # fmt: skip
 
@@ -81,9 +86,8 @@ def test_helpers_take_and_give_the_shapes_of_their_signatures() -> None:
     for function in (lengths, last_token_mask):
         _called(function, mask=mask)
     _called(suffix_sum, values=values)
-    for solver in SOLVERS.values():
-        q = solver(values, mask, ess=0.9)["q"]
-        assert q.shape == ()
+    assert SOLVERS["adaptive"](values, mask, ess=0.9)["q"].shape == ()
+    _called(SOLVERS["second_moment_mask"], log_rho=values, mask=mask, advantage=inputs["advantage"], moment=0.04)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -12,6 +12,7 @@ from torch import Tensor
 from klab.grid import Objective
 from klab.harness.objective import TokenBatch, update_context, value_loss, value_metrics
 from klab.harness.objective.aggregate import Totals
+from klab.harness.objective.groups import Groups
 from tests.harness.objective.enumeration import Enumeration
 from tests.support.random_batches import gradient, random_batch, tokens, with_sampler
 
@@ -61,7 +62,7 @@ def test_whitening_moves_advantages_and_no_target() -> None:
 
 VALUES, OLD, TARGETS = row(0.5, 0.3, 0.9, -0.4), row(0.0, 0.25, 1.0, 0.0), row(1.0, 1.0, 0.0, 1.0)
 OWN = torch.tensor([[True, True, True, True]])
-TOTALS = Totals(1, torch.tensor(4), 4)
+TOTALS = Totals.of(OWN, Groups.from_labels(torch.tensor([0])), 4)
 
 
 def test_the_clipped_value_loss_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from klab.grid import Objective
 from klab.grid.catalogue import AXES, PARAMETERS
-from klab.harness.objective import axis_functions
-from klab.harness.objective.weight import WEIGHTS, largest_exponent
+from klab.grid.custom_values import VIEW
+from klab.harness.objective import TokenBatch
+from klab.harness.objective.inputs import View
+from klab.harness.objective.values import WEIGHTS
+from klab.harness.objective.weight import largest_exponent
 from tests.harness.objective.oracle import largest_exponent as by_halving
 
 WEIGHT_VALUES = AXES["weight"].values
@@ -21,10 +25,22 @@ DENSE = torch.logspace(-3, 3, 2001, dtype=torch.float64)
 
 
 def _weight(name: str, ratios: Tensor, advantage: float, parameters: dict[str, float]) -> Tensor:
+    """Of trajectories of one token that had probability 0.001."""
     advantages = torch.full_like(ratios, advantage)
     if name == "adaptive":
         parameters = {"q": parameters["ess"]}  # any exponent in [0, 1] may be what the update asks for
-    return WEIGHTS[name](ratios, advantages, **parameters)
+    if name == "second_moment_mask":  # each token as an update of its own
+        far = ratios.log().square() > parameters["moment"]
+        parameters = {"kept": ~(far & (ratios.log() * advantages > 0))[:, None]}
+    old = torch.full_like(ratios, math.log(1e-3))[:, None]
+    mask = torch.ones_like(old, dtype=torch.bool)
+    rows = torch.arange(len(ratios))
+    batch = TokenBatch(old + ratios.log()[:, None], old, old, mask, torch.zeros(len(ratios)), rows, max_new_tokens=1)
+    asked = View(batch, mask).inputs(set(inspect.signature(WEIGHTS[name]).parameters) & set(VIEW) - _POSITIONAL)
+    return WEIGHTS[name](ratios[:, None], advantages[:, None], **asked, **parameters)[:, 0]
+
+
+_POSITIONAL = {"ratio", "advantage"}
 
 
 @st.composite
@@ -82,8 +98,9 @@ def test_not_monotone_as_stated(name: str) -> None:
 def test_weights_are_exactly_one_at_ratio_one(name: str) -> None:
     ratios = torch.ones(3, dtype=torch.float64)
     advantages = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
-    solved = {"q": torch.tensor(0.3, dtype=torch.float64)} if name == "adaptive" else {}
-    assert torch.equal(axis_functions(Objective(weight=name)).weight(ratios, advantages, **solved), ratios)
+    for advantage in advantages.tolist():
+        parameters = Objective(weight=name).arguments("weight")
+        assert torch.equal(_weight(name, ratios, advantage, parameters), ratios)
 
 
 @pytest.mark.parametrize("advantage", [-1.5, 2.0])
@@ -124,7 +141,7 @@ def test_filters_keep_an_overflowed_ratio_out() -> None:
     ratios, advantages = torch.tensor([math.inf]), torch.tensor([1.0])
     for name in ("ppo_clip", "dual_clip", "truncate_clip", "mask"):
         assert float(_weight(name, ratios, 1.0, Objective(weight=name).arguments("weight"))) == 0.0
-    assert not axis_functions(Objective(weight="ratio")).weight(ratios, advantages).isfinite().any()
+    assert not WEIGHTS["ratio"](ratios, advantages).isfinite().any()
 
 
 @settings(max_examples=40, deadline=None)

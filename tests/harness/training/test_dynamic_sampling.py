@@ -20,7 +20,8 @@ from klab.harness.training.data.dynamic_sampling import (
     shortfall,
 )
 from klab.harness.training.data.generate import generate
-from klab.harness.training.data.rollouts import rollout_prompts, score_completions
+from klab.harness.training.data.rollouts import rollout_prompts
+from klab.harness.training.data.scoring import score_completions
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from klab.tasks import Example

@@ -11,7 +11,8 @@ import torch
 import klab.harness.training.evaluation as module
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
-from klab.harness.training.data.rollouts import rollout_prompts, score_completions
+from klab.harness.training.data.rollouts import rollout_prompts
+from klab.harness.training.data.scoring import score_completions
 from klab.harness.training.evaluation import held_out, pass_at_k, sampling_error, sequence_divergence
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell

@@ -1,0 +1,111 @@
+"""The functions behind an objective: the chosen value of every axis with its parameters filled in, and the gradient
+paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from jaxtyping import Float
+from torch import Tensor
+
+from klab.grid import Objective
+from klab.grid.custom_values import SOLVER
+from klab.harness.objective.advantage import Returns, value_targets
+from klab.harness.objective.aggregate import AGGREGATIONS
+from klab.harness.objective.custom import divide_parameters, optional_inputs
+from klab.harness.objective.kl import ESTIMATORS
+from klab.harness.objective.placement import PLACEMENTS, Placement
+from klab.harness.objective.ratio import RATIOS
+from klab.harness.objective.registry import Registry
+from klab.harness.objective.values import ADVANTAGES, SOLVERS, WEIGHTS
+
+PATHS = Registry("path")
+
+
+@PATHS.register("score")
+def score_path(logp: Float[Tensor, "N T"], log_rho: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """The surrogate's gradient is w·A·∇ℓ."""
+    return logp
+
+
+@PATHS.register("ratio")
+def ratio_path(logp: Float[Tensor, "N T"], log_rho: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """The surrogate's gradient is w·A·∇log ρ, through every token that enters ρ (GSPO, Zheng et al. 2025a)."""
+    return log_rho
+
+
+@dataclass(frozen=True)
+class AxisFunctions:
+    """The functions that an objective chooses, with their parameters filled in.
+
+    Attributes:
+        asks: by axis, and for the solver, what the function is given as keywords (see `View`).
+        solver: finds the parameters of a weight that depend on the whole update; None where there are none.
+        value_targets: R̂ of a critic.
+    """
+
+    asks: Mapping[str, frozenset[str]]
+    estimator: Callable[..., Tensor]
+    placement: Placement
+    ratio: Callable[..., Tensor]
+    weight: Callable[..., Tensor]
+    solver: Callable[..., dict[str, Tensor]] | None
+    advantage: Callable[..., Tensor]
+    value_targets: Callable[[Returns], Tensor]
+    aggregation: Callable[..., Tensor]
+    path: Callable[..., Tensor]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the functions in use ask for, by the names of `klab.grid.custom_values.VIEW`."""
+        used = (names for axis, names in self.asks.items() if axis != "estimator" or self.placement.has_kl)
+        return frozenset().union(*used)
+
+
+@lru_cache(maxsize=4096)
+def axis_functions(objective: Objective) -> AxisFunctions:
+    """The functions of an objective, the user's own ones imported.
+
+    Raises:
+        UserError: when a custom value's module or function does not exist or does not take its parameters.
+    """
+    asks = {
+        registry.axis: registry.needs(getattr(objective, registry.axis))
+        for registry in (ESTIMATORS, RATIOS, WEIGHTS, ADVANTAGES)
+    }
+    weight, solver = _weight_and_solver(objective)
+    if solver is not None:
+        asks["weight"] = optional_inputs(WEIGHTS.function(objective.weight), WEIGHTS.signature)
+        asks["solver"] = optional_inputs(solver, SOLVER)
+    return AxisFunctions(
+        asks=asks,
+        estimator=ESTIMATORS.bound(objective.estimator, objective.arguments("estimator")),
+        placement=PLACEMENTS.bound(objective.placement, objective.arguments("placement"))(),
+        ratio=RATIOS.bound(objective.ratio, objective.arguments("ratio")),
+        weight=weight,
+        solver=solver,
+        advantage=ADVANTAGES.bound(objective.advantage, objective.arguments("advantage")),
+        value_targets=_value_targets(objective),
+        aggregation=AGGREGATIONS.bound(objective.aggregation, objective.arguments("aggregation")),
+        # without a ratio log ρ is 0 and carries no gradient
+        path=score_path if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
+    )
+
+
+def _weight_and_solver(objective: Objective) -> tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]] | None]:
+    """The weight with its parameters filled in, and likewise the function that finds those of the whole update."""
+    name, settings = objective.weight, objective.arguments("weight")
+    function = WEIGHTS.function(name)
+    solver: Callable[..., dict[str, Tensor]] | None = SOLVERS.get(name) or getattr(function, "solver", None)
+    if solver is None:
+        return WEIGHTS.bound(name, settings), None
+    own, found = divide_parameters(function, solver, name, settings)
+    return WEIGHTS.bound(name, own, solved=True), partial(solver, **found)
+
+
+def _value_targets(objective: Objective) -> Callable[[Returns], Tensor]:
+    """R̂ with the γ and λ of `gae`; beside a custom advantage, the undiscounted returns."""
+    gamma, lam = (objective.gamma, objective.lam) if objective.advantage == "gae" else (1.0, 1.0)
+    return lambda returns: value_targets(returns, gamma, lam)
