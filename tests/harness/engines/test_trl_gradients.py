@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from klab.grid import UserError
+from klab.grid.catalogue import AXES
 from klab.harness.engines.trl.cell import reset_accelerate
 from klab.harness.engines.trl.trainer import KlabTrainer
 from tests.support.random_batches import random_objective
@@ -57,7 +59,13 @@ def test_random_combinations_have_the_gradient_of_the_objective(make: MakeTraine
     if steps == 2:
         drift(trainer, 2)
     source = random.Random(steps)
+    supported = [name for name, value in AXES["advantage"].values.items() if "logits" not in value.needs]
     for _ in range(COMBINATIONS // 2):
-        objective = random_objective(source)
+        objective = random_objective(source, advantage=source.choice(supported))
         with_objective(trainer, objective)
         assert_same_gradient(trainer, policy, objective)
+
+
+def test_an_advantage_on_logits_of_the_whole_update_is_refused(policy: Path) -> None:
+    with pytest.raises(UserError, match="TRL keeps no logits of the whole update"):
+        trl_cell(policy, {"advantage": "optimal_token_baseline"})
