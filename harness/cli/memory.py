@@ -75,6 +75,32 @@ class MemoryNeed:
         """Per GPU, or of a node on processors."""
         return self.estimate.total(self.cells) * (1 if self.job.on_gpu else self.job.processes)
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.job.on_gpu else "cpu"
+
+    def expected(self, single: bool = False) -> int:
+        """About as many bytes as the job will take with completions of full length, per GPU or of a node; with
+        `single` the least of them, one trajectory in a micro-batch."""
+        on_top = sum(self.estimate.passes(self.device, self.cells, single).values())
+        return self.bytes + on_top * (1 if self.job.on_gpu else self.job.processes)
+
+    def passes_line(self) -> str | None:
+        """For people: what is expected; None where it is not known."""
+        work, sizes = self.estimate.work, self.estimate.footprint
+        if work is None or sizes is None:
+            return None
+        tokens, _ = work.micro_batch(sizes.engine)
+        parts = ", ".join(f"{n} {amount(v)}" for n, v in self.estimate.passes(self.device, self.cells).items())
+        text = f"memory: about {amount(self.expected())} with {tokens:,} tokens in a micro-batch (on top: {parts})"
+        limit = self.job.limit_gb
+        if limit is None or self.expected() <= limit * _GB:
+            return text
+        processes = 1 if self.job.on_gpu else self.job.processes
+        room = (limit * _GB - self.bytes) / processes - sizes.logits(tokens, self.device)
+        fits = sizes.tokens_within(int(room / self.cells))
+        return f"{text}, of which there are {limit:.3g} GB: training.token_budget: {fits} fits"
+
     def line(self) -> str:
         """For people."""
         asked = f" of the {self.job.limit_gb:.3g} GB" if self.job.limit_gb is not None else ""
@@ -91,14 +117,20 @@ class MemoryNeed:
             "processes": 1 if self.job.on_gpu else self.job.processes,
             "bytes": self.bytes,
             "parts": self.estimate.parts(self.cells),
+            "expected_bytes": self.expected(),
+            "on_top": self.estimate.passes(self.device, self.cells),
         }
 
     def refusal(self, file: str) -> UserError | None:
         """The mistake of asking for less; None where it suffices or is not known."""
         limit = self.job.limit_gb
-        if limit is None or self.bytes <= limit * _GB:
+        if limit is None or self.expected(single=True) <= limit * _GB:
             return None
         what = f"training needs at least {amount(self.bytes)} for {self._job()} ({self._parts()})"
+        if self.bytes <= limit * _GB:
+            on_top = self.estimate.passes(self.device, self.cells, single=True)
+            parts = ", ".join(f"{name} {amount(value)}" for name, value in on_top.items())
+            what = f"{what}, and {amount(self.expected(single=True))} with a single trajectory ({parts})"
         if self.job.on_gpu:
             what = f"{what}, and the largest GPU here has {limit:.3g} GB"
             return UserError(what, file=file, key="policy", hint=self._hint([]))
@@ -133,6 +165,8 @@ class MemoryNeed:
             options.append("policy.dtype: bfloat16")
         if critic is not None and critic.kind == "model":
             options.append("training.critic.kind: head")
+        if not policy.gradient_checkpointing and self.estimate.work is not None:
+            options.append("policy.gradient_checkpointing: true")
         return f"What helps: {'; '.join(options) or 'a smaller model'}. Activations come on top."
 
 

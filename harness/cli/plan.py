@@ -105,7 +105,8 @@ def plan(
     if unmeasured:
         screen.print(f"{unmeasured} objectives were never compared by measurement; --measure does, and so does launch")
     show_notes(found.notes, quiet=False)
-    for line in dict.fromkeys(need.line() for need in found.memory):
+    lines = [line for need in found.memory for line in (need.line(), need.passes_line()) if line is not None]
+    for line in dict.fromkeys(lines):
         say(line)
     for line in seen.lines():
         say(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -100,7 +100,10 @@ class Policy(Scorer, Protocol):
         encode_prompt: token ids of a prompt for these models.
         origin, revision: folder or hub id of the checkpoint that they started from, and its revision on the hub.
         parameters: name -> [C, …], the leaf tensors that are trained; all other weights are frozen.
+        config: the transformers configuration.
     """
+
+    config: Any
 
     tokenizer: PreTrainedTokenizerFast
     encode_prompt: PromptEncoder

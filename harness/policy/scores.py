@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from klab.harness.policy.footprint import MAX_LOGITS
 from klab.harness.policy.ordered_gather import take_rows
 from klab.harness.policy.rollout import Rollout
-
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits held at once, by type of device, each in two or three tensors of 4 or 8 bytes."""
 
 
 @dataclass(frozen=True, slots=True)

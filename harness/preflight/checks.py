@@ -13,6 +13,7 @@ from klab.grid.catalogue import AXES
 from klab.grid.engines import engine_notes
 from klab.grid.schema.training import TrainingSection
 from klab.grid.user_code import names_user_code
+from klab.harness.policy.footprint import Footprint, Workload
 from klab.harness.preflight.memory import (
     MemoryEstimate,
     Sizes,
@@ -20,6 +21,7 @@ from klab.harness.preflight.memory import (
     memory_keys,
     pretrained_sizes,
     tiny_sizes,
+    workload,
 )
 from klab.harness.preflight.process import Finding
 from klab.harness.training.data.notes import sampling_notes, small_set_notes
@@ -68,7 +70,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             size = sizes[size_key]
             if size is not None and memory_key not in estimated:
                 estimated.add(memory_key)
-                yield estimate_memory(cell, size)
+                yield estimate_memory(cell, size, *passes(cell, task, model))
 
 
 def _check_trl(training: TrainingSection) -> None:
@@ -164,6 +166,21 @@ def model_sizes(policy: Any, model: Model | None, task: Task) -> Sizes | None:
     return pretrained_sizes(policy, model[1]) if model is not None else None
 
 
+def passes(cell: Cell, task: Task, model: Model | None) -> tuple[Footprint | None, Workload | None]:
+    """What passes through a pretrained model take, and how many tokens go through it at once; None of a tiny one."""
+    if model is None:
+        return None, None
+    from klab.harness.policy.load import engine_for
+
+    tokenizer, config = model
+    policy: Any = cell.policy
+    limit = cell.training.max_prompt_tokens
+    lengths = [length for _, length in prompt_lengths(task, tokenizer, policy.chat_template)]
+    longest = max((length for length in lengths if limit is None or length <= limit), default=limit or 1)
+    new = cell.training.max_new_tokens or task.max_new_tokens
+    return Footprint.of(policy, config, engine_for(policy, config)), workload(cell, longest, new)
+
+
 def small_sets(cell: Cell, task: Task) -> Iterator[str]:
     """Sets with fewer prompts than are asked of them: allowed, but not what was written."""
     return small_set_notes(cell.training, len(task.split("train")), len(task.split("held_out")))
@@ -208,16 +225,12 @@ def check_prompts(cell: Cell, task: Task, model: Model) -> None:
     Raises:
         UserError: a template that fails, or a prompt that is too long.
     """
-    from klab.harness.policy.prompt import prompt_ids
-
     tokenizer, config = model
     policy: Any = cell.policy
     context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     new = cell.training.max_new_tokens or task.max_new_tokens
     limit = cell.training.max_prompt_tokens
-    prompts = [*(each.prompt for each in task.split("train")), *(each.prompt for each in task.split("held_out"))]
-    for prompt in sorted(prompts, key=len)[-_LONGEST:]:
-        count = len(prompt_ids(tokenizer, prompt, policy.chat_template))
+    for prompt, count in prompt_lengths(task, tokenizer, policy.chat_template):
         if context is not None and (limit is None or count <= limit) and count > context - new + 1:
             raise UserError(
                 f"a prompt of {count} tokens and {new} new ones exceed the model's context of {context}",
@@ -225,3 +238,12 @@ def check_prompts(cell: Cell, task: Task, model: Model) -> None:
                 value=prompt if len(prompt) <= 60 else prompt[:60] + "…",
                 hint=f"training.max_prompt_tokens: {max(1, context - new + 1)} leaves such prompts out.",
             )
+
+
+def prompt_lengths(task: Task, tokenizer: Any, chat_template: Any) -> Iterator[tuple[str, int]]:
+    """The prompts of a task with the most characters, and how many tokens they have."""
+    from klab.harness.policy.prompt import prompt_ids
+
+    prompts = [*(each.prompt for each in task.split("train")), *(each.prompt for each in task.split("held_out"))]
+    for prompt in sorted(prompts, key=len)[-_LONGEST:]:
+        yield prompt, len(prompt_ids(tokenizer, prompt, chat_template))

@@ -1,18 +1,21 @@
-"""The least memory that training needs, from a model's configuration: what must be there at the moment of a step.
+"""The memory that training needs, from a model's configuration: at least, and about as much as it will be.
 
-Counted are weights, float32 master weights beside 16-bit ones, gradients (and the buffer in which a step makes 16-bit
-ones wide), Adam's moments, the frozen reference policy and the critic. Activations, keys and values, samplers, reward
-models and the program itself come on top: whatever the micro-batch, less memory does not suffice.
+At least there must be what a step needs, whatever the micro-batch. Counted are weights, float32 master weights beside
+16-bit ones, gradients (and the buffer in which a step makes 16-bit ones wide), Adam's moments, the frozen reference
+policy and the critic. For pretrained models activations, logits, keys and values come on top where their sizes are
+known (`policy/footprint.py`), with completions of full length. Samplers, reward models and the program itself are not
+counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
 from klab.grid import Cell
+from klab.harness.policy.footprint import Footprint, Workload
 from klab.harness.policy.stacked.architecture import Architecture
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -52,12 +55,22 @@ class MemoryEstimate:
         parameters: of the model.
         per_cell: for every cell that is trained at once.
         shared: once for all of them.
+        footprint, work: what passes through the model take, and how many tokens; None where that is not known.
     """
 
     cell: str
     parameters: int
     per_cell: dict[str, int]
     shared: dict[str, int]
+    footprint: Footprint | None = None
+    work: Workload | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> MemoryEstimate:
+        """The estimate that `dataclasses.asdict` made a mapping of."""
+        footprint, work = record["footprint"], record["work"]
+        known = {"footprint": footprint and Footprint(**footprint), "work": work and Workload(**work)}
+        return cls(**{**record, **known})
 
     def parts(self, cells: int = 1) -> dict[str, int]:
         """Bytes for so many cells at once; what is not needed is left out."""
@@ -66,6 +79,24 @@ class MemoryEstimate:
 
     def total(self, cells: int = 1) -> int:
         return sum(self.parts(cells).values())
+
+    def passes(self, device: str, cells: int = 1, single: bool = False) -> dict[str, int]:
+        """Bytes that passes through the model take on top, at the fuller of two moments: an update's, or sampling's, at
+        which there are no gradients. Nothing where they are not known.
+
+        Args:
+            device: type of device.
+            single: with one trajectory in a micro-batch, which is the least.
+        """
+        if self.footprint is None or self.work is None:
+            return {}
+        sizes, work = self.footprint, self.work
+        tokens, own = work.micro_batch(sizes.engine, single)
+        update = {"activations": sizes.activations(tokens) * cells, "logits": sizes.logits(own, device)}
+        cache = sizes.cache(work.prompt + work.new if single else work.drawn()) * cells
+        gradients = sum(value for name, value in self.parts(cells).items() if name.endswith("gradients"))
+        beyond = max(0, cache - gradients - sum(update.values()))
+        return {**update, "keys and values in excess of an update's": beyond} if beyond else update
 
 
 def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
@@ -81,12 +112,39 @@ def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     for cell in cells:
         task = text(cell.task) if cell.policy.name == "tiny" else ""  # a tiny policy's vocabulary is the task's
         critic = cell.training.critic
-        keys.append((text(cell.policy), task, critic.kind if critic is not None else ""))
+        work = "" if cell.policy.name == "tiny" else f"{text(cell.task)}{workload_settings(cell)}"
+        keys.append((text(cell.policy), task, critic.kind if critic is not None else "", work))
     return keys
 
 
-def estimate_memory(cell: Cell, sizes: Sizes) -> MemoryEstimate:
-    """What a cell needs at the moment of a step."""
+def workload_settings(cell: Cell) -> tuple[int | None, ...]:
+    """The training settings that say how many tokens go through the model at once."""
+    training = cell.training
+    return (
+        training.prompts,
+        training.group_size,
+        training.minibatches,
+        training.micro_batch,
+        training.token_budget,
+        training.max_new_tokens,
+        training.max_prompt_tokens,
+        training.evaluation_prompts * training.evaluation_samples,
+    )
+
+
+def workload(cell: Cell, prompt: int, new: int) -> Workload:
+    """How many tokens go through a cell's model at once, given the longest prompt and completion."""
+    training = cell.training
+    rows = training.prompts * training.group_size // training.minibatches
+    sampled = max(training.prompts * training.group_size, training.evaluation_prompts * training.evaluation_samples)
+    at_once = min(rows, training.micro_batch or rows)
+    return Workload(prompt, new, at_once, training.group_size, sampled, training.token_budget)
+
+
+def estimate_memory(
+    cell: Cell, sizes: Sizes, footprint: Footprint | None = None, work: Workload | None = None
+) -> MemoryEstimate:
+    """What a cell needs."""
     critic = cell.training.critic
     per_cell = _trained(sizes.trained, sizes.trained_bytes)
     # whole weights are copied for the reference, once where cells start alike; adapters are only switched off
@@ -100,7 +158,7 @@ def estimate_memory(cell: Cell, sizes: Sizes) -> MemoryEstimate:
         per_cell = per_cell | {"critic": sum(own.values()) + sum(head.values())}
         if critic.kind == "model":
             shared["critic's frozen base"], shared["critic's float32 gradients"] = sizes.frozen_bytes, widened
-    return MemoryEstimate(cell.id, sizes.parameters, per_cell, shared)
+    return MemoryEstimate(cell.id, sizes.parameters, per_cell, shared, footprint, work)
 
 
 def _trained(count: int, each: int) -> dict[str, int]:

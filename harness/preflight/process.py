@@ -15,7 +15,7 @@ from typing import Any
 
 from klab.grid import Cell, Grid
 from klab.grid.user_code import python_command
-from klab.harness.preflight.memory import MemoryEstimate
+from klab.harness.preflight.memory import MemoryEstimate, workload_settings
 
 SECONDS = 600.0
 """Limit of all checks of a grid; a dataset or a tokenizer from the hub may have to be downloaded."""
@@ -73,7 +73,7 @@ class Preflight:
             raise
         lines = [json.loads(line) for line in out.splitlines()]
         found = [Finding(**line["finding"]) for line in lines if "finding" in line]
-        memory = [MemoryEstimate(**line["memory"]) for line in lines if "memory" in line]
+        memory = [MemoryEstimate.from_record(line["memory"]) for line in lines if "memory" in line]
         if self._process.returncode:
             self._errors.seek(0)
             last = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()][-1:]
@@ -92,11 +92,9 @@ def representatives(cells: Iterable[Cell]) -> list[Cell]:
             id(cell.task),
             id(cell.policy),
             training.critic.kind if training.critic is not None else None,
-            training.prompts,
             training.evaluation_prompts,
-            training.max_prompt_tokens,
-            training.max_new_tokens,
-            (training.engine, training.trl, training.sampler, training.minibatches),
+            (training.engine, training.trl, training.sampler),
+            workload_settings(cell),
         )
         found.setdefault(key, cell)
     return list(found.values())

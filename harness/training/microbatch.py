@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from klab.harness.policy.footprint import SAMPLING_FACTOR
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -17,10 +18,6 @@ MicroBatch = tuple[Rollout, slice]
 
 PackMicroBatch = tuple[MicroBatch, ...]
 """One micro-batch of every cell of a pack: what goes through the stacked policies together."""
-
-SAMPLING_FACTOR = 16
-"""Tokens that may be sampled at once for each that may be trained on: sampling keeps only keys and values, a backward
-pass needs every layer's activations."""
 
 
 @dataclass(frozen=True, slots=True)

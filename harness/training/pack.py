@@ -29,6 +29,7 @@ from klab.harness.training.optim.critic import Critics
 from klab.harness.training.optim.optimizer import StackedAdamW
 from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import PackedCell
+from klab.harness.training.runtime.automatic_budget import automatic_budget
 from klab.harness.training.runtime.timer import PhaseTimer, shares
 from klab.harness.training.summary import DIVERGED_AFTER
 from klab.harness.training.update import update
@@ -71,7 +72,9 @@ class Pack:
         self.evaluated = -1
         self.pending: list[list[Experience]] = []
         self.streaks = [0] * len(self.members)
-        self.budget = self.settings.budget
+        self.budget = automatic_budget(
+            self.settings.budget, self.policy, self.settings.policy, len(self.members), self.channel.process_group
+        )
         self._halved = False
         self._schedule = self.settings.schedule
         self._timer = PhaseTimer(self.policy.device)

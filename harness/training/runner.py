@@ -190,6 +190,8 @@ class PackRunner:
             for position in range(len(members)):
                 self.start(members[position : position + 1], states[position : position + 1])
             return
+        if pack.budget != pack.settings.budget:
+            self.print_once(f"klab: training.token_budget: {pack.budget.tokens}, from the memory of the GPU")
         for member in members:
             self._report_progress(member, pack.done)
         self.run(pack)

@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from klab.grid.schema.policy import Lora
+from klab.harness.policy.footprint import MAX_LOGITS
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.scores import MAX_LOGITS, TokenScores, token_scores
+from klab.harness.policy.scores import TokenScores, token_scores
 from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import decoder, written

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from klab.harness.policy.footprint import MAX_LOGITS
 from klab.harness.policy.hf.output_layer import chunked_log_softmax, known_finish
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
-from klab.harness.policy.scores import MAX_LOGITS, TokenScores, token_scores
+from klab.harness.policy.scores import TokenScores, token_scores
 from tests.support.peak_memory import PeakMemory
 from tests.support.random_checkpoints import LATER, SIZES, checkpoint
 from tests.support.tiny_policy import ALPHABET, generators

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from klab.harness.policy.footprint import SAMPLING_FACTOR
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.harness.training import microbatch, run_cells
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.rollouts import rollout_prompts
-from klab.harness.training.microbatch import SAMPLING_FACTOR, MemoryBudget, micro_batches
+from klab.harness.training.microbatch import MemoryBudget, micro_batches
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
