@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from klab.grid.score import DEFAULT_SCORE, Score, parse_score
+from klab.reports.axes import value_words
 from klab.reports.conduct import Conduct
 from klab.reports.inference import DELTA, DIFFERS, Analysis, analyse, counted_scores
 from klab.reports.schema import SUMMARY
@@ -53,6 +54,7 @@ class Comparison:
         states: ``[groups, seeds]``, state of each run ("" where the design has none).
         worst: the worst score of a finished run, which diverged runs count as; NaN where none finished.
         baseline: the group that others are compared with; None where there is none.
+        baseline_words: what the baseline is on the varied axes; empty where there is none or nothing varies.
         analysis: what `analyse` says of this task and score. The rows of its `cells` are those of `groups`.
         table: one row per configuration, best first: ``group`` and the columns of `schema.SUMMARY`.
         seed_deviation: standard deviation of scores of finished runs between the seeds of a cell, pooled over cells;
@@ -70,6 +72,7 @@ class Comparison:
     states: Sequence[Sequence[str]]
     worst: float
     baseline: str | None
+    baseline_words: str
     analysis: Analysis
     table: pd.DataFrame
     seed_deviation: float
@@ -145,6 +148,7 @@ def compare(
         states=states.tolist(),
         worst=worst,
         baseline=base if base in row else None,
+        baseline_words=value_words(study.axes, study.values[base]) if base is not None and base in row else "",
         analysis=analysis,
         table=_table(study, task, cells, groups, states, base, analysis, score),
         seed_deviation=_pooled_deviation(np.where(states == "finished", scores, np.nan)),

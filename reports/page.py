@@ -221,7 +221,7 @@ def _section(
         comparison=comparison,
         others=others,
         findings=find(study, comparison),
-        baseline=study.baseline_words(comparison.task),
+        baseline=comparison.baseline_words,
         unit=cost_unit(study.runs),
         plots=plots,
         axes=legend(study, comparison),

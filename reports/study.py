@@ -14,7 +14,7 @@ import pandas as pd
 from klab.grid import Cell, UserError
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
-from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels, value_words
+from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
 from klab.reports.comparison import compare
 from klab.reports.conduct import Conduct, conduct
 from klab.reports.frame import Frames, read_frames
@@ -63,11 +63,6 @@ class Study:
     def labels(self) -> dict[str, str]:
         """A short name per configuration, unique within its task."""
         return dict(zip(self.cells["group"], self.cells["label"], strict=True))
-
-    def baseline_words(self, task: str) -> str:
-        """What the baseline of a task is on the varied axes; empty where there is none or nothing varies."""
-        group = self.baselines.get(task)
-        return value_words(self.axes, self.values[group]) if group is not None else ""
 
     @property
     def factorial(self) -> bool:

@@ -25,6 +25,8 @@ from klab.reports.study import Study
 from klab.reports.words import difference_span, mean_span, number, p_number
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_PAGE = 40
+"""Rows that fit a page."""
 FORMATS = ("md", "latex", "csv", "json")
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -167,7 +169,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """A `table` for a paper; needs the package booktabs."""
+    """A `table` for a paper, a `longtable` over several pages where it is long; needs booktabs, and longtable then."""
     head = [_tex(text) for text in _heads(comparison)]
     body = []
     for record in records(comparison.table):
@@ -178,25 +180,19 @@ def latex(comparison: Comparison) -> str:
     caption = (
         f"{_tex(_capital(comparison.score.title))} on {_tex(comparison.task)}: mean over seeds and difference to the "
         "baseline seed by seed, with simultaneous 95\\% intervals; $p$ adjusted for all cells. Diverged runs count as "
-        "the worst finished one, failed runs are missing. Bold: differs from the baseline. Equivalent: within "
+        "the worst finished one, failed runs are missing. Bold: differs from the baseline"
+        f"{_tex(f' ({words})') if (words := comparison.baseline_words) else ''}. Equivalent: within "
         f"$\\pm{comparison.analysis.delta:g}$."
     )
-    return "\n".join(
-        [
-            "% \\usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-            r"\toprule",
-            " & ".join(head) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
+    columns, heads = f"l{'r' * (len(head) - 1)}", [r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
+    if len(body) <= _PAGE:
+        begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}", *heads]
+        lines = ["% \\usepackage{booktabs}", *begin, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    else:
+        begin = [rf"\begin{{longtable}}{{{columns}}}", rf"\caption{{{caption}}} \\", *heads, r"\endfirsthead"]
+        repeated = [*heads, r"\endhead", r"\bottomrule", r"\endfoot"]
+        lines = ["% \\usepackage{booktabs,longtable}", *begin, *repeated, *body, r"\end{longtable}"]
+    return "\n".join(lines)
 
 
 def _heads(comparison: Comparison) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -128,13 +128,13 @@ def report(
 def _show(comparison: Comparison) -> None:
     from klab.reports.findings import noise_words
     from klab.reports.frame import records
-    from klab.reports.words import difference_span, mean_span, number, p_number
+    from klab.reports.words import mean_span, number, p_number
 
     rows = [
         (
             record["label"],
             mean_span(record["mean"], record["low"], record["high"]),
-            difference_span(record["difference"], record["difference_low"], record["difference_high"]),
+            _against(comparison, record),
             p_number(record["p"]),
             record["verdict"],
             number(record["reverse_kl_final"]),
@@ -150,6 +150,14 @@ def _show(comparison: Comparison) -> None:
     for note in (*comparison.notes, noise_words(comparison)):
         if note:
             say(f"note: {note}")
+
+
+def _against(comparison: Comparison, record: dict[str, Any]) -> str:
+    from klab.reports.words import difference_span
+
+    if record["group"] == comparison.baseline and comparison.baseline_words:
+        return f"({comparison.baseline_words})"
+    return difference_span(record["difference"], record["difference_low"], record["difference_high"])
 
 
 def _show_across(across: Across) -> None:

@@ -34,7 +34,7 @@ def draw(
     curves = training_curves(study, comparison)
     found = [
         tradeoff(study, comparison),
-        ranking(study, comparison),
+        ranking(comparison),
         main_effect_plot(study, comparison),
         interaction_maps(study, comparison),
         *(each for i, axis in enumerate(study.axes) for each in axis_curves(study, comparison, axis, i, curves, units)),

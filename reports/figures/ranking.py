@@ -10,13 +10,12 @@ from matplotlib.ticker import MaxNLocator
 from klab.reports.comparison import Comparison
 from klab.reports.figures.style import INK, MUTED, SERIES, Drawing, look, placed, shortened, spread_labels, styled
 from klab.reports.frame import records
-from klab.reports.study import Study
 from klab.reports.words import mean_span
 
 MOST = 30
 
 
-def ranking(study: Study, comparison: Comparison) -> Drawing | None:
+def ranking(comparison: Comparison) -> Drawing | None:
     """The best cells, the baseline and the last one, best on top, those in colour that beat the baseline."""
     table = records(comparison.table)
     rows = [i for i, record in enumerate(table) if np.isfinite(record["mean"])]
@@ -37,7 +36,7 @@ def ranking(study: Study, comparison: Comparison) -> Drawing | None:
             "marks single seeds. "
             + (f"Hollow: a seed diverged (counts as {comparison.worst:.3g}) or failed (missing). " if lossy else "")
             + "Blue: differs from the baseline for the better; diamond: the baseline"
-            + (f" ({words})." if (words := study.baseline_words(comparison.task)) else ".")
+            + (f" ({words})." if (words := comparison.baseline_words) else ".")
             + (f" {left_out} cells between are left out; the table has them." if left_out else ""),
             "Best first: " + ", ".join(table[row]["label"] for row in chosen[:5]) + ".",
             figure,

@@ -54,7 +54,7 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             "intervals, those of the KL t-intervals. "
             + ("" if all(stable) else "Hollow: a seed diverged or failed. ")
             + "Diamond: the baseline"
-            + (f" ({words})" if (words := study.baseline_words(comparison.task)) else "")
+            + (f" ({words})" if (words := comparison.baseline_words) else "")
             + ". The stepped line joins the cells that no other stable cell beats on both"
             + (f"; the thin lines have equal E[R] − β·KL for the baseline's β = {beta:g}." if beta else "."),
             "Pareto front of reward against KL: " + ", ".join(table["label"].iloc[i] for i in front[:6]) + ".",

@@ -98,3 +98,25 @@ def test_latex_escapes_what_a_name_may_hold(comparison: Comparison) -> None:
 def test_an_unknown_format(comparison: Comparison) -> None:
     with pytest.raises(UserError, match="latex"):
         formatted([comparison], "latec")
+
+
+def test_a_long_table_goes_over_pages_with_its_head_repeated(comparison: Comparison) -> None:
+    from dataclasses import replace
+
+    long = replace(comparison, table=pd.concat([comparison.table] * 10, ignore_index=True))
+    text = formatted([long], "latex")
+    assert "\\usepackage{booktabs,longtable}" in text
+    head, _, rest = text.partition(r"\endfirsthead")
+    repeated, _, body = rest.partition(r"\endfoot")
+    assert head.count(r"\toprule") == repeated.count(r"\toprule") == 1
+    rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == len(long.table) > 40
+    assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {8}
+    assert body.rstrip().endswith(r"\end{longtable}")
+    assert "−" not in text
+    assert "$-$" in text
+
+
+def test_the_baseline_says_what_it_is(comparison: Comparison) -> None:
+    assert comparison.baseline_words == "k3, loss, ppo_clip, lr 0.0003"
+    assert r"(k3, loss, ppo\_clip, lr 0.0003)" in formatted([comparison], "latex")
