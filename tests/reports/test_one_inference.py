@@ -159,7 +159,8 @@ def test_page_csv_json_markdown_latex_terminal_and_notebook_show_one_row(
         )
     }
     text = page.read_text()
-    cells = {row[1]: row for row in Tables(text).of("cells") if len(row) > 8}
+    head, *body = [row for row in Tables(text).of("cells") if len(row) > 8]
+    cells = {row[1]: dict(zip(head, row, strict=True)) for row in body}
     table = list(csv.DictReader((page.parent / "tables" / "summary.csv").open()))
     in_csv = {row["label"]: row for row in table if row["score"] == "reward"}
     data = json.loads((page.parent / "tables" / "summary.json").read_text())["comparisons"]
@@ -183,7 +184,7 @@ def test_page_csv_json_markdown_latex_terminal_and_notebook_show_one_row(
         key = tuple(contrast[axis.key] for axis in study.axes)
         assert [in_json[key][name] for name in ("difference", "low", "high", "p", "verdict")] == pytest.approx(numbers)
         span, p = difference_span(*numbers[:3]), p_number(contrast["p"])
-        assert [span, p, contrast["verdict"]] == [cells[label][-6], cells[label][-5], cells[label][-4]]
+        assert [span, p, contrast["verdict"]] == [cells[label][name] for name in ("vs baseline", "p", "verdict")]
         escaped = label.replace("_", r"\_")
         assert f"| {span} | {p} | {contrast['verdict']} |" in next(
             line for line in in_md.splitlines() if line.startswith(f"| {escaped} |")
