@@ -20,8 +20,6 @@ from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from klab.harness.training.runtime.timer import PhaseTimer
 from tests.support.emulated_device.device import EmulatedDevices
-from tests.support.random_checkpoints import checkpoint
-from tests.support.small_cells import LETTERS
 from tests.support.tiny_policy import ALPHABET, configuration, generators
 from tests.support.training_records import MakeRun
 
@@ -119,11 +117,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "another precision samples": {"training": {"sampler": {"dtype": "bfloat16", "correction": "tis"}}},
     "refill": {"training": {"equal_groups": "refill"}},
 }
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("qwen"), "Qwen2", LETTERS)
 
 
 def make_pack(make_run: MakeRun, model: Path, kind: dict[str, Any]) -> Pack:

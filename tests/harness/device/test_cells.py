@@ -13,8 +13,6 @@ from klab.harness.policy.stacked.block_decoding import VARIABLE
 from klab.harness.store import Run
 from klab.harness.training import run_cells
 from tests.support.emulated_device.device import EmulatedDevices
-from tests.support.random_checkpoints import checkpoint
-from tests.support.small_cells import LETTERS
 from tests.support.training_records import MakeRun, StopAfter, finished, numbers, weights
 
 TRAINING = {
@@ -54,12 +52,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "transformers, adapters": {"policy": {"engine": "transformers", **LORA}, "seeds": 2},
     "transformers, checkpointing": {"policy": {"engine": "transformers", "gradient_checkpointing": True}},
 }
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 of two layers with grouped key and value heads that knows letters."""
-    return checkpoint(tmp_path_factory.mktemp("qwen"), "Qwen2", LETTERS)
 
 
 def run(make_run: MakeRun, name: str, model: Path, kind: dict[str, Any], **policy: Any) -> Run:
