@@ -106,6 +106,11 @@ class Sampler(Section):
         return self.correction in ("tis", "icepop") or self.reject is not None
 
     @property
+    def share_while_training(self) -> float:
+        """Share of the trainer's GPU that stays with the sampler during updates."""
+        return self.gpu_memory if self.engine == "vllm" and self.url is None and not self.sleep else 0.0
+
+    @property
     def idle(self) -> dict[str, str]:
         """The settings that have no effect beside the others, and why."""
         found: dict[str, str] = {}

@@ -82,8 +82,16 @@ class MemoryNeed:
     def expected(self, single: bool = False) -> int:
         """About as many bytes as the job will take with completions of full length, per GPU or of a node; with
         `single` the least of them, one trajectory in a micro-batch."""
-        on_top = sum(self.estimate.passes(self.device, self.cells, single).values())
+        on_top = sum(self.on_top(single).values())
         return self.bytes + on_top * (1 if self.job.on_gpu else self.job.processes)
+
+    def on_top(self, single: bool = False) -> dict[str, int]:
+        """What comes on top of the least of one process, by what it is for."""
+        sampler = self.cell.training.sampler
+        share = 0.0 if sampler is None or not self.job.on_gpu else sampler.share_while_training
+        beside = {"vLLM": int(share * (self.job.limit_gb or 0.0) * _GB)}
+        found = self.estimate.passes(self.device, self.cells, single) | beside
+        return {name: value for name, value in found.items() if value}
 
     def passes_line(self) -> str | None:
         """For people: what is expected; None where it is not known."""
@@ -91,14 +99,14 @@ class MemoryNeed:
         if work is None or sizes is None:
             return None
         tokens, _ = work.micro_batch(sizes.engine)
-        parts = ", ".join(f"{n} {amount(v)}" for n, v in self.estimate.passes(self.device, self.cells).items())
+        parts = ", ".join(f"{name} {amount(value)}" for name, value in self.on_top().items())
         text = f"memory: about {amount(self.expected())} with {tokens:,} tokens in a micro-batch (on top: {parts})"
         limit = self.job.limit_gb
         if limit is None or self.expected() <= limit * _GB:
             return text
         processes = 1 if self.job.on_gpu else self.job.processes
-        room = (limit * _GB - self.bytes) / processes - sizes.logits(tokens, self.device)
-        fits = sizes.tokens_within(int(room / self.cells))
+        beside = sum(value for name, value in self.on_top().items() if name in ("logits", "vLLM"))
+        fits = sizes.tokens_within(int(((limit * _GB - self.bytes) / processes - beside) / self.cells))
         return f"{text}, of which there are {limit:.3g} GB: training.token_budget: {fits} fits"
 
     def line(self) -> str:
@@ -118,7 +126,7 @@ class MemoryNeed:
             "bytes": self.bytes,
             "parts": self.estimate.parts(self.cells),
             "expected_bytes": self.expected(),
-            "on_top": self.estimate.passes(self.device, self.cells),
+            "on_top": self.on_top(),
         }
 
     def refusal(self, file: str) -> UserError | None:
@@ -128,8 +136,7 @@ class MemoryNeed:
             return None
         what = f"training needs at least {amount(self.bytes)} for {self._job()} ({self._parts()})"
         if self.bytes <= limit * _GB:
-            on_top = self.estimate.passes(self.device, self.cells, single=True)
-            parts = ", ".join(f"{name} {amount(value)}" for name, value in on_top.items())
+            parts = ", ".join(f"{name} {amount(value)}" for name, value in self.on_top(single=True).items())
             what = f"{what}, and {amount(self.expected(single=True))} with a single trajectory ({parts})"
         if self.job.on_gpu:
             what = f"{what}, and the largest GPU here has {limit:.3g} GB"

@@ -73,7 +73,12 @@ class Pack:
         self.pending: list[list[Experience]] = []
         self.streaks = [0] * len(self.members)
         self.budget = automatic_budget(
-            self.settings.budget, self.policy, self.settings.policy, len(self.members), self.channel.process_group
+            self.settings.budget,
+            self.policy,
+            self.settings.policy,
+            self.settings.sampler,
+            len(self.members),
+            self.channel.process_group,
         )
         self._halved = False
         self._schedule = self.settings.schedule

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from klab.grid.schema.sections import PolicySection
+from klab.grid.schema.sections import PolicySection, Sampler
 from klab.harness.policy.footprint import Footprint
 from klab.harness.policy.load import engine_for
 from klab.harness.policy.policy import Policy
@@ -20,7 +20,12 @@ USABLE = 0.85
 
 
 def automatic_budget(
-    budget: MemoryBudget, policy: Policy, section: PolicySection, cells: int, process_group: ProcessGroup
+    budget: MemoryBudget,
+    policy: Policy,
+    section: PolicySection,
+    sampler: Sampler | None,
+    cells: int,
+    process_group: ProcessGroup,
 ) -> MemoryBudget:
     """The budget with a number of tokens where the cells of a pack set neither that nor a number of trajectories.
 
@@ -30,6 +35,7 @@ def automatic_budget(
     Args:
         policy: in training, with everything in place but gradients.
         section: the grid's, of all cells.
+        sampler: what draws beside the trainer, of all cells.
     """
     if policy.device.type != "cuda" or budget.rows is not None or budget.tokens is not None:
         return budget
@@ -40,7 +46,8 @@ def automatic_budget(
     def fits() -> int:
         memory = torch.cuda.get_device_properties(policy.device).total_memory
         held = torch.cuda.memory_allocated(policy.device) + _size(policy.parameters.values())
-        return tokens_that_fit(sizes, memory - held, cells, memory)
+        share = 0.0 if sampler is None else sampler.share_while_training
+        return tokens_that_fit(sizes, int((1 - share) * memory) - held, cells, memory)
 
     found: list[int] = process_group.all_gather_object("token budgets", fits, policy.device)
     return replace(budget, tokens=min(found))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klab.grid.schema.sections import TinyPolicy
+from klab.grid.schema.sections import Sampler, TinyPolicy
 from klab.harness.policy.footprint import Footprint
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
@@ -52,13 +52,17 @@ def test_it_is_asked_for_where_the_device_is_a_gpu(monkeypatch: pytest.MonkeyPat
     parameters = {"all": torch.empty(10, device="meta")}
     policy: Any = SimpleNamespace(device=torch.device("cuda"), config=config, parameters=parameters)
     monkeypatch.setattr("klab.harness.training.runtime.automatic_budget.engine_for", lambda *_: "stacked")
-    found = automatic_budget(UNLIMITED, policy, section, 4, SINGLE_PROCESS)
+    found = automatic_budget(UNLIMITED, policy, section, None, 4, SINGLE_PROCESS)
     assert found.tokens is not None
     assert found.tokens > 10**6
     for chosen in (MemoryBudget(tokens=7), MemoryBudget(rows=2)):
-        assert automatic_budget(chosen, policy, section, 4, SINGLE_PROCESS) is chosen
+        assert automatic_budget(chosen, policy, section, None, 4, SINGLE_PROCESS) is chosen
+    awake, asleep = (Sampler(engine="vllm", gpu_memory=0.5, sleep=sleep) for sleep in (False, True))
+    beside = [automatic_budget(UNLIMITED, policy, section, each, 4, SINGLE_PROCESS).tokens for each in (awake, asleep)]
+    assert beside[1] == found.tokens
+    assert beside[0] == pytest.approx(found.tokens * (0.35 * 80 - 5.2) / (0.85 * 80 - 5.2), rel=0.01)
     policy.device = torch.device("cpu")
-    assert automatic_budget(UNLIMITED, policy, section, 4, SINGLE_PROCESS) is UNLIMITED
+    assert automatic_budget(UNLIMITED, policy, section, None, 4, SINGLE_PROCESS) is UNLIMITED
 
 
 def test_cells_on_a_cpu_have_the_budget_that_they_set(make_run: MakeRun) -> None:
