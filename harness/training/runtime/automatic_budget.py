@@ -12,6 +12,7 @@ from klab.grid.schema.sections import PolicySection, Sampler
 from klab.harness.policy.footprint import Footprint
 from klab.harness.policy.load import engine_for
 from klab.harness.policy.policy import Policy
+from klab.harness.policy.stacked.recorded_steps import KEPT_SHARE
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.microbatch import MemoryBudget
 
@@ -54,13 +55,15 @@ def automatic_budget(
 
 
 def tokens_that_fit(sizes: Footprint, free: int, cells: int, memory: int) -> int:
-    """Tokens of each of some cells for whose activations there is room beside a chunk of logits; at least 1.
+    """Tokens of each of some cells for whose activations there is room beside a chunk of logits and the keys and values
+    that the stacked engine keeps between rollouts; at least 1.
 
     Args:
         free: bytes that weights, moments and gradients leave.
         memory: bytes of the whole device.
     """
-    room = free - (1 - USABLE) * memory - sizes.logits(memory, "cuda")
+    kept = KEPT_SHARE if sizes.engine == "stacked" else 0.0
+    room = free - (1 - USABLE + kept) * memory - sizes.logits(memory, "cuda")
     return sizes.tokens_within(int(room / cells))
 
 

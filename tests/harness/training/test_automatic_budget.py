@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from klab.grid.schema.sections import Sampler, TinyPolicy
 from klab.harness.policy.footprint import Footprint
+from klab.harness.policy.stacked.recorded_steps import KEPT_SHARE
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.pack import Pack
@@ -27,8 +28,8 @@ GB = 10**9
 def test_on_a_card_of_80_gb() -> None:
     """Qwen2.5-0.5B in bfloat16 keeps 1.57 MB per token; its weights, moments and gradients take 10 GB."""
     assert HALF_BILLION.per_token == 24 * 2 * (14 * 896 + 4 * 128 + 4 * 4864 + 4 * 14)
-    assert tokens_that_fit(HALF_BILLION, 70 * GB, 1, 80 * GB) == pytest.approx(34_900, rel=0.01)
-    assert tokens_that_fit(replace(HALF_BILLION, recomputes=True), 70 * GB, 1, 80 * GB) > 500_000
+    assert tokens_that_fit(HALF_BILLION, 70 * GB, 1, 80 * GB) == pytest.approx(28_600, rel=0.01)
+    assert tokens_that_fit(replace(HALF_BILLION, recomputes=True), 70 * GB, 1, 80 * GB) > 400_000
     assert tokens_that_fit(HALF_BILLION, 1 * GB, 1, 80 * GB) == 1
 
 
@@ -37,7 +38,7 @@ def test_what_fits_leaves_room(free: int, cells: int) -> None:
     memory = 10**11
     tokens = tokens_that_fit(HALF_BILLION, free, cells, memory)
     used = cells * HALF_BILLION.activations(tokens) + HALF_BILLION.logits(tokens, "cuda")
-    assert tokens == 1 or used <= free - (1 - USABLE) * memory
+    assert tokens == 1 or used <= free - (1 - USABLE + KEPT_SHARE) * memory
 
 
 def test_it_is_asked_for_where_the_device_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +55,7 @@ def test_it_is_asked_for_where_the_device_is_a_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("klab.harness.training.runtime.automatic_budget.engine_for", lambda *_: "stacked")
     found = automatic_budget(UNLIMITED, policy, section, None, 4, SINGLE_PROCESS)
     assert found.tokens is not None
-    assert found.tokens > 10**6
+    assert found.tokens > 900_000
     for chosen in (MemoryBudget(tokens=7), MemoryBudget(rows=2)):
         assert automatic_budget(chosen, policy, section, None, 4, SINGLE_PROCESS) is chosen
     awake, asleep = (Sampler(engine="vllm", gpu_memory=0.5, sleep=sleep) for sleep in (False, True))
