@@ -93,7 +93,7 @@ class Cell:
         return {
             "objective": self.objective.canonical(self.training.on_policy),
             "task": self.task.model_dump(mode="json"),
-            "policy": self.policy.model_dump(mode="json"),
+            "policy": self.policy.model_dump(mode="json", exclude=_NO_IDENTITY),
             "training": self.training.model_dump(mode="json", exclude=_NO_IDENTITY),
             "seed": self.seed,
         }

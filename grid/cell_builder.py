@@ -70,6 +70,7 @@ class CellBuilder:
             self._account(chosen, training.on_policy)
             self._account_training(variant.sections["training"], idle)
         training = _with_old_logprobs(_without_idle(training, idle), policy, idle)  # type: ignore[arg-type]
+        _refuse_sharded(policy, training)
         spellings = (variant.spelling,)
         return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
@@ -224,6 +225,28 @@ def _with_old_logprobs(training: TrainingSection, policy: PolicySection, idle: M
     if asked not in meant or "old_logprobs" in idle:
         return training
     return training.model_copy(update={"old_logprobs": meant[asked]})
+
+
+def _refuse_sharded(policy: Section, training: TrainingSection) -> None:
+    """Raises UserError where a model whose weights are shared out among processes cannot be trained so."""
+    if getattr(policy, "sharding", "none") == "none":
+        return
+    hint = "Leave policy.sharding out: every process then holds the whole model."
+    if training.critic is not None:
+        raise UserError(
+            "critics are not shared out among processes, as policy.sharding: full asks",
+            key="training.critic",
+            value=training.critic.kind,
+            hint=hint,
+        )
+    if training.sampler is not None and training.sampler.engine == "vllm":
+        raise UserError(
+            "is given whole models, and policy.sharding: full shares them out among processes",
+            key="training.sampler.engine",
+            value="vllm",
+            allowed=("klab",),
+            hint=hint,
+        )
 
 
 def idle_training(training: TrainingSection, objective: Objective) -> dict[str, str]:

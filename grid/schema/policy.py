@@ -78,6 +78,12 @@ class HfPolicy(Section):
     """Whether prompts are wrapped in the tokenizer's chat template; `auto`: where it has one."""
     trust_remote_code: bool = False
     """Let `transformers` run code from the model repository."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: the processes of a job share out weights, gradients, moments and the reference (FSDP2), on the
+    `transformers` engine; `none`: each of them holds everything."""
+    offload: Literal["none", "cpu"] = "none"
+    """With `sharding: full`, where each process keeps its share between uses: on its GPU, or (`cpu`) in host memory,
+    where steps are made too."""
 
     @field_validator("dtype", mode="before")
     @classmethod

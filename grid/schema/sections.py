@@ -185,6 +185,8 @@ def load_section(kind: str, given: object) -> Section:
         _check_training(section)
     if isinstance(section, TinyPolicy):
         _check_tiny(section)
+    if isinstance(section, HfPolicy):
+        _check_sharding(section)
     if isinstance(section, Resources) and section.gpus and section.processes_per_node > section.gpus:
         raise UserError(
             f"each process needs a GPU of its own, and a node has {section.gpus} of them for the job",
@@ -307,6 +309,23 @@ def _check_critic(critic: Critic) -> None:
             key="training.critic.coefficient",
             value=critic.coefficient,
             hint="Its step size is training.critic.lr; or choose kind: head.",
+        )
+
+
+def _check_sharding(section: HfPolicy) -> None:
+    if section.sharding == "full" and section.engine == "stacked":
+        raise UserError(
+            "weights are shared out among processes on the transformers engine only",
+            key="policy.sharding",
+            value="full",
+            hint="Leave policy.engine out, or write transformers; sharding: none trains in the stacked engine.",
+        )
+    if section.offload != "none" and section.sharding == "none":
+        raise UserError(
+            "has no effect without policy.sharding: full",
+            key="policy.offload",
+            value=section.offload,
+            allowed=("none",),
         )
 
 

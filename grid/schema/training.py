@@ -221,8 +221,12 @@ LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl")
 FINAL_SAMPLES = 16
 """Completions per held-out prompt in the last evaluation, unless the grid file says otherwise."""
 
-NUMERICALLY_IDLE = ("checkpoint_updates", "checkpoint_seconds", "reward_seconds", "reward_memory_gb", "label")
-"""Settings that cannot change any number of a cell, hence no part of its identity."""
+NUMERICALLY_IDLE = (
+    *("checkpoint_updates", "checkpoint_seconds", "reward_seconds", "reward_memory_gb", "label"),
+    *("sharding", "offload"),
+)
+"""Settings that cannot change any number of a cell, hence no part of its identity. Sharing weights out among processes
+rounds sums otherwise, as the number of processes does, which is no part of it either."""
 
 STACKABLE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
 """Training settings that cells of one pack need not share: they act on one cell's slice only."""

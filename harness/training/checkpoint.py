@@ -27,10 +27,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from klab.harness.objective import LossCoefficients
+from klab.harness.policy.load import is_sharded
 from klab.harness.policy.rollout import Rollout
 from klab.harness.store import CellFolder, files
 from klab.harness.training.data.dynamic_sampling import SamplingStats
 from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.distributed import sharded_checkpoint
 
 FILE = "state.safetensors"
 SCHEMA = 3
@@ -71,6 +73,8 @@ class CellState:
         pending: rollouts drawn and not used up, oldest first.
         critic: weights, moments and step count of its critic by name, likewise; empty without one.
         coefficients: those of the next update.
+        shards: the folder of weights and moments that processes share out (`distributed/sharded_checkpoint.py`), of
+            which `optimizer` has the step count alone; None where it has everything.
     """
 
     cell: str
@@ -80,6 +84,7 @@ class CellState:
     pending: list[Experience] = field(default_factory=list)
     critic: dict[str, Tensor] = field(default_factory=dict)
     coefficients: LossCoefficients = field(default_factory=LossCoefficients)
+    shards: Path | None = None
 
 
 def write(folder: Path, state: CellState, durable: bool = True) -> None:
@@ -185,6 +190,7 @@ def read(file: Path, cell: str, device: torch.device) -> CellState:
         pending=pending,
         critic=_below(tensors, "critic/"),
         coefficients=LossCoefficients(**counters["coefficients"]),
+        shards=sharded_checkpoint.find(file.parent, counters["update"]),
     )
 
 
@@ -195,6 +201,8 @@ def resume(folder: CellFolder, device: torch.device) -> CellState | None:
     if file.exists():
         try:
             state = read(file, folder.id, device)
+            if (state.shards is None) == is_sharded(folder.cell().policy):
+                raise UnusableCheckpoint(f"{file} does not have the weights as policy.sharding now shares them out")
         except UnusableCheckpoint as problem:
             print(f"{folder.id} starts again from its beginning: {problem}", file=sys.stderr)
     if state is not None and folder.truncate_metrics(state.update) == state.update:

@@ -23,6 +23,7 @@ from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.samplers import sample_function, sampling_budget
 from klab.harness.training.data.scoring import score_completions
+from klab.harness.training.distributed.gathering import gathered
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
@@ -91,20 +92,21 @@ def prepare_eval_sets(
     """The held-out prompts of each cell, and the reference policy's completions of them."""
     examples = [held_out(member) for member in members]
     samples, share = settings.evaluation_samples, process_group.shard(len(examples[0]))
-    if not share:
-        return [EvalSet(listed, None) for listed in examples]
     purpose = ("evaluation of the reference",)
-    drawn = generate(
-        reference,
-        members,
-        examples,
-        samples,
-        purpose,
-        settings.max_new_tokens,
-        seeded=False,
-        budget=budget,
-        share=share,
-    )
+    with gathered(process_group, reference):
+        if not share:
+            return [EvalSet(listed, None) for listed in examples]
+        drawn = generate(
+            reference,
+            members,
+            examples,
+            samples,
+            purpose,
+            settings.max_new_tokens,
+            seeded=False,
+            budget=budget,
+            share=share,
+        )
     return [EvalSet(*pair) for pair in zip(examples, drawn, strict=True)]
 
 
@@ -144,7 +146,8 @@ def evaluate(
             return []
         return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share, sampler)
 
-    parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
+    with gathered(process_group, policy, reference):
+        parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
     rows = []
     for c in range(len(members)):
         found = EvalOutputs.joined([part[c] for part in parts])

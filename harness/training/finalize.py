@@ -21,7 +21,7 @@ def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, 
         the cell's final state, `finished` or `diverged`.
     """
     partial = partial_policy(folder)
-    pack.policy.save(partial, position)
+    pack.save_policy(partial, position)
     planned = pack.members[position].cell.training.updates
     return conclude(folder, partial, planned, stopped, processes, pack.policy.device)
 

@@ -14,26 +14,40 @@ the rollout was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from klab.grid.schema.sections import Sampler
 from klab.harness.objective import LossCoefficients, TokenBatch, UpdateContext, objective_loss, update_context
+from klab.harness.policy.hf.sharded import ShardedPolicy
+from klab.harness.policy.rollout import Rollout
 from klab.harness.training.data.overlong import excluded_rows, training_rewards
 from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.data.sampler_mismatch import correction_weights
+from klab.harness.training.distributed.gathering import gathered
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.forward import ForwardPass, Models, concat_passes, forward_pass
-from klab.harness.training.microbatch import MemoryBudget, is_padding, pack_micro_batches
+from klab.harness.training.microbatch import (
+    MemoryBudget,
+    PackMicroBatch,
+    idle_micro_batch,
+    is_padding,
+    pack_micro_batches,
+)
 from klab.harness.training.optim.critic import Critics, ValueStats
 from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import CellFailure, PackedCell
 from klab.harness.training.runtime.timer import PhaseTimer
 
 _ALL = slice(None)
+
+IDLE = -1
+"""The index of a micro-batch that is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,53 +90,103 @@ def compute_gradients(
         CellFailure: where a cell's objective raises.
     """
     micro_batches = pack_micro_batches([m.rollout for m in minibatches], budget, process_group)
-    assigned = process_group.assigned(len(micro_batches))
-    keeps_graph = len(assigned) == 1
+    sharded = isinstance(models.policy, ShardedPolicy)
+    turns = _turns(micro_batches, process_group, padded=sharded)
+    keeps_graph = len(turns) == 1
     at_once = keeps_graph and process_group.size == 1  # the only micro-batch is the whole update
-    with timer("forward"), torch.set_grad_enabled(keeps_graph):
-        own = {
-            index: forward_pass(models, settings, [r for r, _ in micro_batches[index]], critic_only)
-            for index in assigned
-        }
-    with timer("forward"), torch.set_grad_enabled(at_once):
-        passes: dict[int, list[ForwardPass]] = {}
-        for part in process_group.all_gather_object("log-probabilities", lambda: own, models.policy.device):
-            passes |= part
-        losses: list[Tensor] = []
-        contexts, results = [], []
-        for c, member in enumerate(members):
-            whole = concat_passes(
-                [passes[index][c] for index, pieces in enumerate(micro_batches) if not is_padding(pieces[c])]
-            )
-            batch = token_batch(member, minibatches[c], whole)
-            context = _update_context(c, member, minibatches[c], batch, coefficients[c], number - 1)
-            loss, metrics = _objective_loss(c, member, batch, context)
-            if at_once:
-                losses += [loss, *_value_losses(models.critics, whole, batch, context)]
-            stats = _value_stats(models.critics, whole, batch, context)
-            results.append(CellLoss(metrics["loss"], metrics, whole.entropy.detach(), stats))
-            contexts.append(context)
-        passes.clear()
-        if not keeps_graph:
-            own.clear()
-    for index in assigned:
-        if not at_once:
-            pieces = micro_batches[index]
-            with timer("forward"):
-                forwards = own.pop(index, None) or forward_pass(models, settings, [r for r, _ in pieces], critic_only)
-                losses = []
-                for c, member in enumerate(members):
-                    if is_padding(pieces[c]):
-                        continue
-                    rows = pieces[c][1]
-                    batch = token_batch(member, minibatches[c], forwards[c], rows)
-                    context = contexts[c].rows(rows)
-                    loss, _ = _objective_loss(c, member, batch, context, measure=False)
-                    losses += [loss, *_value_losses(models.critics, forwards[c], batch, context)]
-        with timer("backward"):
-            # a loss without a graph (no own tokens) has a gradient of zero
-            torch.autograd.backward([loss for loss in losses if loss.requires_grad])
+    together = process_group.lockstep if sharded else nullcontext
+    with gathered(process_group, *([models.reference] if settings.needs_logits else [])):
+        first_look = gathered(process_group, *([] if keeps_graph else [models.policy]))
+        with timer("forward"), torch.set_grad_enabled(keeps_graph), first_look, together():
+            own = {
+                turn.index: forward_pass(models, settings, turn.rollouts, critic_only)
+                for turn in turns
+                if keeps_graph or turn.index != IDLE
+            }
+        with timer("forward"), torch.set_grad_enabled(at_once):
+            passes: dict[int, list[ForwardPass]] = {}
+            found = {index: forwards for index, forwards in own.items() if index != IDLE}
+            for part in process_group.all_gather_object("log-probabilities", lambda: found, models.policy.device):
+                passes |= part
+            losses: list[Tensor] = []
+            contexts, results = [], []
+            for c, member in enumerate(members):
+                whole = concat_passes(
+                    [passes[index][c] for index, pieces in enumerate(micro_batches) if not is_padding(pieces[c])]
+                )
+                batch = token_batch(member, minibatches[c], whole)
+                context = _update_context(c, member, minibatches[c], batch, coefficients[c], number - 1)
+                loss, metrics = _objective_loss(c, member, batch, context)
+                if at_once:
+                    losses += [loss, *_value_losses(models.critics, whole, batch, context)]
+                stats = _value_stats(models.critics, whole, batch, context)
+                results.append(CellLoss(metrics["loss"], metrics, whole.entropy.detach(), stats))
+                contexts.append(context)
+            passes.clear()
+            found.clear()
+            if not keeps_graph:
+                own.clear()
+        for turn in turns:
+            if not at_once:
+                with timer("forward"), together():
+                    forwards = own.pop(turn.index, None) or forward_pass(models, settings, turn.rollouts, critic_only)
+                with timer("forward"):
+                    compute = partial(_turn_losses, models, members, minibatches, contexts, turn, forwards, sharded)
+                    losses = _agreed(process_group, compute) if sharded else compute()
+            with timer("backward"), together():
+                # a loss without a graph (no own tokens) has a gradient of zero
+                torch.autograd.backward([loss for loss in losses if loss.requires_grad])
     return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One forward and backward pass of this process: a micro-batch, or an idle pass over a row that counts for nothing,
+    made because the others make one."""
+
+    index: int
+    pieces: PackMicroBatch
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for rollout, _ in self.pieces]
+
+
+def _turns(micro_batches: Sequence[PackMicroBatch], process_group: ProcessGroup, padded: bool) -> list[_Turn]:
+    """The passes of this process; `padded`: as many as those of every other one."""
+    turns = [_Turn(index, micro_batches[index]) for index in process_group.assigned(len(micro_batches))]
+    if padded and len(turns) * process_group.size < len(micro_batches):
+        turns.append(_Turn(IDLE, idle_micro_batch(micro_batches[0])))
+    return turns
+
+
+def _turn_losses(
+    models: Models,
+    members: Sequence[PackedCell],
+    minibatches: Sequence[Experience],
+    contexts: Sequence[UpdateContext],
+    turn: _Turn,
+    forwards: Sequence[ForwardPass],
+    sharded: bool,
+) -> list[Tensor]:
+    """What backward of a turn goes through, of all cells."""
+    losses = [forward.logp[:0].sum() for forward in forwards] if sharded else []  # 0: backward is collective
+    for c, member in enumerate(members):
+        if is_padding(turn.pieces[c]):
+            continue
+        rows = turn.pieces[c][1]
+        batch = token_batch(member, minibatches[c], forwards[c], rows)
+        context = contexts[c].rows(rows)
+        loss, _ = _objective_loss(c, member, batch, context, measure=False)
+        losses += [loss, *_value_losses(models.critics, forwards[c], batch, context)]
+    return losses
+
+
+def _agreed(process_group: ProcessGroup, part: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What `part` returns here, once it has in every process: where an objective raises, none is in backward."""
+    found: list[Tensor] = []
+    process_group.all_gather_object("a loss", lambda: found.extend(part()))
+    return found
 
 
 def token_batch(

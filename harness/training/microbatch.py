@@ -108,6 +108,11 @@ def is_padding(piece: MicroBatch) -> bool:
     return bool(piece[1].start == piece[1].stop)
 
 
+def idle_micro_batch(like: PackMicroBatch) -> PackMicroBatch:
+    """The first row of each cell's micro-batch, marked as having no rows."""
+    return tuple((_slice_rows(rollout, 0, 1), slice(0, 0)) for rollout, _ in like)
+
+
 def pack_micro_batches(
     rollouts: Sequence[Rollout], budget: MemoryBudget, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> list[PackMicroBatch]:

@@ -10,16 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from copy import copy
+from pathlib import Path
 
 import torch
 
+from klab.harness.policy.hf.sharded import ShardedPolicy
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.policy import Policy
 from klab.harness.training.checkpoint import CellState
 from klab.harness.training.data import group_filtering
 from klab.harness.training.data.minibatch import minibatch_groups, select_groups
 from klab.harness.training.data.rollouts import Experience, collect_rollouts
+from klab.harness.training.distributed import sharded_checkpoint
 from klab.harness.training.distributed.commands import CommandChannel
+from klab.harness.training.distributed.gathering import gathered
 from klab.harness.training.distributed.process_group import checksum
 from klab.harness.training.evaluation import EvalSet, evaluate, prepare_eval_sets
 from klab.harness.training.forward import Models
@@ -27,6 +31,7 @@ from klab.harness.training.metrics import Row
 from klab.harness.training.optim import kl_controller
 from klab.harness.training.optim.critic import Critics
 from klab.harness.training.optim.optimizer import StackedAdamW
+from klab.harness.training.optim.sharded_optimizer import ShardedAdamW
 from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runtime.automatic_budget import automatic_budget
@@ -60,13 +65,11 @@ class Pack:
         self.members = list(members)
         self.channel = channel or CommandChannel()
         self.settings = PackSettings.of(self.members)
-        self.policy: Policy = _stack(self.settings, self.members)
+        self.policy: Policy = self._stack()
         self.reference: Policy = self.policy.frozen_copy()
         trainings = [member.cell.training for member in self.members]
-        self.optimizer = StackedAdamW(self.policy.parameters, trainings)
-        self.critics = Critics.of(
-            self.settings.critic, trainings, self.policy, lambda: _stack(self.settings, self.members)
-        )
+        self.optimizer = self._new_optimizer()
+        self.critics = Critics.of(self.settings.critic, trainings, self.policy, self._stack)
         self.coefficients = [kl_controller.initial_coefficients(member.cell) for member in self.members]
         self.done = 0
         self.evaluated = -1
@@ -84,6 +87,23 @@ class Pack:
         self._schedule = self.settings.schedule
         self._timer = PhaseTimer(self.policy.device)
         self._eval_sets: list[EvalSet] = []
+
+    def _stack(self) -> Policy:
+        """The members' starting policies."""
+        members, settings = self.members, self.settings
+        seeds = [member.cell.seed for member in members]
+        group = self.channel.process_group.device_group
+        policy = load_policy(settings.policy, members[0].start, len(members), device(), seeds, group)
+        for position, member in enumerate(members):
+            if member.start != members[0].start:
+                policy.load(member.start, position)
+        return policy
+
+    def _new_optimizer(self) -> StackedAdamW:
+        trainings = [member.cell.training for member in self.members]
+        if isinstance(self.policy, ShardedPolicy):
+            return ShardedAdamW(self.policy, trainings[0], self.channel.process_group)
+        return StackedAdamW(self.policy.parameters, trainings)
 
     @property
     def finished(self) -> bool:
@@ -217,6 +237,31 @@ class Pack:
             sound = [all(pair) for pair in zip(sound, self.critics.optimizer.finite(), strict=True)]
         return [c for c in range(len(self.members)) if self.streaks[c] >= DIVERGED_AFTER or not sound[c]]
 
+    def save_policy(self, path: str | Path, position: int) -> None:
+        """Write one member's policy as a folder that transformers or PEFT loads."""
+        if not isinstance(self.policy, ShardedPolicy):
+            self.policy.save(path, position)
+            return
+        arguments = {"path": str(path), "position": position}
+        self.channel.execute(self, "save_policy", arguments, lambda: self._save_gathered(path, position))
+
+    def _save_gathered(self, path: str | Path, position: int) -> None:
+        process_group = self.channel.process_group
+        with gathered(process_group, self.policy):
+            process_group.all_gather_object(
+                "a policy", lambda: self.policy.save(path, position) if process_group.is_main else None
+            )
+
+    def write_shards(self, folder: str | Path) -> None:
+        """Write all processes' shares of what `state` leaves out; nothing where this process has it all."""
+        if isinstance(self.optimizer, ShardedAdamW):
+            self.channel.execute(self, "write_shards", {"folder": str(folder)}, lambda: self._write_shards(folder))
+
+    def _write_shards(self, folder: str | Path) -> None:
+        assert isinstance(self.optimizer, ShardedAdamW)
+        shares = self.optimizer.state_shares()
+        sharded_checkpoint.write(Path(folder), self.done, shares, self.channel.process_group)
+
     def state(self, position: int) -> CellState:
         """Checkpoint of one member; `Pack.resumed` is the inverse."""
         return CellState(
@@ -237,6 +282,8 @@ class Pack:
         pack = cls(members, channel)
         pack.done = pack.evaluated = states[0].update
         for position, state in enumerate(states):
+            if isinstance(pack.optimizer, ShardedAdamW) and state.shards is not None:
+                sharded_checkpoint.read(state.shards, pack.optimizer.state_shares(), pack.channel.process_group)
             pack.optimizer.restore(position, state.optimizer)
             if pack.critics is not None:
                 pack.critics.optimizer.restore(position, state.critic)
@@ -265,6 +312,8 @@ class Pack:
         """What all processes must agree on: the update count, and every `CHECK_UPDATES` a checksum of the weights."""
         if self.done % CHECK_UPDATES and not self.finished:
             return (self.done,)
+        if isinstance(self.policy, ShardedPolicy):  # each process has numbers of its own
+            return (self.done,)
         taught = {} if self.critics is None else self.critics.optimizer.parameters
         return (self.done, *checksum([*self.policy.parameters.values(), *taught.values()]))
 
@@ -275,12 +324,3 @@ def device() -> torch.device:
     Apple's GPUs are not used: sampling needs double precision.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _stack(settings: PackSettings, members: Sequence[PackedCell]) -> Policy:
-    seeds = [member.cell.seed for member in members]
-    policy = load_policy(settings.policy, members[0].start, len(members), device(), seeds)
-    for position, member in enumerate(members):
-        if member.start != members[0].start:
-            policy.load(member.start, position)
-    return policy

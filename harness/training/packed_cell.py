@@ -11,6 +11,7 @@ from pathlib import Path
 from klab.grid.cell import Cell
 from klab.grid.schema.training import STACKABLE
 from klab.harness.objective import axis_functions
+from klab.harness.policy.load import is_sharded
 from klab.harness.policy.pretrained import GENERATION_CONFIG
 from klab.harness.training.data.prompts import PromptLengths, chat_template, prompts_that_fit
 from klab.harness.training.optim.schedule import RolloutSchedule
@@ -93,7 +94,8 @@ class PackedCell:
     def shape(self) -> str:
         """Cells with equal shapes can be stacked: same architecture, vocabulary, tensor shapes and phases.
 
-        Objectives, learning rates, clipping and seeds may differ. Adapters are stacked over one starting policy only.
+        Objectives, learning rates, clipping and seeds may differ. Adapters are stacked over one starting policy only,
+        and a model whose weights are shared out among processes is alone.
         """
         training = self.cell.training.model_dump(mode="json", exclude=set(STACKABLE))
         training["max_new_tokens"] = self.max_new_tokens
@@ -102,7 +104,8 @@ class PackedCell:
         phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
         engine = [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
         adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]
-        text = json.dumps([training, phases, engine, adapters, _architecture(self.start)], sort_keys=True)
+        alone = self.id if is_sharded(policy) else None
+        text = json.dumps([training, phases, engine, adapters, alone, _architecture(self.start)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from klab.harness.training.data.notes import precision_notes, sampling_notes, sm
 from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.prompts import PromptLengths
 from klab.harness.training.data.samplers import check_sampler
+from klab.harness.training.distributed import sharded_checkpoint
 from klab.harness.training.distributed.commands import CommandChannel
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.distributed.worker import start_pack
@@ -273,7 +274,9 @@ class PackRunner:
             folder.assert_owner()
             if durable:
                 folder.sync()
+            pack.write_shards(folder.checkpoint)
             checkpoint.write(folder.checkpoint, pack.state(c), durable=durable)
+            sharded_checkpoint.remove_others(folder.checkpoint, pack.done)
 
         return self._for_each(pack, save)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from klab.harness.objective import LossCoefficients
 from klab.harness.training.data.group_filtering import has_no_loss_tokens
 from klab.harness.training.data.rollouts import Experience
@@ -21,7 +19,7 @@ from klab.harness.training.loss import compute_gradients
 from klab.harness.training.metrics import Row, update_row
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.optim.kl_controller import coefficient_metrics
-from klab.harness.training.optim.optimizer import PreparedStep, StackedAdamW, norm
+from klab.harness.training.optim.optimizer import PreparedStep, StackedAdamW
 from klab.harness.training.optim.schedule import learning_rate
 from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.packed_cell import PackedCell
@@ -63,9 +61,9 @@ def update(
         models, settings, members, minibatches, coefficients, number, critic_only, timer, budget, process_group
     )
     with timer("step"):
-        process_group.sum_gradients([parameter for each in optimizers for parameter in each.parameters.values()])
+        process_group.sum_gradients([parameter for each in optimizers for parameter in each.replicated])
         gradients = optimizer.gradients()
-        norms = torch.stack([norm(slices) for slices in gradients]).tolist()
+        norms = optimizer.gradient_norms(gradients)
         critic_gradients = None if critics is None else critics.gradients()
         rows: list[Row] = []
         steps: list[tuple[StackedAdamW, PreparedStep]] = []

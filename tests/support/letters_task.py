@@ -94,6 +94,13 @@ def hungry(ratio: Tensor, advantage: Tensor, *, process: float = 0.0) -> Tensor:
     return ratio
 
 
+def picky(ratio: Tensor, advantage: Tensor, *, process: float = 0.0) -> Tensor:
+    """A custom weight that refuses 8 rows in one of several processes."""
+    if len(ratio) == 8 and rank() == process:
+        raise ValueError("not 8 rows")
+    return ratio
+
+
 def torn(ratio: Tensor, advantage: Tensor, *, process: float = 0.0) -> Tensor:
     """A custom weight of which one of several processes has another opinion, about 16 rows."""
     return ratio * float("inf") if len(ratio) == 16 and rank() == process else ratio

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -40,6 +41,32 @@ def assert_same(left: Run, right: Run, identity: str) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         assert torch.equal(value, theirs[name]), name
+
+
+def assert_close(left: Run, right: Run, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    """Every cell of two runs has the same records and weights but for rounding."""
+    assert left.cells == right.cells
+    for identity in left.cells:
+        close(numbers(left, identity), numbers(right, identity), identity, rtol, atol)
+        mine, theirs = weights(left, identity), weights(right, identity)
+        for name, value in mine.items():
+            torch.testing.assert_close(value, theirs[name], rtol=rtol, atol=atol)
+
+
+def close(left: Any, right: Any, where: str, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    """Two nested values are equal, numbers up to rounding; `where` names them."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for name in left:
+            close(left[name], right[name], f"{where}/{name}", rtol, atol)
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for place, pair in enumerate(zip(left, right, strict=True)):
+            close(*pair, f"{where}/{place}", rtol, atol)
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, rel=rtol, abs=atol), where
+    else:
+        assert left == right, where
 
 
 def finished(run: Run) -> Run:

@@ -97,6 +97,23 @@ class FunctionalModel:
                 module._parameters[attribute] = empty
         return taken
 
+    def put_parameters(self, weights: Weights, requires_grad: bool) -> None:
+        """Make tensors the module's own parameters, by the names that `take_parameters` gave them."""
+        for name, value in weights.items():
+            own = nn.Parameter(value, requires_grad=requires_grad)
+            for module, attribute in self._places[name]:
+                module._parameters[attribute] = own
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The module's own parameters, by the same names."""
+        places = {name: every[0] for name, every in self._places.items()}
+        return {name: cast(nn.Parameter, module._parameters[attribute]) for name, (module, attribute) in places.items()}
+
+    def move_buffers(self, device: torch.device) -> None:
+        for module in self.model.modules():
+            for name, value in module._buffers.items():
+                module._buffers[name] = value if value is None else value.to(device)
+
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the layers' inputs for the backward pass and compute the layers again there.
 

@@ -125,7 +125,8 @@ class TransformersPolicy:
         policy.generation_config, policy.trust_remote_code = generation_config, trust_remote_code
         return policy
 
-    def _like(self, parameters: dict[str, Tensor], shared: dict[str, Tensor], cells: int) -> TransformersPolicy:
+    def with_weights(self, parameters: dict[str, Tensor], shared: dict[str, Tensor], cells: int) -> TransformersPolicy:
+        """The same model with other tensors as its weights."""
         other = copy.copy(self)
         other.parameters, other.shared, other.cells = parameters, shared, cells
         other.lora_enabled = bool(parameters and shared)
@@ -212,12 +213,21 @@ class TransformersPolicy:
         pairs = zip(self.weights(), rollouts, strict=True)
         return [self._score_cell(weights, rollout, options) for weights, rollout in pairs]
 
+    def scores_of_model(
+        self, model: FunctionalModel, rollouts: Sequence[Rollout], options: ScoreOptions
+    ) -> list[TokenScores]:
+        """Score one cell's rollout with the parameters that a copy of the model has of its own."""
+        other = copy.copy(self)
+        other.model = model
+        return [other._score_cell({}, rollout, options) for rollout in rollouts]
+
     def _score_cell(self, weights: Mapping[str, Tensor], rollout: Rollout, options: ScoreOptions) -> TokenScores:
         mask, prompts, groups = rollout.mask, rollout.prompts, rollout.groups.tolist()
+        device = mask.device
         lengths = rollout.present.sum(1).tolist()
         completions = rollout.tokens.tolist()
         sequences = [[*prompts[g], *completions[i][: max(lengths[i] - 1, 0)]] for i, g in enumerate(groups)]
-        tokens, attention_mask = pad_rows(sequences, self.device)
+        tokens, attention_mask = pad_rows(sequences, device)
         first = min(len(prompts[g]) for g in groups) - 1
         keep = tokens.shape[1] - first
         in_chunks = self._needs_chunks(sum(lengths), options)
@@ -226,10 +236,10 @@ class TransformersPolicy:
             hidden = self.model.final_states(weights, tokens, attention_mask, keep, self.lora_enabled)
         else:
             values, hidden = self.logits(weights, tokens, attention_mask, keep)
-        starts = torch.tensor([len(prompts[g]) for g in groups], device=self.device) - 1 - first
-        columns = starts[:, None] + torch.arange(mask.shape[1], device=self.device)
-        wanted = (columns + keep * torch.arange(len(sequences), device=self.device)[:, None])[mask]
-        logits_index = torch.zeros_like(columns).masked_scatter(mask, torch.arange(len(wanted), device=self.device))
+        starts = torch.tensor([len(prompts[g]) for g in groups], device=device) - 1 - first
+        columns = starts[:, None] + torch.arange(mask.shape[1], device=device)
+        wanted = (columns + keep * torch.arange(len(sequences), device=device)[:, None])[mask]
+        logits_index = torch.zeros_like(columns).masked_scatter(mask, torch.arange(len(wanted), device=device))
         if in_chunks:
             chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted)
             return self._score_in_chunks(weights, rollout, chosen, logits_index, options)
@@ -276,8 +286,8 @@ class TransformersPolicy:
         copies = {name: value.detach().to(dtype or value.dtype, copy=True) for name, value in self.parameters.items()}
         shared = {name: value.to(dtype or value.dtype) for name, value in self.shared.items()}
         if self.lora_enabled and not any(copies[name].any() for name in copies if peft.is_lora_b(name)):
-            return self._like({}, shared, self.cells)
-        return self._like(copies, shared, self.cells)
+            return self.with_weights({}, shared, self.cells)
+        return self.with_weights(copies, shared, self.cells)
 
     def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> TransformersPolicy:
         """See `Policy`; a new one."""
@@ -288,7 +298,7 @@ class TransformersPolicy:
         chosen = {name: value.detach() for name, value in self.parameters.items()}
         if list(cells) != list(range(self.cells)):
             chosen = {name: value[list(cells)] for name, value in chosen.items()}
-        return self._like(chosen, self.shared, len(cells))
+        return self.with_weights(chosen, self.shared, len(cells))
 
     def save(self, path: str | Path, cell: int) -> None:
         """One cell as an ordinary checkpoint folder with its tokenizer; only its adapters, if it has any."""

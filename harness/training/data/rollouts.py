@@ -15,6 +15,7 @@ from klab.harness.training.data.dynamic_sampling import SampledGroups, SamplingS
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.samplers import sample_function, sampling_budget, sampling_policy
 from klab.harness.training.data.scoring import has_timeouts, reward_column, reward_terms, score_completions
+from klab.harness.training.distributed.gathering import gathered
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches
@@ -81,18 +82,20 @@ def collect_rollouts(
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
     """
-    draws, sampling_stats = _sample_groups(settings, members, behaviour, number, timer, budget, process_group)
-    rollouts = [each.rollout for each in draws]
-    baselines = (
-        _greedy_rewards(settings, members, behaviour, draws, timer, budget, process_group)
-        if settings.needs_greedy
-        else None
-    )
-    with timer("reference"):
-        looked_up = log_probabilities(reference, rollouts, settings.temperature, budget, process_group)
+    with gathered(process_group, behaviour):
+        draws, sampling_stats = _sample_groups(settings, members, behaviour, number, timer, budget, process_group)
+        rollouts = [each.rollout for each in draws]
+        baselines = (
+            _greedy_rewards(settings, members, behaviour, draws, timer, budget, process_group)
+            if settings.needs_greedy
+            else None
+        )
         old_logprobs = None
         if settings.sampler is not None or settings.recomputes_old:
-            old_logprobs = log_probabilities(behaviour, rollouts, settings.temperature, budget, process_group)
+            with timer("reference"):
+                old_logprobs = log_probabilities(behaviour, rollouts, settings.temperature, budget, process_group)
+    with timer("reference"), gathered(process_group, reference):
+        looked_up = log_probabilities(reference, rollouts, settings.temperature, budget, process_group)
     return [
         Experience(
             number,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -60,11 +61,17 @@ class ProcessGroup:
     """`size` processes, of which this one has rank `rank`; rank 0 decides what is done.
 
     With one process, collectives return their argument unchanged.
+
+    Attributes:
+        device_group: torch's group of the same processes for what lies on their devices; None: its default one.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, secret: bytes = b"") -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, secret: bytes = b"", device_group: dist.ProcessGroup | None = None
+    ) -> None:
         self.rank = rank
         self.size = size
+        self.device_group = device_group
         self._secret = secret
         self._exchanges = 0
         self._broken = False
@@ -127,6 +134,25 @@ class ProcessGroup:
             if other != states[0]:
                 self._lost(f"process {rank} of {self.size} does not have the numbers of process 0 any more")
         return value
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """A block whose collectives are torch's own, as in a pass over shared-out weights: an error in one process
+        leaves the others waiting inside, so that it ends the job.
+
+        Raises:
+            ProcessGroupLost: where the block raises an exception, unless this process trains alone.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            traceback.print_exc()
+            self._lost(f"{type(error).__name__}: {error}")
+        except BaseException:
+            self._broken = True
+            raise
 
     def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace contiguous tensors by their sums over all processes.

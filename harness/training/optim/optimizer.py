@@ -27,7 +27,7 @@ from klab.grid.schema.sections import TrainingSection
 
 NARROW = (torch.float16, torch.bfloat16)
 
-_SAFE_BOUND = 1e30
+SAFE_BOUND = 1e30
 """Upper bound below which weights and second moments are provably finite, so that the isfinite check is skipped."""
 
 
@@ -96,6 +96,16 @@ class StackedAdamW:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         return self._slices({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
+
+    def gradient_norms(self, gradients: Sequence[Sequence[Tensor]]) -> list[float]:
+        """The Euclidean norm of each cell's entry of `gradients()`."""
+        norms: list[float] = torch.stack([norm(slices) for slices in gradients]).tolist()
+        return norms
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """The parameters whose gradients are still to be summed over processes: all."""
+        return list(self.parameters.values())
 
     def clear(self) -> None:
         self._buffer = None
@@ -166,7 +176,7 @@ class StackedAdamW:
         return [self._finite(cell) for cell in range(len(self.settings))]
 
     def _finite(self, cell: int) -> bool:
-        if max(self._max_weight[cell], self._max_gradient_norm[cell] ** 2) < _SAFE_BOUND:
+        if max(self._max_weight[cell], self._max_gradient_norm[cell] ** 2) < SAFE_BOUND:
             return True
         self._max_weight[cell] = float(norm(self._weights[cell]))
         return math.isfinite(self._max_weight[cell])

@@ -3,26 +3,15 @@ that do not depend on what happens to them. The other processes are real ones, w
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from klab.harness.store import Run
-from klab.harness.training import run_cells
 from klab.harness.training.distributed.process_group import ProcessGroupLost
-from klab.harness.training.distributed.rendezvous import rendezvous
-from klab.harness.training.distributed.worker import release_workers
-from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers, weights
+from tests.support.training_records import MakeRun, StopAfter, assert_close, assert_same, close, finished, numbers
+from tests.support.worker_pool import worker_pool
 
-HERE = Path(__file__).parent
 Together = Callable[..., dict[str, str]]
 
 EXACT: dict[str, Any] = {"policy.dtype": "float64"}
@@ -31,58 +20,8 @@ EXACT: dict[str, Any] = {"policy.dtype": "float64"}
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
     """`run_cells` in two or three processes, of which this one leads."""
-    folder = tmp_path_factory.mktemp("workers")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    workers = [
-        subprocess.Popen([sys.executable, HERE / "worker_process.py", str(rank), str(folder)], env=environment)
-        for rank in (1, 2)
-    ]
-    numbers = count()
-
-    def announce(what: dict[str, Any]) -> Path:
-        number = next(numbers)
-        (folder / "partial").write_text(json.dumps(what))
-        (folder / "partial").rename(folder / f"{number}.json")
-        return folder / f"{number}.meeting"
-
-    def run_together(run: Run, size: int, cells: Sequence[str] = (), **options: Any) -> dict[str, str]:
-        meeting = announce({"run": str(run.path), "size": size, "path": [str(HERE.parents[1] / "support")]})
-        process_group = rendezvous(0, size, meeting, device=torch.device("cpu"))
-        try:
-            states = run_cells(run.path, cells or run.cells, process_group=process_group, **options)
-            release_workers(process_group)
-        finally:
-            process_group.close()
-        return states
-
-    yield run_together
-    announce({})
-    assert [worker.wait(600) for worker in workers] == [0, 0]
-
-
-def assert_close(left: Run, right: Run) -> None:
-    """Every cell of two runs has the same records and weights but for rounding."""
-    assert left.cells == right.cells
-    for identity in left.cells:
-        _close(numbers(left, identity), numbers(right, identity), identity)
-        mine, theirs = weights(left, identity), weights(right, identity)
-        for name, value in mine.items():
-            torch.testing.assert_close(value, theirs[name], rtol=1e-10, atol=1e-10)
-
-
-def _close(left: Any, right: Any, where: str) -> None:
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for name in left:
-            _close(left[name], right[name], f"{where}/{name}")
-    elif isinstance(left, list):
-        assert len(left) == len(right), where
-        for place, pair in enumerate(zip(left, right, strict=True)):
-            _close(*pair, f"{where}/{place}")
-    elif isinstance(left, float):
-        assert left == pytest.approx(right, rel=1e-9, abs=1e-10), where
-    else:
-        assert left == right, where
+    with worker_pool(tmp_path_factory.mktemp("workers"), 3) as pool:
+        yield pool
 
 
 CELLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
@@ -164,7 +103,7 @@ def test_what_one_process_cannot_do_fails_the_guilty_cell_and_no_other(make_run:
     assert "(process 2 of 3)" in error
     assert "in score" in error  # the traceback of that process
     alone = finished(make_run("alone", {"prompts": 3, "updates": 3}, [EXACT]))
-    _close(numbers(alone, whole), numbers(run, whole), whole)
+    close(numbers(alone, whole), numbers(run, whole), whole)
 
 
 def test_processes_whose_weights_differ_end_without_a_result(make_run: MakeRun, together: Together) -> None:

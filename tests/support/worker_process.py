@@ -1,4 +1,4 @@
-"""A worker process of `test_data_parallel.py`: `python worker_process.py RANK FOLDER`.
+"""One of the others of a `WorkerPool`: `python worker_process.py RANK FOLDER`.
 
 It waits for `FOLDER/<number>.json`, does its part as that rank, and waits for the next one; an empty one ends it.
 """
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
+from klab.harness.store import Run
 from klab.harness.training.distributed.process_group import ProcessGroupLost
 from klab.harness.training.distributed.rendezvous import rendezvous
 from klab.harness.training.distributed.worker import run_worker
+from tests.support.gradients_of_cells import gradients
 
 
 def main(rank: int, folder: Path) -> None:
@@ -30,7 +32,10 @@ def main(rank: int, folder: Path) -> None:
         if rank < what["size"]:
             process_group = rendezvous(rank, what["size"], folder / f"{number}.meeting", device=torch.device("cpu"))
             try:
-                run_worker(what["run"], process_group)
+                if what["gradients"]:
+                    gradients(Run.open(what["run"]), process_group)
+                else:
+                    run_worker(what["run"], process_group)
             except ProcessGroupLost as lost:
                 print(lost, file=sys.stderr)
             process_group.close()
