@@ -148,6 +148,11 @@ class Resources(Section):
     def processes_per_node(self) -> int:
         return self.processes or max(1, self.gpus)
 
+    @property
+    def processes_per_job(self) -> int:
+        """The processes of a job, over all of its nodes, which train together."""
+        return self.nodes * self.processes_per_node
+
 
 def parse_gpus(text: str, key: str) -> dict[str, Any]:
     """`gpus`, and `gpu_type` where one is named, from `4` or `a100:4`.

@@ -13,7 +13,7 @@ from klab.grid import Grid, UserError
 from klab.grid.engines import rows_per_pass
 from klab.grid.schema.sampler import check_processes
 from klab.grid.user_code import is_installed
-from klab.harness.cli.memory import JobMemory, MemoryNeed, memory_needs
+from klab.harness.cli.memory import JobMemory, MemoryNeed, memory_needs, refuse_lone_shares
 from klab.harness.cli.text import say
 from klab.harness.cli.tracking import require_trackers
 from klab.harness.dispatch.launch import refuse_changed_inputs
@@ -78,6 +78,7 @@ class Checks:
             lambda: require_trackers(self._study.track),
             lambda: require_samplers(self._study, self._starts_here),
             lambda: refuse_unequal_shares(self._study),
+            lambda: refuse_lone_shares(study, job),
         ]
         mistakes = []
         for refuse in refusals:

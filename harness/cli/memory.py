@@ -29,31 +29,35 @@ class JobMemory:
         limit_gb: of the node's memory, or of this machine's largest GPU; None where it is not known.
         processes: per node, which share the node's memory.
         cells_per_job: cells that are trained at once, as asked for; None: chosen later, at least one.
+        together: processes on all nodes, which share out what `policy.sharding` says.
     """
 
     on_gpu: bool
     limit_gb: float | None
     processes: int
     cells_per_job: int | None
+    together: int = 1
 
     @classmethod
     def planned(cls, resources: Resources, cells_per_job: int | None, device: str | None) -> JobMemory:
         """Of a job that may run anywhere."""
         on_gpu = device != "cpu" and (resources.gpus > 0 or bool(visible_gpus()))
         limit = None if on_gpu else cls._asked(resources)
-        return cls(on_gpu, limit, resources.processes or 1, cells_per_job)
+        return cls(on_gpu, limit, resources.processes or 1, cells_per_job, resources.processes_per_job)
 
     @classmethod
     def on_slurm(cls, resources: Resources, cells_per_job: int | None) -> JobMemory:
         on_gpu = resources.gpus > 0
-        return cls(on_gpu, None if on_gpu else memory_limit_gb(resources), resources.processes or 1, cells_per_job)
+        limit = None if on_gpu else memory_limit_gb(resources)
+        return cls(on_gpu, limit, resources.processes or 1, cells_per_job, resources.processes_per_job)
 
     @classmethod
     def here(cls, resources: Resources, cells_per_job: int | None, device: str | None) -> JobMemory:
         """Of a job on this machine, whose GPUs can be asked."""
         on_gpu = device != "cpu" and bool(visible_gpus())
         limit = gpu_memory_gb() if on_gpu else cls._asked(resources)
-        return cls(on_gpu, limit, resources.processes or 1, cells_per_job)
+        here = min(resources.gpus, len(visible_gpus())) if on_gpu else 1
+        return cls(on_gpu, limit, resources.processes or 1, cells_per_job, resources.processes or max(1, here))
 
     @staticmethod
     def _asked(resources: Resources) -> float | None:
@@ -195,7 +199,25 @@ def memory_needs(
     for estimate in estimates:
         cells = members.get(known[estimate.cell], [])
         if cells:
-            yield MemoryNeed(cells[0], estimate, _at_once(cells, job.cells_per_job), job)
+            own = estimate.of_each(job.together, job.on_gpu)
+            yield MemoryNeed(cells[0], own, 1 if is_sharded(cells[0]) else _at_once(cells, job.cells_per_job), job)
+
+
+def refuse_lone_shares(study: Grid, job: JobMemory) -> None:
+    """Raises UserError where weights are to be shared out among processes, and jobs have one process each."""
+    alone = [cell for cell in study.cells if is_sharded(cell) and getattr(cell.policy, "offload", "none") == "none"]
+    if alone and job.together == 1:
+        raise UserError(
+            "weights are shared out among the processes of a job, and resources give it one",
+            file=study.file,
+            key="policy.sharding",
+            value="full",
+            hint="Ask for several by resources.gpus (or, on processors, resources.processes), or write sharding: none.",
+        )
+
+
+def is_sharded(cell: Cell) -> bool:
+    return bool(getattr(cell.policy, "sharding", "none") != "none")
 
 
 def _at_once(cells: Sequence[Cell], asked: int | None) -> int:

@@ -2,15 +2,16 @@
 
 At least there must be what a step needs, whatever the micro-batch. Counted are weights, float32 master weights beside
 16-bit ones, gradients (and the buffer in which a step makes 16-bit ones wide), Adam's moments, the frozen reference
-policy and the critic. For pretrained models activations, logits, keys and values come on top where their sizes are
-known (`policy/footprint.py`), with completions of full length. Samplers, reward models and the program itself are not
-counted.
+policy and the critic. Of weights that processes share out (`policy.sharding`) each has its part, and, while it samples
+and evaluates, whole weights beside it. For pretrained models activations, logits, keys and values come on top where
+their sizes are known (`policy/footprint.py`), with completions of full length. Samplers, reward models and the program
+itself are not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
 
@@ -56,6 +57,9 @@ class MemoryEstimate:
         per_cell: for every cell that is trained at once.
         shared: once for all of them.
         footprint, work: what passes through the model take, and how many tokens; None where that is not known.
+        gathered: whole weights that a process holds for a time beside its part of all else; None where every process
+            has everything.
+        offloaded: whether the parts lie in host memory, and on the device only what is gathered.
     """
 
     cell: str
@@ -64,6 +68,8 @@ class MemoryEstimate:
     shared: dict[str, int]
     footprint: Footprint | None = None
     work: Workload | None = None
+    gathered: int | None = None
+    offloaded: bool = False
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> MemoryEstimate:
@@ -71,6 +77,17 @@ class MemoryEstimate:
         footprint, work = record["footprint"], record["work"]
         known = {"footprint": footprint and Footprint(**footprint), "work": work and Workload(**work)}
         return cls(**{**record, **known})
+
+    def of_each(self, processes: int, on_gpu: bool = False) -> MemoryEstimate:
+        """What each of so many processes needs, in its GPU's memory or in all that it has."""
+        if self.gathered is None:
+            return self
+        kept = 0 if self.offloaded and on_gpu else 1
+        per_cell, shared = (
+            {name: kept * -(-value // processes) for name, value in group.items()}
+            for group in (self.per_cell, self.shared)
+        )
+        return replace(self, per_cell=per_cell, shared={**shared, "gathered weights": self.gathered}, gathered=None)
 
     def parts(self, cells: int = 1) -> dict[str, int]:
         """Bytes for so many cells at once; what is not needed is left out."""
@@ -145,7 +162,10 @@ def estimate_memory(
     cell: Cell, sizes: Sizes, footprint: Footprint | None = None, work: Workload | None = None
 ) -> MemoryEstimate:
     """What a cell needs."""
-    critic = cell.training.critic
+    critic, policy = cell.training.critic, cell.policy
+    if getattr(policy, "sharding", "none") != "none":
+        offloaded = getattr(policy, "offload", "none") != "none"
+        return replace(_estimate_shared_out(cell, sizes, offloaded), footprint=footprint, work=work)
     per_cell = _trained(sizes.trained, sizes.trained_bytes)
     # whole weights are copied for the reference, once where cells start alike; adapters are only switched off
     shared = {"frozen base": sizes.frozen_bytes}
@@ -159,6 +179,20 @@ def estimate_memory(
         if critic.kind == "model":
             shared["critic's frozen base"], shared["critic's float32 gradients"] = sizes.frozen_bytes, widened
     return MemoryEstimate(cell.id, sizes.parameters, per_cell, shared, footprint, work)
+
+
+def _estimate_shared_out(cell: Cell, sizes: Sizes, offloaded: bool) -> MemoryEstimate:
+    """Of all processes together: the parts are wide, and serve as masters beside a computation in 16 bits."""
+    wide, model = max(4, sizes.trained_bytes), sizes.trained * sizes.trained_bytes
+    per_cell = {
+        "weights": sizes.trained * wide,
+        "gradients": sizes.trained * wide,
+        "Adam moments": 2 * sizes.trained * wide,
+    }
+    reference = 0 if sizes.frozen_bytes else model
+    gathered = sizes.frozen_bytes + model + reference  # an evaluation needs both
+    shared = {"frozen base": sizes.frozen_bytes, "reference": reference}
+    return MemoryEstimate(cell.id, sizes.parameters, per_cell, shared, gathered=gathered, offloaded=offloaded)
 
 
 def _trained(count: int, each: int) -> dict[str, int]:

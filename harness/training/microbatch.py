@@ -110,7 +110,7 @@ def is_padding(piece: MicroBatch) -> bool:
 
 def idle_micro_batch(like: PackMicroBatch) -> PackMicroBatch:
     """The first row of each cell's micro-batch, marked as having no rows."""
-    return tuple((_slice_rows(rollout, 0, 1), slice(0, 0)) for rollout, _ in like)
+    return tuple((rollout.slice_rows(0, 1), slice(0, 0)) for rollout, _ in like)
 
 
 def pack_micro_batches(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,13 @@ class WorkerPool:
             process_group.close()
 
     def end(self) -> list[int]:
-        """Let the processes end; their exit codes."""
+        """Let the processes end; their exit codes. Those that a failed test left waiting are killed."""
         self._announce({})
-        return [process.wait(600) for process in self.processes]
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+        return [process.wait() for process in self.processes]
 
     def _announce(self, what: dict[str, Any]) -> Path:
         number = next(self._numbers)

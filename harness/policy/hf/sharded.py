@@ -13,7 +13,7 @@ the checkpoint itself, and holds all of its weights in host memory until they ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from klab.harness.policy.categorical import Draw
 from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.hf.policy import TransformersPolicy
-from klab.harness.policy.policy import IncrementalDecoder, Policy
+from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder, Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import ScoreOptions, TokenScores
 
@@ -40,6 +41,7 @@ class ShardedWeights:
 
     Attributes:
         shares: by name.
+        dtype: of the gathered tensors.
         whole: the gathered tensors by name; empty while nobody has asked for them.
     """
 
@@ -97,7 +99,7 @@ class ShardedPolicy:
         self.tokenizer, self.encode_prompt = template.tokenizer, template.encode_prompt
         self.vocab_size, self.hidden_size = template.vocab_size, template.hidden_size
         self.context_length, self.eos_token_ids = template.context_length, template.eos_token_ids
-        self.origin, self.revision = template.origin, template.revision
+        self.config, self.origin, self.revision = template.config, template.origin, template.revision
 
     @classmethod
     def shared_out(
@@ -118,7 +120,8 @@ class ShardedPolicy:
         """
         from torch.distributed.tensor import DTensor
 
-        dtype = policy.dtype
+        dtype = next(iter(policy.parameters.values())).dtype
+        frozen = next(iter(policy.shared.values())).dtype if policy.shared else dtype
         wide = torch.promote_types(dtype, torch.float32)
         model = copy.deepcopy(policy.model)
         trained = {name: value.detach()[0].to(wide) for name, value in policy.parameters.items()}
@@ -139,7 +142,7 @@ class ShardedPolicy:
             policy,
             model,
             ShardedWeights({name: share for name, share in shares.items() if name in names}, dtype, device),
-            ShardedWeights({name: share for name, share in shares.items() if name not in names}, dtype, device),
+            ShardedWeights({name: share for name, share in shares.items() if name not in names}, frozen, device),
         )
 
     @property
@@ -148,7 +151,7 @@ class ShardedPolicy:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.trained.dtype
+        return self.frozen.dtype
 
     def gather(self) -> None:
         """Collective: let every process hold all weights, until each has called `release` as often."""
@@ -181,6 +184,11 @@ class ShardedPolicy:
     ) -> IncrementalDecoder:
         return self.whole().decoder(prompts, group_size, plain)
 
+    def block_decoder(
+        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, max_new_tokens: int, draw: Draw
+    ) -> BlockDecoder | None:
+        return self.whole().block_decoder(prompts, group_size, max_new_tokens, draw)
+
     def frozen_copy(self, dtype: torch.dtype | None = None) -> Policy:
         """See `Policy`: shared out as well, or, in another precision, a whole copy of gathered weights. Of a policy
         with adapters it is the model without them, as before the first update, when they add nothing."""
@@ -190,11 +198,18 @@ class ShardedPolicy:
             return ShardedPolicy(self._template, None, ShardedWeights({}, self.dtype, self.device), self.frozen)
         return ShardedPolicy(self._template, None, self.trained.frozen_copy(), self.frozen)
 
+    def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> Policy:
+        """See `Policy`; a new one."""
+        return self.whole().sampling_copy(dtype, earlier)
+
     def select(self, cells: Sequence[int]) -> Policy:
         return self.whole().select(cells)
 
     def save(self, path: str | Path, cell: int) -> None:
         self.whole().save(path, cell)
+
+    def named_weights(self, cell: int) -> Iterator[tuple[str, Tensor]]:
+        return self.whole().named_weights(cell)
 
     def load(self, path: str | Path, cell: int) -> None:
         """Packs of sharded policies have one cell, which is read from its own checkpoint."""

@@ -193,7 +193,7 @@ class ProcessGroup:
 
     def close(self) -> None:
         """Leave the group. After a failure on GPUs this is skipped: NCCL would wait for the others."""
-        if self.size > 1 and dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
+        if dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
             dist.destroy_process_group()
 
     @property

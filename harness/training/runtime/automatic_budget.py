@@ -68,4 +68,6 @@ def tokens_that_fit(sizes: Footprint, free: int, cells: int, memory: int) -> int
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.itemsize for value in tensors)
+    """Bytes that this process holds; of tensors that are shared out, its part."""
+    own = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
+    return sum(value.numel() * value.itemsize for value in own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from klab.grid.catalogue import AXES
+from klab.harness.policy.hf.sharded import ShardedPolicy
+from klab.harness.policy.pretrained import read_config
+from klab.harness.preflight.memory import estimate_memory, pretrained_sizes
 from klab.harness.store import Run
 from klab.harness.training import run_cells
+from klab.harness.training.distributed.gathering import gathered
+from klab.harness.training.distributed.process_group import SINGLE_PROCESS
+from klab.harness.training.pack import Pack
+from klab.harness.training.packed_cell import PackedCell
+from klab.tasks import load_task
 from tests.support.gradients_of_cells import gradients
 from tests.support.random_checkpoints import checkpoint
 from tests.support.training_records import MakeRun, StopAfter, assert_close, assert_same, finished, weights
@@ -94,6 +102,42 @@ def test_each_process_holds_its_part_of_weights_gradients_and_moments(make_run: 
     assert max(own) / sum(own) < 0.55
 
 
+@pytest.mark.parametrize("policy", [{}, LORA, {"dtype": "bfloat16"}, {**LORA, "dtype": "bfloat16"}])
+def test_the_memory_that_plan_expects_is_what_a_process_holds(make_run: MakeRun, policy: dict[str, Any]) -> None:
+    run = make_run("memory", policy={"sharding": "full", "dtype": "float32", **policy})
+    cell = run.cell(run.cells[0]).cell()
+    pack = Pack([PackedCell(cell, load_task(cell.task), Path(cell.policy.model))])  # type: ignore[union-attr]
+    try:
+        own, reference = pack.policy, pack.reference
+        assert isinstance(own, ShardedPolicy)
+        assert isinstance(reference, ShardedPolicy)
+        moments = [*pack.optimizer.first.values(), *pack.optimizer.second.values()]
+        with gathered(SINGLE_PROCESS, own, reference):
+            whole = held([*own.trained.whole.values(), *own.frozen.whole.values(), *reference.trained.whole.values()])
+    finally:
+        torch.distributed.destroy_process_group()
+    sizes = pretrained_sizes(cell.policy, read_config(cell.policy.model))  # type: ignore[union-attr]
+    assert sizes is not None
+    estimate = estimate_memory(cell, sizes)
+    parts = estimate.of_each(1).parts()
+    assert parts.pop("gathered weights") == whole
+    assert parts.pop("gradients") == parts["weights"] == held(local(own.trained.shares.values()))
+    assert parts["Adam moments"] == held(moments)
+    assert parts.get("frozen base", 0) == held(local(own.frozen.shares.values()))
+    assert parts.get("reference", 0) == held(local(reference.trained.shares.values()))
+    of_four = estimate.of_each(4).parts()
+    assert of_four["Adam moments"] == -(-parts["Adam moments"] // 4)
+    assert of_four["gathered weights"] == whole
+
+
+def local(shares: Iterable[Any]) -> list[torch.Tensor]:
+    return [share.to_local() for share in shares]
+
+
+def held(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
 def finished_weights(make_run: MakeRun, run: Run) -> dict[str, torch.Tensor]:
     """The weights of a cell after it was trained on in this process alone."""
     assert set(run_cells(run.path, run.cells).values()) == {"finished"}
@@ -108,7 +152,7 @@ def test_resumed_by_as_many_processes_to_the_bit_and_by_others_to_rounding(
     training, policy = {**QUICK, "updates": 6, "updates_per_rollout": 2}, {**SHARDED, **lora}
     through, broken, moved = (make_run(name, training, policy=policy) for name in ("through", "broken", "moved"))
     assert set(together(through, 2).values()) == {"finished"}
-    for run, sizes in ((broken, (2, 2)), (moved, (4, 3))):
+    for run, sizes in ((broken, (2, 2)), (moved, (3, 1) if lora else (4, 3))):
         for size in sizes:
             assert set(together(run, size, stop=StopAfter(2)).values()) == {"interrupted"}
         assert set(together(run, 2).values()) == {"finished"}
@@ -116,14 +160,17 @@ def test_resumed_by_as_many_processes_to_the_bit_and_by_others_to_rounding(
     assert_close(through, moved)
 
 
-def test_half_precision_computes_with_rounded_copies_of_float32_shares(make_run: MakeRun, together: WorkerPool) -> None:
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["whole", "adapters"])
+def test_half_precision_computes_with_rounded_copies_of_float32_shares(
+    make_run: MakeRun, together: WorkerPool, lora: dict[str, Any]
+) -> None:
     """As one process does, up to sums in bfloat16: the same first rollout, and weights that have hardly moved apart."""
     training = {**QUICK, "updates": 2, "lr": 1e-4}
-    single = finished(make_run("single", training, policy={**PLAIN, "dtype": "bfloat16"}))
-    several = make_run("several", training, policy={**SHARDED, "dtype": "bfloat16"})
+    single = finished(make_run("single", training, policy={**PLAIN, **lora, "dtype": "bfloat16"}))
+    several = make_run("several", training, policy={**SHARDED, **lora, "dtype": "bfloat16"})
     assert set(together(several, 2).values()) == {"finished"}
     mine, theirs = weights(single, single.cells[0]), weights(several, several.cells[0])
-    assert {value.dtype for value in theirs.values()} == {torch.bfloat16}
+    assert {value.dtype for value in theirs.values()} == {torch.float32 if lora else torch.bfloat16}
     for name, value in mine.items():
         torch.testing.assert_close(value, theirs[name], rtol=0.02, atol=1e-3)
 
@@ -144,9 +191,9 @@ def test_the_trained_policy_is_an_ordinary_folder(make_run: MakeRun, together: W
     base = AutoModelForCausalLM.from_pretrained(whole.resolved(whole.cells[0])["policy"]["model"], dtype=torch.float64)
     adapted = PeftModel.from_pretrained(base, adapters.cell(adapters.cells[0]).policy)
     tokens = torch.tensor([[3, 4, 5]])
-    assert not torch.equal(
-        adapted(tokens).logits, base.unload()(tokens).logits if hasattr(base, "unload") else model(tokens).logits
-    )
+    moved = adapted(tokens).logits
+    with adapted.disable_adapter():
+        assert not torch.equal(moved, adapted(tokens).logits)
 
 
 def test_an_objective_that_raises_in_one_process_fails_its_cell_alone(make_run: MakeRun, together: WorkerPool) -> None:
