@@ -230,7 +230,7 @@ class TransformersPolicy:
         tokens, attention_mask = pad_rows(sequences, device)
         first = min(len(prompts[g]) for g in groups) - 1
         keep = tokens.shape[1] - first
-        in_chunks = self._needs_chunks(sum(lengths), options)
+        in_chunks = self._needs_chunks(sum(lengths), options, device)
         if in_chunks:
             self._check_lengths(attention_mask)
             hidden = self.model.final_states(weights, tokens, attention_mask, keep, self.lora_enabled)
@@ -249,10 +249,10 @@ class TransformersPolicy:
         states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted) if options.states else None
         return gather_scores(rollout, logits_index, logits, states, options)
 
-    def _needs_chunks(self, rows: int, options: ScoreOptions) -> bool:
+    def _needs_chunks(self, rows: int, options: ScoreOptions, device: torch.device) -> bool:
         """Whether so many rows' logits are too many to hold at once. They are held if the caller wants them, and where
         it is not known what the model makes of them."""
-        too_many = rows * self.vocab_size > max_logits(self.device)
+        too_many = rows * self.vocab_size > max_logits(device)
         return too_many and self.model.finish is not None and not options.logits
 
     def _score_in_chunks(
