@@ -1,17 +1,22 @@
 """The processes that train cells together, with collectives that propagate errors.
 
-Every process holds the whole policy, optimizer and reference, and takes the same steps. An exception in one process
-is sent in the next collective and raised in all of them, so that all stay in step and can retry with smaller
-micro-batches, or without the cell that failed. A process that dies or gets out of step ends the job, which resumes from
-its checkpoints when it is launched again.
+Every process holds the whole policy, optimizer and reference, and takes the same steps (or, with `policy.sharding`, its
+part of them). An exception in one process is sent in the next collective and raised in all of them, so that all stay in
+step and can retry with smaller micro-batches, or without the cell that failed. A process that dies or gets out of step
+ends the job, which resumes from its checkpoints when it is launched again.
 
-Objects are exchanged by `messages.py` over `all_gather`, not by `torch.distributed.all_gather_object`, which pickles.
+Gradients are summed by torch's `all_reduce` in buckets. Two exchanges are made by hand instead. Objects go through
+`messages.py` over `all_gather`, since `torch.distributed.all_gather_object` pickles. And sums do not begin before the
+backward passes of all processes have ended, as DistributedDataParallel's would: a process that runs out of memory in
+its own could then no longer say so. What decides a step for all (norms of shared-out gradients) is added in the order
+of the ranks, in `optim/sharded_optimizer.py`.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from klab.harness.training.distributed.messages import ForgedMessage, decode, encode, message_type
+from klab.harness.training.distributed.peers import PeerWatch
 from klab.harness.training.packed_cell import CellFailure
 from klab.harness.training.runtime.oom import is_out_of_memory
 
@@ -29,6 +35,9 @@ T = TypeVar("T")
 
 _BUCKET = 2**24
 """Numbers that are summed at a time."""
+
+_UNDER_WAY = 4
+"""Sums that are under way at the same time."""
 
 _END = "end of a step"
 
@@ -67,11 +76,17 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, secret: bytes = b"", device_group: dist.ProcessGroup | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        secret: bytes = b"",
+        device_group: dist.ProcessGroup | None = None,
+        peers: PeerWatch | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
         self.device_group = device_group
+        self._peers = peers
         self._secret = secret
         self._exchanges = 0
         self._broken = False
@@ -155,26 +170,27 @@ class ProcessGroup:
             raise
 
     def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Replace contiguous tensors by their sums over all processes.
+        """Replace contiguous tensors by their sums over all processes, added at least in float32.
 
-        Numbers are added in the order of the ranks, at least in float32, by one process each: the bits are the same
-        in all processes, and depend on nothing but their number.
+        Buckets are summed by torch's `all_reduce`, several under way while others are filled and emptied. All processes
+        get the same bits, which depend on their number alone with Gloo; NCCL may add in another order on other GPUs.
         """
         if self.size == 1:
             return
+        under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
         for bucket in _buckets(tensors):
-            flat = torch.cat(bucket)
-            short = -len(flat) % self.size
-            pieces = torch.nn.functional.pad(flat, (0, short)).view(self.size, -1)
-            received = torch.empty_like(pieces)
-            self._wait(dist.all_to_all_single(received, pieces, async_op=True))
-            total = received[0].to(torch.promote_types(flat.dtype, torch.float32))
-            for piece in received[1:]:
-                total += piece
-            self._wait(dist.all_gather(list(pieces.unbind(0)), total.to(flat.dtype), async_op=True))
-            summed = torch.split(pieces.view(-1), [*map(len, bucket), short])
-            for part, value in zip(bucket, summed, strict=False):
-                part.copy_(value)
+            flat = torch.cat(bucket).to(torch.promote_types(bucket[0].dtype, torch.float32))
+            group = self.device_group if flat.is_cuda else None
+            under_way.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+            if len(under_way) == _UNDER_WAY:
+                self._take_sum(*under_way.popleft())
+        while under_way:
+            self._take_sum(*under_way.popleft())
+
+    def _take_sum(self, bucket: list[Tensor], flat: Tensor, work: Any) -> None:
+        self._wait(work)
+        for part, value in zip(bucket, torch.split(flat, [*map(len, bucket)]), strict=True):
+            part.copy_(value)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace each parameter's gradient by the sum over all processes; none at all counts as zeros."""
@@ -192,7 +208,9 @@ class ProcessGroup:
         self.sum_tensors(each.grad for each in listed if each.grad is not None)
 
     def close(self) -> None:
-        """Leave the group. After a failure on GPUs this is skipped: NCCL would wait for the others."""
+        """Leave the group. After a failure on GPUs torch's is not left: NCCL would wait for the others."""
+        if self._peers is not None:
+            self._peers.close(orderly=not self._broken)
         if dist.is_initialized() and not (self._broken and torch.cuda.is_available()):
             dist.destroy_process_group()
 
@@ -256,6 +274,8 @@ class ProcessGroup:
         pause = 5e-5
         try:
             while not work.is_completed():
+                if self._peers is not None and self._peers.lost is not None:
+                    self._lost("an exchange is left")
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.01)
             work.wait()
@@ -267,7 +287,8 @@ class ProcessGroup:
 
     def _lost(self, why: str) -> NoReturn:
         self._broken = True
-        raise ProcessGroupLost(f"klab: process {self.rank} of {self.size}: {why}")
+        who = self._peers.who_is_lost() if self._peers is not None else None
+        raise ProcessGroupLost(f"klab: process {self.rank} of {self.size}: {f'{who}; {why}' if who else why}")
 
 
 SINGLE_PROCESS = ProcessGroup()

@@ -28,13 +28,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from klab.harness.training.distributed.peers import PeerWatch
 from klab.harness.training.distributed.process_group import ProcessGroup, ProcessGroupLost
 
 RENDEZVOUS_SECONDS = 300.0
 """How long the processes of a job wait for one another at its start."""
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Timeout of a collective operation while all peers are alive."""
+COLLECTIVE_MINUTES = 60.0
+"""How long an exchange may take while all processes are alive, unless `resources.collective_minutes` says otherwise:
+one of them may sample longer, or have slower rewards, than the others."""
+
+DEVICE_MINUTES = 10.0
+"""The same of a collective operation of NCCL, which all processes begin within seconds of one another."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -50,6 +55,7 @@ def rendezvous(
     device: torch.device,
     address: str = LOOPBACK,
     watch: Callable[[], None] = lambda: None,
+    minutes: float = COLLECTIVE_MINUTES,
 ) -> ProcessGroup:
     """Meet the other processes of the job; returns when all are there.
 
@@ -58,33 +64,49 @@ def rendezvous(
         device: where they train; gradients are summed by NCCL on GPUs and by Gloo on processors.
         address: where the others reach this process, if it is rank 0; `LOOPBACK`: all are on one machine.
         watch: called while rank 0 waits; may raise.
+        minutes: how long an exchange may take.
 
     Raises:
         ProcessGroupLost: when the others do not come.
     """
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     if rank == 0:
-        store, address, secret = _listen(size, file, address, deadline, watch)
+        listener = _bind(address)
+        watched = _bind(address)
+        store, address, secret = _listen(size, file, listener, watched.getsockname()[1], deadline, watch)
     else:
-        store, address, secret = _connect(rank, size, file, deadline)
+        store, address, secret, port = _connect(rank, size, file, deadline)
     if address == LOOPBACK and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        peers = (
+            PeerWatch.lead(size, watched, secret, watch)
+            if rank == 0
+            else PeerWatch.join(rank, size, address, port, secret)
+        )
+    except OSError as error:
+        raise ProcessGroupLost(f"klab: process {rank} of {size}: {error}") from error
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=minutes))
+    device_group = None
+    if device.type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        limit = timedelta(minutes=min(minutes, DEVICE_MINUTES))
+        device_group = dist.new_group(backend="nccl", timeout=limit)
     if rank == 0:
         file.unlink(missing_ok=True)
-    return ProcessGroup(rank, size, secret)
+    return ProcessGroup(rank, size, secret, device_group, peers)
 
 
-def _listen(size: int, file: Path, address: str, deadline: float, watch: Callable[[], None]) -> tuple[Any, str, bytes]:
-    listener = _bind(address)
+def _listen(
+    size: int, file: Path, listener: socket.socket, watched: int, deadline: float, watch: Callable[[], None]
+) -> tuple[Any, str, bytes]:
     address, port = listener.getsockname()[:2]
     store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     secret = secrets.token_bytes(32)
     partial = file.with_name(file.name + ".partial")
     partial.unlink(missing_ok=True)
     with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        json.dump({"address": address, "port": port, "secret": secret.hex()}, opened)
+        json.dump({"address": address, "port": port, "watch": watched, "secret": secret.hex()}, opened)
     partial.rename(file)
     try:
         for rank in range(1, size):
@@ -103,7 +125,7 @@ def _listen(size: int, file: Path, address: str, deadline: float, watch: Callabl
     return store, address, secret
 
 
-def _connect(rank: int, size: int, file: Path, deadline: float) -> tuple[Any, str, bytes]:
+def _connect(rank: int, size: int, file: Path, deadline: float) -> tuple[Any, str, bytes, int]:
     while not file.exists():
         if time.monotonic() > deadline:
             raise _absent(0, size)
@@ -112,7 +134,7 @@ def _connect(rank: int, size: int, file: Path, deadline: float) -> tuple[Any, st
     address, secret = found["address"], bytes.fromhex(found["secret"])
     store = TCPStore(address, found["port"], is_master=False, timeout=timedelta(seconds=RENDEZVOUS_SECONDS))
     store.set(_key(rank), _proof(rank, secret))
-    return store, address, secret
+    return store, address, secret, int(found["watch"])
 
 
 def _absent(rank: int, size: int) -> ProcessGroupLost:
