@@ -35,7 +35,7 @@ def gradients(run: Run, process_group: ProcessGroup = SINGLE_PROCESS) -> dict[st
             )
         pack.optimizer.clear()
         compute_gradients(
-            models, pack.settings, [member], drawn, pack.coefficients, False, timer, pack.budget, process_group
+            models, pack.settings, [member], drawn, pack.coefficients, 1, False, timer, pack.budget, process_group
         )
         process_group.sum_gradients(pack.optimizer.replicated)
         found[member.id] = {name: _whole(value.grad) for name, value in pack.policy.parameters.items()}

@@ -26,15 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from klab.harness.training.distributed.buckets import buckets
 from klab.harness.training.distributed.messages import ForgedMessage, decode, encode, message_type
 from klab.harness.training.distributed.peers import PeerWatch
 from klab.harness.training.packed_cell import CellFailure
 from klab.harness.training.runtime.oom import is_out_of_memory
 
 T = TypeVar("T")
-
-_BUCKET = 2**24
-"""Numbers that are summed at a time."""
 
 _UNDER_WAY = 4
 """Sums that are under way at the same time."""
@@ -178,7 +176,7 @@ class ProcessGroup:
         if self.size == 1:
             return
         under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
-        for bucket in _buckets(tensors):
+        for bucket in buckets(tensors):
             flat = torch.cat(bucket).to(torch.promote_types(bucket[0].dtype, torch.float32))
             group = self.device_group if flat.is_cuda else None
             under_way.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
@@ -300,18 +298,3 @@ def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [each.detach().view(kinds[each.element_size()]).sum(dtype=torch.int64) for each in tensors]
     return tuple(torch.stack(sums).tolist()) if sums else ()
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Flat views of one kind of number each, together at most `_BUCKET` numbers."""
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).extend(torch.split(tensor.view(-1), _BUCKET))
-    for parts in kinds.values():
-        bucket: list[Tensor] = []
-        for part in parts:
-            if bucket and sum(map(len, bucket)) + len(part) > _BUCKET:
-                yield bucket
-                bucket = []
-            bucket.append(part)
-        yield bucket
