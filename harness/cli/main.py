@@ -30,6 +30,7 @@ COMMANDS = {
     "watch": "Watch a run live: every open cell with its curves.",
     "gradients": "Measure bias, variance and cosine of cells' gradient estimators by enumeration.",
     "claims": "Check the book of claims.",
+    "crosscheck": "Train a cell for a few updates on klab's engine and on TRL from the same rollouts, and compare.",
     "axes": "List the axes and values of the objective, with formulas and sources.",
     "export": "Print a cell's settings for another trainer, or say why it has none.",
     "doctor": "Check versions, devices, Slurm, folders and disk space.",

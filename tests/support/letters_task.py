@@ -67,6 +67,14 @@ class Overdue(Letters):
         return Score(plain.reward, plain.correct, parts, timeouts=int(completion.startswith("a")))
 
 
+class Ragged(Letters):
+    """Prompts of one to three letters."""
+
+    def split(self, name: Literal["train", "held_out"]) -> list[Example]:
+        words = [example.prompt[: 1 + index % 3] for index, example in enumerate(super().split(name))]
+        return [Example(word, word[0]) for word in dict.fromkeys(words)]
+
+
 class Echo(Letters):
     """The environment repeats what the policy wrote, until it has written twice."""
 

@@ -36,7 +36,7 @@ def trl_cell(policy: Path, objective: dict[str, Any] | None = None, **training: 
     """A cell of the task `letters_task:Letters`."""
     grid = {
         "name": "trl",
-        "task": {"name": "letters_task:Letters"},
+        "task": {"name": f"letters_task:{training.pop('task', 'Letters')}"},
         "policy": {"name": "hf", "model": str(policy), "dtype": training.pop("dtype", "float64")},
         "training": {**TRAINING, **training},
         "objective": objective or {},

@@ -74,12 +74,8 @@ class Recorder(TrainerCallback):
         self._trainer.note_backward()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> Any:
-        take = self._trainer.finish_update()
+        take_or_leave_step(self._trainer, given["optimizer"])
         self._step_since = time.perf_counter()
-        if not take and not self._trainer.takes_steps_by_itself():
-            for group in given["optimizer"].param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # an optimizer leaves such a parameter as it is
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self._trainer.timer.add("step", time.perf_counter() - self._step_since)
@@ -163,6 +159,14 @@ class Recorder(TrainerCallback):
     def _report(self, update: int) -> None:
         if self._writes:
             self._progress(Progress(self._folder.id, update, self._training.updates, self._reward))
+
+
+def take_or_leave_step(trainer: KlabTrainer, optimizer: Any) -> None:
+    """Finish the update's row, and leave its step out where it must not be taken."""
+    if not trainer.finish_update() and not trainer.takes_steps_by_itself():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None  # an optimizer leaves such a parameter as it is
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:

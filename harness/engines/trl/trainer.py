@@ -27,6 +27,7 @@ from klab.harness.engines.trl.experience import GeneratedRows, joined_experience
 from klab.harness.engines.trl.live_policy import LivePolicy
 from klab.harness.engines.trl.update import ExtraPass, Update, has_detached_kl, needs_current_policy
 from klab.harness.objective import LossCoefficients, detached_kl
+from klab.harness.policy.hf.policy import train_padding_token
 from klab.harness.policy.pretrained import read_generation_config
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.special_tokens import answer_tokens, eos_token_ids, trailing_special_tokens
@@ -67,6 +68,7 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
     Attributes:
         group: the processes that train together.
         answered: the examples whose completions are being generated, one per trajectory.
+        is_greedy: whether the most likely completions are being generated.
         experience: the rollout in use, of all processes.
         coefficients: of the next update.
         timer: where the time goes.
@@ -83,6 +85,7 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
         self.coefficients: LossCoefficients = initial_coefficients(member.cell)
         self.timer = PhaseTimer()
         self.answered: list[Example] = []
+        self.is_greedy = False
         self.experience: Experience | None = None
         self.pending_row: Row | None = None
         self._examples = member.split("train")
@@ -94,6 +97,7 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
         super().__init__(model=str(member.start), reward_funcs=[task_reward], **arguments)
         self.group = AcceleratedGroup(self.accelerator)
         self._set_end_tokens()
+        train_padding_token(self.model)
         self._trailing = trailing_special_tokens(self._tokenizer)
         for model in (self.model, self.ref_model):
             if model is not None and not _is_rotary(model):
@@ -250,9 +254,11 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
         self.generation_config, self.generation_kwargs = deepcopy(config), {**settings, **greedy}
         self.generation_config.update(**greedy)
+        self.is_greedy = True
         try:
             yield
         finally:
+            self.is_greedy = False
             self.generation_config, self.generation_kwargs = config, settings
 
     # -- updates ------------------------------------------------------------------------------------------------------

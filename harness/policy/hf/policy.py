@@ -369,8 +369,17 @@ def read_model(folder: str | Path, config: Any, dtype: torch.dtype, trust_remote
         raise UserError(f"the checkpoint has no tensor {absent[0]!r}", file=folder)
     if config.is_encoder_decoder:
         raise UserError("an encoder and decoder, not a causal language model", file=folder, key="policy.model")
+    train_padding_token(model)
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # the checkpoint's own may be one that cannot be saved
     return model
+
+
+def train_padding_token(model: Any) -> None:
+    """Let the embedding of the padding token have its gradient: a policy may generate that token as any other, and
+    transformers would leave it out."""
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None
 
 
 def _without_dropout(config: Any) -> Any:

@@ -14,7 +14,9 @@ from klab.grid import UserError
 from klab.grid.catalogue import AXES
 from klab.harness.engines.trl.cell import reset_accelerate
 from klab.harness.engines.trl.trainer import KlabTrainer
+from tests.support.letters_task import LETTERS
 from tests.support.random_batches import random_objective
+from tests.support.random_checkpoints import checkpoint
 from tests.support.small_cells import small_policy
 from tests.support.trl_cells import (
     draw_rollout,
@@ -49,6 +51,17 @@ def assert_same_gradient(trainer: KlabTrainer, policy: Path, what: object) -> No
     assert torch.isfinite(theirs).all(), what
     error = float((mine - theirs).norm()) / max(float(theirs.norm()), 1e-12)
     assert error < 1e-9, (what, error)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Gemma", "OPT"])
+def test_padding_shifts_no_positions_and_the_padding_token_learns(tmp_path: Path, family: str) -> None:
+    """GPT-2 and OPT learn positions; random policies generate Gemma's padding token."""
+    policy = checkpoint(tmp_path / family, family, LETTERS)
+    trainer = trainer_of(trl_cell(policy, task="Ragged", prompts=8), policy, tmp_path)
+    draw_rollout(trainer)
+    assert len({len(prompt) for prompt in trainer.experience.rollout.prompts}) > 1
+    assert_same_gradient(trainer, policy, family)
+    reset_accelerate()
 
 
 @pytest.mark.parametrize("steps", [1, 2], ids=["on-policy", "off-policy"])
