@@ -60,6 +60,7 @@ format: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m klab.grid.reference
 	$(BIN)/python -m tests.support.module_tables
+	$(BIN)/python -m tests.support.engine_matrix
 
 slurm-test: $(VENV)/installed
 	$(BIN)/python -m tests.slurm
@@ -81,7 +82,7 @@ $(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
 
 parity-test: $(VENV)/installed $(VENV)-parity/installed
 	$(VENV)-parity/bin/python -m pytest -q -m parity tests/parity
-	$(PYTEST) -q -m parity tests/benchmarks
+	$(PYTEST) -q -m parity tests/benchmarks tests/harness/engines
 
 bench: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python tests/benchmarks/update.py

@@ -17,7 +17,12 @@ from klab.tasks import Example, load_task
 from tests.support.module_tables import READMES, ROOT, updated
 from tests.support.small_cells import small_policy
 
-PAGES = ("README.md", "CONTRIBUTING.md", *(name for name in READMES if (ROOT / name).exists()))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "harness/engines/README.md",
+    *(name for name in READMES if (ROOT / name).exists()),
+)
 
 
 def block(page: str, language: str, containing: str) -> str:
@@ -54,7 +59,7 @@ def test_the_custom_weight_is_one_at_ratio_one() -> None:
 
 
 def test_a_real_model_needs_a_policy_and_a_task_and_nothing_else() -> None:
-    (cell,) = parse_grid("name: real\n" + block("README.md", "yaml", "Qwen2.5"), "real.yaml").cells
+    (cell,) = parse_grid("name: real\n" + block("README.md", "yaml", "Qwen2.5-0.5B"), "real.yaml").cells
     assert cell.policy.name == "hf"
     assert cell.task.name == "gsm8k"
 

@@ -124,3 +124,22 @@ def test_what_trl_does_otherwise_is_said() -> None:
     assert not list(engine_notes(TrainingSection(minibatches=2)))
     (note,) = engine_notes(TrainingSection(engine="trl", minibatches=2))
     assert note.startswith("training.minibatches: 2 with engine: trl: each is a random part of the rollout's traj")
+
+
+def test_a_launcher_starts_cells_of_trl_only(tmp_path: Any) -> None:
+    (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\n")
+    written = {"name": "study", "task": "addition", "training": {"engine": "trl"}}
+    launched = {**written, "resources": {"launcher": {"accelerate": "fsdp.yaml"}}}
+    grid = parse_grid(json.dumps(launched), tmp_path / "study.yaml")
+    assert grid.resources.launcher is not None
+    assert grid.resources.launcher.accelerate == str(tmp_path / "fsdp.yaml")
+    plain = parse_grid(json.dumps({**written, "resources": {"launcher": "torchrun"}}), "study.yaml").resources
+    assert plain.launcher is not None
+    assert plain.launcher.accelerate is None
+    for resources, training, message in (
+        ({"launcher": "mpirun"}, {"engine": "trl"}, "resources.launcher: unknown launcher"),
+        ({"launcher": {"accelerate": "gone.yaml"}}, {"engine": "trl"}, "no such file"),
+        ({"launcher": "torchrun"}, {}, "starts cells of training.engine: trl only"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_grid(json.dumps({**written, "training": training, "resources": resources}), tmp_path / "study.yaml")

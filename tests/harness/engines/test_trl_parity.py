@@ -129,11 +129,9 @@ def test_a_named_algorithm_takes_trls_own_steps(policy: Path, tmp_path: Path, na
 
     examples = member.split("train")
 
-    def reward(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
-        return [
-            member.task.score(examples[index], text).reward
-            for index, text in zip(columns[EXAMPLE], completions, strict=True)
-        ]
+    def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        texts = map(ours.text_of, completion_ids)  # TRL's own texts leave special tokens out
+        return [member.task.score(examples[i], text).reward for i, text in zip(columns[EXAMPLE], texts, strict=True)]
 
     arguments = grpo_arguments(member, tmp_path / "theirs", 1, [1], on_cpu=True)
     theirs = GRPOTrainer(
