@@ -84,10 +84,12 @@ def axes_table() -> str:
     lines = ["| axis | value | what it takes on TRL |", "|---|---|---|"]
     for axis in AXES.values():
         for value in axis.values:
-            found: dict[str, list[str]] = {}
             rest = {"estimator": {"placement": "advantage"}, "path": {"ratio": "sequence_mean"}}.get(axis.name, {})
-            found.setdefault(cost_of(cell_of({**rest, axis.name: value})), []).append(value)
-            lines += [f"| `{axis.name}` | `{value}` | {cost} |" for cost in found]
+            try:
+                cost = cost_of(cell_of({**rest, axis.name: value}))
+            except UserError as error:
+                cost = "refused: " + error.problem.rpartition(": ")[2]
+            lines.append(f"| `{axis.name}` | `{value}` | {cost} |")
     current = {"placement": "advantage", "kl_at": "current"}
     lines.append(f"| parameter | `kl_at: current` | {cost_of(cell_of(current))} |")
     return "\n".join(lines) + "\n"

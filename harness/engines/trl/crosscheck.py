@@ -123,6 +123,7 @@ def _train_on_klab(member: PackedCell, folder: Path) -> tuple[Weights, list[Roll
             pack.members,
             [drop_zero_variance(member, experience)],
             pack.coefficients,
+            pack.done + 1,
             False,
             PhaseTimer(),
             pack.budget,
