@@ -72,7 +72,7 @@ browser-test: $(VENV)/installed
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 	$(PYTEST) -q -m browser tests/browser
 
-$(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt
+$(VENV)-parity/installed: tests/parity/requirements.txt constraints.txt pyproject.toml
 	test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt

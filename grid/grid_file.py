@@ -17,6 +17,7 @@ from klab.grid.schema.policy import automatic_dtype
 from klab.grid.schema.sections import AnalysisPlan, Launcher, Resources, load_section
 from klab.grid.score import parse_score
 from klab.grid.short_ids import matching_ids
+from klab.grid.tuning import Tuning, read_tuning
 from klab.grid.variant import Variant, VariantFactory
 from klab.grid.yaml_document import parse_yaml, read_text
 
@@ -32,6 +33,8 @@ KEYS = {
     "cells": "with `design: list`, the changes of each cell by dotted key",
     "exclude": "rules that remove cells",
     "seeds": "a count (seeds 0, 1, …) or a list of seeds; default 1",
+    "tune": "settings that every configuration chooses for itself: values by dotted key, `seeds` of the choice, and "
+    "`untuned: false` where the configurations as written need not run beside",
     "analysis": "what the study will be asked: score, margin, contrasts, most seeds; recorded by the first launch",
     "resources": "what a job gets",
     "track": "`tensorboard`, `wandb`, or a list of them",
@@ -68,6 +71,7 @@ class Grid:
         equalities: cells that were merged because their gradients are equal (`klab.harness.dispatch.merging`).
         analysis: the analysis as stated in the file; None where it states none.
         stated: the groups that the stated contrasts compare with the baseline.
+        tuning: what every configuration chooses for itself before it runs; `cells` are the configurations as written.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Grid:
     equalities: tuple[Equality, ...] = ()
     analysis: AnalysisPlan | None = None
     stated: tuple[str, ...] = ()
+    tuning: Tuning | None = None
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -149,6 +154,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     if resources.launcher is not None:
         refuse_launcher(cell.training for cell in cells.values())
     cells = _with_seeds(cells, spellings, seeds)
+    tuning = read_tuning(data["tune"], _seeds, seeds, axes, variants, builder) if "tune" in data else None
     builder.refuse_idle()
     base = next((variant for variant in variants if not variant.changes), None)
     base_group = builder.cell(base, seeds[0]).group if base else _baseline(builder, baseline, cells.values())
@@ -167,6 +173,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         text=text,
         analysis=analysis,
         stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
+        tuning=tuning,
     )
 
 

@@ -102,7 +102,7 @@ def _setting(value: Any) -> str:
 
 
 def axis_table(
-    cells: Mapping[str, Cell], written: Collection[str] = ()
+    cells: Mapping[str, Cell], written: Collection[str] = (), tuned: Collection[str] = ()
 ) -> tuple[tuple[VariedAxis, ...], dict[str, dict[str, str | None]]]:
     """The varied axes of some configurations, and every configuration's value on them.
 
@@ -111,12 +111,13 @@ def axis_table(
         written: the keys under ``axes`` in the grid files; a parameter that stands there is an axis of its own,
             others are part of
             the value they belong to (``power(q=0.25)``).
+        tuned: keys whose value every configuration chose for itself: no axes.
 
     Returns:
         The axes, and by group the value on each axis; None where the axis is inactive in that configuration.
     """
     own = {key.removeprefix("objective.") for key in written}
-    fields = {group: _fields(cell, own) for group, cell in cells.items()}
+    fields = {group: _without(_fields(cell, own), tuned) for group, cell in cells.items()}
     keys = list(dict.fromkeys(key for values in fields.values() for key in values))
     parameters = _varied_parameters(fields)
     labelled = {
@@ -206,6 +207,11 @@ def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
             if not name.startswith("checkpoint_") and name != "micro_batch":
                 result[f"{section}.{name}"] = shown(value)
     return result
+
+
+def _without(fields: Mapping[Any, Any], tuned: Collection[str]) -> dict[Any, Any]:
+    names = {".".join(key.removeprefix("objective.").split(".")[:2]) for key in tuned}
+    return {key: value for key, value in fields.items() if (key[1] if isinstance(key, tuple) else key) not in names}
 
 
 def _varied_parameters(fields: Mapping[str, Mapping[Any, Any]]) -> set[tuple[str, str, str]]:

@@ -237,7 +237,11 @@ def _table(
     analysis: Analysis,
     score: Score,
 ) -> pd.DataFrame:
-    means = cells.groupby("group", sort=False)[["accuracy_final", "reverse_kl_final"]].mean().reindex(list(groups))
+    means = (
+        cells.groupby("group", sort=False)[["accuracy_final", "reward_final", "reverse_kl_final"]]
+        .mean()
+        .reindex(list(groups))
+    )
     table = pd.DataFrame(
         {
             "group": list(groups),
@@ -251,6 +255,7 @@ def _table(
             "failed": np.isin(states, ["failed", "damaged"]).sum(axis=1),
             "unfinished": np.isin(states, OPEN).sum(axis=1),
             "accuracy_final": means["accuracy_final"].to_numpy(),
+            "reward_final": means["reward_final"].to_numpy(),
             "reverse_kl_final": means["reverse_kl_final"].to_numpy(),
         }
     )

@@ -15,6 +15,7 @@ from klab.harness.store import Run
 from klab.harness.store.looks import looks, most_seeds
 from klab.harness.store.stated_analysis import Version, versions
 from klab.reports.inference.error_rate import look_share
+from klab.reports.stages import Arms
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class Item:
         return {None: "chosen after looking", True: "as stated", False: "changed after looking"}[self.kept]
 
 
-def conduct(runs: Sequence[Run], names: Sequence[str]) -> Conduct:
+def conduct(runs: Sequence[Run], names: Sequence[str], arms: Sequence[Arms]) -> Conduct:
     """How these runs, reported together, were conducted.
+
+    Args:
+        arms: of each run, the groups that its configurations have in the report.
 
     Raises:
         UserError: the manifest of one of them is damaged.
@@ -82,7 +86,12 @@ def conduct(runs: Sequence[Run], names: Sequence[str]) -> Conduct:
         versions=found,
         score=next((plan.scores[0] for plan in newest if plan.scores), None),
         delta=next((plan.delta for plan in newest if plan.delta is not None), None),
-        stated=frozenset(group for _, history in found for group in beforehand(history).cells),
+        stated=frozenset(
+            group
+            for (_, history), each in zip(found, arms, strict=True)
+            for arm in beforehand(history).cells
+            if (group := each.group(arm)) is not None
+        ),
         share=min(shares),
         notes=tuple(notes),
     )

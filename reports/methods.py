@@ -6,6 +6,7 @@ from klab.reports.comparison import Comparison
 from klab.reports.conduct import methods_words
 from klab.reports.findings import noise_words
 from klab.reports.study import Study
+from klab.reports.tuned import methods_words as tuning_words
 
 
 def methods(study: Study, comparisons: list[Comparison]) -> list[str]:
@@ -13,7 +14,7 @@ def methods(study: Study, comparisons: list[Comparison]) -> list[str]:
     if not comparisons:
         return []
     runs = [_run(study, comparison) for comparison in comparisons]
-    return [*runs, *_analysis(comparisons), methods_words(study.conduct)]
+    return [*runs, tuning_words(study), *_analysis(comparisons), methods_words(study.conduct)]
 
 
 def _run(study: Study, comparison: Comparison) -> str:
@@ -29,11 +30,16 @@ def _run(study: Study, comparison: Comparison) -> str:
         f"The policy was {policy}, trained for {training.updates} optimizer updates with {training.prompts} prompts × "
         f"{training.group_size} completions per rollout, {training.optimizer_steps_per_rollout} update(s) per "
         "rollout and AdamW "
-        f"(learning rate {training.lr:g} unless varied). Every configuration ran with the training seeds "
+        f"({_learning_rate(study, training.lr)}). Every configuration ran with the training seeds "
         f"{_seeds(comparison.seeds)}; {ended} of {len(cells)} runs had ended. "
         f"Runs used klab {study.runs[0].manifest['versions'].get('klab', '')} and "
         f"PyTorch {study.runs[0].manifest['versions'].get('torch', '')}."
     )
+
+
+def _learning_rate(study: Study, lr: float) -> str:
+    tuned = any(each.tuned is not None and "training.lr" in each.tuned.keys for each in study.arms)
+    return "learning rate as every configuration chose it" if tuned else f"learning rate {lr:g} unless varied"
 
 
 def _analysis(comparisons: list[Comparison]) -> list[str]:

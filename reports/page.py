@@ -22,9 +22,10 @@ from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
-from klab.reports.figures import Drawing, draw, inline_svg, save, svg_text
+from klab.reports.figures import Drawing, draw, freeze, inline_svg, save, svg_text
 from klab.reports.figures.effort import UPDATES, parse_units
 from klab.reports.figures.profiles import across_tasks, task_profiles
+from klab.reports.figures.sensitivity import sensitivity
 from klab.reports.findings import Findings, find
 from klab.reports.frame import records
 from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
@@ -33,6 +34,7 @@ from klab.reports.provenance import cost_unit, provenance
 from klab.reports.schema import SUMMARY
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import csv, write_tables
+from klab.reports.tuned import tuned_parts, tuning_table
 from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed
 
 Progress = Callable[[str], None]
@@ -150,6 +152,12 @@ def write_report(
         beside = [other for other in others if other.task == comparison.task]
         files = folder / "figures" if figures else None
         sections.append(_section(study, comparison, beside, prefix, gradients, files, units, tell))
+    tuned, tuned_figures = tuned_parts(study, main), []
+    for position, part in enumerate(tuned):
+        drawing = sensitivity(part, f"sensitivity{position + 1}" if len(tuned) > 1 else "sensitivity")
+        tuned_figures.append(_framed(drawing, folder / "figures" if figures else None) if drawing else Markup(""))
+    if tuned:
+        (folder / "tables" / "tuning.csv").write_text(csv(tuning_table(tuned)), encoding="utf-8", errors="replace")
     tasks = task_profiles(main)
     tasks_svg = _figure(tasks, folder / "figures" if figures else None) if tasks is not None else Markup("")
     tell("page")
@@ -167,6 +175,8 @@ def write_report(
             metric=main[0].score.title if main else "",
             methods=methods(study, main),
             stated=_stated(study, main),
+            tuned=tuned,
+            tuned_figures=tuned_figures,
             provenance=provenance(study),
             summary_columns=SUMMARY,
             parameters=PARAMETERS,
@@ -236,6 +246,13 @@ def _figure(drawing: Drawing, folder: Path | None) -> Markup:
     if folder is not None:
         save(drawing, text, folder)
     return Markup(inline_svg(drawing, text))  # ElementTree escapes every text in it
+
+
+def _framed(drawing: Drawing, folder: Path | None) -> Markup:
+    """A figure of the page with its caption."""
+    freeze(drawing)
+    macro: Any = _environment().get_template("parts.html.j2").module
+    return Markup(macro.figure(drawing, _figure(drawing, folder)))
 
 
 def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:

@@ -102,6 +102,7 @@ SUMMARY = {
     "failed": "seeds that failed with an error or a damaged file",
     "unfinished": "seeds that are running, stopped or missing",
     "accuracy_final": "mean greedy held-out accuracy at the last evaluation, of the seeds that have one",
+    "reward_final": "mean training reward of the last tenth of the updates, of the seeds that have one",
     "reverse_kl_final": "mean final KL to the reference of the seeds that have one",
     "difference": "mean difference to the baseline, seed by seed",
     "difference_low": "lower end of its interval, simultaneous over all cells",

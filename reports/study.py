@@ -19,6 +19,7 @@ from klab.reports.comparison import compare
 from klab.reports.conduct import Conduct, conduct
 from klab.reports.frame import Frames, read_frames
 from klab.reports.schema import CELLS, SUMMARY
+from klab.reports.stages import Arms, Stage, arms
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Study:
         configurations: by group, one of its cells.
         baselines: by task, the group that others are compared with; tasks without one are absent.
         notes: what a reader should know before comparing.
+        arms: of each run, the configurations as written, and what they chose where they are tuned.
     """
 
     runs: tuple[Run, ...]
@@ -50,6 +52,7 @@ class Study:
     configurations: Mapping[str, Cell]
     baselines: Mapping[str, str]
     notes: tuple[str, ...]
+    arms: tuple[Arms, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ class Study:
     @cached_property
     def conduct(self) -> Conduct:
         """What was stated beforehand, and how often the study was looked at."""
-        return conduct(self.runs, self.names)
+        return conduct(self.runs, self.names, self.arms)
 
     def summary(self, score: str | None = None, delta: float | None = None) -> pd.DataFrame:
         """One row per configuration, best first; columns are documented in `schema.SUMMARY`.
@@ -97,6 +100,7 @@ def load_runs(
     baseline: str | None = None,
     only: Collection[str] | None = None,
     cache: bool = True,
+    stage: Stage = "chosen",
 ) -> Study:
     """The study of several run folders together; a cell that stands in two of them is taken from the first that
     finished it.
@@ -104,6 +108,7 @@ def load_runs(
     Args:
         baseline: id (or a part of it) of a cell or configuration to compare with, instead of the grid file's.
         only: ids of the cells to look at; None: all.
+        stage: of tuned runs, the configurations with the settings that they chose, or those as written.
 
     Raises:
         UserError: when a folder is not a run, is of another schema, or the baseline or every cell of ``only`` is not in
@@ -114,13 +119,16 @@ def load_runs(
     runs = tuple(Run.open(path) for path in dict.fromkeys(Path(path).resolve() for path in paths))
     names = _distinct([run.name for run in runs])
     parts = [read_frames(run, cache) for run in runs]
+    staged = tuple(arms(run, stage) for run in runs)
+    tuned = {key for each in staged if each.tuned is not None for key in each.tuned.keys}
     configurations: dict[str, Cell] = {}
     tables, notes = [], []
-    for run, name, frames in zip(runs, names, parts, strict=True):
+    for run, name, frames, each in zip(runs, names, parts, staged, strict=True):
         chosen = frames.cells if only is None else frames.cells[frames.cells["cell"].isin(list(only))]
+        chosen = each.only(chosen, run)
         tables.append(_described(run, name, chosen, configurations))
     cells = pd.concat(tables, ignore_index=True)
-    if only is not None and cells.empty:
+    if only is not None and cells.empty and not tuned:
         raise UserError("none of these cells is in the run", value=next(iter(only), ""))
     tasks = task_labels(configurations)
     cells["task"] = [tasks[group] for group in cells["group"]]
@@ -129,15 +137,18 @@ def load_runs(
         notes.append(f"{dropped} cells stand in more than one run; each is counted once.")
     joined = _joined(parts, names, cells)
     written = {str(key) for run in runs for key in run.manifest["axes"]}
-    baselines = _baselines(runs, configurations, cells, baseline, notes)
-    axes, values = axis_table(configurations, written)
+    bases = [each.group(run.baseline) for run, each in zip(runs, staged, strict=True)]
+    baselines = _baselines(bases, configurations, cells, baseline, tuned, notes)
+    axes, values = axis_table(configurations, written, tuned)
     labels: dict[str, str] = {}
     for task in dict.fromkeys(cells["task"]):
         groups = dict.fromkeys(cells.loc[cells["task"] == task, "group"])
         labels.update(group_labels(axes, {group: values[group] for group in groups}, baselines.get(task)))
     cells["label"] = [labels[group] for group in cells["group"]]
-    notes += [*_warnings(cells, runs), *conduct(runs, names).notes]
-    return Study(runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes))
+    notes += [*_warnings(cells, runs), *conduct(runs, names, staged).notes]
+    return Study(
+        runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes), staged
+    )
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -194,7 +205,12 @@ def _joined(
 
 
 def _baselines(
-    runs: Sequence[Run], configurations: Mapping[str, Cell], cells: pd.DataFrame, wanted: str | None, notes: list[str]
+    bases: Sequence[str | None],
+    configurations: Mapping[str, Cell],
+    cells: pd.DataFrame,
+    wanted: str | None,
+    tuned: Collection[str],
+    notes: list[str],
 ) -> dict[str, str]:
     candidates: dict[str, list[str]] = {}
     if wanted is not None:
@@ -206,13 +222,13 @@ def _baselines(
             raise UserError(problem, key="baseline", value=wanted, allowed=list(configurations))
         given = [found.pop()]
     else:
-        given = [str(run.baseline) for run in runs if run.baseline in configurations]
+        given = [base for base in bases if base is not None and base in configurations]
     tasks = task_labels(configurations)
     for group in given:
         candidates.setdefault(tasks[group], []).append(group)
-    elsewhere = {_besides_task(configurations[group]) for groups in candidates.values() for group in groups}
+    elsewhere = {_besides_task(configurations[group], tuned) for groups in candidates.values() for group in groups}
     for group, cell in configurations.items():
-        if tasks[group] not in candidates and _besides_task(cell) in elsewhere:
+        if tasks[group] not in candidates and _besides_task(cell, tuned) in elsewhere:
             candidates.setdefault(tasks[group], []).append(group)
     baselines: dict[str, str] = {}
     for task in dict.fromkeys(cells["task"]):
@@ -232,9 +248,16 @@ def _baselines(
     return baselines
 
 
-def _besides_task(cell: Cell) -> str:
-    """What a configuration is but for its task: the baseline on one task has its like on the others."""
-    return json.dumps({key: value for key, value in cell.canonical().items() if key not in ("task", "seed")})
+def _besides_task(cell: Cell, tuned: Collection[str]) -> str:
+    """What a configuration is but for its task and what it chose: the baseline on one task has its like on others."""
+    form = {key: value for key, value in cell.canonical().items() if key not in ("task", "seed")}
+    for key in tuned:
+        section, _, field = key.rpartition(".")
+        if section == "training":
+            form["training"].pop(field, None)
+        else:
+            form["objective"] = {name: v for name, v in form["objective"].items() if name.rpartition(".")[2] != field}
+    return json.dumps(form)
 
 
 def _inputs(run: Run) -> Iterator[str]:

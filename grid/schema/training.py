@@ -170,7 +170,7 @@ class TrainingSection(Section):
     """Completions per held-out prompt; the k of pass@k."""
     final_evaluation_samples: Count | None = None
     """Completions per held-out prompt in the evaluation after the last update, which the default score is mostly made
-    of; null: 16, or `evaluation_samples` if that is more."""
+    of; null: 32, or `evaluation_samples` if that is more."""
     checkpoint_updates: Count = 1000
     """Most updates between checkpoints."""
     checkpoint_seconds: Positive = 60.0
@@ -218,7 +218,7 @@ class TrainingSection(Section):
 LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl")
 """Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
 
-FINAL_SAMPLES = 16
+FINAL_SAMPLES = 32
 """Completions per held-out prompt in the last evaluation, unless the grid file says otherwise."""
 
 NUMERICALLY_IDLE = (

@@ -12,6 +12,7 @@ import typer
 from klab.grid import Grid, UserError
 from klab.grid.engines import rows_per_pass
 from klab.grid.schema.sampler import check_processes
+from klab.grid.tuning import launched
 from klab.grid.user_code import is_installed
 from klab.harness.cli.memory import JobMemory, MemoryNeed, memory_needs, refuse_lone_shares
 from klab.harness.cli.text import say
@@ -60,14 +61,14 @@ class Checks:
     ) -> None:
         self._starts_here = starts_here
         self._executor, self._retry_failed = executor, retry_failed
-        self._study, self._folder, self._accept_changes = study, folder, accept_changes
-        self._preflight = Preflight(study) if look_inside else None
+        self._study, self._folder, self._accept_changes = launched(study), folder, accept_changes
+        self._preflight = Preflight(self._study) if look_inside else None
 
     def finish(self, study: Grid, job: JobMemory) -> Found:
         """What may surprise, and what memory is needed.
 
         Args:
-            study: what is run: the grid, in which equal algorithms may have been merged.
+            study: what is launched: the grid, in which equal algorithms may have been merged.
             job: what each job gets.
 
         Raises:

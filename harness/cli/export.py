@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from klab.grid import Cell, Objective, UserError
+from klab.grid import Objective, UserError
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.grid.short_ids import matching_ids
 from klab.grid.yaml_document import dump_yaml
@@ -17,16 +17,18 @@ from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.text import say, show_json
 from klab.harness.export import PEERS, Setting
 from klab.harness.store import Run
+from klab.harness.store.cell_folder import CellFolder
 
 
 class Peer(StrEnum):
     trl = "trl"
     verl = "verl"
+    verl_plugin = "verl-plugin"
 
 
 def export(
     cell: Annotated[str, typer.Argument(metavar="CELL", help="A named algorithm, or a cell of any run.")],
-    to: Annotated[Peer, typer.Option("--to", help="The other trainer.")],
+    to: Annotated[Peer, typer.Option("--to", help="The other trainer; verl-plugin: verl with klab's own loss.")],
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
@@ -45,12 +47,13 @@ def export(
 
 def _setting(name: str, runs: Path) -> Setting:
     if name in algorithm_names():
-        return Setting(Objective(**load_algorithm(name).objective))
-    cell = _cell(name, runs)
-    return Setting(cell.objective, cell.training)
+        return Setting(Objective(**load_algorithm(name).objective), name=name)
+    folder = _folder(name, runs)
+    cell = folder.cell()
+    return Setting(cell.objective, cell.training, str(folder.path.absolute()))
 
 
-def _cell(name: str, runs: Path) -> Cell:
+def _folder(name: str, runs: Path) -> CellFolder:
     homes: dict[str, Run] = {}
     for manifest in sorted(runs.glob("*/manifest.json")) if runs.is_dir() else ():
         run = Run.open(manifest.parent)
@@ -62,4 +65,4 @@ def _cell(name: str, runs: Path) -> Cell:
         raise UserError(
             f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=algorithm_names()
         )
-    return homes[found[0]].cell(found[0]).cell()
+    return homes[found[0]].cell(found[0])

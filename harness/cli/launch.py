@@ -11,6 +11,7 @@ import typer
 
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources, parse_gpus
+from klab.grid.tuning import launched
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.memory import JobMemory
@@ -27,7 +28,10 @@ from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.packing.packs import make_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.dispatch.status import count, statuses
+from klab.harness.dispatch.tuning import pending
 from klab.harness.store import Run, adoption
+from klab.harness.store.manifest import cells_of
+from klab.harness.store.tuning import record_of
 
 
 class Where(StrEnum):
@@ -86,6 +90,7 @@ def launch(
     checks = Checks(study, folder, check, accept_changes, on.value, retry_failed, starts_here)
     if merge:
         study = merged_grid(study, folder, quiet=as_json).grid
+    study = launched(study)
     flags = {
         "partition": partition,
         "account": account,
@@ -194,14 +199,20 @@ def _rehearse(
     as_json: bool,
 ) -> None:
     """What a launch would do now, without writing anything: the packs, and Slurm's very scripts."""
-    cells = {cell.id: cell.resolved() for cell in study.cells}
-    run = Run(folder.resolve(), {"name": study.name, "cells": cells})
+    cells: dict[str, Any] = cells_of(study)
+    manifest = {"name": study.name, "cells": cells, "seeds": list(study.seeds), "tuning": record_of(study)}
+    run = Run(folder.resolve(), manifest)
+    later = dict(pending(run))
     if (folder / "manifest.json").exists():
         known = Run.open(folder)
         taken = {row.id for row in statuses(known) if not should_submit(row, executor.name, retry_failed)}
-        cells = {identity: resolved for identity, resolved in cells.items() if identity not in taken}
+        run, later = known, dict(pending(known))
+        cells = {**cells, **{identity: known.resolved(identity) for identity in known.grown}}
+        cells, later = ({name: each[name] for name in each if name not in taken} for each in (cells, later))
     place = HardwareKey.for_launch(executor.name, resources, getattr(executor, "device", None))
     packs = make_packs(cells, size, workers, read_step_times(folder.parent, place)).packs
+    if executor.name == "slurm" and later:
+        packs = (*packs, *make_packs(later, size, workers).packs)
     text: str | None = None
     if executor.name == "slurm":
         from klab.harness.dispatch.slurm.backend import SlurmExecutor
@@ -218,6 +229,8 @@ def _rehearse(
     screen.print(f"{len(cells)} cells in {len(packs)} jobs, {workers} at a time, on {executor.name}")
     for number, pack in enumerate(packs, 1):
         screen.print(f"  job {number}: {', '.join(_shortened(pack))}")
+    if later:
+        screen.print(f"then {len(later)} cells, when these have chosen their settings")
 
 
 def _shortened(pack: Pack, shown: int = 4) -> Sequence[str]:
@@ -237,12 +250,15 @@ def _adopt(run: Run, other: Run, quiet: bool) -> None:
 
 def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
     submitted = sum(len(pack.cells) for pack in done.packs)
+    later = len(pending(run))
     left = {
         state: number for state, number in count(done.before).items() if state in ("finished", "diverged", "failed")
     }
     known = "".join(f"; {number} {state} before" for state, number in left.items())
     screen = console()
     screen.print(f"{submitted} cells in {len(done.packs)} jobs on {on.value}, {workers} at a time{known}")
+    if later:
+        screen.print(f"{later} cells have to wait for the runs that choose their settings, and follow by themselves")
     screen.print(f"run folder: {run.path}", markup=False, soft_wrap=True)
     if not done.packs and left.get("failed"):
         screen.print(f"nothing to do: {left['failed']} failed before; --retry-failed runs them again")

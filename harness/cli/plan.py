@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from rich.markup import escape
 
 from klab.grid import Cell, Grid, UserError
 from klab.grid.schema.sections import Resources
+from klab.grid.tuning import Stages, launched, stages
+from klab.grid.variant import format_value
 from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.memory import JobMemory
@@ -25,6 +28,7 @@ from klab.harness.dispatch.packing.estimate import Estimate, estimate
 from klab.harness.dispatch.packing.packs import Plan, make_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
 from klab.harness.dispatch.profiles import resolve_resources
+from klab.harness.dispatch.tuning import pending
 from klab.harness.store import Run, scan
 
 _SHOWN = 40
@@ -68,8 +72,9 @@ def plan(
         study, unmeasured = merged.grid, merged.unmeasured
     device = default_device((cell.policy.name for cell in study.cells), study.resources.gpus)
     size = cells_per_job or study.resources.cells_per_job
-    found = checks.finish(study, JobMemory.planned(_resources(study), size, device))
-    resolved = {cell.id: cell.resolved() for cell in study.cells}
+    begun = launched(study)
+    found = checks.finish(begun, JobMemory.planned(_resources(study), size, device))
+    resolved = {cell.id: cell.resolved() for cell in begun.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
     workers = max_parallel or study.resources.max_parallel or LocalExecutor(device=device).slots()
@@ -77,9 +82,18 @@ def plan(
     planned = make_packs(left, size, workers, read_step_times(runs, place))
     packs = planned.packs
     times = estimate(left, packs, runs, workers)
+    two = stages(study)
+    later = _second_stage(study, folder) if two else {}
+    if later:
+        second = make_packs(later, size, workers, read_step_times(runs, place)).packs
+        more = estimate(later, second, runs, workers)
+        times = replace(times, seconds=times.seconds + more.seconds) if times and more else times or more
     seen = sight(study, deviation, detect)
     if as_json:
-        record = {**_record(study, folder, resolved, done, planned, workers, times), "sight": seen.record()}
+        record = {**_record(begun, folder, resolved, done, planned, workers, times), "sight": seen.record()}
+        if two:
+            counts = {"tuning": len(two.tuning), "untuned": len(two.untuned), "chosen": two.chosen + len(two.kept)}
+            record["stages"] = {**counts, "open": len(later)}
         show_json({**record, "notes": found.notes, "memory": [need.record() for need in found.memory]})
         return
     screen = console()
@@ -92,6 +106,9 @@ def plan(
             f"{written} written configurations; {distinct} without idle settings; "
             f"{len(study.groups)} different algorithms"
         )
+    if two:
+        for line in _stage_lines(study, two):
+            say(line)
     if done:
         screen.print(f"{len(done)} of them have a result in {folder}", markup=False)
     first = {cell.group: cell for cell in reversed(study.cells)}
@@ -110,11 +127,41 @@ def plan(
         say(line)
     for line in seen.lines():
         say(line)
-    if not packs:
+    if not packs and not later:
         screen.print("nothing is left to run")
         return
-    screen.print(f"{len(packs)} jobs of {_sizes(packs)} cells, {workers} at a time; estimated time {_time(times)}")
+    then = f", then {len(later)} cells of the second stage" if later else ""
+    screen.print(
+        f"{len(packs)} jobs of {_sizes(packs)} cells{then}, {workers} at a time; estimated time {_time(times)}"
+    )
     screen.print(f"cells per job: {_SIZES_FROM[planned.sizes_from]}")
+
+
+def _stage_lines(study: Grid, two: Stages) -> list[str]:
+    """What a study that tunes runs, stage by stage."""
+    assert study.tuning is not None
+    arms = len(study.groups)
+    settings = "; ".join(
+        f"{key} from {', '.join(map(format_value, values))}" for key, values in study.tuning.values.items()
+    )
+    beside = f"; beside it {len(two.untuned)} cells as written" if two.untuned else ""
+    alone = f" ({len(two.kept)} more need no choice)" if two.kept else ""
+    return [
+        f"first stage: every configuration chooses {settings}: {len(two.tuning)} cells on {len(study.tuning.seeds)} "
+        f"seeds of their own{beside}",
+        f"second stage: {arms} configurations with what they chose: {two.chosen} cells{alone}",
+    ]
+
+
+def _second_stage(study: Grid, folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Cells of the second stage that have no result yet; those of unknown settings with the settings as written."""
+    if (folder / "manifest.json").exists():
+        run = Run.open(folder)
+        open_ = [each.id for each in scan(run, sorted(run.grown)).values() if each.result is None]
+        return {**pending(run), **{identity: run.resolved(identity) for identity in open_}}
+    assert study.tuning is not None
+    chooses = {arm for arm, settings in study.tuning.arms.items() if len(settings) > 1}
+    return {cell.id: cell.resolved() for cell in study.cells if cell.group in chooses}
 
 
 def _resources(study: Grid) -> Resources:

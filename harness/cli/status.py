@@ -16,6 +16,7 @@ from klab.harness.cli.progress import follow, report_problem
 from klab.harness.cli.table import console, duration, show, state_text
 from klab.harness.cli.text import show_json
 from klab.harness.dispatch.status import CellStatus, controller_problem, count, statuses
+from klab.harness.dispatch.tuning import pending
 
 _SHOWN = 40
 
@@ -44,6 +45,8 @@ def status(
             f"[bold]{escape(opened.name)}[/]: " + ", ".join(f"{n} {state_text(state)}" for state, n in states.items())
         )
         _list([row for row in rows if everything or row.state not in ("finished", "waiting")], everything)
+        if opened.tuned is not None and (later := len(pending(opened))):
+            screen.print(f"first stage: {later} cells of the second wait until it has chosen their settings")
         if states.get("lost") or states.get("preempted"):
             screen.print("Launching the same grid again continues lost and preempted cells.")
         problem = report_problem(opened, rows)

@@ -23,6 +23,7 @@ from klab.harness.dispatch.gpus import let_segments_grow
 from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
 from klab.harness.dispatch.processes import started_group
 from klab.harness.dispatch.threads import limit_threads
+from klab.harness.dispatch.tuning import resolved_cells
 from klab.harness.store import CellFolder, LockHeld, ProcessId, Run
 from klab.harness.store.kernels import kernels
 from klab.harness.store.lock import REFRESH_SECONDS
@@ -102,7 +103,7 @@ def run_job(
     run = Run.open(run_path)
     size = ranks.size if ranks is not None else processes if world is None else world.size
     details = {"executor": executor, **_job_details(run), "processes": size, "threads": threads}
-    claimed = [folder for folder in map(run.cell, cells) if _claim(folder, details)]
+    claimed = [folder for folder in map(run.cell, resolved_cells(run, cells)) if _claim(folder, details)]
     states: dict[str, str] = {}
     try:
         with _keep_claims_fresh(claimed):

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import Executor, Pack
+from klab.harness.dispatch.packing.packs import make_packs
 from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.dispatch.status import CellStatus, statuses
+from klab.harness.dispatch.tuning import pending, resume, settle
 from klab.harness.store import Run
 
 _PATTERNS = ("%j", "%t", "%A", "%a")
@@ -45,7 +47,11 @@ def launch(
         cells_per_job: overrides the grid file's `resources.cells_per_job`.
         resources: what each job gets; None: what the grid file asks for.
         others: executors to ask about queued cells; None: those of the run.
-        only: ids to take up; None: all. What is queued stays queued.
+        only: ids to take up; None: all. What is queued stays queued. Cells that the run got after a launch are always
+            taken up.
+
+    The second stage of a tuned run follows by itself: here and in the local pool when the first has ended, on Slurm in
+    jobs that wait for those of the first.
 
     Raises:
         UserError: when the path of the run folder cannot be used, code, data or models are not those that the run was
@@ -54,15 +60,20 @@ def launch(
     if executor.name != "here":
         _check_path(run)
     with run.lock("launching"):
+        settle(run)
         before = statuses(run, others)
+        later, wanted = pending(run), None if only is None else {*only, *run.grown}
         chosen = [
             row
             for row in before
             if should_submit(row, executor.name, retry_failed)
-            and (only is None or row.id in only or row.state == "queued")
+            and (wanted is None or row.id in wanted or row.id in later or row.state == "queued")
         ]
         if chosen:
             run.refuse_changed_inputs()
+        resume(run, [row.id for row in chosen if row.id in later and row.state == "cancelled"])
+        waiting = [row.id for row in chosen if row.id in later]
+        chosen = [row for row in chosen if row.id not in later]
         for row in chosen:
             if row.state in ("failed", "cancelled"):
                 folder = run.cell(row.id)
@@ -71,9 +82,16 @@ def launch(
         asked = resources or run.resources
         size = cells_per_job or asked.cells_per_job or run.resources.cells_per_job
         hardware = HardwareKey.for_launch(executor.name, asked, getattr(executor, "device", None))
-        packs = plan_packs(run, [row.id for row in chosen], workers, size, hardware)
+        given = asked.model_copy(update={"cells_per_job": size})
+        packs = list(plan_packs(run, [row.id for row in chosen], workers, size, hardware))
+        if executor.name == "slurm" and waiting:
+            packs += make_packs({name: later[name] for name in waiting}, size, workers).packs
         if packs:
-            executor.submit(run, packs, asked.model_copy(update={"cells_per_job": size}))
+            executor.submit(run, packs, given)
+        if executor.name == "here" and not getattr(executor, "interrupted", False) and (more := settle(run)):
+            second = plan_packs(run, more, workers, size, hardware)
+            executor.submit(run, second, given)
+            packs += second
     return LaunchResult(tuple(packs), tuple(before))
 
 

@@ -33,7 +33,7 @@ def merge_equivalent(
     """The grid with equivalent cells merged into one, the baseline where it is among them, else the first.
 
     Objectives that were never measured on this machine are measured in a process of their own, so that this one stays
-    free of torch. Cells with the user's own functions are left alone.
+    free of torch. Cells with the user's own functions are left alone, and so is a grid that tunes the objective.
 
     Args:
         grid: the grid as written.
@@ -43,6 +43,8 @@ def merge_equivalent(
     """
     own = [cell for cell in grid.cells if not cell.objective.is_custom]
     if len({(cell.group, cell.training.on_policy) for cell in own}) < 2:
+        return MergedGrid(grid, 0)
+    if grid.tuning is not None and grid.tuning.changes_algorithms(grid):
         return MergedGrid(grid, 0)
     with tempfile.TemporaryDirectory(prefix="klab-") as scratch:
         cache = _writable(cache_folder(), Path(scratch))

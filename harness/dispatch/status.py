@@ -12,6 +12,7 @@ from klab.grid import UserError
 from klab.harness.dispatch.backends import Executor, JobStatus
 from klab.harness.dispatch.local.backend import LocalExecutor, abandoned_cells
 from klab.harness.dispatch.local.queue_files import log_path
+from klab.harness.dispatch.tuning import pending, stopped
 from klab.harness.store import Run, Snapshot, scan
 
 State = Literal[
@@ -74,13 +75,22 @@ class CellStatus:
 def statuses(
     run: Run, executors: Iterable[Executor] | None = None, cells: Iterable[str] | None = None
 ) -> list[CellStatus]:
-    """The state of each cell, in the grid's order. A scheduler gets one query, and none when all cells have results."""
+    """The state of each cell, in the grid's order. A scheduler gets one query, and none when all cells have results.
+
+    Cells of a second stage whose settings are not chosen yet stand at the end, under the names of their arms and seeds.
+    """
+    run.refresh()
     snapshots = scan(run, cells)
+    later = pending(run) if cells is None else {}
     jobs: dict[str, tuple[str, JobStatus]] = {}
-    if any(each.result is None for each in snapshots.values()):
+    if later or any(each.result is None for each in snapshots.values()):
         for executor in executors_of(run) if executors is None else executors:
             jobs.update({identity: (executor.name, job) for identity, job in executor.states(run).items()})
-    return [_status(run, each, *jobs.get(each.id, ("", None))) for each in snapshots.values()]
+    rows = [_status(run, each, *jobs.get(each.id, ("", None))) for each in snapshots.values()]
+    if not later:
+        return rows
+    held = stopped(run)
+    return rows + [_pending(name, later[name], name in held, *jobs.get(name, ("", None))) for name in later]
 
 
 def count(rows: Iterable[CellStatus]) -> dict[State, int]:
@@ -132,6 +142,18 @@ def _status(run: Run, snapshot: Snapshot, executor: str, job: JobStatus | None) 
         job=job.job if job else str(claim.get("job", "") if snapshot.alive else ""),
         seconds_left=job.seconds_left if job else None,
         since=max(0.0, time.time() - beat["at"]) if _number(beat.get("at")) is not None else None,
+    )
+
+
+def _pending(name: str, resolved: Mapping[str, Any], held: bool, executor: str, job: JobStatus | None) -> CellStatus:
+    """The line of a cell whose settings the first stage has still to choose."""
+    state, detail = _from_scheduler(job, Snapshot(name)) if job is not None else ("waiting", "")
+    if held:
+        state, detail = "cancelled", ""
+    elif state in ("waiting", "lost", "queued", "failed"):
+        state, detail = "queued" if state == "queued" else "waiting", "waits for tuning"
+    return CellStatus(
+        name, state, updates=_updates(resolved), detail=detail, executor=executor, job=job.job if job else ""
     )
 
 

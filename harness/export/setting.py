@@ -11,10 +11,15 @@ from klab.grid.schema.sections import TrainingSection
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is exported: an objective, under a training schedule unless it is an algorithm without one."""
+    """What is exported: an objective, under a training schedule unless it is an algorithm without one.
+
+    Attributes:
+        name: of the algorithm, or the cell's folder.
+    """
 
     objective: Objective
     training: TrainingSection | None = None
+    name: str = ""
 
     @property
     def on_policy(self) -> bool:

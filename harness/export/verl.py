@@ -23,13 +23,13 @@ OUT_OF_REACH = 1e9
 """A bound that nothing reaches, where verl always has one."""
 
 _TARGET = "overrides of verl.trainer.main_ppo"
-_AGGREGATIONS = {
+AGGREGATIONS = {
     "sequence_mean": "seq-mean-token-mean",
     "token_mean": "token-mean",
     "constant": "seq-mean-token-sum-norm",
     "sequence_sum": "seq-mean-token-sum",
 }
-_ESTIMATORS = {"k1": "k1", "k2": "k2", "k3": "k3", "abs": "abs", "k3_plus": "k3+"}
+ESTIMATORS = {"k1": "k1", "k2": "k2", "k3": "k3", "abs": "abs", "k3_plus": "k3+"}
 _ADVANTAGES = {
     "group_norm": "grpo",
     "group_center": "grpo",
@@ -58,7 +58,7 @@ advantage is constant along a trajectory."""
 def _settings(objective: Objective) -> dict[str, Any]:
     """Overrides of the algorithm."""
     return {
-        f"{ACTOR}.loss_agg_mode": _AGGREGATIONS[objective.aggregation],
+        f"{ACTOR}.loss_agg_mode": AGGREGATIONS[objective.aggregation],
         **_kl(objective),
         **_advantage(objective),
         **_weight(objective),
@@ -68,7 +68,7 @@ def _settings(objective: Objective) -> dict[str, Any]:
 def _kl(objective: Objective) -> dict[str, Any]:
     if objective.placement == "none":
         return {f"{ACTOR}.use_kl_loss": False, "algorithm.use_kl_in_reward": False}
-    kind = _ESTIMATORS[objective.estimator]
+    kind = ESTIMATORS[objective.estimator]
     if objective.placement == "loss":
         return {
             f"{ACTOR}.use_kl_loss": True,
@@ -121,13 +121,13 @@ def _families() -> tuple[Family, ...]:
             if mode.endswith("constant advantages") and advantages is _OF_TOKENS:
                 continue
             for advantage in advantages:
-                shared = {"aggregation": tuple(_AGGREGATIONS), **axes}
+                shared = {"aggregation": tuple(AGGREGATIONS), **axes}
                 found.append(
                     Family(
                         f"verl's {mode.partition(',')[0]} loss with {_ADVANTAGES[advantage]}",
                         _TARGET,
                         {
-                            "estimator": tuple(_ESTIMATORS),
+                            "estimator": tuple(ESTIMATORS),
                             "placement": ("loss", charged, "none"),
                             "advantage": (advantage,),
                             **shared,
@@ -174,7 +174,7 @@ def verl_overrides(setting: Setting) -> Export:
     training = setting.training
     if training is not None:
         require_own_fresh_rollouts(training, "verl")
-        chosen, more = _training(training, objective)
+        chosen, more = training_overrides(training, objective)
         found |= chosen
         differences += more
     elif objective.advantage == "gae":
@@ -184,7 +184,7 @@ def verl_overrides(setting: Setting) -> Export:
     return Export(found, tuple(differences), family.target, objective)
 
 
-def _training(training: TrainingSection, objective: Objective) -> tuple[dict[str, Any], list[str]]:
+def training_overrides(training: TrainingSection, objective: Objective) -> tuple[dict[str, Any], list[str]]:
     """Overrides of the schedule, the rollouts and the optimizers, and what they leave different.
 
     Raises:

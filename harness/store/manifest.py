@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
-from klab.harness.store import files, looks, machine, provenance, stated_analysis
+from klab.harness.store import files, looks, machine, provenance, stated_analysis, tuning
 from klab.harness.store.record_table import encode_table, read_table
 
 if TYPE_CHECKING:
     from klab.grid import Grid
 
+GROWN = "grown"
+"""Ids of cells that the run got after a launch, and that no grid file need have."""
 CELL_ID = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,254}")
 _NAME = re.compile(r"[\w-][\w.-]{0,99}")
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -31,8 +33,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _CUTS = ("objective", "task", "policy", "training", "seed")
 """Consecutive entries of a cell; most cells share the values of all but the last."""
-KEPT = ("analysis", "looks")
-"""What the manifest says beside its cells of earlier launches, too."""
+KEPT = ("analysis", "looks", GROWN)
+"""What the manifest keeps from launch to launch beside its cells."""
 
 
 def read_manifest(file: Path) -> dict[str, Any] | None:
@@ -80,15 +82,17 @@ def _manifest(
 ) -> dict[str, Any]:
     cells = cells_of(grid)
     superseded: list[Any] = []
+    tuned = tuning.record_of(grid)
     if existing is None:
         made = _made_with(grid, {}, path)
     else:
         refuse_other_grid(grid, existing, cells, path)
-        fewer, adds = cells.keys() < existing["cells"].keys(), not cells.keys() <= existing["cells"].keys()
+        known = launched_cells(existing)
+        fewer, adds = cells.keys() < known.keys(), not cells.keys() <= existing["cells"].keys()
         changed: list[str] = []
         if adds or (accept_changes and any(not _is_finished(path, identity) for identity in cells)):
             changed = provenance.changed(existing, path, missing=adds)
-        if not changed and (fewer or (existing["cells"] == cells and existing["grid"] == grid.text)):
+        if not changed and (fewer or (known == cells and existing["grid"] == grid.text)):
             return existing
         if changed and not accept_changes:
             provenance.refuse_changes(changed, path)
@@ -115,11 +119,34 @@ def _manifest(
             {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities
         ],
         "grid": grid.text,
+        **({} if tuned is None else {"tuning": tuned}),
         **{key: existing[key] for key in KEPT if existing and key in existing},
         **made,
         "superseded": superseded,
-        "cells": cells,
+        "cells": {**cells, **_grown_cells(existing)},
     }
+
+
+def launched_cells(manifest: Mapping[str, Any]) -> Mapping[str, dict[str, Any]]:
+    """The cells that come from a grid file: all but those that the run got after a launch."""
+    cells: Mapping[str, dict[str, Any]] = manifest["cells"]
+    grown = set(manifest.get(GROWN, ()))
+    return {identity: cells[identity] for identity in cells if identity not in grown} if grown else cells
+
+
+def grown(manifest: dict[str, Any], cells: Mapping[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """The manifest with more cells, and with what else changes with them."""
+    more = [identity for identity in cells if identity not in manifest["cells"]]
+    return {
+        **manifest,
+        **changes,
+        GROWN: [*manifest.get(GROWN, []), *more],
+        "cells": {**manifest["cells"], **{identity: cells[identity] for identity in more}},
+    }
+
+
+def _grown_cells(existing: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {identity: existing["cells"][identity] for identity in existing.get(GROWN, ())} if existing else {}
 
 
 def _made_with(grid: Grid, existing: Mapping[str, Any], path: Path, renew: bool = False) -> dict[str, Any]:
@@ -154,11 +181,13 @@ def refuse_other_grid(grid: Grid, existing: dict[str, Any], cells: dict[str, dic
             file=path,
             hint="Choose another place with --runs.",
         )
-    missing = [identity for identity in existing["cells"] if identity not in cells]
+    tuning.refuse_other_settings(tuning.record_of(grid), path)
+    known = launched_cells(existing)
+    missing = [identity for identity in known if identity not in cells]
     if missing and not all(identity in existing["cells"] for identity in cells):
         raise UserError(
-            f"belongs to another grid of the same name: {len(missing)} of its {len(existing['cells'])} cells are "
-            f"not in {grid.file}, for example {_difference(existing['cells'][missing[0]], cells)}",
+            f"belongs to another grid of the same name: {len(missing)} of its {len(known)} cells are "
+            f"not in {grid.file}, for example {_difference(known[missing[0]], cells)}",
             file=path,
             hint="Cells and seeds may be added to a grid that was launched, or left out, not both at once; for other "
             "changes give it a new name, or choose another place with --runs.",

@@ -13,15 +13,18 @@ from klab.harness.store.cell_folder import CellFolder
 from klab.harness.store.lock import Lock
 from klab.harness.store.manifest import (
     CELL_ID,
+    GROWN,
     build_manifest,
     cells_of,
     encode_manifest,
+    grown,
     read_manifest,
     refuse_other_grid,
 )
+from klab.harness.store.tuning import TunedRun, tuned_run
 
 if TYPE_CHECKING:
-    from klab.grid import Grid
+    from klab.grid import Cell, Grid
     from klab.grid.schema.sections import Resources
     from klab.grid.user_code import Location
 
@@ -90,6 +93,32 @@ class Run:
             )
             raise UserError(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
         return cls(path, manifest)
+
+    def refresh(self) -> None:
+        """Read the manifest again where the run may have grown since it was opened."""
+        if "tuning" in self.manifest:
+            self.manifest = read_manifest(self.path / "manifest.json") or self.manifest
+
+    def grow(self, cells: Iterable[Cell], **changes: Any) -> None:
+        """Add cells that no launch brought. The caller holds the run's lock.
+
+        Args:
+            changes: what else the manifest says from now on.
+        """
+        self.manifest = grown(
+            self.manifest, {cell.id: {**cell.resolved(), "group": cell.group} for cell in cells}, **changes
+        )
+        files.replace(self.path / "manifest.json", encode_manifest(self.manifest))
+
+    @property
+    def grown(self) -> frozenset[str]:
+        """Ids of the cells that the run got after a launch."""
+        return frozenset(self.manifest.get(GROWN, ()))
+
+    @property
+    def tuned(self) -> TunedRun | None:
+        """What is tuned; None where the run has one stage."""
+        return tuned_run(self.manifest, self.path / "manifest.json")
 
     @property
     def name(self) -> str:

@@ -159,8 +159,8 @@ def test_the_default_training_section_has_none_of_them() -> None:
 
 def test_completions_of_the_last_evaluation() -> None:
     plain, given = grid_of().cells[0], grid_of(training={"final_evaluation_samples": 64}).cells[0]
-    assert plain.training.completions_at_the_end == 16
-    assert grid_of(training={"evaluation_samples": 20}).cells[0].training.completions_at_the_end == 20
+    assert plain.training.completions_at_the_end == 32
+    assert grid_of(training={"evaluation_samples": 40}).cells[0].training.completions_at_the_end == 40
     assert given.training.completions_at_the_end == 64
     assert "final_evaluation_samples" not in plain.resolved()["training"]
     assert given.id != plain.id

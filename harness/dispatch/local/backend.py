@@ -25,6 +25,7 @@ from klab.harness.dispatch.local.queue_files import (
     request_path,
 )
 from klab.harness.dispatch.packing.step_times import HardwareKey
+from klab.harness.dispatch.tuning import pending, second_stage_names
 from klab.harness.store import ProcessId, Run, files, machine, scan
 
 _START_SECONDS = 60.0
@@ -93,6 +94,7 @@ class LocalExecutor:
             "threads": threads,
             "processes": processes,
             "gpus": [gpus.HIDDEN] if self.device == "cpu" else self.gpus(),
+            "cells_per_job": resources.cells_per_job,
         }
         hardware = HardwareKey.for_launch(self.name, resources, self.device)
         if hardware is not None and resources.cells_per_job is None:
@@ -118,6 +120,9 @@ class LocalExecutor:
                 for cells in state.get("waiting", [])
                 for cell in cells
             }
+        # The controller starts the second stage of a tuned run itself.
+        for cell in (*pending(run), *second_stage_names(run).values()):
+            found.setdefault(cell, JobStatus("queued", reason="waits for tuning"))
         for job in state.get("flying", []):
             found.update({cell: JobStatus("queued", str(job["job"]), "starting") for cell in job["cells"]})
         return found

@@ -18,6 +18,7 @@ from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.local.pool import Pool
 from klab.harness.dispatch.local.queue_files import lock_path, read_request, state_path
 from klab.harness.dispatch.packing.step_times import HardwareKey
+from klab.harness.dispatch.tuning import settle
 from klab.harness.store import Lock, LockHeld, Run, files
 
 POLL_SECONDS = 0.2
@@ -46,8 +47,11 @@ def _loop(run: Run, lock: Lock) -> None:
             _apply_request(pool, request)
         if pool.step() or fresh:
             _write_state(run, pool, ticket)
-        if not pool.waiting and not pool.running and _try_to_end(run, lock, ticket):
-            return
+        if not pool.waiting and not pool.running:
+            if _begin_second_stage(pool, ticket):
+                _write_state(run, pool, ticket)
+            elif _try_to_end(run, lock, ticket):
+                return
         time.sleep(POLL_SECONDS)
 
 
@@ -71,6 +75,22 @@ def _write_state(run: Run, pool: Pool, ticket: object) -> None:
         ],
     }
     files.replace(state_path(run), files.encode_record(record), durable=False)
+
+
+def _begin_second_stage(pool: Pool, ticket: object) -> bool:
+    """Queue the cells whose settings the first stage of a tuned run has chosen; whether there were any."""
+    if pool.run.tuned is None:
+        return False
+    try:
+        with pool.run.lock("choosing tuned settings", wait=5.0):
+            request = read_request(pool.run)
+            if request.get("ticket") != ticket:
+                return False
+            more = settle(pool.run)
+            pool.extend_queue(more, request.get("cells_per_job"))
+            return bool(more)
+    except LockHeld:
+        return False
 
 
 def _try_to_end(run: Run, lock: Lock, ticket: object) -> bool:

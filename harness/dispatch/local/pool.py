@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +78,10 @@ class Pool:
         self.waiting = deque(Pack(cells) for cells in left if cells)
         self.slots, self.threads, self.gpus, self.processes, self.hardware = slots, threads, gpus, processes, hardware
         self._losses.clear()
+
+    def extend_queue(self, cells: Sequence[str], size: int | None) -> None:
+        """Put cells behind those that wait, in packs of at most `size`."""
+        self.waiting.extend(plan_packs(self.run, cells, self.slots, size, self.hardware))
 
     def adopt(self) -> None:
         """Take over the jobs that an earlier controller of this machine left running."""

@@ -16,6 +16,7 @@ from klab.harness.dispatch.slurm.array_plan import Chunk, split_into_arrays
 from klab.harness.dispatch.slurm.client import NoAccounting, SlurmUnavailable
 from klab.harness.dispatch.slurm.options import with_user_options
 from klab.harness.dispatch.slurm.submission import Submission, next_number, record_intent, submissions
+from klab.harness.dispatch.tuning import second_stage_names
 from klab.harness.store import Run, scan
 
 _LIVE = ("queued", "held", "running", "preempted", "unknown")
@@ -55,24 +56,29 @@ class SlurmExecutor:
             limits = client.cluster_limits()
         except SlurmUnavailable:
             limits = client.Limits(client.DEFAULT_ARRAY, "")
-        first = next_number(run.jobs)
-        return [
-            array_job.sbatch_script(
-                array_job.ArrayJob(
+        number = next_number(run.jobs)
+        found: list[str] = []
+        for stage in _by_stage(run, packs):
+            before = [f"<job of script {place + 1}>" for place in range(len(found))]
+            for chunk in split_into_arrays(len(stage), limits.array, resources.max_parallel):
+                after = before if chunk.after is None else [f"<job of script {len(before) + chunk.after + 1}>"]
+                cells = tuple(pack.cells for pack in stage[chunk.first : chunk.first + chunk.count])
+                job = array_job.ArrayJob(
                     run,
-                    first + number,
-                    tuple(pack.cells for pack in packs[chunk.first : chunk.first + chunk.count]),
+                    number + len(found),
+                    cells,
                     resources,
                     chunk.parallel,
-                    None if chunk.after is None else f"<job of script {chunk.after + 1}>",
+                    ":".join(after) or None,
                     gres=limits.gres,
                 )
-            )
-            for number, chunk in enumerate(split_into_arrays(len(packs), limits.array, resources.max_parallel))
-        ]
+                found.append(array_job.sbatch_script(job))
+        return found
 
     def submit(self, run: Run, packs: Sequence[Pack], resources: Any) -> None:
         """Submit the packs as job arrays. Called under the run's lock.
+
+        Packs of cells whose settings tuning has still to choose wait for all jobs of the first stage.
 
         Jobs that an earlier launcher submitted but did not record are adopted, and their cells are left out.
 
@@ -87,10 +93,32 @@ class SlurmExecutor:
         except SlurmUnavailable as error:
             raise _unavailable(error) from error
         counter = _Progress(len(packs))
+        first, second = _by_stage(run, packs)
+        jobs = self._submit_arrays(run, first, resources, limits, counter, ())
+        if second:
+            self._submit_arrays(run, second, resources, limits, counter, (*self._living(run), *jobs))
+
+    def _submit_arrays(
+        self,
+        run: Run,
+        packs: Sequence[Pack],
+        resources: Resources,
+        limits: client.Limits,
+        counter: _Progress,
+        before: Sequence[str],
+    ) -> list[str]:
+        """Submit packs as arrays, all of which wait for the jobs `before`."""
         jobs: list[str] = []
         for chunk in split_into_arrays(len(packs), limits.array, resources.max_parallel):
-            after = None if chunk.after is None else jobs[chunk.after]
-            jobs.append(self._submit(run, packs, chunk, resources, after, limits, counter))
+            after = before if chunk.after is None else [jobs[chunk.after]]
+            jobs.append(self._submit(run, packs, chunk, resources, ":".join(dict.fromkeys(after)), limits, counter))
+        return jobs
+
+    def _living(self, run: Run) -> list[str]:
+        """The arrays in the queue that hold cells of the run's first stage."""
+        states = self.states(run)
+        jobs = (state.job for cell, state in states.items() if state.state in _LIVE and cell in run.manifest["cells"])
+        return list(dict.fromkeys(job.split("_")[0] for job in jobs if job))
 
     def states(self, run: Run) -> dict[str, JobStatus]:
         """The status of each cell's newest job: one squeue, and one sacct for jobs that squeue no longer lists."""
@@ -116,7 +144,12 @@ class SlurmExecutor:
                 found[cell] = state
             else:
                 forgotten[cell] = (known, index)
-        return {**found, **_from_accounting(run, forgotten)}
+        found.update(_from_accounting(run, forgotten))
+        for name, cell in second_stage_names(run).items():  # submitted before its settings were chosen
+            if name in found:
+                found[cell] = found.get(cell, found[name])
+                del found[name]
+        return found
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
         """Take jobs out of the queue, or end them, whose cells are all cancelled or done; other jobs go on.
@@ -147,7 +180,7 @@ class SlurmExecutor:
         packs: Sequence[Pack],
         chunk: Chunk,
         resources: Resources,
-        after: str | None,
+        after: str,
         limits: client.Limits,
         counter: _Progress,
     ) -> str:
@@ -162,7 +195,7 @@ class SlurmExecutor:
             ranks=array_job.ranks_per_node(resources),
         )
         array = array_job.ArrayJob(
-            run, intent.number, intent.cells, resources, chunk.parallel, after, intent.name, limits.gres
+            run, intent.number, intent.cells, resources, chunk.parallel, after or None, intent.name, limits.gres
         )
         try:
             job = array_job.submit(array)
@@ -193,6 +226,13 @@ class SlurmExecutor:
         busy = {cell for cell, state in self.states(run).items() if state.state in _LIVE}
         left = (tuple(cell for cell in pack.cells if cell not in busy) for pack in packs)
         return [Pack(cells) for cells in left if cells]
+
+
+def _by_stage(run: Run, packs: Sequence[Pack]) -> tuple[list[Pack], list[Pack]]:
+    """The packs of cells that are known, and those of cells whose settings are still to be chosen."""
+    known = [all(cell in run.manifest["cells"] for cell in pack.cells) for pack in packs]
+    first = [pack for pack, is_known in zip(packs, known, strict=True) if is_known]
+    return first, [pack for pack, is_known in zip(packs, known, strict=True) if not is_known]
 
 
 class _Progress:

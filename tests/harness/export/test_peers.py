@@ -153,6 +153,43 @@ def test_corrections_for_a_sampler_are_exported() -> None:
             exported(peer, TrainingSection(sampler=Sampler(**sampler)), **axes)
 
 
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"placement": "reward", "kl_scale": "mean"}, "kl_scale"),
+        ({"placement": "reward_to_go", "kl_scale": "sum", "kl_at": "current"}, "kl_at"),
+        ({"placement": "reward", "kl_scale": "sum", "estimator": "full"}, "no logits"),
+        ({"weight": "adaptive"}, "a whole update at once"),
+        ({"advantage": "gae"}, "estimators of its own"),
+        ({"aggregation": "own.module:function"}, "denominators"),
+        ({"placement": "reward", "kl_scale": "sum", "advantage": "own.module:function"}, "not the task's"),
+    ],
+)
+def test_what_the_plugin_cannot_is_refused_with_the_reason(axes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"verl with klab's plugin cannot express this cell: .*{said}|{said}"):
+        exported("verl-plugin", **axes)
+
+
+def test_the_plugin_trains_what_verl_has_no_words_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "name: one\ntask: {name: addition}\npolicy: {name: tiny}\ntraining: {updates_per_rollout: 2}\n"
+        "objective: {ratio: future_mean, weight: power, advantage: position_norm, estimator: k2}\n"
+    )
+    run = Run.create(tmp_path / "one", parse_grid(text, "one.yaml"))
+    command = ["export", run.cells[0], "--runs", str(tmp_path), "--json", "--to"]
+    assert main([*command, "verl"]) == 2
+    capsys.readouterr()
+    assert main([*command, "verl-plugin"]) == 0
+    found = json.loads(capsys.readouterr().out)["settings"]
+    actor = "actor_rollout_ref.actor"
+    assert found["+ray_kwargs.ray_init.runtime_env.env_vars.KLAB_CELL"] == str(run.cell(run.cells[0]).path.absolute())
+    assert (found["algorithm.adv_estimator"], found[f"{actor}.policy_loss.loss_mode"]) == ("klab", "klab")
+    assert (found[f"{actor}.use_kl_loss"], found[f"{actor}.kl_loss_coef"]) == (True, 0.0)
+    assert found[f"{actor}.ppo_epochs"] == 2
+    positive = {"placement": "reward", "kl_scale": "mean", "advantage": "positive"}  # has no KL at all
+    assert exported("verl-plugin", **positive)["algorithm.use_kl_in_reward"] is False
+
+
 def test_a_critic_is_exported_where_it_is_verls() -> None:
     algorithm = load_algorithm("ppo_rlhf")
     critic = {"critic": Critic(lr=1e-3, clip=None, warmup_updates=3)}

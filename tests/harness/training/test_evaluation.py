@@ -115,22 +115,22 @@ def test_the_last_evaluation_draws_more_and_says_how_sure_its_reward_is(make_run
     after = pack.evaluate()[0]
     prompts = len(held_out(pack.members[0]))
     assert before["completions"] == prompts * training.evaluation_samples
-    assert after["completions"] == prompts * 16
+    assert after["completions"] == prompts * 32
     assert before["k"] == after["k"] == training.evaluation_samples
     fresh = generate(
         pack.policy,
         pack.members,
         [held_out(pack.members[0])],
-        16,
+        32,
         ("evaluation", after["update"]),
         pack.settings.max_new_tokens,
     )[0]
     scores = score_completions(pack.members, 0, held_out(pack.members[0]), fresh)
-    rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64).reshape(prompts, 16)
+    rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64).reshape(prompts, 32)
     assert after["reward"] == pytest.approx(float(rewards.mean()))
-    assert after["reward_se"] == pytest.approx(float((rewards.var(1) / 16).sum().sqrt()) / prompts)
-    correct = torch.tensor([float(score.correct) for score in scores]).reshape(prompts, 16).sum(1)
-    draws = [pass_at_k(16, int(count), training.evaluation_samples) for count in correct]
+    assert after["reward_se"] == pytest.approx(float((rewards.var(1) / 32).sum().sqrt()) / prompts)
+    correct = torch.tensor([float(score.correct) for score in scores]).reshape(prompts, 32).sum(1)
+    draws = [pass_at_k(32, int(count), training.evaluation_samples) for count in correct]
     assert after["pass_at_k"] == pytest.approx(sum(draws) / prompts)
 
 
