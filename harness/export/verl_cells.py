@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from klab.grid import Objective, UserError
+from klab.grid.catalogue import value_of
 from klab.grid.user_code import names_user_code
 from klab.harness.export.family import Condition
 from klab.harness.export.setting import Export, Setting, require_own_fresh_rollouts
@@ -33,13 +34,27 @@ def _is_custom(*axes: str) -> Any:
     return lambda objective: any(names_user_code(getattr(objective, axis)) for axis in axes)
 
 
+KNOWN = frozenset(("logp", "logp_behaviour", "logp_reference", "log_ratio", "lengths", "mask", "advantage"))
+"""What the loss of one of verl's micro-batches can give to an axis function beside its positional arguments."""
+
+
+def _asks_for_more(axis: str) -> Any:
+    return lambda objective: not KNOWN.issuperset(value_of(axis, getattr(objective, axis)).needs)
+
+
 CONDITIONS = (
-    Condition("estimator", lambda o: o.estimator != "full", "verl gives its losses no logits"),
-    Condition("weight", lambda o: o.weight != "adaptive", "its exponent is found for a whole update at once"),
+    Condition("estimator", lambda o: not _asks_for_more("estimator")(o), "verl gives its losses no logits"),
+    Condition("ratio", lambda o: not _asks_for_more("ratio")(o), "verl does not give its losses what it asks for"),
+    Condition("weight", lambda o: not _asks_for_more("weight")(o), "verl does not give its losses what it asks for"),
+    Condition(
+        "weight",
+        lambda o: value_of("weight", o.weight).statistics != "update",
+        "what it depends on is found for a whole update at once",
+    ),
     Condition(
         "advantage",
-        lambda o: o.advantage not in ("gae", "greedy_baseline"),
-        "verl gives values and greedy rewards to estimators of its own only",
+        lambda o: o.advantage != "gae" and not value_of("advantage", o.advantage).needs,
+        "verl gives values and greedy rewards to estimators of its own only, and no parts of rewards",
     ),
     Condition("aggregation", lambda o: o.aggregation in AGGREGATIONS, "its denominators are those of a whole update"),
     Condition("kl_scale", lambda o: not _is_charged(o) or o.kl_scale == "sum", "verl sums a KL in the reward"),

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from klab.grid import Objective, UserError, user_code
 from klab.grid.algorithms import algorithm_names, load_algorithm
-from klab.harness.export.verl_cells import CELL, NAME, needs_reference, require_expressible
+from klab.harness.export.verl_cells import CELL, KNOWN, NAME, needs_reference, require_expressible
 from klab.harness.objective import TokenBatch, UpdateContext, objective_loss
 from klab.harness.objective.advantage import Returns
 from klab.harness.objective.aggregate import Totals
+from klab.harness.objective.functions import axis_functions
 from klab.harness.objective.groups import Groups
-from klab.harness.objective.loss import axis_functions
+from klab.harness.objective.loss import detached_kl
 from klab.harness.objective.masking import last_token_mask, masked, suffix_sum
 
 
@@ -48,7 +49,10 @@ def cell_objective() -> Objective:
         run = Run.open(folder.parents[1])
         objective = run.cell(folder.name).cell().objective
         with user_code.searching(known=run.user_code(folder.name)):
-            axis_functions(objective)  # imports the user's own values, from the run's copy of their code
+            asks = axis_functions(objective).asks  # imports the user's own values, from the run's copy of their code
+        for axis, names in asks.items():
+            if not names <= (frozenset() if axis == "advantage" else KNOWN):
+                raise UserError(f"verl does not give it {', '.join(sorted(names - KNOWN) or names)}", key=axis)
     require_expressible(objective)
     return objective
 
@@ -112,6 +116,8 @@ def micro_batch_loss(
         trajectories=information.get("global_batch_size") or len(mask),
         tokens=mask.sum() if tokens is None else torch.as_tensor(tokens, device=mask.device),
         max_new_tokens=information.get("loss_scale_factor") or mask.shape[1],
+        prompts=torch.ones((), dtype=torch.long),  # no aggregation that maps reads these two
+        prompt_tokens=torch.ones(len(mask), 1, dtype=torch.long),
     )
     batch = TokenBatch(
         logp=log_prob,
@@ -123,11 +129,9 @@ def micro_batch_loss(
         max_new_tokens=totals.max_new_tokens,
         correction=correction,
     )
-    functions = axis_functions(objective)
-    if functions.placement.advantage is not None:
-        policy = log_prob.detach() if functions.placement.kl_at == "current" else old_log_prob
-        phi = masked(functions.estimator(masked(policy - batch.logp_reference, mask)), mask).detach()
-        advantages = masked(advantages - functions.placement.advantage(phi, mask), mask)
+    penalty, phi = axis_functions(objective).placement.advantage, detached_kl(objective, batch)
+    if penalty is not None and phi is not None:
+        advantages = masked(advantages - penalty(phi, mask), mask)
     out = objective_loss(objective, batch, UpdateContext(advantages, totals))
     return out.policy_loss * ranks, out.kl_loss * ranks
 

@@ -74,6 +74,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "advantage": "batch_norm",
     },
     "rewarded log-ratio": {"placement": "log_ratio", "weight": "one", "advantage": "raw"},
+    "DPPO": {"placement": "none", "weight": "dppo_tv", "advantage": "group_center"},
+    "GMPO's clipped mean": {"placement": "none", "ratio": "clipped_mean", "weight": "ratio", "path": "ratio"},
     "RAFT++": {"placement": "none", "advantage": "positive"},
     "verl's k3 without its clamp": {"placement": {"name": "loss", "beta": 0.1}, "estimator": "k3"},
 }
