@@ -61,4 +61,4 @@ def test_an_installation_does_without_the_repository(built_wheel: Path, tmp_path
     command = [python.with_name("klab"), "plan", "quickstart"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "30 cells = 10 configurations" in done.stdout
+    assert "35 cells = 7 configurations" in done.stdout

@@ -8,8 +8,9 @@ Two exceptions, in which equal gradients of the loss are not enough:
 
 * Where training uses more of an objective than its gradient, only equal canonical forms count: a critic learns the
   returns, which may contain a KL penalty; a sampler's correction multiplies the surrogate and not the KL term.
-* Probes cannot tell apart two clipping widths between whose thresholds no probe ratio lies. Off-policy, objectives that
-  give different values to the same parameter of a weight are never merged by measurement.
+* Probes cannot tell apart two thresholds between which no probe ratio lies. Off-policy, objectives whose ratios or
+  weights have different thresholds are never merged by measurement; but the bound of `dual_clip` does nothing where no
+  advantage is negative.
 """
 
 from __future__ import annotations
@@ -33,6 +34,16 @@ FLOOR = 1e-14
 
 BLOCKS = 4
 """Blocks of a fingerprint: no drift, mild drift, strong drift, and one-token trajectories with a grid of ratios."""
+
+_THRESHOLDS = frozenset(
+    f"{axis}.{name}"
+    for axis in ("ratio", "weight")
+    for name in (
+        "eps_low", "eps_high", "c", "cap", "low", "high", "ess", "ceiling", "tv_low", "tv_high", "kl_low", "kl_high",
+        "truncation", "drift", "worst", "moment", "influence", "safety", "clip_low", "clip_high",
+    )
+)  # fmt: skip
+"""Parameters at which a weight or a ratio changes its formula."""
 
 ByKey = dict[tuple[str, bool, str], list[Cell]]
 """Cells by everything but the objective, whether they are on-policy, and canonical form."""
@@ -209,10 +220,12 @@ def _equal(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def _compatible(first: str, second: str) -> bool:
-    """Whether no parameter of the weight has different values in the two canonical forms."""
+    """Whether the ratios and weights of two canonical forms agree in their thresholds, and in what both have."""
     here, there = json.loads(first), json.loads(second)
     shared = [key for key in here if key.startswith("weight.") and key in there]
-    return all(here[key] == there[key] for key in shared)
+    idle = {"weight.c"} if here["advantage"] == there["advantage"] == "positive" else set[str]()
+    thresholds = [{key: form[key] for key in _THRESHOLDS.intersection(form) - idle} for form in (here, there)]
+    return thresholds[0] == thresholds[1] and all(here[key] == there[key] for key in shared)
 
 
 def _reason(members: Sequence[Cell], measured: bool) -> str:

@@ -94,14 +94,50 @@ def ratio_shares(kind: str, length: int) -> list[list[float]]:
     return table
 
 
-def weight_of(kind: str, rho: float, advantage: float) -> float:
+def log_rho_and_slopes(kind: str, lam: list[float], advantages: list[float]) -> tuple[list[float], list[list[float]]]:
+    """log rho_j, and its derivative to every log-ratio."""
+    length = len(lam)
+    if kind == "prefix_minimum":
+        least = [min(range(j), key=lambda i: (lam[i], -i)) if j else None for j in range(length)]
+        slopes = [[float(i == j) + float(i == least[j]) for i in range(length)] for j in range(length)]
+    elif kind == "clipped_mean":
+        free = [(x <= 0.4 if a > 0 else x >= -0.4) if a else False for x, a in zip(lam, advantages, strict=True)]
+        stuck = sum(math.copysign(0.4, a) for a, inside in zip(advantages, free, strict=True) if a and not inside)
+        slopes = [[inside / length for inside in free]] * length
+        mean = (stuck + sum(x for x, inside in zip(lam, free, strict=True) if inside)) / length
+        return [mean] * length, slopes
+    else:
+        slopes = ratio_shares(kind, length)
+    return [sum(s * x for s, x in zip(row, lam, strict=True)) for row in slopes], slopes
+
+
+def weight_of(
+    kind: str, rho: float, advantage: float, lam: list[float], at: int = 0, probability_before: float = 0.0
+) -> float:
+    """The weight of token `at` of a trajectory with the log-ratios `lam`, at the catalogue's defaults."""
     low, high = 0.8, 1.2
     clipped = min(max(rho, low), high)
     inside = (rho - clipped) * advantage <= 0
     if kind == "sigmoid":
         p = 1 / (1 + math.exp(-(1.0 if advantage > 0 else 1.05) * (rho - 1)))
         return 4 * rho * p * (1 - p)
+    if kind in ("dppo_tv", "dppo_kl"):
+        old, new = probability_before, probability_before * math.exp(lam[at])
+        others = [max(0.0, 1 - p) for p in (old, new)]
+        kl = old * math.log(old / new) + others[0] * math.log((others[0] + 1e-8) / (others[1] + 1e-8))
+        far = abs(new - old) > 0.15 if kind == "dppo_tv" else kl > 0.05
+        return 0.0 if far and (new > old) == (advantage > 0) else min(rho, 20.0)
+    if kind == "future_kl":
+        factor = math.exp(sum(0.5 ** ((i - at) / 32) * lam[i] for i in range(at, len(lam))))
+        factor = min(max(factor, 1.0), 1.2)
+        return (min(factor, 1.0) if advantage < 0 and rho > 4.0 else factor) * (rho if inside else 0.0)
+    k, rate = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
     return {
+        "two_sided_clip": 0.0 if not inside or rho > 4.0 else rho,
+        "sequence_kl_mask": 0.0 if not inside or (advantage < 0 and -sum(lam) / len(lam) > 0.2) else rho,
+        "sequence_max_mask": 0.0 if any(math.exp(x) - 1 - x > 0.5 for x in lam) else rho,
+        "gamma_kernel": rho**k * math.exp(rate * (1 - rho)),
+        "tapered": 1.0 if advantage > 0 else min(rho, 1.0),
         "one": 1.0,
         "ratio": rho,
         "ppo_clip": rho if inside else 0.0,
@@ -125,8 +161,7 @@ def coefficients(
     kappa = [a - b for a, b in zip(new, ref, strict=True)]
     rollout = [VALUE[estimator](a - b) for a, b in zip(old, ref, strict=True)]
     scale = beta / length if mean_scale else beta
-    shares = ratio_shares(ratio, length)
-    rho = [math.exp(sum(s * (a - b) for s, a, b in zip(row, new, old, strict=True))) for row in shares]
+    lam = [a - b for a, b in zip(new, old, strict=True)]
     returns = [reward - baseline] * length
     if placement == "reward":
         returns = [r - scale * sum(rollout) for r in returns]
@@ -136,7 +171,9 @@ def coefficients(
         returns = [r - beta * rollout[j] for j, r in enumerate(returns)]
     elif placement == "advantage_to_go":
         returns = [r - beta * sum(rollout[j:]) for j, r in enumerate(returns)]
-    found = [weight_of(weight, rho[j], returns[j]) * returns[j] for j in range(length)]
+    log_rho, shares = log_rho_and_slopes(ratio, lam, returns)
+    rho = [math.exp(x) for x in log_rho]
+    found = [weight_of(weight, rho[j], returns[j], lam, j, math.exp(old[j])) * returns[j] for j in range(length)]
     for j in range(length):
         slope = SLOPE[estimator](kappa[j])
         if placement in ("loss", "reward_and_loss"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,6 +46,9 @@ EQUAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"weight": "power", "q": 1.0}, {"weight": "ratio"}),
     ({"weight": "power", "q": 0.0}, {"weight": "one"}),
     ({"advantage": "positive", "placement": "reward"}, {"advantage": "positive", "placement": "none"}),
+    ({"advantage": "positive", "weight": "dual_clip"}, {"advantage": "positive", "weight": "ppo_clip"}),
+    ({"weight": "two_sided_clip", "ceiling": 3.0}, {"weight": "dual_clip", "c": 3.0}),
+    ({"advantage": "term_norm", "placement": "reward"}, {"advantage": "term_norm", "placement": "none"}),
     ({"advantage": "gae", "placement": "reward_to_go"}, {"advantage": "raw", "placement": "reward_to_go"}),
 ]
 
@@ -55,6 +59,10 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"weight": "mask"}, {"weight": "mask", "high": 2.001}),
     ({"weight": "ppo_clip"}, {"weight": "dual_clip"}),
     ({"weight": "ppo_clip"}, {"weight": "truncate_clip"}),
+    ({"weight": "ppo_clip"}, {"weight": "dual_clip", "c": 1e6}),
+    ({"weight": "ppo_clip"}, {"weight": "sequence_kl_mask", "drift": 50.0}),
+    ({"weight": "truncate", "cap": 1e6}, {"weight": "ratio"}),
+    ({"weight": "two_sided_clip", "ceiling": 1.1}, {"weight": "dual_clip", "c": 1.1}),
     ({"weight": "adaptive"}, {"weight": "power"}),
     ({"weight": "adaptive"}, {"weight": "adaptive", "ess": 0.2}),
     ({"std": "population"}, {"std": "sample"}),
@@ -233,10 +241,11 @@ def test_no_weight_is_zero_or_one_on_all_probes_and_each_threshold_is_straddled(
         scores = probe(False).scores[comb, 0]
         weights = (-gradient * scores).sum(-1) / scores.square().sum(-1) / batch.rewards[comb] * 168
         assert int((weights.abs() > 1e-9).sum()) > 5
-        if weight == "adaptive":
+        if AXES["weight"].values[weight].statistics == "update":
             continue
+        before = batch.logp_behaviour[comb, 0].exp().tolist()
         expected = [
-            weight_of(weight, ratio, reward)
-            for ratio, reward in zip(ratios.tolist(), batch.rewards[comb].tolist(), strict=True)
+            weight_of(weight, ratio, reward, [math.log(ratio)], 0, probability)
+            for ratio, reward, probability in zip(ratios.tolist(), batch.rewards[comb].tolist(), before, strict=True)
         ]
         assert weights.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12), weight

@@ -32,7 +32,7 @@ from tests.harness.exact.enumeration import (
 ESTIMATORS = ("k1", "k2", "k3", "abs", "k3_plus")
 PLACEMENTS = tuple(AXES["placement"].values)
 RATIOS = tuple(AXES["ratio"].values)
-WEIGHTS = tuple(name for name in AXES["weight"].values if name != "adaptive")
+WEIGHTS = tuple(name for name, value in AXES["weight"].values.items() if value.statistics != "update")
 SETTINGS = {"beta": 0.3, "kl_scale": "sum"}
 
 
