@@ -98,6 +98,7 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
         self.group = AcceleratedGroup(self.accelerator)
         self._set_end_tokens()
         train_padding_token(self.model)
+        _without_dropout(self.model)
         self._trailing = trailing_special_tokens(self._tokenizer)
         for model in (self.model, self.ref_model):
             if model is not None and not _is_rotary(model):
@@ -404,6 +405,15 @@ class KlabTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 RolloutFunction = Callable[[list[str], KlabTrainer], dict[str, Any]]
+
+
+def _without_dropout(model: Any) -> None:
+    """Set the rates of dropout that modules hold as numbers to 0: `disable_dropout` knows modules of dropout only, and
+    OPT, say, has none."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _sequences(output: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

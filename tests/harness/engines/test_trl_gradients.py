@@ -54,8 +54,9 @@ def assert_same_gradient(trainer: KlabTrainer, policy: Path, what: object, limit
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Gemma", "OPT"])
-def test_padding_shifts_no_positions_and_the_padding_token_learns(tmp_path: Path, family: str) -> None:
-    """GPT-2 and OPT learn positions; random policies generate Gemma's padding token."""
+def test_models_are_trained_as_klab_trains_them(tmp_path: Path, family: str) -> None:
+    """GPT-2 and OPT learn positions, which padding must not shift; policies generate Gemma's padding token, whose
+    embedding learns; OPT drops out without modules of dropout."""
     policy = checkpoint(tmp_path / family, family, LETTERS)
     trainer = trainer_of(trl_cell(policy, task="Ragged", prompts=8), policy, tmp_path)
     draw_rollout(trainer)
