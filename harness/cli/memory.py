@@ -104,14 +104,20 @@ class MemoryNeed:
             return None
         tokens, _ = work.micro_batch(sizes.engine)
         parts = ", ".join(f"{name} {amount(value)}" for name, value in self.on_top().items())
-        text = f"memory: about {amount(self.expected())} with {tokens:,} tokens in a micro-batch (on top: {parts})"
+        cache = amount(self.estimate.cache(self.cells))
+        text = (
+            f"memory: about {amount(self.expected())} with {tokens:,} tokens in a micro-batch (on top: {parts}; while "
+            f"sampling, without gradients, keys and values {cache})"
+        )
         limit = self.job.limit_gb
         if limit is None or self.expected() <= limit * _GB:
             return text
         processes = 1 if self.job.on_gpu else self.job.processes
         beside = sum(value for name, value in self.on_top().items() if name in ("logits", "vLLM"))
         fits = sizes.tokens_within(int(((limit * _GB - self.bytes) / processes - beside) / self.cells))
-        return f"{text}, of which there are {limit:.3g} GB: training.token_budget: {fits} fits"
+        default = work.token_budget is None and self.cell.training.micro_batch is None and self.job.on_gpu
+        way = "and is about the default" if default else "fits"
+        return f"{text}, of which there are {limit:.3g} GB: training.token_budget: {fits} {way}"
 
     def line(self) -> str:
         """For people."""
@@ -131,6 +137,7 @@ class MemoryNeed:
             "parts": self.estimate.parts(self.cells),
             "expected_bytes": self.expected(),
             "on_top": self.on_top(),
+            "cache_bytes": self.estimate.cache(self.cells),
         }
 
     def refusal(self, file: str) -> UserError | None:

@@ -110,10 +110,17 @@ class MemoryEstimate:
         sizes, work = self.footprint, self.work
         tokens, own = work.micro_batch(sizes.engine, single)
         update = {"activations": sizes.activations(tokens) * cells, "logits": sizes.logits(own, device)}
-        cache = sizes.cache(work.prompt + work.new if single else work.drawn()) * cells
+        cache = self.cache(cells, single)
         gradients = sum(value for name, value in self.parts(cells).items() if name.endswith("gradients"))
         beyond = max(0, cache - gradients - sum(update.values()))
         return {**update, "keys and values in excess of an update's": beyond} if beyond else update
+
+    def cache(self, cells: int = 1, single: bool = False) -> int:
+        """Bytes for the keys and values of what is sampled at once; 0 where they are not known."""
+        if self.footprint is None or self.work is None:
+            return 0
+        tokens = self.work.prompt + self.work.new if single else self.work.drawn()
+        return self.footprint.cache(tokens) * cells
 
 
 def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:

@@ -84,6 +84,8 @@ def test_a_micro_batch_that_is_too_large_has_a_token_budget_that_is_not() -> Non
     large = need("7B", lora={})
     assert large.refusal("n.yaml") is None
     line = str(large.passes_line())
+    assert "keys and values 4.03 GB" in line
+    assert line.endswith("and is about the default")
     budget = int(line.split("training.token_budget: ")[1].split()[0])
     estimate = large.estimate
     assert estimate.footprint is not None
