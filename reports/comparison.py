@@ -96,6 +96,7 @@ def compare(
     score: str | Score | None = None,
     delta: float | None = None,
     baseline: str | None = None,
+    share: float | None = None,
 ) -> Comparison:
     """The comparison of all cells of `task` by `score`.
 
@@ -106,6 +107,7 @@ def compare(
         score: as `klab.grid.score.parse_score` reads it; None: the one that the study states, or the default.
         delta: differences smaller than this count as none; None: as the study states, or 0.05.
         baseline: the group to compare with; by default the study's for this task.
+        share: the part of the error rate that the study may use; None: that of its newest look.
 
     Raises:
         UserError: for a score that does not exist.

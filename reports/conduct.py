@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klab.grid.schema.sections import AnalysisPlan
+from klab.grid.schema.sections import AnalysisPlan, Stop
 from klab.grid.score import parse_score
 from klab.grid.yaml_document import dump_yaml
 from klab.harness.store import Run
+from klab.harness.store.confirmation import confirmation_of, confirms
 from klab.harness.store.looks import looks, most_seeds
 from klab.harness.store.stated_analysis import Version, versions
 from klab.reports.inference.error_rate import look_share
@@ -82,6 +83,7 @@ def conduct(runs: Sequence[Run], names: Sequence[str], arms: Sequence[Arms]) -> 
                 f"The stated analysis of {name} was changed after {late[-1].results} of its runs had results; both "
                 "versions stand under “Stated beforehand”."
             )
+    notes += _confirmations(runs, names)
     return Conduct(
         versions=found,
         score=next((plan.scores[0] for plan in newest if plan.scores), None),
@@ -97,10 +99,45 @@ def conduct(runs: Sequence[Run], names: Sequence[str], arms: Sequence[Arms]) -> 
     )
 
 
+def _confirmations(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """What to know where runs confirm others, or were confirmed."""
+    found = []
+    together = {run.name for run in runs}
+    for run, name in zip(runs, names, strict=True):
+        record = confirms(run)
+        if record is not None and record["run"] in together:
+            found.append(
+                f"{name} confirms {record['run']}, which is reported with it: taken together they are no confirmation. "
+                "Report it alone."
+            )
+        elif record is not None:
+            found.append(
+                f"{name} has the best cells of {record['run']} on fresh seeds: nothing of the exploration enters, and "
+                "its few comparisons have the error rate to themselves."
+            )
+        elif (apart := confirmation_of(run)) is not None and apart.name not in together:
+            found.append(
+                f"The best cells of {name} were run again on fresh seeds, which are reported apart: {apart.name}."
+            )
+    return found
+
+
 def beforehand(history: Sequence[Version]) -> Version:
     """The last version before there were results; the first, which then states nothing that counts, where none is."""
     known = [each for each in history if each.beforehand]
     return known[-1] if known else Version(None, "", None, 0, ())
+
+
+def stop_of(history: Sequence[Version]) -> Stop | None:
+    """When seeds are no longer added: as stated before there were results, else as stated last."""
+    stops = [each.plan.stop for each in (beforehand(history), history[-1]) if each.plan and each.plan.stop]
+    return stops[0] if stops else None
+
+
+def spending_of(history: Sequence[Version]) -> str:
+    """How the error rate is spent over the looks."""
+    stop = stop_of(history)
+    return stop.spending if stop is not None else "obrien_fleming"
 
 
 def items(history: Sequence[Version], score: str, delta: float, contrasts: int) -> list[Item]:
@@ -158,11 +195,10 @@ def methods_words(found: Conduct) -> str:
 
 def _looks(run: Run, name: str, history: Sequence[Version]) -> tuple[float, list[str]]:
     """The share of the error rate at the newest look, and what to say of the looks."""
-    taken = looks(run.manifest)
-    stops = [each.plan.stop for each in (beforehand(history), history[-1]) if each.plan and each.plan.stop]
-    stated = stops[0].seeds if stops else None
+    taken, stop = looks(run.manifest), stop_of(history)
+    stated = stop.seeds if stop is not None else None
     most = max(stated or 0, most_seeds(run.manifest) or 0, taken[-1])
-    spending = stops[0].spending if stops else "obrien_fleming"
+    spending = spending_of(history)
     if most == taken[0]:
         return 1.0, []
     share = look_share(taken, most, spending)

@@ -22,6 +22,7 @@ from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
+from klab.reports.confirmation import confirmed_rows
 from klab.reports.figures import Drawing, draw, freeze, inline_svg, save, svg_text
 from klab.reports.figures.effort import UPDATES, parse_units
 from klab.reports.figures.profiles import across_tasks, task_profiles
@@ -175,6 +176,7 @@ def write_report(
             metric=main[0].score.title if main else "",
             methods=methods(study, main),
             stated=_stated(study, main),
+            confirmed=confirmed_rows(study, main),
             tuned=tuned,
             tuned_figures=tuned_figures,
             provenance=provenance(study),

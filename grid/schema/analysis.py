@@ -14,7 +14,7 @@ class Stop(Section):
     """When seeds are no longer added: the error rate is spent over the looks until then."""
 
     seeds: Count
-    """Most seeds per cell that the study will ever have."""
+    """Most seeds per cell; `klab extend` adds no more."""
     spending: Literal["obrien_fleming", "pocock"] = "obrien_fleming"
     """How the error rate is spent: late, so that the last look has nearly all of it; or evenly."""
 

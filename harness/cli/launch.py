@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,39 +11,28 @@ import typer
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources, parse_gpus
 from klab.grid.tuning import launched
-from klab.harness.cli.arguments import RUNS, Device, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of, run_of
+from klab.harness.cli.arguments import RUNS, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of, run_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
+from klab.harness.cli.execution import Where, WhereOption, Work, backend, carry_out
 from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import MergeOption, merged_grid
-from klab.harness.cli.progress import Board, follow, report_problem
+from klab.harness.cli.progress import Board
 from klab.harness.cli.table import console
 from klab.harness.cli.text import say, show_json
-from klab.harness.cli.tracking import Tracking
 from klab.harness.dispatch.backends import Executor, Pack
-from klab.harness.dispatch.gpus import default_device, require_gpu
-from klab.harness.dispatch.launch import LaunchResult, should_submit
-from klab.harness.dispatch.launch import launch as submit
-from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.dispatch.launch import should_submit
 from klab.harness.dispatch.packing.packs import make_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_times
-from klab.harness.dispatch.status import count, statuses
+from klab.harness.dispatch.status import statuses
 from klab.harness.dispatch.tuning import pending
 from klab.harness.store import Run, adoption
 from klab.harness.store.manifest import cells_of
 from klab.harness.store.tuning import record_of
 
 
-class Where(StrEnum):
-    local = "local"
-    here = "here"
-    slurm = "slurm"
-
-
 def launch(
     grid: GridArgument,
-    on: Annotated[Where, typer.Option("--on", help="Where: this machine's cores or GPUs, this process, or Slurm.")] = (
-        Where.local
-    ),
+    on: WhereOption = Where.local,
     detach: Annotated[bool, typer.Option("--detach", help="Return at once; watch with `klab status --watch`.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted; write nothing.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run failed cells again.")] = False,
@@ -110,7 +98,7 @@ def launch(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     board = Board() if on is Where.here else None
-    executor, workers, resources = _backend(on, study, given, device, profile, board)
+    executor, workers, resources = backend(on, study, given, device, profile, board)
     size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
     show_notes(checks.finish(study, _memory(executor, resources, size)).notes, as_json)
     if dry_run:
@@ -120,62 +108,8 @@ def launch(
     run = Run.create(folder, study, accept_changes=accept_changes)
     if adopted_from is not None:
         _adopt(run, adopted_from, as_json)
-    tracking = Tracking(run, study.track)
-    ids = {cell.id for cell in study.cells}
-    given_to_all: dict[str, Any] = {"workers": workers, "retry_failed": retry_failed, "cells_per_job": size}
-    given_to_all |= {"resources": resources, "only": ids}
-    if board is not None:
-        with board.live(run, retry_failed):
-            submit(run, executor, **given_to_all)
-        tracking.finish()
-        _end(run, as_json)
-        return
-    done = submit(run, executor, **given_to_all)
-    if not as_json:
-        _announce(run, done, on, workers)
-    if not detach and on is Where.local and not follow(run, quiet=as_json, each=tracking.tick):
-        return
-    if detach or on is Where.slurm:
-        if as_json:
-            show_json({"run": str(run.path), "jobs": [list(pack.cells) for pack in done.packs]})
-        elif tracking.names:
-            console().print(
-                f"curves go to {' and '.join(tracking.names)} while somebody watches: klab watch {run.path} "
-                + " ".join(f"--track {name}" for name in tracking.names)
-            )
-        return
-    tracking.finish()
-    _end(run, as_json)
-
-
-def _backend(
-    on: Where, study: Grid, flags: dict[str, Any], device: Device | None, profile: str | None, board: Board | None
-) -> tuple[Executor, int, Any]:
-    """The backend, how many jobs it runs at a time, and what each gets."""
-    choice = device.value if device else None
-    if on is Where.slurm:
-        if choice is not None:
-            raise UserError("is for this machine", key="--device", value=choice, hint="On Slurm, --gpus asks for GPUs.")
-        from klab.harness.dispatch.slurm.backend import SlurmExecutor
-
-        slurm = SlurmExecutor(flags, profile)
-        resources = slurm.resources(study.resources)
-        return slurm, resources.max_parallel or len(study.cells), study.resources  # it adds profile and flags itself
-    for option in ("partition", "account", "qos", "constraint", "exclude", "nodes", "setup", "sbatch"):
-        if option in flags:
-            raise UserError("is for Slurm", key=f"--{option}", value=flags[option], hint="Add --on slurm.")
-    resources = study.resources.model_copy(update=flags)
-    if choice == "cuda":
-        require_gpu("--device", choice)
-    elif choice is None and resources.gpus:
-        require_gpu("resources.gpus", resources.gpus)
-    choice = choice or default_device((cell.policy.name for cell in study.cells), resources.gpus)
-    if on is Where.here:
-        from klab.harness.dispatch.local.inline import InlineExecutor
-
-        return InlineExecutor(progress=board.tell if board else None, device=choice), 1, resources
-    local = LocalExecutor(max_parallel=resources.max_parallel, device=choice)
-    return local, local.slots(resources.cpus, local.processes(resources)), resources
+    work = Work(executor, workers, resources, size, retry_failed, board)
+    carry_out(run, {cell.id for cell in study.cells}, work, on, study.track, detach=detach, as_json=as_json)
 
 
 def _memory(executor: Executor, resources: Resources, cells_per_job: int | None) -> JobMemory:
@@ -246,37 +180,6 @@ def _adopt(run: Run, other: Run, quiet: bool) -> None:
         lines.append(f"{len(found.different)} not adopted: trained with another {', '.join(names)}")
     for line in () if quiet else lines:
         say(line)
-
-
-def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
-    submitted = sum(len(pack.cells) for pack in done.packs)
-    later = len(pending(run))
-    left = {
-        state: number for state, number in count(done.before).items() if state in ("finished", "diverged", "failed")
-    }
-    known = "".join(f"; {number} {state} before" for state, number in left.items())
-    screen = console()
-    screen.print(f"{submitted} cells in {len(done.packs)} jobs on {on.value}, {workers} at a time{known}")
-    if later:
-        screen.print(f"{later} cells have to wait for the runs that choose their settings, and follow by themselves")
-    screen.print(f"run folder: {run.path}", markup=False, soft_wrap=True)
-    if not done.packs and left.get("failed"):
-        screen.print(f"nothing to do: {left['failed']} failed before; --retry-failed runs them again")
-
-
-def _end(run: Run, as_json: bool) -> None:
-    rows = statuses(run)
-    states = count(rows)
-    if as_json:
-        show_json({"run": str(run.path), "states": states})
-    else:
-        screen = console()
-        screen.print(", ".join(f"{number} {state}" for state, number in states.items()))
-        if states.get("failed"):
-            screen.print("why cells failed: klab logs RUN CELL; run them again: klab launch … --retry-failed")
-        screen.print(f"next: klab report {run.path}", markup=False, soft_wrap=True)
-    if report_problem(run, rows) or states.get("failed"):
-        raise typer.Exit(1)
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:

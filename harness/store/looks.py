@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _KEY = "looks"
@@ -35,6 +35,27 @@ def recorded(
         return manifest
     # Seeds that were added before there was any result are no second look.
     return {**manifest, _KEY: [*(known if results() else known[:-1]), record]}
+
+
+def extended(
+    manifest: Mapping[str, Any], seeds: Sequence[int], most: int, cells: int, undecided: bool
+) -> dict[str, Any]:
+    """What the manifest says after these seeds were added to some cells.
+
+    Args:
+        most: seeds per cell that there will be at most.
+        cells: how many cells got them.
+        undecided: whether only those did whose comparison was open.
+    """
+    known = list(manifest.get(_KEY) or [{"seeds": len(manifest["seeds"]), "at": manifest["created"]}])
+    number = len(manifest["seeds"]) + len(seeds)
+    look = {"seeds": number, "at": time.time(), "cells": cells, "undecided": undecided}
+    return {
+        "seeds": [*manifest["seeds"], *seeds],
+        "extended": [*manifest.get("extended", ()), *seeds],
+        "most_seeds": most,
+        _KEY: [*known, look],
+    }
 
 
 def most_seeds(manifest: Mapping[str, Any]) -> int | None:

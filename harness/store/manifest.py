@@ -33,7 +33,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _CUTS = ("objective", "task", "policy", "training", "seed")
 """Consecutive entries of a cell; most cells share the values of all but the last."""
-KEPT = ("analysis", "looks", GROWN)
+KEPT = ("analysis", "looks", "most_seeds", "extended", "confirms", GROWN)
 """What the manifest keeps from launch to launch beside its cells."""
 
 
@@ -112,7 +112,7 @@ def _manifest(
         "baseline": grid.baseline,
         "design": grid.design,
         "axes": {name: list(values) for name, values in grid.axes.items()},
-        "seeds": list(grid.seeds),
+        "seeds": list(dict.fromkeys([*grid.seeds, *(existing or {}).get("extended", ())])),
         "track": list(grid.track),
         "resources": grid.resources.model_dump(mode="json"),
         "equalities": [

@@ -76,6 +76,7 @@ def record_of(grid: Grid) -> dict[str, Any] | None:
         "score": scores[0] if scores else DEFAULT_SCORE,
         "seeds": list(grid.tuning.seeds),
         "untuned": grid.tuning.untuned,
+        "study_seeds": list(grid.seeds),
         "keys": list(grid.tuning.values),
         "arms": {
             arm: {setting.cell.group: dict(setting.values) for setting in grid.tuning.arms[arm]}
@@ -104,7 +105,7 @@ def tuned_run(manifest: Mapping[str, Any], file: Path) -> TunedRun | None:
         return TunedRun(
             str(record["score"]),
             tuple(map(int, record["seeds"])),
-            tuple(map(int, manifest["seeds"])),
+            tuple(map(int, record["study_seeds"])),
             bool(record["untuned"]),
             tuple(map(str, record["keys"])),
             {str(arm): {str(group): dict(v) for group, v in found.items()} for arm, found in record["arms"].items()},

@@ -54,5 +54,5 @@ def look_level(looks: Sequence[int], most: int, spending: str = "obrien_fleming"
 
 
 def look_share(looks: Sequence[int], most: int, spending: str = "obrien_fleming") -> float:
-    """The part of the error rate that the newest look may use; see `look_level`."""
-    return look_level(looks, most, spending) / ALPHA
+    """The part of the error rate that the newest look may use; see `look_level`. Never less than a billionth."""
+    return max(look_level(looks, most, spending) / ALPHA, 1e-9)

@@ -16,7 +16,7 @@ from klab.reports.inference.contrasts import Builder, baseline_contrasts
 from klab.reports.inference.design import read_design
 from klab.reports.inference.uncertainty import critical_values, uncertainty
 from klab.reports.inference.variance import Components
-from tests.benchmarks.error_rates import CONDITIONS, DESIGNS, IID, outcomes, simulate
+from tests.benchmarks.error_rates import CONDITIONS, DESIGNS, IID, extended, outcomes, simulate
 
 BASE = {"a": 0, "b": 0, "c": 0}
 TABLES = ("contrasts", "across", "levels", "effects", "interactions")
@@ -477,3 +477,14 @@ def test_a_look_has_wider_intervals_and_p_keeps_its_threshold() -> None:
         if len(table):
             assert (wider["high"] - wider["low"] > table["high"] - table["low"]).all()
             assert ((wider["p"] < 0.05) == (wider["verdict"] == "differs")).all()
+
+
+def test_two_looks_at_a_growing_study_keep_the_error_rate() -> None:
+    """Seeds are added where comparisons are open; `make bench-statistics` has the rates of hundreds of studies."""
+    found = list(extended("one", 3, 3, IID, 8, seed=7))
+    assert sum(not one.clean for one in found) <= 3
+
+
+def test_what_is_really_different_is_found_in_the_end() -> None:
+    found = list(extended("one", 3, 3, IID, 4, seed=7, shift=3.0))
+    assert np.mean([one.found for one in found]) > 0.5
