@@ -128,7 +128,7 @@ def compare(
         reference,
         delta,
         higher=score.higher,
-        share=error_share(study),
+        share=error_share(study, share),
         stated=[{str(key): frame.at[place, key] for key in frame if key not in RUN_COLUMNS} for place in places],
     )
     row, column = {group: i for i, group in enumerate(groups)}, {seed: i for i, seed in enumerate(seeds)}
@@ -184,12 +184,13 @@ def common_baseline(study: ComparedStudy) -> Mapping[str, Any] | None:
     return values[0]
 
 
-def error_share(study: ComparedStudy) -> float:
+def error_share(study: ComparedStudy, share: float | None = None) -> float:
     """The part of a study's error rate that each of its analyses uses: every task has one, and all of them together.
 
     What earlier looks at the study used is taken off first (`conduct.share`).
     """
-    return study.conduct.share / max(len(study.tasks) + (common_baseline(study) is not None), 1)
+    whole = study.conduct.share if share is None else share
+    return whole / max(len(study.tasks) + (common_baseline(study) is not None), 1)
 
 
 def run_frame(

@@ -25,6 +25,8 @@ _SEED = 20_250_101
 _DRAWS = (6_000, 50_000)
 _NUMBERS = 600_000
 """A family of M is simulated with this many numbers in all, within the bounds of `_DRAWS` per member."""
+_EXCEEDANCES = 10
+"""A level that fewer draws than this would exceed is not found by simulation, but bounded by Šidák's inequality."""
 _MANY = 1e8
 
 
@@ -139,14 +141,19 @@ def _indicator(group: Indices) -> sparse.csr_matrix:
 def critical_values(found: Uncertainty, rows: Indices, alpha: float) -> Array:
     """Bounds of |t| for the estimates `rows`, one of which is exceeded with probability `alpha` when nothing differs.
 
-    They are proportional to the estimates' own t-quantiles. All must have a positive standard error. The order of the
-    rows decides which random numbers each gets: sort them by something that names do not change.
+    They are proportional to the estimates' own t-quantiles; at levels too small to simulate they are Šidák's. All must
+    have a positive standard error. The order of the rows decides which random numbers each gets: sort them by something
+    that names do not change.
     """
     bounds = quantile(-np.expm1(np.log1p(-alpha) / max(rows.size, 1)), found.freedom[rows])
-    if rows.size < 2:
+    if rows.size < 2 or alpha * _draw_count(rows.size) < _EXCEEDANCES:
         return bounds
     largest = np.max(_simulate(found, rows) / bounds, axis=1)
     return bounds * float(np.quantile(largest, 1 - alpha))
+
+
+def _draw_count(size: int) -> int:
+    return int(np.clip(_NUMBERS // size, *_DRAWS))
 
 
 def quantile(p: float | Array, freedom: Array) -> Array:
@@ -161,7 +168,7 @@ def tail(statistic: Array, freedom: Array) -> Array:
 
 def _simulate(found: Uncertainty, rows: Indices) -> Array:
     """``[draws, rows]``, |t| of every estimate when nothing differs."""
-    draws = int(np.clip(_NUMBERS // rows.size, *_DRAWS))
+    draws = _draw_count(rows.size)
     generator = np.random.Generator(np.random.PCG64(_SEED))
     factors = [factor[rows] for factor in found.factors]
     covariance = sum((factor @ factor.T).toarray() for factor in factors)

@@ -488,3 +488,11 @@ def test_two_looks_at_a_growing_study_keep_the_error_rate() -> None:
 def test_what_is_really_different_is_found_in_the_end() -> None:
     found = list(extended("one", 3, 3, IID, 4, seed=7, shift=3.0))
     assert np.mean([one.found for one in found]) > 0.5
+
+
+def test_levels_too_small_to_simulate_have_sidaks_bounds() -> None:
+    """At an early look the level is far below what some thousand draws can show."""
+    found = analyse(_study("one", effect=3.0), BASE, share=1e-6).contrasts
+    plain = analyse(_study("one", effect=3.0), BASE, share=0.5).contrasts
+    assert (found["high"] - found["low"] > 2 * (plain["high"] - plain["low"])).all()
+    assert (found["verdict"] == "undecided").any()
