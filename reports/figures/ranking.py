@@ -28,7 +28,7 @@ def ranking(comparison: Comparison) -> Drawing | None:
     lossy = any(not table[row]["stable"] for row in chosen)
     left_out = len(rows) - len(chosen)
     with styled():
-        figure, axes = placed(0.45 + 0.17 * len(chosen), left=1.28, right=0.08, top=0.05, bottom=0.36)
+        figure, axes = placed(0.45 + 0.17 * len(chosen), left=1.3, right=0.08, top=0.05, bottom=0.36)
         drawing = Drawing(
             "ranking",
             "Cells ranked",
@@ -108,7 +108,7 @@ def _seeds(table: list[dict[str, Any]], chosen: list[int]) -> str:
 def _name(record: dict[str, Any]) -> str:
     lost = record["diverged"] + record["failed"]
     label = str(record["label"])
-    return f"{shortened(label, 20)} ({record['finished']}/{record['seeds']})" if lost else shortened(label, 27)
+    return f"{shortened(label, 18)} ({record['finished']}/{record['seeds']})" if lost else shortened(label, 24)
 
 
 def seed_lines(comparison: Comparison) -> Drawing | None:

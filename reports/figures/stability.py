@@ -101,7 +101,7 @@ def stability_panel(study: Study, comparison: Comparison, table: pd.DataFrame) -
         axes.xaxis.tick_top()
         for label in axes.get_xticklabels():
             label.set(rotation=52, ha="left", rotation_mode="anchor", fontsize=6)
-        axes.set_yticks(range(len(groups)), [shortened(study.labels[group], 25) for group in groups], fontsize=6)
+        axes.set_yticks(range(len(groups)), [shortened(study.labels[group], 22) for group in groups], fontsize=6)
         axes.tick_params(length=0)
         axes.grid(False)
         for spine in axes.spines.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ from klab.reports import Study
 from klab.reports.comparison import compare
 from klab.reports.figures import draw
 from klab.reports.figures.labels import label_points
-from klab.reports.figures.profiles import profile
+from klab.reports.figures.profiles import across_tasks, profile
 from klab.reports.figures.stability import SIGNS, shade
 from klab.reports.figures.style import COLUMN, canvas, styled
 from klab.reports.gradients import own_drift
@@ -91,6 +92,20 @@ def test_bands_of_profiles_are_wilsons_and_tasks_count_alike() -> None:
     assert even.low == pytest.approx([stats.binomtest(6, 10).proportion_ci(method="wilson").low])
 
 
+def test_tasks_with_different_numbers_of_runs_are_put_together_without_losing_any(study: Study) -> None:
+    whole = compare(study, study.tasks[0])
+    fewer = replace(whole, task="other", scores=np.where(np.arange(len(whole.seeds)) < 2, whole.scores + 0.1, np.nan))
+    table, runs = across_tasks([whole, fewer])
+    row = table.set_index("label").loc["baseline"]
+    place = whole.groups.index(whole.baseline or "")
+    own = whole.scores[place]
+    assert [len(each) for each in runs["baseline"]] == [own.size, 2]
+    assert row["runs"] == own.size + 2
+    assert row["mean"] == pytest.approx((own.mean() + own[:2].mean() + 0.1) / 2)
+    weighted = np.concatenate([np.repeat(own, 2), np.repeat(own[:2] + 0.1, 5)])
+    assert row["iqm"] == pytest.approx(stats.trim_mean(weighted, 0.25))
+
+
 def test_the_plane_shows_the_drift_of_the_cells_own_updates() -> None:
     rows = [("a", "on-policy", 1.0), ("a", "4 updates", 2.0), ("a", "16 updates", 3.0), ("a", "random 0.3", 4.0)]
     rows += [("b", "random 0.3", 6.0), ("b", "on-policy", 5.0)]
@@ -100,13 +115,18 @@ def test_the_plane_shows_the_drift_of_the_cells_own_updates() -> None:
 
 
 def test_every_figure_fits_a_column_with_legible_labels_and_says_n(study: Study) -> None:
-    comparison = compare(study, study.tasks[0])
-    drawings = draw(study, comparison)
+    names = {label: f"reward_to_go, {label}, abs" for label in study.cells["label"]}
+    long = replace(study, cells=study.cells.assign(label=study.cells["label"].map(names)))
+    comparison = compare(long, long.tasks[0])
+    drawings = draw(long, comparison)
     assert len({drawing.name for drawing in drawings}) == len(drawings)
     for drawing in drawings:
+        drawn = drawing.figure.get_tightbbox()
         width, height = drawing.figure.get_size_inches()
         assert width <= 3.4, drawing.name
         assert height <= 9, drawing.name
+        assert drawn.x0 > -0.03, drawing.name
+        assert drawn.x1 < width + 0.03, drawing.name
         texts = [text for axes in drawing.figure.axes for text in [*axes.texts, *axes.get_xticklabels(), axes.title]]
         assert min(text.get_fontsize() for text in texts) >= 5.5, drawing.name
         legends = [text.get_text() for legend in drawing.figure.legends for text in legend.get_texts()]
