@@ -109,6 +109,11 @@ class Resources(Section):
     """Slurm node constraint."""
     nodes: Count = 1
     """Nodes per job."""
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
+    """Network interface by which processes on several nodes meet and exchange numbers (`ib0`), of the same name on all;
+    null: that of the first node's host name."""
+    collective_minutes: Minutes = 60
+    """Longest that processes of a job wait for one another while all of them are alive, for slow rewards say."""
     exclude: str | None = None
     """Slurm nodes to avoid."""
     setup: tuple[str, ...] = ()

@@ -24,6 +24,9 @@ from klab.harness.store import Run, machine
 if TYPE_CHECKING:
     from klab.harness.training.distributed.process_group import ProcessGroup
 
+MINUTES_VARIABLE = "KLAB_COLLECTIVE_MINUTES"
+"""Where a Slurm job's script tells its processes `resources.collective_minutes`, whatever it comes from."""
+
 _END_SECONDS = 20.0
 """How long processes that were let go may take to end."""
 
@@ -44,7 +47,7 @@ def started_group(run: Run, size: int, threads: int = 1, devices: Sequence[str] 
     try:
         if devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
-        with leading_group(size, meeting, others=others) as process_group:
+        with leading_group(run, size, meeting, others=others) as process_group:
             yield process_group
         with suppress(subprocess.TimeoutExpired):
             for other in others:
@@ -57,7 +60,7 @@ def started_group(run: Run, size: int, threads: int = 1, devices: Sequence[str] 
 
 @contextmanager
 def leading_group(
-    size: int, meeting: Path, address: str | None = None, others: Sequence[subprocess.Popen[bytes]] = ()
+    run: Run, size: int, meeting: Path, address: str | None = None, others: Sequence[subprocess.Popen[bytes]] = ()
 ) -> Iterator[ProcessGroup]:
     """The process group that this process leads, once all have joined; the others are released after the block.
 
@@ -81,7 +84,15 @@ def leading_group(
                 )
 
     try:
-        process_group = rendezvous(0, size, meeting, device=device(), address=address or LOOPBACK, watch=watch)
+        process_group = rendezvous(
+            0,
+            size,
+            meeting,
+            device=device(),
+            address=address or LOOPBACK,
+            watch=watch,
+            minutes=collective_minutes(run),
+        )
         try:
             yield process_group
         finally:
@@ -105,7 +116,8 @@ def follow_group(run: str | Path, rank: int, size: int, threads: int, meeting: P
     from klab.harness.training.pack import device
 
     try:
-        process_group = rendezvous(rank, size, meeting, device=device())
+        minutes = collective_minutes(Run.open(run))
+        process_group = rendezvous(rank, size, meeting, device=device(), minutes=minutes)
         try:
             with user_code.searching(known=Run.open(run).user_code()):
                 parallel.run_worker(run, process_group, threads)
@@ -113,6 +125,11 @@ def follow_group(run: str | Path, rank: int, size: int, threads: int, meeting: P
             process_group.close()
     except ProcessGroupLost as lost:
         sys.exit(str(lost))
+
+
+def collective_minutes(run: Run) -> float:
+    """How long the processes of a job may wait for one another."""
+    return float(os.environ.get(MINUTES_VARIABLE) or run.resources.collective_minutes)
 
 
 def select_gpu(local: int) -> None:

@@ -58,6 +58,27 @@ def test_two_processes_on_one_node_or_two_have_the_bits_of_two_here(lab: Lab, mo
     assert_same(far, quiet)
 
 
+def test_weights_shared_out_over_two_nodes_survive_the_death_of_one_task(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other task says who died; launched again, the cell ends with the bits of two undisturbed processes here."""
+    grid = lab.grid("shared", **SLOW, policy_settings={"sharding": "full"}, resources={"nodes": 2, "interface": "lo"})
+    run = lab.launch(grid)
+    lab.until_update(run, 8)
+    job, victim = lab.job(run), task(lab.job(run), 1)
+    kill(victim)
+    lab.until(run, lambda rows: rows[0].state == "failed", 60)
+    wait_for("the job to end", lambda: not lab.tell("squeue", "-h"), 30)
+    logs = "".join(file.read_text(errors="replace") for file in run.jobs.rglob(f"*{job}*") if file.is_file())
+    assert f", pid {victim}) is gone" in logs
+    lab.launch(grid, "--retry-failed")
+    lab.until_finished(run)
+    quiet = Run.create(lab.folder / "quiet" / "shared", load_grid(grid))
+    monkeypatch.setenv("KLAB_TEST_HURRY", "1")
+    assert set(run_job(quiet.path, tuple(quiet.cells), executor="here", processes=2).values()) == {"finished"}
+    assert_same(run, quiet)
+
+
 def test_a_reward_that_raises_in_another_task_fails_the_cell_with_its_words(lab: Lab) -> None:
     run = lab.launch(lab.grid("raises", task={"trouble": "raise"}, resources={"processes": 2}))
     rows = lab.until(run, lambda rows: rows[0].state == "failed", 60)

@@ -94,12 +94,13 @@ def write_grid(
     cells: list[dict[str, Any]] | None = None,
     seeds: int = 1,
     resources: Mapping[str, Any] | None = None,
+    policy_settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """A grid file named as its stem, with one configuration per entry of `cells`."""
     grid = {
         "name": file.stem,
         "task": {"name": "tests.support.small_cells:Letters", **(task or {})},
-        "policy": {"name": "hf", "model": str(policy)},
+        "policy": {"name": "hf", "model": str(policy), **(policy_settings or {})},
         "training": {**TRAINING, **(training or {})},
         "objective": {},
         "design": "list",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.grid.user_code import python_command
+from klab.harness.dispatch.processes import MINUTES_VARIABLE
 from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.slurm.options import sbatch_options, with_user_options
 from klab.harness.dispatch.slurm.submission import folder, job_name
@@ -110,7 +111,7 @@ def submitit_parameters(job: ArrayJob) -> dict[str, Any]:
         "dependency": f"afterany:{job.after}" if job.after else None,
         "signal_delay_s": signal_delay(wanted.minutes),
         "array_parallelism": job.parallel,
-        "setup": [_INHERIT_CPUS, *wanted.setup, *_repair(job)],
+        "setup": [_INHERIT_CPUS, *wanted.setup, *_exchange(wanted), *_repair(job)],
         "srun_args": ["--output", logs["out"], "--error", logs["err"]],
         "additional_parameters": {
             "requeue": True,
@@ -126,6 +127,16 @@ def submitit_parameters(job: ArrayJob) -> dict[str, Any]:
         given["ntasks_per_node"] = 1 if wanted.launcher else wanted.processes_per_node
         given["srun_args"].append("--kill-on-bad-exit=1")
     return given
+
+
+def _exchange(wanted: Resources) -> list[str]:
+    """Shell lines that say how the processes of a job exchange numbers."""
+    if processes_per_job(wanted) == 1:
+        return []
+    lines = [f"export {MINUTES_VARIABLE}={wanted.collective_minutes}"]
+    if wanted.interface is not None:
+        lines.append(f"export GLOO_SOCKET_IFNAME={wanted.interface} NCCL_SOCKET_IFNAME=={wanted.interface}")
+    return lines
 
 
 def processes_per_job(resources: Resources) -> int:

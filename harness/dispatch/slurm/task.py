@@ -77,7 +77,8 @@ class ArrayTask:
         if self.processes == 1:
             return self._lead()
         alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
-        with leading_group(self.processes, _meeting(), None if alone else socket.gethostname()) as world:
+        address = None if alone else socket.gethostname()
+        with leading_group(Run.open(self.run), self.processes, _meeting(), address) as world:
             return self._lead(world)
 
     def _with_launcher(self, node: int) -> dict[str, str]:

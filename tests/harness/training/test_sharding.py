@@ -160,6 +160,38 @@ def test_resumed_by_as_many_processes_to_the_bit_and_by_others_to_rounding(
     assert_close(through, moved)
 
 
+def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(make_run: MakeRun, together: WorkerPool) -> None:
+    """Both before its folder is whole and before the cell's state says that it counts."""
+    through, killed = (make_run(name, {**QUICK, "updates": 4}, policy=SHARDED) for name in ("through", "killed"))
+    assert set(together(through, 2).values()) == {"finished"}
+    assert set(together(killed, 2, stop=StopAfter(2)).values()) == {"interrupted"}
+    folder = killed.cell(killed.cells[0]).checkpoint
+    for name in ("shards-00000003", ".shards-00000004.partial"):
+        (folder / name).mkdir()
+        (folder / name / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half of i")
+    assert set(together(killed, 2, stop=StopAfter(1)).values()) == {"interrupted"}
+    assert sorted(path.name for path in folder.iterdir()) == ["shards-00000003", "state.safetensors"]
+    assert set(together(killed, 2).values()) == {"finished"}
+    assert_same(through, killed, through.cells[0])
+
+
+def test_damaged_shares_are_not_believed(
+    make_run: MakeRun, together: WorkerPool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A changed number fails the cell, which says what to do; a file that is cut short starts it again."""
+    run = make_run("damaged", {**QUICK, "updates": 2}, policy=SHARDED)
+    assert set(together(run, 2, stop=StopAfter(1)).values()) == {"interrupted"}
+    (folder,) = run.cell(run.cells[0]).checkpoint.glob("shards-*")
+    file = min(folder.glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert set(together(run, 2).values()) == {"failed"}
+    assert "is damaged: its checksum does not fit" in (run.cell(run.cells[0]).error() or "")
+    file.write_bytes(whole[:-1])
+    assert set(together(run, 2).values()) == {"finished"}
+    assert "starts again from its beginning" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["whole", "adapters"])
 def test_half_precision_computes_with_rounded_copies_of_float32_shares(
     make_run: MakeRun, together: WorkerPool, lora: dict[str, Any]

@@ -125,6 +125,17 @@ def test_one_array_with_its_resources(fake: Fake, run: Run) -> None:
     assert [each.job for each in submissions(run)] == ["101"]
 
 
+def test_processes_of_several_nodes_are_told_how_to_exchange_numbers(fake: Fake, run: Run) -> None:
+    submit(run, nodes=2, interface="ib0", collective_minutes=15)
+    script = fake.script(1)
+    for line in ("KLAB_COLLECTIVE_MINUTES=15", "GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME==ib0"):
+        assert script.index(f"export {line}\n") < script.index("srun ")
+    with pytest.raises(UserError, match=r"resources\.interface: .*pattern"):
+        load_section("resources", {"interface": "ib0; rm"})
+    submit(run, interface="ib0")
+    assert "SOCKET_IFNAME" not in fake.script(2)
+
+
 def test_a_dry_run_shows_the_very_script(fake: Fake, run: Run) -> None:
     def plain(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith("#SBATCH --job-name=klab-six-001-")]
