@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +32,12 @@ SHAPE_OF = {"0.5b": "qwen2.5-0.5b", "toy": "toy"}
 HERE = Path(__file__).parent
 
 
+def trl_python() -> Path:
+    """The interpreter of the parity tests; this one where that is not there and TRL is here."""
+    own = HERE.parents[1] / ".venv-parity/bin/python"
+    return Path(sys.executable) if not own.exists() and find_spec("trl") else own
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make all steps; 1 where one of them failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu_proof", description=__doc__)
@@ -39,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=STEPS, help="some of the steps")
     parser.add_argument("--bandwidth", type=float, help="the device's, in GB/s, where it is not known")
     parser.add_argument("--tflops", type=float, help="the device's, in TFLOP/s")
-    parser.add_argument("--trl", type=Path, default=HERE.parents[1] / ".venv-parity/bin/python")
+    parser.add_argument("--trl", type=Path, default=trl_python(), help="the interpreter that has TRL")
     parser.add_argument("--out", type=Path, default=HERE / "gpu_proof.md")
     given = parser.parse_args(arguments)
     let_segments_grow()
