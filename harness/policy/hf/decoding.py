@@ -47,7 +47,7 @@ class CachedDecoder:
         self._weights = policy.weights()
         self._caches: list[Any] = []
         self._masks: list[Tensor] = []
-        self._cached: list[Tensor] = []
+        self._cached: list[list[int]] = []
         """By cell, which trajectories the cache still holds."""
 
     def start(self) -> dict[int, Tensor]:
@@ -61,19 +61,20 @@ class CachedDecoder:
             cache.batch_repeat_interleave(self.group_size)
             self._caches.append(cache)
             self._masks.append(mask.repeat_interleave(self.group_size, 0))
-            self._cached.append(torch.arange(len(listed) * self.group_size, device=self.policy.device))
+            self._cached.append(list(range(len(listed) * self.group_size)))
             found[cell] = logits[:, -1].repeat_interleave(self.group_size, 0)
         return found
 
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         found = {}
         for cell, tokens in last_tokens.items():
-            live = torch.tensor(unfinished[cell], device=self.policy.device)
-            stay = live[self._cached[cell]].nonzero().view(-1)
+            stay = [place for place, row in enumerate(self._cached[cell]) if unfinished[cell][row]]
             if len(stay) < len(self._cached[cell]):
-                self._caches[cell].batch_select_indices(stay)
-                self._masks[cell], self._cached[cell] = self._masks[cell][stay], self._cached[cell][stay]
-            rows = self._cached[cell]
+                places = self._index(stay)
+                self._caches[cell].batch_select_indices(places)
+                self._masks[cell] = self._masks[cell][places]
+                self._cached[cell] = [self._cached[cell][place] for place in stay]
+            rows = self._index(self._cached[cell])
             self._masks[cell] = torch.cat((self._masks[cell], torch.ones_like(rows, dtype=torch.bool)[:, None]), 1)
             logits, _ = self.policy.logits(
                 self._weights[cell], tokens[rows][:, None], self._masks[cell], 1, self._caches[cell]
@@ -81,6 +82,9 @@ class CachedDecoder:
             every = logits.new_zeros(len(tokens), logits.shape[-1])
             found[cell] = every.index_copy_(0, rows, logits[:, -1])
         return found
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long).to(self.policy.device, non_blocking=True)
 
 
 class UncachedDecoder:
@@ -118,7 +122,8 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, left: bool = F
     S = max(len(row) for row in rows)
     gaps = [[0] * (S - len(row)) for row in rows]
     full = [[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps, strict=True)]
-    lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]
-    columns = torch.arange(S, device=device)[None, :]
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    columns = torch.arange(S)[None, :]
     mask = columns >= S - lengths if left else columns < lengths
-    return torch.tensor(full, dtype=torch.long, device=device), mask
+    tokens = torch.tensor(full, dtype=torch.long)
+    return tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True)

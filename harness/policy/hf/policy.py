@@ -20,6 +20,7 @@ from klab.harness.policy.hf import peft
 from klab.harness.policy.hf.decoding import CachedDecoder, UncachedDecoder, pad_rows
 from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.hf.output_layer import chunked_log_softmax
+from klab.harness.policy.ordered_gather import take_rows
 from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder, Policy
 from klab.harness.policy.pretrained import (
     GENERATION_CONFIG,
@@ -187,11 +188,10 @@ class TransformersPolicy:
         Raises:
             UserError: a sequence exceeds the model's context.
         """
-        self._check_lengths(attention_mask)
+        self._check_length(int(attention_mask.sum(1).max()))
         return self.model(weights, tokens, attention_mask, logits_to_keep, cache, self.lora_enabled)
 
-    def _check_lengths(self, attention_mask: Tensor) -> None:
-        longest = int(attention_mask.sum(1).max())
+    def _check_length(self, longest: int) -> None:
         if longest > self.context_length:
             raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context_length)
 
@@ -222,31 +222,32 @@ class TransformersPolicy:
         return [other._score_cell({}, rollout, options) for rollout in rollouts]
 
     def _score_cell(self, weights: Mapping[str, Tensor], rollout: Rollout, options: ScoreOptions) -> TokenScores:
-        mask, prompts, groups = rollout.mask, rollout.prompts, rollout.groups.tolist()
+        mask, prompts, host = rollout.mask, rollout.prompts, rollout.on_host
         device = mask.device
-        lengths = rollout.present.sum(1).tolist()
-        completions = rollout.tokens.tolist()
+        groups = [row // rollout.group_size for row in range(len(mask))]
+        lengths, completions = host.lengths.tolist(), host.tokens.tolist()
         sequences = [[*prompts[g], *completions[i][: max(lengths[i] - 1, 0)]] for i, g in enumerate(groups)]
         tokens, attention_mask = pad_rows(sequences, device)
         first = min(len(prompts[g]) for g in groups) - 1
         keep = tokens.shape[1] - first
         in_chunks = self._needs_chunks(sum(lengths), options, device)
+        self._check_length(tokens.shape[1])
         if in_chunks:
-            self._check_lengths(attention_mask)
             hidden = self.model.final_states(weights, tokens, attention_mask, keep, self.lora_enabled)
         else:
-            values, hidden = self.logits(weights, tokens, attention_mask, keep)
-        starts = torch.tensor([len(prompts[g]) for g in groups], device=device) - 1 - first
-        columns = starts[:, None] + torch.arange(mask.shape[1], device=device)
-        wanted = (columns + keep * torch.arange(len(sequences), device=device)[:, None])[mask]
-        logits_index = torch.zeros_like(columns).masked_scatter(mask, torch.arange(len(wanted), device=device))
+            values, hidden = self.model(weights, tokens, attention_mask, keep, None, self.lora_enabled)
+        starts = torch.tensor([len(prompts[g]) for g in groups]) - 1 - first
+        columns = starts[:, None] + torch.arange(mask.shape[1])
+        wanted = (columns + keep * torch.arange(len(sequences))[:, None])[host.mask]
+        logits_index = torch.zeros_like(columns).masked_scatter(host.mask, torch.arange(len(wanted)))
+        wanted, logits_index = (index.to(device, non_blocking=True) for index in (wanted, logits_index))
         if in_chunks:
-            chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted)
+            chosen = take_rows(hidden.reshape(-1, hidden.shape[-1]), wanted)
             return self._score_in_chunks(weights, rollout, chosen, logits_index, options)
-        logits = values.reshape(-1, values.shape[-1]).index_select(0, wanted)
+        logits = take_rows(values.reshape(-1, values.shape[-1]), wanted)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, wanted) if options.states else None
+        states = take_rows(hidden.reshape(-1, hidden.shape[-1]), wanted) if options.states else None
         return gather_scores(rollout, logits_index, logits, states, options)
 
     def _needs_chunks(self, rows: int, options: ScoreOptions, device: torch.device) -> bool:

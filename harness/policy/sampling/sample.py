@@ -73,6 +73,9 @@ def _sample_by_steps(
                 drawn = [uniform_numbers(generators[cell], len(logits[cell]), rows.device) for cell in cells]
                 uniforms = torch.cat(drawn)
             tokens, logp = draw(rows, uniforms)
+            if rows.device.type != "cpu":  # one copy, which waits for the device
+                copied, logp = torch.stack((tokens.double(), logp.double())).cpu().unbind(0)
+                tokens = copied.long()
             sampled = zip(tokens.tolist(), logp.tolist(), strict=True)
             for cell in cells:
                 builders[cell].add_tokens(islice(sampled, len(logits[cell])))

@@ -60,7 +60,7 @@ class TrajectoryBuilder:
     @property
     def last_tokens(self) -> Tensor:
         """int64 [N], the last token of each trajectory."""
-        return torch.tensor([tokens[-1] for tokens in self.tokens], device=self.policy.device)
+        return torch.tensor([tokens[-1] for tokens in self.tokens]).to(self.policy.device, non_blocking=True)
 
     def add_tokens(self, sampled: Iterable[tuple[int, float]]) -> None:
         """Add a token to every unfinished trajectory: the next of the environment's answer, else the sampled one.

@@ -115,6 +115,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "critic": {"training": {"critic": {"kind": "head"}}, "objectives": [{"advantage": "gae"}]},
     "16 bits": {"policy": {"dtype": "bfloat16", "gradient_checkpointing": True}},
     "another precision samples": {"training": {"sampler": {"dtype": "bfloat16", "correction": "tis"}}},
+    "transformers": {
+        "training": {"micro_batch": 3, "updates_per_rollout": 3},
+        "policy": {"engine": "transformers", "gradient_checkpointing": True},
+    },
     "refill": {"training": {"equal_groups": "refill"}},
 }
 

@@ -88,8 +88,7 @@ def test_the_numbers_are_those_of_the_cpu(
 ) -> None:
     there = finished(run(make_run, "device", qwen, kind))
     assert device.launches > 1000
-    if kind.get("policy", {}).get("engine") != "transformers":
-        assert not device.unordered
+    assert not device.unordered
     monkeypatch.undo()
     here = finished(run(make_run, "cpu", qwen, kind))
     for mine, theirs in zip(there.cells, here.cells, strict=True):
