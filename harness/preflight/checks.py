@@ -67,7 +67,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             size_key = (policy_key, task.alphabet or "")
             if size_key not in sizes:
                 sizes[size_key] = yield from _tried(partial(model_sizes, cell.policy, model, task), file, "policy")
-            size = sizes[size_key]
+            size = sizes[size_key] if cell.training.engine == "klab" else None  # what TRL needs is not known
             if size is not None and memory_key not in estimated:
                 estimated.add(memory_key)
                 yield estimate_memory(cell, size, *passes(cell, task, model))

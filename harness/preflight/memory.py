@@ -137,7 +137,8 @@ def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
         task = text(cell.task) if cell.policy.name == "tiny" else ""  # a tiny policy's vocabulary is the task's
         critic = cell.training.critic
         work = "" if cell.policy.name == "tiny" else f"{text(cell.task)}{workload_settings(cell)}"
-        keys.append((text(cell.policy), task, critic.kind if critic is not None else "", work))
+        kind = critic.kind if critic is not None else ""
+        keys.append((text(cell.policy), task, kind, work, cell.training.engine))
     return keys
 
 

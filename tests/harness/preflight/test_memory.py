@@ -21,7 +21,9 @@ from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.pretrained import read_config
 from klab.harness.policy.stacked.architecture import Architecture
+from klab.harness.preflight.checks import check
 from klab.harness.preflight.memory import (
+    MemoryEstimate,
     estimate_memory,
     memory_keys,
     pretrained_sizes,
@@ -139,6 +141,16 @@ def test_cells_of_one_shape_have_one_key(make_grid: Callable[..., Grid]) -> None
     others = make_grid(cells=[gae], critic={"kind": "head"}).cells
     assert len(set(memory_keys(cells))) == 1
     assert len(set(memory_keys([*cells, *others]))) == 2
+
+
+@pytest.mark.parametrize(("engine", "expected"), [("klab", 1), ("trl", 0)])
+def test_what_trl_needs_is_not_told(tmp_path: Path, engine: str, expected: int) -> None:
+    start = checkpoint(tmp_path / "start", "Qwen2", "0123456789+=")
+    policy = {"name": "hf", "model": str(start)}
+    grid = {"name": "mine", "task": {"name": "addition"}, "policy": policy, "training": {"engine": engine}}
+    cells = parse_grid(json.dumps(grid), "mine.yaml").cells
+    found = [each for each in check(cells, tmp_path / "mine.yaml") if isinstance(each, MemoryEstimate)]
+    assert len(found) == expected
 
 
 def test_a_tiny_policy_is_checked_without_torch(tmp_path: Path) -> None:
