@@ -38,8 +38,17 @@ _ADVANTAGES = {
     "greedy_baseline": "remax",
     "batch_norm": "reinforce_plus_plus",
     "gae": "gae",
+    "group_center_rescaled": "gpg",
+    "best_of_group": "grpo_passk",
 }
-_OF_TRAJECTORIES = ("group_norm", "group_center", "leave_one_out", "length_baseline")
+_OF_TRAJECTORIES = (
+    "group_norm",
+    "group_center",
+    "leave_one_out",
+    "length_baseline",
+    "group_center_rescaled",
+    "best_of_group",
+)
 """Advantages whose estimators sum a trajectory's rewards first, so that a KL in the reward reaches all its tokens."""
 _OF_TOKENS = ("greedy_baseline", "batch_norm", "gae")
 """Advantages whose estimators sum the rewards from each token on."""
@@ -49,6 +58,14 @@ _LOSSES: dict[str, dict[str, tuple[str, ...]]] = {
     "gspo, constant advantages": {"ratio": ("sequence_mean",), "weight": ("ppo_clip",), "path": ("ratio",)},
     "cispo": {"ratio": ("token",), "weight": ("clamp", "truncate"), "path": ("score",)},
     "sapo": {"ratio": ("token",), "weight": ("sigmoid",), "path": ("score",), "aggregation": ("sequence_mean",)},
+    "dppo_tv": {"ratio": ("token",), "weight": ("dppo_tv",), "path": ("score",)},
+    "dppo_kl": {"ratio": ("token",), "weight": ("dppo_kl",), "path": ("score",)},
+    "geo_mean, constant advantages": {
+        "ratio": ("clipped_mean",),
+        "weight": ("ratio",),
+        "path": ("ratio",),
+        "aggregation": ("sequence_mean",),
+    },
     "gpg": {"ratio": ("none",), "weight": ("one",), "path": ("score",)},
 }
 """verl's `loss_mode` fixes ratio and weight. Its gspo has the score path, which is the ratio path wherever the
@@ -87,8 +104,8 @@ def _kl(objective: Objective) -> dict[str, Any]:
 def _advantage(objective: Objective) -> dict[str, Any]:
     name = _ADVANTAGES[objective.advantage]
     found: dict[str, Any] = {"algorithm.adv_estimator": name}
-    if name == "grpo":
-        found["algorithm.norm_adv_by_std_in_grpo"] = objective.advantage == "group_norm"
+    if name in ("grpo", "grpo_passk"):
+        found["algorithm.norm_adv_by_std_in_grpo"] = objective.advantage != "group_center"
     if name == "reinforce_plus_plus":
         found["algorithm.gamma"] = 1.0
     if name == "gae":
@@ -100,6 +117,13 @@ def _weight(objective: Objective) -> dict[str, Any]:
     mode, weight = f"{ACTOR}.policy_loss.loss_mode", objective.weight
     if weight == "one":
         return {mode: "gpg"}
+    if weight in ("dppo_tv", "dppo_kl"):
+        widths = (objective.tv_low, objective.tv_high) if weight == "dppo_tv" else (objective.kl_low, objective.kl_high)
+        found = {"low": widths[0], "high": widths[1], "c": objective.truncation}
+        return {mode: weight, **{f"{ACTOR}.clip_ratio_{end}": value for end, value in found.items()}}
+    if objective.ratio == "clipped_mean":
+        low, high = objective.clip_low, objective.clip_high
+        return {mode: "geo_mean", f"{ACTOR}.clip_ratio_low": low, f"{ACTOR}.clip_ratio_high": high}
     if weight in ("ppo_clip", "dual_clip"):
         return {
             mode: "gspo" if objective.ratio == "sequence_mean" else "vanilla",
@@ -143,6 +167,7 @@ def _families() -> tuple[Family, ...]:
 
 _CONVENTIONS: dict[str, dict[str, Any]] = {
     "group_norm": {"std": "sample", "eps": 1e-6},
+    "best_of_group": {"std": "sample", "eps": 1e-6},
     "batch_norm": {"std": "sample", "eps": 0.0},  # verl adds 1e-8 to the variance instead
 }
 _CLAMPED = Condition(
@@ -162,10 +187,10 @@ def verl_overrides(setting: Setting) -> Export:
     """
     family, objective, differences = find(FAMILIES, setting, "verl")
     found = family.settings(objective)
-    if objective.placement == "loss" and objective.estimator in ("k3", "k3_plus"):
-        differences.append(
-            "verl's k3 is clamped at 10: where π_ref/π is above 13 its value stops and k3 has no gradient"
-        )
+    if objective.placement != "none" and objective.estimator in ("k3", "k3_plus"):
+        differences.append("verl's k3 is clamped at 10: where π_ref/π is above 13 its value stops and has no gradient")
+    if objective.ratio == "clipped_mean":
+        differences.append("verl averages geo_mean over each micro-batch: let one be a mini-batch")
     if objective.aggregation == "constant":
         if setting.max_new_tokens:
             found[f"{ACTOR}.loss_scale_factor"] = setting.max_new_tokens
@@ -284,7 +309,11 @@ def _sampler(training: TrainingSection, objective: Objective) -> dict[str, Any]:
     if reject is not None:
         # what it rejects leaves its response mask, and so the KL, the statistics over tokens and their number
         plain = objective.placement == "none" and objective.aggregation != "token_mean"
-        if reject.over == "token" or not plain or objective.advantage not in _OF_TRAJECTORIES[:3]:
+        if (
+            reject.over == "token"
+            or not plain
+            or objective.advantage not in ("group_norm", "group_center", "leave_one_out")
+        ):
             raise refusal("reject", "what it rejects leaves the KL term and the denominators too")
         found[f"{corrected}.rollout_rs"] = f"seq_{reject.over}_{reject.divergence}"
         bounds = f"{1.0 / reject.high!r}_{1.0 / reject.lower_bound!r}" if reject.divergence == "k1" else reject.high

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from klab.grid import Objective, UserError, user_code
 from klab.grid.algorithms import algorithm_names, load_algorithm
-from klab.harness.export.verl_cells import CELL, KNOWN, NAME, needs_reference, require_expressible
+from klab.harness.export.verl_cells import CELL, KNOWN, NAME, acting_placement, needs_reference, require_expressible
 from klab.harness.objective import TokenBatch, UpdateContext, objective_loss
 from klab.harness.objective.advantage import Returns
 from klab.harness.objective.aggregate import Totals
@@ -66,7 +66,7 @@ def advantages(objective: Objective, token_rewards: Tensor, mask: Tensor, labels
         labels: which prompt each trajectory answers, `[N]`.
     """
     rewards = masked(token_rewards, mask)
-    if objective.placement not in (
+    if acting_placement(objective) not in (
         "reward_to_go",
         "reward_and_loss",
     ):  # charged or not, all of it counts for each token

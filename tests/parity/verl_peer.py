@@ -150,6 +150,8 @@ def exported_gradient(data: Probe, overrides: dict[str, Any], values: Tensor | N
         ]
     else:
         algorithm.pop("gamma", None)
+        if estimator == "grpo_passk":
+            algorithm = {"config": dict(algorithm)}
         advantages = verl_advantages(data, estimator, rewards, **algorithm)
     kl = {}
     if actor.pop("use_kl_loss"):
