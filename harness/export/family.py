@@ -86,6 +86,7 @@ class Family:
                 )
             chosen[axis] = asked
         own = {name: getattr(objective, name) for name in _parameters(objective)}
+        own |= {key.partition(".")[2]: value for key, value in canonical.items() if "." in key}
         found = _objective(chosen, {**own, **self.conventions, **self.fixed})
         for key, value in found.canonical(on_policy).items():
             name = key.partition(".")[2]

@@ -36,14 +36,18 @@ def _grpo(objective: Objective) -> dict[str, Any]:
     kl: dict[str, Any] = {"beta": 0.0}
     if objective.placement != "none":
         kl = {"beta": objective.beta, "use_bias_correction_kl": objective.placement == "loss_corrected"}
-    level = {"token": "token", "sequence_mean": "sequence"}[objective.ratio]
+    level = "sequence" if objective.ratio == "sequence_mean" else "token"
     return {**kl, "scale_rewards": _SCALES[objective.advantage], "importance_sampling_level": level}
 
 
 def _clipped(objective: Objective) -> dict[str, Any]:
     widths = {"epsilon": objective.eps_low, "epsilon_high": objective.eps_high}
-    delta = {"delta": objective.c} if objective.weight == "dual_clip" else {}
-    return {**_grpo(objective), "loss_type": _CLIPPED[objective.aggregation], **widths, **delta}
+    more: dict[str, Any] = {}
+    if objective.weight in ("dual_clip", "two_sided_clip"):
+        more = {"delta": objective.c if objective.weight == "dual_clip" else objective.ceiling}
+    elif objective.weight == "sequence_kl_mask":
+        more = {"off_policy_mask_threshold": objective.drift}
+    return {**_grpo(objective), "loss_type": _CLIPPED[objective.aggregation], **widths, **more}
 
 
 def _cispo(objective: Objective) -> dict[str, Any]:
@@ -53,6 +57,15 @@ def _cispo(objective: Objective) -> dict[str, Any]:
 def _sapo(objective: Objective) -> dict[str, Any]:
     temperatures = {"sapo_temperature_pos": objective.tau_pos, "sapo_temperature_neg": objective.tau_neg}
     return {**_grpo(objective), "loss_type": "sapo", **temperatures}
+
+
+def _vespo(objective: Objective) -> dict[str, Any]:
+    kernel = {
+        f"vespo_{theirs}_{sign}": getattr(objective, f"{ours}_{sign}")
+        for ours, theirs in (("k", "k"), ("rate", "lambda"))
+        for sign in ("pos", "neg")
+    }
+    return {**_grpo(objective), "loss_type": "vespo", **kernel}
 
 
 def _rloo(objective: Objective) -> dict[str, Any]:
@@ -67,7 +80,7 @@ FAMILIES = (
         {
             **_SHARED,
             "ratio": ("token", "sequence_mean"),
-            "weight": ("ppo_clip", "dual_clip"),
+            "weight": ("ppo_clip", "dual_clip", "two_sided_clip", "sequence_kl_mask"),
             "aggregation": tuple(_CLIPPED),
         },
         _clipped,
@@ -102,6 +115,20 @@ FAMILIES = (
         conventions=_STD,
     ),
     Family(
+        "GRPOTrainer's VESPO",
+        GRPO,
+        {
+            **_SHARED,
+            "placement": ("loss", "none"),  # its corrected KL is multiplied by the token ratio
+            "path": ("score",),
+            "ratio": ("sequence_product",),
+            "weight": ("gamma_kernel",),
+            "aggregation": ("token_mean",),
+        },
+        _vespo,
+        conventions=_STD,
+    ),
+    Family(
         "RLOOTrainer",
         RLOO,
         {
@@ -131,7 +158,7 @@ def trl_arguments(setting: Setting) -> Export:
     training = setting.training
     if training is not None:
         require_own_fresh_rollouts(training, "TRL")
-        chosen, more = _training(training, family.target)
+        chosen, more = _training(training, family.target, str(found.get("loss_type")))
         found |= chosen
         differences += more
     if setting.max_new_tokens:
@@ -141,7 +168,7 @@ def trl_arguments(setting: Setting) -> Export:
     return Export(found, tuple(differences), family.target, objective)
 
 
-def _training(training: TrainingSection, target: str) -> tuple[dict[str, Any], list[str]]:
+def _training(training: TrainingSection, target: str, loss_type: str) -> tuple[dict[str, Any], list[str]]:
     """Arguments of the schedule, the rollouts and the optimizer, and what they leave different.
 
     Raises:
@@ -174,10 +201,10 @@ def _training(training: TrainingSection, target: str) -> tuple[dict[str, Any], l
     if training.truncated == "mask":
         found["mask_truncated_completions"] = True
     differences = overlong_differences(training, "trl.rewards.get_soft_overlong_punishment")
-    return found | _sampler(training, target), differences + sampler_differences(training, "TRL")
+    return found | _sampler(training, target, loss_type), differences + sampler_differences(training, "TRL")
 
 
-def _sampler(training: TrainingSection, target: str) -> dict[str, Any]:
+def _sampler(training: TrainingSection, target: str, loss_type: str) -> dict[str, Any]:
     """Arguments of vLLM as the sampler, and of the correction for it.
 
     Raises:
@@ -188,6 +215,12 @@ def _sampler(training: TrainingSection, target: str) -> dict[str, Any]:
         return {}
     if target == RLOO:
         raise UserError("TRL cannot express this cell: RLOOTrainer corrects nothing", key="training.sampler")
+    if sampler.correction != "none" and loss_type == "vespo":
+        raise UserError(
+            "TRL cannot express this cell: its VESPO takes the correction into the kernel",
+            key="training.sampler.correction",
+            value=sampler.correction,
+        )
     if sampler.correction == "ratio" or sampler.reject is not None:
         key = "reject" if sampler.reject is not None else "correction"
         raise UserError(

@@ -2,9 +2,9 @@
 
 TRL's conventions, set on klab's side: group std with Bessel's correction and eps 1e-4.
 
-Not compared, because no axis value says it: GMPO (clips the tokens' log-ratios inside a geometric mean), VESPO (a gamma
-density of the sequence product), and the masks of off-policy sequences and of low-entropy tokens. The second importance
-ratio, between vLLM's sampler and the trainer, is compared in `tests/harness/training/test_sampler_correction_trl.py`.
+Not compared, because no axis value says it: the mask of low-entropy tokens; and GMPO, whose trainer is experimental
+(verl has it, too). The second importance ratio, between vLLM's sampler and the trainer, is compared in
+`tests/harness/training/test_sampler_correction_trl.py`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ pytestmark = pytest.mark.parity
 GROUP_NORM = {"name": "group_norm", "std": "sample", "eps": 1e-4}
 BATCH_NORM = {"name": "group_center_batch_norm", "std": "sample", "eps": 1e-4}
 PARAMETERS = {"beta": 0.3, "eps_low": 0.1, "eps_high": 0.15, "c": 1.6, "cap": 1.3, "tau_pos": 1.0, "tau_neg": 2.0}
+PARAMETERS |= {"ceiling": 1.4, "drift": 0.02}
 """Of the points that are exported; TRL holds the temperatures in single precision, which has these."""
 WIDE = {"name": "ppo_clip", "eps_low": 0.1, "eps_high": 0.15}
 

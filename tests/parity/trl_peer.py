@@ -39,6 +39,11 @@ STAND_IN_DEFAULTS: dict[str, Any] = {
     "sapo_temperature_pos": 1.0,
     "sapo_temperature_neg": 1.05,
     "normalize_advantages": False,
+    "off_policy_mask_threshold": None,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
     "vllm_importance_sampling_correction": False,
     "vllm_importance_sampling_mode": "sequence_mask",
     "vllm_importance_sampling_clip_min": None,
@@ -53,6 +58,7 @@ def grpo_gradient(data: Probe, **settings: Any) -> Tensor:
 
     trainer = _stand_in(data, settings)
     trainer.get_off_policy_mask = GRPOTrainer.get_off_policy_mask
+    trainer.get_gamma_weights = GRPOTrainer.get_gamma_weights
     trainer._generate = lambda prompts: (
         [[1]] * len(prompts),
         [[1] * int(n) for n in data.present.sum(1)],
@@ -99,6 +105,7 @@ def _stand_in(data: Probe, settings: dict[str, Any]) -> SimpleNamespace:
         use_bias_correction_kl=chosen["use_bias_correction_kl"],
         sapo_temperature_pos=chosen["sapo_temperature_pos"],
         sapo_temperature_neg=chosen["sapo_temperature_neg"],
+        **{name: value for name, value in chosen.items() if name.startswith("vespo_")},
         steps_per_generation=1,
         gradient_accumulation_steps=1,
         per_device_train_batch_size=len(data.logp),
@@ -146,7 +153,7 @@ def _stand_in(data: Probe, settings: dict[str, Any]) -> SimpleNamespace:
         multi_objective_aggregation="sum_then_normalize",
         top_entropy_quantile=1.0,
         aux_loss_enabled=False,
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=chosen["off_policy_mask_threshold"],
         use_adaptive_entropy=False,
         _entropy_bonus_enabled=False,
         log_multimodal=False,

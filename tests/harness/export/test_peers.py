@@ -151,6 +151,9 @@ def test_corrections_for_a_sampler_are_exported() -> None:
     ]:
         with pytest.raises(UserError, match=r"training\.sampler"):
             exported(peer, TrainingSection(sampler=Sampler(**sampler)), **axes)
+    again = TrainingSection(sampler=Sampler(correction="tis"), updates_per_rollout=2)
+    with pytest.raises(UserError, match="VESPO takes the correction into the kernel"):
+        exported("trl", again, **load_algorithm("vespo").objective)
 
 
 @pytest.mark.parametrize(
