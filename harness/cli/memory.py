@@ -181,6 +181,8 @@ class MemoryNeed:
             options.append("policy.dtype: float32")
         elif policy.dtype == "float32" and policy.lora is not None and policy.name == "hf":
             options.append("policy.dtype: bfloat16")
+        if policy.name == "hf" and self.job.on_gpu and not is_sharded(self.cell):
+            options.append("policy.sharding: full with several resources.gpus")
         if critic is not None and critic.kind == "model":
             options.append("training.critic.kind: head")
         if not policy.gradient_checkpointing and self.estimate.work is not None:

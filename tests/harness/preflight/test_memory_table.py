@@ -75,6 +75,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     assert "n.yaml: policy: training needs at least 1" in refusal
     assert "the largest GPU here has 74.5 GB" in refusal
     assert "policy.lora" in refusal
+    assert "policy.sharding: full with several resources.gpus" in refusal
     assert need("0.5B").refusal("n.yaml") is None
     assert "token_budget" not in str(need("0.5B").passes_line())
     assert need("7B", lora={}, gradient_checkpointing=True).refusal("n.yaml") is None
