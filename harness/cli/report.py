@@ -86,7 +86,10 @@ def report(
         across = across_all(study, scores, delta)
         say(formatted(compare_all(study, scores, delta), form, across).rstrip("\n"))
         return
+    from klab.reports.figures.effort import parse_units
     from klab.reports.page import write_report
+
+    units = parse_units(over or (), "--over")
 
     with console().status("report") as status:
         if gradients:
@@ -105,7 +108,7 @@ def report(
             across,
             out,
             figures=figures,
-            over=over or (),
+            over=units,
             progress=lambda text: status.update(f"report: {text}"),
         )
     for name in track or ():

@@ -38,11 +38,11 @@ def test_a_table_on_standard_output_and_nothing_written(
 def test_report_writes_the_page_and_prints_the_table_and_its_path(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _klab("report", "other", "--runs", runs, "--out", tmp_path / "r", "--no-figures") == 0
+    assert _klab("report", "other", "--runs", runs, "--out", tmp_path / "r", "--no-figures", "--over", "tokens") == 0
     out = capsys.readouterr().out
     assert "baseline" in out
     assert out.rstrip().endswith("index.html")
-    assert (tmp_path / "r" / "index.html").exists()
+    assert 'data-view="tokens"' in (tmp_path / "r" / "index.html").read_text()
     assert (tmp_path / "r" / "tables" / "summary.tex").exists()
 
 
@@ -50,6 +50,7 @@ def test_report_writes_the_page_and_prints_the_table_and_its_path(
     ("words", "expected"),
     [
         (("report", "quick", "--format", "pdf"), "'pdf'"),
+        (("report", "quick", "--over", "token"), "did you mean 'tokens'"),
         (("report", "quick", "--score", "rewrad"), "did you mean 'reward'"),
         (("report", "quick", "--metric", "reward_at_kl"), "needs a number"),
         (("report", "quick", "--score", "parts.format", "--format", "csv"), "parts.format"),
