@@ -49,6 +49,7 @@ def ways(K: int, only: Sequence[str] | None = None) -> dict[str, Way]:
     every = {
         "trl": Way("TRL, one process", "trl"),
         "trl_at_once": Way(f"TRL, {K} processes at once", "trl", processes=K),
+        "trl_klab": Way("TRL with klab's objective, one process", "trl_engine"),
         "klab": Way("klab, one cell", "klab"),
         "klab_at_once": Way(f"klab, {K} processes of one cell at once", "klab", processes=K),
         "klab_pack": Way(f"klab, a pack of {K} cells over one base", "klab", cells=K),
@@ -128,7 +129,7 @@ class Device:
         shared += ["--meet", str(here / "meet"), "--processes", str(way.processes)]
         commands = []
         for number, file in enumerate(files):
-            own = ("--seed", str(number)) if way.side == "trl" else ("--cells", str(way.cells))
+            own = ("--cells", str(way.cells)) if way.side == "klab" else ("--seed", str(number))
             commands.append([python, f"tests/benchmarks/{way.side}_cell.py", *shared, *own, "--out", str(file)])
         run(commands, environment(self.given.setting))
         return summary([json.loads(file.read_text()) for file in files], way)

@@ -66,7 +66,7 @@ def test_beside_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = found["rows"]
     for name in ("rollout", "reward", "reference", "forward", "backward", "step"):
         assert all(row["ms"][name] > 0 for row in rows.values())
-    assert [row["ms"].get("behaviour", 0.0) > 0 for row in rows.values()] == [True, True, False, False, False]
+    assert [row["ms"].get("behaviour", 0.0) > 0 for row in rows.values()] == [True, True, True, False, False, False]
     assert rows["trl"]["trl_over_this"] == rows["trl_at_once"]["trl_at_once_over_this"] == 1
     assert rows["klab"]["trl_over_this"] == rows["trl"]["ms"]["wall"] / rows["klab"]["ms"]["wall"]
 

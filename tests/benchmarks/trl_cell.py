@@ -91,7 +91,7 @@ def _now() -> tuple[float, float]:
     return wall(), time.process_time()
 
 
-def _watched(trainer: Any, clock: Watch) -> None:
+def watched(trainer: Any, clock: Watch) -> None:
     reference, scored, drawn = trainer.ref_model, trainer._get_per_token_logps_and_entropies, trainer._generate
     adapted = [each for each in trainer.model.modules() if isinstance(getattr(each, "disable_adapters", None), bool)]
 
@@ -202,7 +202,7 @@ def main() -> None:
             callbacks=[watch],
             peft_config=_adapters(setting),
         )
-        _watched(trainer, watch)
+        watched(trainer, watch)
         trainer.train()
     counted = watch.tokens[ROLLOUTS_DROPPED:]
     trainable = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
