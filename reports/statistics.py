@@ -3,7 +3,7 @@
 The unit is the training seed. ``scores_rt`` is ``[runs, tasks]``; NaN is a missing seed.
 
 Sources: Student (1908); Agarwal et al. (2021), *Deep reinforcement learning at the edge of the statistical precipice*
-    (interquartile mean, performance profiles, optimality gap).
+    (interquartile mean, optimality gap).
 """
 
 from __future__ import annotations
@@ -52,8 +52,3 @@ def interquartile_mean(scores_rt: Array) -> float:
 def optimality_gap(scores_rt: Array, target: float = 1.0) -> float:
     """Mean shortfall from `target`; scores above the target count as the target."""
     return float(np.mean(np.maximum(target - finite(scores_rt), 0.0)))
-
-
-def performance_profile(scores_rt: Array, thresholds: Array) -> Array:
-    """Share of runs whose score is above each threshold, `[thresholds]`."""
-    return np.asarray([np.mean(finite(scores_rt) > threshold) for threshold in thresholds], dtype=np.float64)

@@ -39,7 +39,3 @@ def test_one_seed_has_a_mean_and_no_interval() -> None:
     assert (found.estimate, found.n) == (0.7, 1)
     assert np.isnan([found.low, found.high]).all()
     assert s.t_interval([]).n == 0
-
-
-def test_performance_profile_is_the_share_of_runs_above() -> None:
-    assert s.performance_profile(X, np.array([0.0, 0.4, 2.0])) == pytest.approx([1.0, 4 / 8, 0.0])
