@@ -150,6 +150,14 @@ def refuse_unsupported(training: TrainingSection, policy: PolicySection, objecti
             value="stacked",
             allowed=("auto", "transformers"),
         )
+    if getattr(policy, "sharding", "none") != "none":
+        raise UserError(
+            "is klab's own way to share weights out, and training.engine: trl leaves that to its launcher",
+            key="policy.sharding",
+            value="full",
+            allowed=("none",),
+            hint="Name a configuration of Accelerate with FSDP in resources.launcher.",
+        )
 
 
 def _refuse_training(training: TrainingSection) -> None:

@@ -32,6 +32,7 @@ def test_cells_keep_their_ids_whatever_is_shared_out() -> None:
         ({"sharding": "full", "engine": "stacked"}, {}, r"policy\.sharding: .* on the transformers engine only"),
         ({"offload": "cpu"}, {}, r"policy\.offload: has no effect without policy\.sharding: full"),
         ({"sharding": "full"}, {"critic": {"kind": "head"}}, r"training\.critic: critics are not shared out"),
+        ({"sharding": "full"}, {"engine": "trl"}, r"policy\.sharding: .* training\.engine: trl leaves that"),
         ({"sharding": "full"}, {"sampler": {"engine": "vllm"}}, r"training\.sampler\.engine: is given whole models"),
     ],
 )

@@ -63,15 +63,18 @@ class ShardedWeights:
 
     @torch.no_grad()
     def _gathered(self, share: DTensor) -> Tensor:
-        return with_local(share, share.to_local().to(self.device, self.dtype)).full_tensor()
+        from torch.distributed.tensor import DTensor
+
+        own = share.to_local().to(self.device, self.dtype)
+        placed = DTensor.from_local(
+            own, share.device_mesh, share.placements, run_check=False, shape=share.shape, stride=share.stride()
+        )
+        return placed.full_tensor()
 
     def frozen_copy(self) -> ShardedWeights:
         """A copy in the precision of the computation, where the shares lie."""
         with torch.no_grad():
-            copies = {
-                name: with_local(share, share.to_local().to(self.dtype, copy=True))
-                for name, share in self.shares.items()
-            }
+            copies: Any = {name: share.detach().clone().to(self.dtype) for name, share in self.shares.items()}
         return ShardedWeights(copies, self.dtype, self.device)
 
 
@@ -270,12 +273,3 @@ def _mesh(device: torch.device, group: dist.ProcessGroup | None) -> DeviceMesh:
     everyone = group or dist.group.WORLD
     assert everyone is not None
     return DeviceMesh.from_group(everyone, device.type)
-
-
-def with_local(like: DTensor, local: Tensor) -> DTensor:
-    """A tensor that is shared out as another one is, with other contents."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from klab.grid.schema.sections import TrainingSection
-from klab.harness.policy.hf.sharded import ShardedPolicy, with_local
+from klab.harness.policy.hf.sharded import ShardedPolicy
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.optim.optimizer import SAFE_BOUND, PreparedStep, StackedAdamW, norm
 
@@ -35,6 +35,16 @@ class ShardedAdamW(StackedAdamW):
         super().__init__(
             {name: share.to_local().detach().unsqueeze(0) for name, share in self._shares.items()}, [training]
         )
+        # where the shares lie, which may be the host's memory: `zeros_like` keeps to it, `DTensor.from_local` would not
+        self._moments: dict[str, dict[str, Any]] = {
+            group: {name: torch.zeros_like(share.detach()) for name, share in self._shares.items()}
+            for group in ("first", "second")
+        }
+        self.first, self.second = (
+            {name: moment.to_local().unsqueeze(0) for name, moment in self._moments[group].items()}
+            for group in ("first", "second")
+        )
+        self._first, self._second = self._slices(self.first), self._slices(self.second)
         self._look_at_weights()
 
     def gradients(self) -> list[list[Tensor]]:
@@ -83,12 +93,8 @@ class ShardedAdamW(StackedAdamW):
 
     def state_shares(self) -> dict[str, DTensor]:
         """This process's shares of weights and moments by name, as `StackedAdamW.state` names them."""
-        groups = {"weight": self.masters, "first": self.first, "second": self.second}
-        return {
-            f"{group}/{name}": with_local(share, groups[group][name][0])
-            for group in groups
-            for name, share in self._shares.items()
-        }
+        groups: dict[str, Mapping[str, Any]] = {"weight": self._shares, **self._moments}
+        return {f"{group}/{name}": value.detach() for group, values in groups.items() for name, value in values.items()}
 
     def restore(self, cell: int, state: Mapping[str, Tensor]) -> None:
         """Collective: go on from `state`, once the shares have been read into `state_shares`."""

