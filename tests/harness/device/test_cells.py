@@ -49,7 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lag and minibatches": {"training": {"lag": 1, "minibatches": 2, "updates_per_rollout": 2}, "objectives": [CLIP]},
     "environment": {"task": {"name": "letters_task:Echo"}},
     "transformers": {"policy": {"engine": "transformers"}},
-    "transformers, adapters": {"policy": {"engine": "transformers", **LORA}, "seeds": 2},
+    "transformers, adapters": {"policy": {"engine": "transformers", **LORA}},
     "transformers, checkpointing": {"policy": {"engine": "transformers", "gradient_checkpointing": True}},
 }
 
