@@ -51,7 +51,7 @@ def test_a_killed_process_ends_its_job_and_the_next_one_has_the_bits_of_the_loca
         if told.update == 5:
             kill(*followers(broken))
 
-    with pytest.raises(SystemExit, match="process 0 of 2: a process of this job is gone"):
+    with pytest.raises(SystemExit, match=r"process 0 of 2: process 1 of 2 \(.*, pid \d+\) is gone"):
         launch(broken, InlineExecutor(progress=disturb), workers=1)
     assert [broken.cell(identity).claim_holder() for identity in broken.cells] == [None, None]
     assert count(statuses(broken)).keys() <= {"waiting", "preempted", "lost"}
