@@ -62,13 +62,14 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
                 continue
             for note in (*small_sets(cell, task), *sampling_notes(cell.training), *engine_notes(cell.training)):
                 yield Finding(f"{file}: {note}", False)
+            readable = True
             if model is not None and task.alphabet is None:
-                yield from _tried(partial(check_prompts, cell, task, model), file, "policy")
+                readable = bool((yield from _tried(partial(check_prompts, cell, task, model), file, "policy")))
             size_key = (policy_key, task.alphabet or "")
             if size_key not in sizes:
                 sizes[size_key] = yield from _tried(partial(model_sizes, cell.policy, model, task), file, "policy")
             size = sizes[size_key] if cell.training.engine == "klab" else None  # what TRL needs is not known
-            if size is not None and memory_key not in estimated:
+            if size is not None and readable and memory_key not in estimated:
                 estimated.add(memory_key)
                 yield estimate_memory(cell, size, *passes(cell, task, model))
 
@@ -219,8 +220,8 @@ _LONGEST = 64
 """Prompts that are counted in tokens: those with the most characters."""
 
 
-def check_prompts(cell: Cell, task: Task, model: Model) -> None:
-    """See that the template works, and that the longest prompts leave room for their completions.
+def check_prompts(cell: Cell, task: Task, model: Model) -> bool:
+    """See that the template works, and that the longest prompts leave room for their completions: True, or an error.
 
     Raises:
         UserError: a template that fails, or a prompt that is too long.
@@ -238,6 +239,7 @@ def check_prompts(cell: Cell, task: Task, model: Model) -> None:
                 value=prompt if len(prompt) <= 60 else prompt[:60] + "…",
                 hint=f"training.max_prompt_tokens: {max(1, context - new + 1)} leaves such prompts out.",
             )
+    return True
 
 
 def prompt_lengths(task: Task, tokenizer: Any, chat_template: Any) -> Iterator[tuple[str, int]]:

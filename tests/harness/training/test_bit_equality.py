@@ -58,10 +58,10 @@ def test_interrupted_after_every_single_update(make_run: MakeRun, training: dict
     ("schedule", "repeated"),
     [
         ({"checkpoint_updates": 3}, [3, 4, 5, 6]),
-        ({"checkpoint_updates": 99, "checkpoint_seconds": 1e-9}, [4, 5, 6]),
+        ({"checkpoint_updates": 1}, [4, 5, 6]),
         ({"checkpoint_updates": 99}, [0, 1, 2, 3, 4, 5, 6]),
     ],
-    ids=["every three updates", "all the time", "never"],
+    ids=["every three updates", "every update", "never"],
 )
 def test_a_process_that_dies_without_a_word_repeats_the_lost_updates(
     make_run: MakeRun, schedule: dict[str, Any], repeated: list[int]

@@ -13,8 +13,9 @@ from tests.support.training_records import MakeRun, finished, numbers
 
 def test_a_task_that_scores_many_at_once_is_asked_once_per_rollout(make_run: MakeRun) -> None:
     ASKED.clear()
-    one = finished(make_run("one", {"updates": 2}))
-    run = finished(make_run("together", {"updates": 2}, task={"name": "batch_task:Together"}))
+    training = {"updates": 2, "final_evaluation_samples": 3}
+    one = finished(make_run("one", training))
+    run = finished(make_run("together", training, task={"name": "batch_task:Together"}))
     mine, theirs = numbers(run, run.cells[0]), numbers(one, one.cells[0])
     assert mine["metrics"] == theirs["metrics"]
     assert mine["evaluations"] == theirs["evaluations"]

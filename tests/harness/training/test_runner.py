@@ -197,6 +197,7 @@ def test_rows_of_some_cells_have_more_columns_that_the_report_knows(make_run: Ma
     training: list[dict[str, Any]] = [
         {"critic": {}, "beta_control": {"target": 0.1}, "trust_region": {}, "updates": 1, "lag": 1},
         {"equal_groups": "refill", "sampler": {"temperature": 1.1}, "updates": 1},
+        {"sampler": {"temperature": 1.1, "reject": {"high": 2.0}}, "updates": 1},
         {"equal_groups": "drop", "truncated": "mask", "overlong_buffer": 2, "updates": 1},
     ]
     more: set[str] = set()

@@ -168,9 +168,10 @@ def test_out_of_memory_while_sampling_and_evaluating_is_tried_again_in_parts(
             raise MemoryError(f"{rows} trajectories are too many")
         return steps(self, prompts, group_size, plain)
 
-    whole = finished(make_run("whole", policy=EXACT))
+    training = {"final_evaluation_samples": 3}
+    whole = finished(make_run("whole", training, policy=EXACT))
     monkeypatch.setattr(StackedPolicy, "decoder", scarce)
-    parts = finished(make_run("parts", policy=EXACT))
+    parts = finished(make_run("parts", training, policy=EXACT))
     assert refused == [18]
     mine, theirs = (numbers(run, run.cells[0])["metrics"] for run in (parts, whole))
     for one, other in zip(mine, theirs, strict=True):
