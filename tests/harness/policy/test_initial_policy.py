@@ -83,7 +83,7 @@ def _build(cache: Path) -> str:
 
 
 def test_processes_that_ask_at_once_get_one_policy(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
         answers = pool.map(_build, [tmp_path, tmp_path], chunksize=1)
     assert len({answer.split()[1] for answer in answers}) == 1
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [Path(answers[0].split()[1])]
