@@ -154,4 +154,4 @@ def test_modules_in_the_working_folder_are_not_loaded(tmp_path: Path) -> None:
         )
         assert "Traceback" not in process.stderr, (words, process.stderr[-2000:])
     assert not (tmp_path / "loaded").exists(), (tmp_path / "loaded").read_text()
-    assert json.loads((run.path / "report" / "tables" / "summary.json").read_text())["tasks"]
+    assert json.loads((run.path / "report" / "tables" / "summary.json").read_text())["comparisons"]
