@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from klab.grid import load_grid
-from klab.harness.dispatch.job import run_job
 from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.store import Run
 from tests.slurm.conftest import Lab, starts
@@ -29,7 +33,24 @@ def task(job: str, rank: int) -> int:
     return found
 
 
-def test_two_processes_on_one_node_or_two_have_the_bits_of_two_here(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+TRAIN = """
+import sys
+from pathlib import Path
+from klab.harness.dispatch.job import run_job
+states = run_job(Path(sys.argv[1]), tuple(sys.argv[2:]), executor="here", processes=2)
+sys.exit(set(states.values()) != {"finished"})
+"""
+
+
+def trained_by_two_here(lab: Lab, grid: Path) -> Run:
+    """The grid's cells after one quiet life in two processes of this machine."""
+    run = Run.create(lab.folder / "quiet" / grid.stem, load_grid(grid))
+    command = [sys.executable, "-c", TRAIN, str(run.path), *run.cells]
+    subprocess.run(command, check=True, env=os.environ | {"KLAB_TEST_HURRY": "1"})
+    return run
+
+
+def test_two_processes_on_one_node_or_two_have_the_bits_of_two_here(lab: Lab) -> None:
     """The job on one node is requeued in the middle, the other one loses a process to SIGKILL and is launched again."""
     grid = lab.grid("pair", **SLOW, resources={"processes": 2})
     apart = lab.grid("apart", **SLOW, resources={"nodes": 2, "minutes": 30})
@@ -51,16 +72,12 @@ def test_two_processes_on_one_node_or_two_have_the_bits_of_two_here(lab: Lab, mo
     lab.until_finished(pair)
     lab.until_finished(far)
     assert starts(pair) == starts(far) == [2]
-    quiet = Run.create(lab.folder / "quiet" / "pair", load_grid(grid))
-    monkeypatch.setenv("KLAB_TEST_HURRY", "1")
-    assert set(run_job(quiet.path, tuple(quiet.cells), executor="here", processes=2).values()) == {"finished"}
+    quiet = trained_by_two_here(lab, grid)
     assert_same(pair, quiet)
     assert_same(far, quiet)
 
 
-def test_weights_shared_out_over_two_nodes_survive_the_death_of_one_task(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_shared_out_over_two_nodes_survive_the_death_of_one_task(lab: Lab) -> None:
     """The other task says who died; launched again, the cell ends with the bits of two undisturbed processes here."""
     grid = lab.grid("shared", **SLOW, policy_settings={"sharding": "full"}, resources={"nodes": 2, "interface": "lo"})
     run = lab.launch(grid)
@@ -73,9 +90,7 @@ def test_weights_shared_out_over_two_nodes_survive_the_death_of_one_task(
     assert f", pid {victim}) is gone" in logs
     lab.launch(grid, "--retry-failed")
     lab.until_finished(run)
-    quiet = Run.create(lab.folder / "quiet" / "shared", load_grid(grid))
-    monkeypatch.setenv("KLAB_TEST_HURRY", "1")
-    assert set(run_job(quiet.path, tuple(quiet.cells), executor="here", processes=2).values()) == {"finished"}
+    quiet = trained_by_two_here(lab, grid)
     assert_same(run, quiet)
 
 
