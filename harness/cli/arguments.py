@@ -31,6 +31,10 @@ DeviceOption = Annotated[
     Device | None,
     typer.Option("--device", help="cpu leaves GPUs alone; cuda insists on one; default: what there is."),
 ]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Return at once; watch with `klab status --watch`.")]
+MaxParallelOption = Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")]
+CellsPerJobOption = Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")]
+ProfileOption = Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")]
 DeltaOption = Annotated[
     float | None,
     typer.Option("--delta", help="Differences smaller than this count as none (equivalent); default 0.05.", min=0.0),

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from klab.grid import UserError, user_code
-from klab.harness.cli.arguments import RUNS, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.arguments import (
+    RUNS,
+    CellsPerJobOption,
+    DetachOption,
+    DeviceOption,
+    JsonOption,
+    MaxParallelOption,
+    ProfileOption,
+    RunArgument,
+    RunsOption,
+    run_of,
+)
 from klab.harness.cli.execution import Where, WhereOption, carry_out
 from klab.harness.cli.extend import prepared
 from klab.harness.cli.text import say, show_json
@@ -23,11 +34,11 @@ def confirm(
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="Fresh seeds for each of them.")] = 10,
     name: Annotated[str | None, typer.Option("--name", help="Name of the new run; default: RUN-confirm.")] = None,
     on: WhereOption = Where.local,
-    detach: Annotated[bool, typer.Option("--detach", help="Return at once; watch with `klab status --watch`.")] = False,
-    max_parallel: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")] = None,
-    cells_per_job: Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")] = None,
+    detach: DetachOption = False,
+    max_parallel: MaxParallelOption = None,
+    cells_per_job: CellsPerJobOption = None,
     device: DeviceOption = None,
-    profile: Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")] = None,
+    profile: ProfileOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run; write nothing.")] = False,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,

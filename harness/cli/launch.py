@@ -11,7 +11,19 @@ import typer
 from klab.grid import Grid, UserError
 from klab.grid.schema.sections import Resources, parse_gpus
 from klab.grid.tuning import launched
-from klab.harness.cli.arguments import RUNS, DeviceOption, GridArgument, JsonOption, RunsOption, grid_of, run_of
+from klab.harness.cli.arguments import (
+    RUNS,
+    CellsPerJobOption,
+    DetachOption,
+    DeviceOption,
+    GridArgument,
+    JsonOption,
+    MaxParallelOption,
+    ProfileOption,
+    RunsOption,
+    grid_of,
+    run_of,
+)
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
 from klab.harness.cli.execution import Where, WhereOption, Work, backend, carry_out
 from klab.harness.cli.memory import JobMemory
@@ -33,11 +45,11 @@ from klab.harness.store.tuning import record_of
 def launch(
     grid: GridArgument,
     on: WhereOption = Where.local,
-    detach: Annotated[bool, typer.Option("--detach", help="Return at once; watch with `klab status --watch`.")] = False,
+    detach: DetachOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted; write nothing.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run failed cells again.")] = False,
-    max_parallel: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: cores or GPUs.")] = None,
-    cells_per_job: Annotated[int | None, typer.Option(min=1, help="Cells that one job trains together.")] = None,
+    max_parallel: MaxParallelOption = None,
+    cells_per_job: CellsPerJobOption = None,
     device: DeviceOption = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
@@ -58,7 +70,7 @@ def launch(
     sbatch: Annotated[
         list[str] | None, typer.Option(help="Slurm: further option as name=value; may be repeated.")
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="Slurm: named profile of your configuration file.")] = None,
+    profile: ProfileOption = None,
     merge: MergeOption = True,
     check: CheckOption = True,
     accept_changes: Annotated[

@@ -31,7 +31,7 @@ from klab.harness.policy.load import is_sharded
 from klab.harness.policy.rollout import Rollout
 from klab.harness.store import CellFolder, files
 from klab.harness.training.data.dynamic_sampling import SamplingStats
-from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.distributed import sharded_checkpoint
 
 FILE = "state.safetensors"

@@ -26,8 +26,8 @@ from klab.grid.schema.sections import Sampler
 from klab.harness.objective import LossCoefficients, TokenBatch, UpdateContext, objective_loss, update_context
 from klab.harness.policy.hf.sharded import ShardedPolicy
 from klab.harness.policy.rollout import Rollout
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.overlong import excluded_rows, training_rewards
-from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.data.sampler_mismatch import correction_weights
 from klab.harness.training.distributed.gathering import gathered
 from klab.harness.training.distributed.process_group import ProcessGroup

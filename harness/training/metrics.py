@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from klab.harness.objective.masking import masked
-from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.experience import Experience
 
 FROM_OBJECTIVE = (
     "k1",

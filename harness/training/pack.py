@@ -19,8 +19,9 @@ from klab.harness.policy.load import load_policy
 from klab.harness.policy.policy import Policy
 from klab.harness.training.checkpoint import CellState
 from klab.harness.training.data import group_filtering
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.minibatch import minibatch_groups, select_groups
-from klab.harness.training.data.rollouts import Experience, collect_rollouts
+from klab.harness.training.data.rollouts import collect_rollouts
 from klab.harness.training.distributed import sharded_checkpoint
 from klab.harness.training.distributed.commands import CommandChannel
 from klab.harness.training.distributed.gathering import gathered

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 
 from klab.harness.objective import LossCoefficients
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.group_filtering import has_no_loss_tokens
-from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.forward import Models
 from klab.harness.training.loss import compute_gradients

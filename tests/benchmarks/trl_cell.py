@@ -166,6 +166,25 @@ def _adapters(setting: Setting) -> Any:
     )
 
 
+def measured(
+    setting: Setting, trainer: GRPOTrainer, watch: Watch, rewards: list[float], started: float
+) -> dict[str, Any]:
+    """What a process of TRL's has measured since it started."""
+    counted = watch.tokens[ROLLOUTS_DROPPED:]
+    trainable = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
+    return {
+        "first_update": (watch.first or time.time()) - started,
+        "process_wall": time.time() - started,
+        "updates": watch.updates,
+        "trajectories": watch.trajectories,
+        "tokens": sum(counted) / max(1, len(counted)),
+        "adapter_numbers": 0 if setting.lora_rank is None else trainable,
+        "rewards": rewards,
+        "device": device_name(),
+        **usage(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -204,20 +223,7 @@ def main() -> None:
         )
         watched(trainer, watch)
         trainer.train()
-    counted = watch.tokens[ROLLOUTS_DROPPED:]
-    trainable = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
-    result = {
-        "first_update": (watch.first or time.time()) - STARTED,
-        "process_wall": time.time() - STARTED,
-        "updates": watch.updates,
-        "trajectories": watch.trajectories,
-        "tokens": sum(counted) / max(1, len(counted)),
-        "adapter_numbers": 0 if setting.lora_rank is None else trainable,
-        "rewards": rewards,
-        "device": device_name(),
-        **usage(),
-    }
-    given.out.write_text(json.dumps(result))
+    given.out.write_text(json.dumps(measured(setting, trainer, watch, rewards, STARTED)))
 
 
 if __name__ == "__main__":

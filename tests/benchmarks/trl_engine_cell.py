@@ -13,10 +13,10 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from clock import device_name, meet, usage  # noqa: E402
-from setting import ROLLOUTS_DROPPED, add_arguments, told  # noqa: E402
+from clock import meet  # noqa: E402
+from setting import add_arguments, told  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
-from trl_cell import Watch, watched  # noqa: E402
+from trl_cell import Watch, measured, watched  # noqa: E402
 
 from klab.grid import parse_grid  # noqa: E402
 from klab.harness.engines.trl.cell import make_trainer  # noqa: E402
@@ -56,20 +56,7 @@ def main() -> None:
         trainer.add_callback(watch)
         watched(trainer, watch)
         trainer.train()
-    counted = watch.tokens[ROLLOUTS_DROPPED:]
-    trainable = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
-    result = {
-        "first_update": (watch.first or time.time()) - STARTED,
-        "process_wall": time.time() - STARTED,
-        "updates": watch.updates,
-        "trajectories": watch.trajectories,
-        "tokens": sum(counted) / max(1, len(counted)),
-        "adapter_numbers": 0 if setting.lora_rank is None else trainable,
-        "rewards": rows.rewards,
-        "device": device_name(),
-        **usage(),
-    }
-    given.out.write_text(json.dumps(result))
+    given.out.write_text(json.dumps(measured(setting, trainer, watch, rows.rewards, STARTED)))
 
 
 if __name__ == "__main__":

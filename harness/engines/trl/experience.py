@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from klab.harness.policy.rollout import Rollout
-from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.distributed.messages import message_type
 
 
@@ -91,14 +91,4 @@ def select_rows(experience: Experience, rows: Tensor) -> Experience:
         truncated=rollout.truncated[rows],
         texts=[rollout.texts[row] for row in index],
     )
-    return replace(
-        experience,
-        rollout=part,
-        rewards=experience.rewards[rows],
-        correct=experience.correct[rows],
-        reference_logprobs=experience.reference_logprobs[rows],
-        greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
-        old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[rows],
-        timeouts=None if experience.timeouts is None else experience.timeouts[rows],
-        reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
-    )
+    return experience.select(rows, part)

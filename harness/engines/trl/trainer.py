@@ -31,8 +31,8 @@ from klab.harness.policy.hf.policy import train_padding_token
 from klab.harness.policy.pretrained import read_generation_config
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.special_tokens import answer_tokens, eos_token_ids, trailing_special_tokens
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.prompts import chat_template
-from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.data.scoring import reward_terms, score_texts
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup

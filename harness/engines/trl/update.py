@@ -28,13 +28,13 @@ from klab.harness.objective import (
 )
 from klab.harness.objective.metrics import TokenStats, update_metrics
 from klab.harness.training.data.dynamic_sampling import group_rows, nonzero_variance_groups
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.group_filtering import (
     drop_zero_variance,
     filtering_metrics,
     has_no_loss_tokens,
     loss_mask,
 )
-from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.forward import ForwardPass

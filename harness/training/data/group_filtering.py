@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from klab.harness.training.data.dynamic_sampling import nonzero_variance_groups
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.minibatch import select_groups
 from klab.harness.training.data.overlong import excluded_rows, length_penalties
-from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.data.sampler_mismatch import mismatch_metrics
 from klab.harness.training.metrics import Row, finite, sampled_figures
 from klab.harness.training.packed_cell import PackedCell

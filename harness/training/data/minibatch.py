@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from klab.harness.training.data.dynamic_sampling import group_rows
-from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.runtime.rng import permutation
 
 
@@ -28,15 +27,4 @@ def select_groups(experience: Experience, groups: Sequence[int]) -> Experience:
     if len(groups) == len(experience.rollout.prompts):
         return experience
     rows = group_rows(groups, size).to(experience.rewards.device)
-    return replace(
-        experience,
-        rollout=experience.rollout.select_prompts(groups),
-        rewards=experience.rewards[rows],
-        correct=experience.correct[rows],
-        reference_logprobs=experience.reference_logprobs[rows],
-        greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
-        values=None if experience.values is None else experience.values[rows],
-        old_logprobs=None if experience.old_logprobs is None else experience.old_logprobs[rows],
-        timeouts=None if experience.timeouts is None else experience.timeouts[rows],
-        reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
-    )
+    return experience.select(rows, experience.rollout.select_prompts(groups))

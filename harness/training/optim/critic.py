@@ -15,7 +15,7 @@ from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.value_head import ValueHead
-from klab.harness.training.data.rollouts import Experience
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from klab.harness.training.metrics import Row, finite
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, map_micro_batches

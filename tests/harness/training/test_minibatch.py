@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klab.harness.policy.rollout import Rollout
+from klab.harness.training.data.experience import Experience
 from klab.harness.training.data.minibatch import minibatch_groups, select_groups
-from klab.harness.training.data.rollouts import Experience
 from klab.harness.training.microbatch import MemoryBudget, is_padding, micro_batches, pack_micro_batches
 
 
