@@ -20,6 +20,7 @@ class Parameter:
         meaning: one line for `klab axes` and the documentation.
         low, high: inclusive bounds of a number; with ``open_low`` the lower one is exclusive.
         choices: the allowed words; empty for a number.
+        latex: a number's symbol in printed formulas.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Parameter:
     high: float = math.inf
     open_low: bool = False
     choices: tuple[str, ...] = ()
+    latex: str = ""
 
     def validate(self, value: object) -> float | str:
         """``value`` in this parameter's type.
@@ -59,21 +61,41 @@ class Parameter:
 
 
 _ALL = (
-    Parameter("beta", 0.04, "coefficient β of the KL term", low=0.0),
-    Parameter("eps_low", 0.2, "lower clipping width ε_low: ratios below 1 − ε_low are clipped", low=0.0),
-    Parameter("eps_high", 0.2, "upper clipping width ε_high: ratios above 1 + ε_high are clipped", low=0.0),
-    Parameter("q", 0.5, "exponent of the ratio", low=0.0, high=1.0),
-    Parameter("cap", 1.2, "largest weight", low=1.0),
-    Parameter("c", 3.0, "dual clip: where A < 0, ratios above c get weight 0", low=1.0),
-    Parameter("low", 0.5, "smallest ratio that is kept", low=0.0),
-    Parameter("high", 2.0, "largest ratio that is kept", low=0.0),
-    Parameter("tau_pos", 1.0, "temperature of the sigmoid gate where A > 0", low=0.0, open_low=True),
-    Parameter("tau_neg", 1.05, "temperature of the sigmoid gate where A ≤ 0", low=0.0, open_low=True),
+    Parameter("beta", 0.04, "coefficient β of the KL term", low=0.0, latex=r"\beta"),
     Parameter(
-        "ess", 0.9, "target effective sample size, as a share of the own tokens", low=0.0, high=1.0, open_low=True
+        "eps_low",
+        0.2,
+        "lower clipping width ε_low: ratios below 1 − ε_low are clipped",
+        low=0.0,
+        latex=r"\varepsilon_{\mathrm{low}}",
     ),
-    Parameter("gamma", 1.0, "discount factor γ of the per-token rewards", low=0.0, high=1.0),
-    Parameter("lam", 1.0, "λ of generalised advantage estimation", low=0.0, high=1.0),
+    Parameter(
+        "eps_high",
+        0.2,
+        "upper clipping width ε_high: ratios above 1 + ε_high are clipped",
+        low=0.0,
+        latex=r"\varepsilon_{\mathrm{high}}",
+    ),
+    Parameter("q", 0.5, "exponent of the ratio", low=0.0, high=1.0, latex="q"),
+    Parameter("cap", 1.2, "largest weight", low=1.0, latex="C"),
+    Parameter("c", 3.0, "dual clip: where A < 0, ratios above c get weight 0", low=1.0, latex="c"),
+    Parameter("low", 0.5, "smallest ratio that is kept", low=0.0, latex=r"b_{\mathrm{low}}"),
+    Parameter("high", 2.0, "largest ratio that is kept", low=0.0, latex=r"b_{\mathrm{high}}"),
+    Parameter("tau_pos", 1.0, "temperature of the sigmoid gate where A > 0", low=0.0, open_low=True, latex=r"\tau_{+}"),
+    Parameter(
+        "tau_neg", 1.05, "temperature of the sigmoid gate where A ≤ 0", low=0.0, open_low=True, latex=r"\tau_{-}"
+    ),
+    Parameter(
+        "ess",
+        0.9,
+        "target effective sample size, as a share of the own tokens",
+        low=0.0,
+        high=1.0,
+        open_low=True,
+        latex=r"\eta",
+    ),
+    Parameter("gamma", 1.0, "discount factor γ of the per-token rewards", low=0.0, high=1.0, latex=r"\gamma"),
+    Parameter("lam", 1.0, "λ of generalised advantage estimation", low=0.0, high=1.0, latex=r"\lambda_{\mathrm{GAE}}"),
     Parameter(
         "whiten",
         "none",
@@ -86,27 +108,54 @@ _ALL = (
         "advantage where R ≤ 0: 0 imitates accepted samples only (RAFT), −1 is REINFORCE on rewards of ±1",
         low=-1.0,
         high=0.0,
+        latex="a",
     ),
-    Parameter("ceiling", 4.0, "two-sided clip: ratios above δ get weight 0", low=1.0),
-    Parameter("tv_low", 0.15, "largest fall of a token's probability, where A ≤ 0", low=0.0),
-    Parameter("tv_high", 0.15, "largest rise of a token's probability, where A > 0", low=0.0),
-    Parameter("kl_low", 0.05, "largest binary KL divergence of a token that fell, where A ≤ 0, in nats", low=0.0),
-    Parameter("kl_high", 0.05, "largest binary KL divergence of a token that rose, where A > 0, in nats", low=0.0),
-    Parameter("truncation", 20.0, "largest ratio that DPPO multiplies by", low=1.0),
-    Parameter("drift", 0.2, "largest mean of −λ of a trajectory with A < 0, in nats per token", low=0.0),
-    Parameter("worst", 0.5, "largest e^λ − 1 − λ of a trajectory's tokens, in nats", low=0.0),
-    Parameter("moment", 0.04, "largest mean of (log ρ)² of the tokens that are kept", low=0.0),
-    Parameter("k_pos", 2.0, "exponent of the ratio where A ≥ 0", low=0.0),
-    Parameter("rate_pos", 3.0, "rate of the exponential damping where A ≥ 0", low=0.0, open_low=True),
-    Parameter("k_neg", 3.0, "exponent of the ratio where A < 0", low=0.0),
-    Parameter("rate_neg", 2.0, "rate of the exponential damping where A < 0", low=0.0, open_low=True),
-    Parameter("half_life", 32.0, "after how many tokens the weight of a later one halves", low=0.0, open_low=True),
-    Parameter("influence", 0.2, "how far the influence of later tokens may raise a weight", low=0.0),
-    Parameter("safety", 4.0, "where A < 0, ratios above this are never raised", low=1.0),
-    Parameter("clip_low", 0.4, "how far below 0 a log-ratio counts where A < 0", low=0.0),
-    Parameter("clip_high", 0.4, "how far above 0 a log-ratio counts where A > 0", low=0.0),
+    Parameter("ceiling", 4.0, "two-sided clip: ratios above δ get weight 0", low=1.0, latex=r"\delta"),
+    Parameter(
+        "tv_low", 0.15, "largest fall of a token's probability, where A ≤ 0", low=0.0, latex=r"\delta_{\mathrm{low}}"
+    ),
+    Parameter(
+        "tv_high", 0.15, "largest rise of a token's probability, where A > 0", low=0.0, latex=r"\delta_{\mathrm{high}}"
+    ),
+    Parameter(
+        "kl_low",
+        0.05,
+        "largest binary KL divergence of a token that fell, where A ≤ 0, in nats",
+        low=0.0,
+        latex=r"\delta_{\mathrm{low}}",
+    ),
+    Parameter(
+        "kl_high",
+        0.05,
+        "largest binary KL divergence of a token that rose, where A > 0, in nats",
+        low=0.0,
+        latex=r"\delta_{\mathrm{high}}",
+    ),
+    Parameter("truncation", 20.0, "largest ratio that DPPO multiplies by", low=1.0, latex="C"),
+    Parameter(
+        "drift", 0.2, "largest mean of −λ of a trajectory with A < 0, in nats per token", low=0.0, latex=r"\delta"
+    ),
+    Parameter("worst", 0.5, "largest e^λ − 1 − λ of a trajectory's tokens, in nats", low=0.0, latex=r"\delta"),
+    Parameter("moment", 0.04, "largest mean of (log ρ)² of the tokens that are kept", low=0.0, latex=r"\tau_{M_{2}}"),
+    Parameter("k_pos", 2.0, "exponent of the ratio where A ≥ 0", low=0.0, latex="k_{+}"),
+    Parameter("rate_pos", 3.0, "rate of the exponential damping where A ≥ 0", low=0.0, open_low=True, latex=r"\nu_{+}"),
+    Parameter("k_neg", 3.0, "exponent of the ratio where A < 0", low=0.0, latex="k_{-}"),
+    Parameter("rate_neg", 2.0, "rate of the exponential damping where A < 0", low=0.0, open_low=True, latex=r"\nu_{-}"),
+    Parameter(
+        "half_life", 32.0, "after how many tokens the weight of a later one halves", low=0.0, open_low=True, latex="h"
+    ),
+    Parameter(
+        "influence", 0.2, "how far the influence of later tokens may raise a weight", low=0.0, latex=r"\varepsilon_{f}"
+    ),
+    Parameter("safety", 4.0, "where A < 0, ratios above this are never raised", low=1.0, latex="C_{f}"),
+    Parameter("clip_low", 0.4, "how far below 0 a log-ratio counts where A < 0", low=0.0, latex=r"\xi_{\mathrm{low}}"),
+    Parameter(
+        "clip_high", 0.4, "how far above 0 a log-ratio counts where A > 0", low=0.0, latex=r"\xi_{\mathrm{high}}"
+    ),
     Parameter("std", "population", "divisor of the variance: n or n − 1", choices=("population", "sample")),
-    Parameter("eps", 1e-6, "added to the standard deviation before dividing by it", low=0.0),
+    Parameter(
+        "eps", 1e-6, "added to the standard deviation before dividing by it", low=0.0, latex=r"\epsilon_{\mathrm{std}}"
+    ),
     Parameter(
         "kl_scale",
         "mean",

@@ -40,11 +40,11 @@ def reference() -> str:
     for axis in AXES.values():
         parts += [f"### `{axis.name}`: {axis.title} {axis.symbol}", "", f"Default: `{axis.default}`.", ""]
         rows = [
-            (f"`{value.name}`", value.formula, ", ".join(f"`{name}`" for name in value.parameters), value.note,
-             value.source)
+            (f"`{value.name}`", value.formula, f"$`{value.latex}`$",
+             ", ".join(f"`{name}`" for name in value.parameters), value.note, value.source)
             for value in axis.values.values()
         ]  # fmt: skip
-        parts += [*_table(("value", "formula", "parameters", "note", "source"), rows), ""]
+        parts += [*_table(("value", "formula", "in print", "parameters", "note", "source"), rows), ""]
     parts += ["### Parameters of the values", ""]
     used = [(f"`{each.name}`", f"`{each.default}`", each.range, each.meaning) for each in PARAMETERS.values()]
     parts += [*_table(("parameter", "default", "values", "meaning"), used), ""]

@@ -9,17 +9,52 @@ ESTIMATOR = axis(
     "φ(κ)",
     "KL estimator",
     "k3",
-    Value("k1", "κ", "unbiased value, high variance", "Schulman 2020"),
-    Value("k2", "κ²/2", "gradient κ·∇ℓ", "Schulman 2020"),
-    Value("k3", "e^{−κ} − 1 + κ", "gradient (1 − e^{−κ})·∇ℓ", "Schulman 2020; Shao et al. 2024"),
-    Value("abs", "|κ|", "", "verl"),
-    Value("k3_plus", "value of k3, gradient of k2", "straight-through estimator", "verl (k3+)"),
+    Value(
+        "k1", "κ", "unbiased value, high variance", "Schulman 2020", latex=r"\kappa_{j}", gradient=r"\nabla \ell_{j}"
+    ),
+    Value(
+        "k2",
+        "κ²/2",
+        "gradient κ·∇ℓ",
+        "Schulman 2020",
+        latex=r"\frac{1}{2} \kappa_{j}^{2}",
+        gradient=r"\kappa_{j} \nabla \ell_{j}",
+    ),
+    Value(
+        "k3",
+        "e^{−κ} − 1 + κ",
+        "gradient (1 − e^{−κ})·∇ℓ",
+        "Schulman 2020; Shao et al. 2024",
+        latex=r"e^{-\kappa_{j}} - 1 + \kappa_{j}",
+        gradient=r"(1 - e^{-\kappa_{j}}) \nabla \ell_{j}",
+    ),
+    Value(
+        "abs",
+        "|κ|",
+        "",
+        "verl",
+        latex=r"\lvert \kappa_{j} \rvert",
+        gradient=r"\operatorname{sign}(\kappa_{j}) \nabla \ell_{j}",
+    ),
+    Value(
+        "k3_plus",
+        "value of k3, gradient of k2",
+        "straight-through estimator",
+        "verl (k3+)",
+        latex=(
+            r"\operatorname{sg}[e^{-\kappa_{j}} - 1 + \kappa_{j} - \frac{1}{2} \kappa_{j}^{2}] + "
+            r"\frac{1}{2} \kappa_{j}^{2}"
+        ),
+        gradient=r"\kappa_{j} \nabla \ell_{j}",
+    ),
     Value(
         "full",
         "Σ_v π(v)·(log π(v) − log π_ref(v))",
         "exact conditional KL at each own token (Rao-Blackwell); gradient through the logits",
         "Amini et al. 2025",
         needs=("logits", "logits_reference"),
+        latex=r"\sum_{v} \pi_{j}(v) \log \frac{\pi_{j}(v)}{\pi_{j}^{\mathrm{ref}}(v)}",
+        gradient=r"\sum_{v} \pi_{j}(v) \log \frac{\pi_{j}(v)}{\pi_{j}^{\mathrm{ref}}(v)} \nabla \log \pi_{j}(v)",
     ),
 )
 
@@ -30,13 +65,15 @@ PLACEMENT = axis(
     "β·φ",
     "KL placement",
     "loss",
-    Value("none", "no KL term"),
+    Value("none", "no KL term", latex="K_{j} = 0", gradient="0"),
     Value(
         "reward",
         "r_j = R − β·c·Σ_i φ_i, before the baseline",
         "",
         "Ahmadian et al. 2024; From Estimation to Optimization ('in reward')",
         _IN_RETURN,
+        latex=r"r_{j} = R - \beta c \sum_{i=1}^{H} \varphi_{i},\quad u_{j} = \mathbf{1}[j = H] r_{1}",
+        gradient="0",
     ),
     Value(
         "reward_to_go",
@@ -44,6 +81,11 @@ PLACEMENT = axis(
         "the return of per-token KL penalties: GAE with γ = λ = 1 and V = 0",
         "Bai & Zhang 2026 (token-level reward); Ouyang et al. 2022",
         _IN_RETURN,
+        latex=(
+            r"r_{j} = R - \beta c \sum_{i=j}^{H} \varphi_{i},\quad u_{j} = \mathbf{1}[j = H] R - \beta c "
+            r"\varphi_{j}"
+        ),
+        gradient="0",
     ),
     Value(
         "advantage",
@@ -51,22 +93,44 @@ PLACEMENT = axis(
         "",
         "From Estimation to Optimization (combined form)",
         _DETACHED,
+        latex=r"A_{j} = a_{j} - \beta \varphi_{j}",
+        gradient="0",
     ),
-    Value("advantage_to_go", "A_j ← A_j − β·Σ_{i≥j} φ_i, after normalisation", "", "OpenRLHF", _DETACHED),
+    Value(
+        "advantage_to_go",
+        "A_j ← A_j − β·Σ_{i≥j} φ_i, after normalisation",
+        "",
+        "OpenRLHF",
+        _DETACHED,
+        latex=r"A_{j} = a_{j} - \beta \sum_{i=j}^{H} \varphi_{i}",
+        gradient="0",
+    ),
     Value(
         "loss",
         "L += β·agg(φ), differentiated",
         "",
         "Shao et al. 2024; From Estimation to Optimization ('as loss')",
         ("beta",),
+        latex=r"K_{j} = \beta \varphi_{j}",
+        gradient=r"\beta \nabla \varphi_{j}",
     ),
-    Value("loss_reweighted", "L += β·agg(sg(ρ)·φ)", "loss_corrected with the ratio detached", "", ("beta",)),
+    Value(
+        "loss_reweighted",
+        "L += β·agg(sg(ρ)·φ)",
+        "loss_corrected with the ratio detached",
+        "",
+        ("beta",),
+        latex=r"K_{j} = \beta \operatorname{sg}[\rho_{j}] \varphi_{j}",
+        gradient=r"\beta \rho_{j} \nabla \varphi_{j}",
+    ),
     Value(
         "loss_corrected",
         "L += β·agg(ρ·φ), ρ differentiated",
         "importance-corrected off-policy",
         "Jiosi 2026; DeepSeek-AI 2025b; TRL ≥ 1.16",
         ("beta",),
+        latex=r"K_{j} = \beta \rho_{j} \varphi_{j}",
+        gradient=r"\beta \rho_{j} (\nabla \varphi_{j} + \varphi_{j} \nabla \log \rho_{j})",
     ),
     Value(
         "reward_and_loss",
@@ -74,11 +138,18 @@ PLACEMENT = axis(
         "exact gradient of E[φ]",
         "Shah et al. 2025",
         _IN_RETURN,
+        latex=(
+            r"r_{j} = R - \beta c \sum_{i=j}^{H} \varphi_{i},\quad u_{j} = \mathbf{1}[j = H] R - \beta c "
+            r"\varphi_{j},\quad K_{j} = \beta \varphi_{j}"
+        ),
+        gradient=r"\beta \nabla \varphi_{j}",
     ),
     Value(
         "log_ratio",
         "ℓ in the surrogate is replaced by κ",
         "same gradient as none",
         "GRPO and Log-Ratio-Based Regularization",
+        latex=r"K_{j} = 0,\quad s_{j} = \kappa_{j}",
+        gradient="0",
     ),
 )

@@ -9,23 +9,65 @@ RATIO = axis(
     "ρ",
     "importance ratio",
     "token",
-    Value("none", "log ρ_j = 0"),
-    Value("token", "log ρ_j = λ_j", "", "Schulman et al. 2017; Shao et al. 2024; Jiosi 2026, eq. 1"),
-    Value("sequence_mean", "log ρ_j = (1/H)·Σ_i λ_i", "geometric mean over the trajectory", "Zheng et al. 2025a"),
+    Value("none", "log ρ_j = 0", latex="0", gradient="0"),
+    Value(
+        "token",
+        "log ρ_j = λ_j",
+        "",
+        "Schulman et al. 2017; Shao et al. 2024; Jiosi 2026, eq. 1",
+        latex=r"\lambda_{j}",
+        gradient=r"\nabla \ell_{j}",
+    ),
+    Value(
+        "sequence_mean",
+        "log ρ_j = (1/H)·Σ_i λ_i",
+        "geometric mean over the trajectory",
+        "Zheng et al. 2025a",
+        latex=r"\frac{1}{H} \sum_{i=1}^{H} \lambda_{i}",
+        gradient=r"\frac{1}{H} \sum_{i=1}^{H} \nabla \ell_{i}",
+    ),
     Value(
         "future_mean",
         "log ρ_j = (1/(H−j+1))·Σ_{i≥j} λ_i",
         "geometric mean over the tokens from j on",
         "Bai & Zhang 2026",
+        latex=r"\frac{1}{H - j + 1} \sum_{i=j}^{H} \lambda_{i}",
+        gradient=r"\frac{1}{H - j + 1} \sum_{i=j}^{H} \nabla \ell_{i}",
     ),
-    Value("sequence_product", "log ρ_j = Σ_i λ_i", "exact sequence importance sampling", "TRL (its RLOO)"),
-    Value("future_product", "log ρ_j = Σ_{i≥j} λ_i", "", "Bai & Zhang 2026 (the 'ideal' weight)"),
-    Value("prefix_product", "log ρ_j = Σ_{i≤j} λ_i", "per-decision importance sampling", "Precup et al. 2000"),
+    Value(
+        "sequence_product",
+        "log ρ_j = Σ_i λ_i",
+        "exact sequence importance sampling",
+        "TRL (its RLOO)",
+        latex=r"\sum_{i=1}^{H} \lambda_{i}",
+        gradient=r"\sum_{i=1}^{H} \nabla \ell_{i}",
+    ),
+    Value(
+        "future_product",
+        "log ρ_j = Σ_{i≥j} λ_i",
+        "",
+        "Bai & Zhang 2026 (the 'ideal' weight)",
+        latex=r"\sum_{i=j}^{H} \lambda_{i}",
+        gradient=r"\sum_{i=j}^{H} \nabla \ell_{i}",
+    ),
+    Value(
+        "prefix_product",
+        "log ρ_j = Σ_{i≤j} λ_i",
+        "per-decision importance sampling",
+        "Precup et al. 2000",
+        latex=r"\sum_{i=1}^{j} \lambda_{i}",
+        gradient=r"\sum_{i=1}^{j} \nabla \ell_{i}",
+    ),
     Value(
         "prefix_minimum",
         "log ρ_j = λ_j + min_{i<j} λ_i",
         "the smallest ratio before the token instead of their product",
         "Lei et al. 2026 (MinPRO)",
+        latex=r"\lambda_{j} + \begin{cases} \min_{i<j} \lambda_{i} & j > 1 \\ 0 & j = 1 \end{cases}",
+        gradient=(
+            r"\nabla \ell_{j} + \begin{cases} \nabla \ell_{m} & j > 1 \\ 0 & j = 1 \end{cases},\quad m = "
+            r"\operatorname{argmin}_{i<j} \lambda_{i}"
+        ),
     ),
     Value(
         "clipped_mean",
@@ -34,17 +76,27 @@ RATIO = axis(
         "Zhao et al. 2025 (GMPO)",
         ("clip_low", "clip_high"),
         needs=("advantage",),
+        latex=(
+            r"\frac{1}{H} \sum_{i=1}^{H} \begin{cases} \min(\lambda_{i}, \xi_{\mathrm{high}}) & A_{i} > 0 "
+            r"\\ \max(\lambda_{i}, -\xi_{\mathrm{low}}) & A_{i} < 0 \\ 0 & A_{i} = 0 \end{cases}"
+        ),
+        gradient=(
+            r"\frac{1}{H} \sum_{i=1}^{H} \mathbf{1}[(A_{i} > 0 \land \lambda_{i} \le \xi_{\mathrm{high}}) "
+            r"\lor (A_{i} < 0 \land \lambda_{i} \ge -\xi_{\mathrm{low}})] \nabla \ell_{i}"
+        ),
     ),
 )
 
+_CLIPPED = r"\operatorname{clip}(\rho_{j}, 1 - \varepsilon_{\mathrm{low}}, 1 + \varepsilon_{\mathrm{high}})"
+_UNCLIPPED = r"\mathbf{1}[(\rho_{j} - " + _CLIPPED + r") A_{j} \le 0]"
 _CLIP = ("eps_low", "eps_high")
 WEIGHT = axis(
     "weight",
     "w(ρ, A)",
     "weight",
     "ppo_clip",
-    Value("one", "1", "", "Bai & Zhang 2026, q = 0", in_family=True, monotone=True),
-    Value("ratio", "ρ", "", "Bai & Zhang 2026, q = 1", in_family=True, monotone=True),
+    Value("one", "1", "", "Bai & Zhang 2026, q = 0", in_family=True, monotone=True, latex="1"),
+    Value("ratio", "ρ", "", "Bai & Zhang 2026, q = 1", in_family=True, monotone=True, latex=r"\rho_{j}"),
     Value(
         "ppo_clip",
         "ρ·1[(ρ − clip(ρ, 1−ε_low, 1+ε_high))·A ≤ 0]",
@@ -53,6 +105,7 @@ WEIGHT = axis(
         _CLIP,
         in_family=False,
         monotone=False,
+        latex=r"\rho_{j} " + _UNCLIPPED,
     ),
     Value(
         "dual_clip",
@@ -62,6 +115,7 @@ WEIGHT = axis(
         (*_CLIP, "c"),
         in_family=False,
         monotone=False,
+        latex=r"\rho_{j} " + _UNCLIPPED + r" \mathbf{1}[A_{j} \ge 0 \lor \rho_{j} \le c]",
     ),
     Value(
         "truncate",
@@ -71,8 +125,18 @@ WEIGHT = axis(
         ("cap",),
         in_family=True,
         monotone=True,
+        latex=r"\min(\rho_{j}, C)",
     ),
-    Value("clamp", "clip(ρ, 1−ε_low, 1+ε_high)", "", "verl (its CISPO)", _CLIP, in_family=True, monotone=True),
+    Value(
+        "clamp",
+        "clip(ρ, 1−ε_low, 1+ε_high)",
+        "",
+        "verl (its CISPO)",
+        _CLIP,
+        in_family=True,
+        monotone=True,
+        latex=_CLIPPED,
+    ),
     Value(
         "truncate_clip",
         "min(ρ, 1+ε_high)·1[PPO not clipped]",
@@ -81,8 +145,18 @@ WEIGHT = axis(
         _CLIP,
         in_family=False,
         monotone=False,
+        latex=r"\min(\rho_{j}, 1 + \varepsilon_{\mathrm{high}}) " + _UNCLIPPED,
     ),
-    Value("power", "ρ^q", "", "Bai & Zhang 2026 (power family)", ("q",), in_family=True, monotone=True),
+    Value(
+        "power",
+        "ρ^q",
+        "",
+        "Bai & Zhang 2026 (power family)",
+        ("q",),
+        in_family=True,
+        monotone=True,
+        latex=r"\rho_{j}^{q}",
+    ),
     Value(
         "mask",
         "ρ·1[low ≤ ρ ≤ high]",
@@ -91,6 +165,7 @@ WEIGHT = axis(
         ("low", "high"),
         in_family=False,
         monotone=False,
+        latex=r"\rho_{j} \mathbf{1}[b_{\mathrm{low}} \le \rho_{j} \le b_{\mathrm{high}}]",
     ),
     Value(
         "sigmoid",
@@ -100,6 +175,10 @@ WEIGHT = axis(
         ("tau_pos", "tau_neg"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"4 \rho_{j} p_{j} (1 - p_{j}),\quad p_{j} = \sigma(\tau_{j} (\rho_{j} - 1)),\quad \tau_{j} = "
+            r"\begin{cases} \tau_{+} & A_{j} > 0 \\ \tau_{-} & A_{j} \le 0 \end{cases}"
+        ),
     ),
     Value(
         "adaptive",
@@ -110,6 +189,11 @@ WEIGHT = axis(
         statistics="update",
         in_family=True,
         monotone=True,
+        latex=(
+            r"\rho_{j}^{q},\quad q = \max\{x \in [0, 1] : \frac{(\sum_{n=1}^{N} \sum_{j=1}^{H_{n}} "
+            r"\rho_{j}^{x})^{2}}{\sum_{n=1}^{N} H_{n} \cdot \sum_{n=1}^{N} \sum_{j=1}^{H_{n}} \rho_{j}^{2 "
+            r"x}} \ge \eta\}"
+        ),
     ),
     Value(
         "two_sided_clip",
@@ -119,6 +203,14 @@ WEIGHT = axis(
         (*_CLIP, "ceiling"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"\rho_{j} "
+            + _UNCLIPPED
+            + (
+                r" \mathbf{1}[\rho_{j} \le \delta \lor (A_{j} < 0 \land \rho_{j} \le 1 + "
+                r"\varepsilon_{\mathrm{high}})]"
+            )
+        ),
     ),
     Value(
         "dppo_tv",
@@ -129,6 +221,11 @@ WEIGHT = axis(
         needs=("logp", "logp_behaviour"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"\min(\rho_{j}, C) \mathbf{1}[(A_{j} > 0 \land \pi_{j} - \pi_{j}^{\mathrm{old}} \le "
+            r"\delta_{\mathrm{high}}) \lor (A_{j} \le 0 \land \pi_{j} - \pi_{j}^{\mathrm{old}} \ge "
+            r"-\delta_{\mathrm{low}})]"
+        ),
     ),
     Value(
         "dppo_kl",
@@ -139,6 +236,14 @@ WEIGHT = axis(
         needs=("logp", "logp_behaviour"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"\min(\rho_{j}, C) \mathbf{1}[(A_{j} > 0 \land (d_{j} \le \delta_{\mathrm{high}} \lor "
+            r"\pi_{j} \le \pi_{j}^{\mathrm{old}})) \lor (A_{j} \le 0 \land (d_{j} \le "
+            r"\delta_{\mathrm{low}} \lor \pi_{j} \ge \pi_{j}^{\mathrm{old}}))],\quad d_{j} = "
+            r"\pi_{j}^{\mathrm{old}} \log \frac{\pi_{j}^{\mathrm{old}}}{\pi_{j}} + (1 - "
+            r"\pi_{j}^{\mathrm{old}}) \log \frac{1 - \pi_{j}^{\mathrm{old}} + 10^{-8}}{1 - \pi_{j} + "
+            "10^{-8}}"
+        ),
     ),
     Value(
         "sequence_kl_mask",
@@ -149,6 +254,11 @@ WEIGHT = axis(
         needs=("log_ratio", "lengths"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"\rho_{j} "
+            + _UNCLIPPED
+            + r" \mathbf{1}[A_{j} \ge 0 \lor -\frac{1}{H} \sum_{i=1}^{H} \lambda_{i} \le \delta]"
+        ),
     ),
     Value(
         "sequence_max_mask",
@@ -159,6 +269,7 @@ WEIGHT = axis(
         needs=("log_ratio",),
         in_family=False,
         monotone=False,
+        latex=r"\rho_{j} \mathbf{1}[\max_{i}(e^{\lambda_{i}} - 1 - \lambda_{i}) \le \delta]",
     ),
     Value(
         "second_moment_mask",
@@ -170,6 +281,11 @@ WEIGHT = axis(
         statistics="update",
         in_family=False,
         monotone=False,
+        latex=(
+            r"\rho_{j} \mathbf{1}[A_{j} \log \rho_{j} \le 0 \lor \operatorname{mean}_{D_{j}}((\log "
+            r"\rho_{i})^{2}) \le \tau_{M_{2}}],\quad D_{j} = \{(n, i) : A_{i} \log \rho_{i} > 0 \land "
+            r"\lvert \log \rho_{i} \rvert \le \lvert \log \rho_{j} \rvert\}"
+        ),
     ),
     Value(
         "gamma_kernel",
@@ -179,6 +295,10 @@ WEIGHT = axis(
         ("k_pos", "rate_pos", "k_neg", "rate_neg"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"\begin{cases} \rho_{j}^{k_{+}} e^{\nu_{+} (1 - \rho_{j})} & A_{j} \ge 0 \\ \rho_{j}^{k_{-}} "
+            r"e^{\nu_{-} (1 - \rho_{j})} & A_{j} < 0 \end{cases}"
+        ),
     ),
     Value(
         "tapered",
@@ -187,6 +307,7 @@ WEIGHT = axis(
         "Le Roux et al. 2025 (TOPR)",
         in_family=True,
         monotone=True,
+        latex=r"\begin{cases} 1 & A_{j} > 0 \\ \min(\rho_{j}, 1) & A_{j} \le 0 \end{cases}",
     ),
     Value(
         "future_kl",
@@ -197,5 +318,14 @@ WEIGHT = axis(
         needs=("log_ratio", "mask"),
         in_family=False,
         monotone=False,
+        latex=(
+            r"f_{j} \rho_{j} "
+            + _UNCLIPPED
+            + (
+                r",\quad f_{j} = \begin{cases} \operatorname{clip}(F_{j}, 0.8, 1) & A_{j} < 0 \land \rho_{j} "
+                r"> C_{f} \\ F_{j} & \text{otherwise} \end{cases},\quad F_{j} = "
+                r"\operatorname{clip}(\exp(\sum_{i=j}^{H} 2^{-(i - j)/h} \lambda_{i}), 1, 1 + \varepsilon_{f})"
+            )
+        ),
     ),
 )

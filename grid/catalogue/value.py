@@ -26,6 +26,9 @@ class Value:
             in a group of one.
         in_family: of a weight: whether min(ρ, 1) ≤ w ≤ max(ρ, 1) for every ρ and A (the family of Bai & Zhang 2026).
         monotone: of a weight: whether w is non-decreasing in ρ.
+        latex: the formula as papers print it, in the notation of `klab.grid.formula`; of a placement or a path the
+            equations that it contributes.
+        gradient: of what carries a gradient: that gradient in LaTeX.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Value:
     group_centred: bool = False
     in_family: bool | None = None
     monotone: bool | None = None
+    latex: str = ""
+    gradient: str = ""
 
 
 @dataclass(frozen=True, slots=True)
