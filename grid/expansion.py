@@ -1,35 +1,55 @@
-"""The designs of a grid file (product, one_at_a_time, zip, list) and its exclude rules: from axes to variants."""
+"""The designs of a grid file (product, one_at_a_time, zip, list, fractional) and exclude rules: axes to variants."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from klab.grid.errors import UserError
+from klab.grid.fractional import FractionalDesign, choose, read_design
 from klab.grid.schema.sections import default_of
 from klab.grid.variant import SECTIONS, Change, Variant, VariantFactory, as_mapping, split_key
 
 Settings = Callable[[Variant, str], Mapping[str, Any]]
 """A variant's settings in one section, as exclude rules see them."""
 
-DESIGNS = ("product", "one_at_a_time", "zip", "list")
+DESIGNS = ("product", "one_at_a_time", "zip", "list", "fractional")
 MAX_VARIANTS = 1_000_000
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """What a design and its exclude rules leave.
+
+    Attributes:
+        variants: without the excluded ones.
+        axes: the written values of every varied field.
+        design: the name of the design.
+        candidates: how many combinations a fraction was chosen from; 0 for other designs.
+        held_out: the variants of a fraction that are only predicted.
+    """
+
+    variants: list[Variant]
+    axes: dict[str, tuple[Any, ...]]
+    design: str
+    candidates: int = 0
+    held_out: tuple[Variant, ...] = ()
+
+
 def expand(
-    baseline: Variant, data: Mapping[str, Any], settings: Settings
-) -> tuple[list[Variant], dict[str, tuple[Any, ...]]]:
-    """The variants of the design without the excluded ones, and the written values of every varied field.
+    baseline: Variant, data: Mapping[str, Any], settings: Settings, identity: Callable[[Variant], str]
+) -> Expansion:
+    """The variants of the design without the excluded ones.
 
     Args:
         baseline: the unchanged configuration.
         data: the grid file.
         settings: what exclude rules look at (`CellBuilder.settings`).
+        identity: the name that variants have in common which are one configuration in other spellings.
     """
-    design = data.get("design", "list" if "cells" in data else "product")
-    if design not in DESIGNS:
-        raise UserError("unknown design", key="design", value=design, allowed=DESIGNS)
+    design, fraction = _design(data)
     if design == "list":
         if "axes" in data:
             raise UserError("design list takes cells, not axes", key="axes")
@@ -47,17 +67,55 @@ def expand(
         variant = factory.variant(change)
         if design == "one_at_a_time" and not variant.changes:
             variant = baseline
-        identity = tuple(id(variant.sections[name]) for name in SECTIONS)
-        if identity in seen:
+        sections = tuple(id(variant.sections[name]) for name in SECTIONS)
+        if sections in seen:
             if design == "one_at_a_time" and not variant.changes:
                 continue
             raise UserError("duplicate cell", key="cells" if design == "list" else "axes", value=variant.spelling)
-        seen.add(identity)
+        seen.add(sections)
         variants.append(variant)
     kept = _excluded(variants, data.get("exclude", []), settings)
     if not kept:
         raise UserError("the grid is empty: nothing is left to run", key="exclude" if variants else "axes")
-    return kept, axes
+    if fraction is None:
+        return Expansion(kept, axes, design)
+    codes = dict(
+        zip(map(id, variants), itertools.product(*(range(len(values)) for values in axes.values())), strict=True)
+    )
+    return _fraction(kept, axes, [codes[id(variant)] for variant in kept], fraction, identity)
+
+
+def _design(data: Mapping[str, Any]) -> tuple[str, FractionalDesign | None]:
+    given = data.get("design", "list" if "cells" in data else "product")
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if not isinstance(name, str) or name not in DESIGNS:
+        raise UserError("unknown design", key="design", value=name, allowed=DESIGNS)
+    if name == "fractional":
+        return name, read_design(as_mapping("design", {"name": name} if given == name else given))
+    if isinstance(given, Mapping) and len(given) > 1:
+        raise UserError(
+            f"design {name} takes no settings", key="design", value=next(key for key in given if key != "name")
+        )
+    return name, None
+
+
+def _fraction(
+    kept: list[Variant],
+    axes: dict[str, tuple[Any, ...]],
+    codes: list[tuple[int, ...]],
+    design: FractionalDesign,
+    identity: Callable[[Variant], str],
+) -> Expansion:
+    """The chosen variants and those held out. Of several spellings of a configuration only the first is a candidate."""
+    names = [identity(variant) for variant in kept]
+    first = {name: index for index, name in reversed(list(enumerate(names)))}
+    distinct = sorted(first.values())
+    start = next((place for place, index in enumerate(distinct) if not kept[index].changes), None)
+    chosen, held_out = choose([codes[index] for index in distinct], design, start)
+    predicted = [kept[distinct[place]] for place in held_out]
+    return Expansion(
+        [kept[distinct[place]] for place in chosen] + predicted, axes, "fractional", len(distinct), tuple(predicted)
+    )
 
 
 def _axes(axes: object) -> dict[str, tuple[Any, ...]]:

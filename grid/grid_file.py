@@ -28,7 +28,8 @@ KEYS = {
     "policy": "which model is trained: a name, or a mapping with `name` and its settings; default `tiny`",
     "training": "how every cell is trained",
     "objective": "the baseline: the name of an algorithm, or a mapping with `algorithm`, axis values and parameters",
-    "design": "how axes make cells: `product` (default), `one_at_a_time`, `zip` or `list`",
+    "design": "how axes make cells: `product` (default), `one_at_a_time`, `zip`, `list`, or "
+    "`{name: fractional, cells: 200, holdout: 20}`",
     "axes": "the values to compare, by dotted key",
     "cells": "with `design: list`, the changes of each cell by dotted key",
     "exclude": "rules that remove cells",
@@ -72,6 +73,8 @@ class Grid:
         analysis: the analysis as stated in the file; None where it states none.
         stated: the groups that the stated contrasts compare with the baseline.
         tuning: what every configuration chooses for itself before it runs; `cells` are the configurations as written.
+        candidates: with design fractional, how many configurations the fraction was chosen from.
+        held_out: the groups of a fraction from which no effect is estimated: they are predicted.
     """
 
     name: str
@@ -89,6 +92,8 @@ class Grid:
     analysis: AnalysisPlan | None = None
     stated: tuple[str, ...] = ()
     tuning: Tuning | None = None
+    candidates: int = 0
+    held_out: tuple[str, ...] = ()
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -142,7 +147,10 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         raise UserError("missing: which task is trained?", key="task")
     baseline = Variant.from_sections(data)
     builder = CellBuilder(automatic_dtype(resources.gpus, resources.gpu_type))
-    variants, axes = expand(baseline, data, builder.settings)
+    expansion = expand(
+        baseline, data, builder.settings, lambda variant: builder.cell(variant, seeds[0], count=False).group
+    )
+    variants, axes = expansion.variants, expansion.axes
     cells: dict[str, Cell] = {}
     spellings: dict[str, dict[str, None]] = {}
     for variant in variants:
@@ -164,7 +172,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         description=description.strip(),
         cells=tuple(cells.values()),
         axes=axes,
-        design=data.get("design", "product"),
+        design=expansion.design,
         seeds=seeds,
         baseline=base_group,
         resources=resources,
@@ -174,6 +182,8 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         analysis=analysis,
         stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
         tuning=tuning,
+        candidates=expansion.candidates,
+        held_out=tuple(builder.cell(variant, seeds[0]).group for variant in expansion.held_out),
     )
 
 

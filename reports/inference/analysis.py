@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,10 @@ from klab.reports.inference.contrasts import (
     stacked,
 )
 from klab.reports.inference.design import TASK, Design, Indices, cell_with, read_design
+from klab.reports.inference.effect_tables import Effect, attach, effects_table, interactions_table, levels_table
 from klab.reports.inference.error_rate import ALONE, ALPHA, SHARES, STATED, divided
-from klab.reports.inference.family import DIFFERS, EQUIVALENT, UNDECIDED, Estimates, Family, joined, no_verdicts
+from klab.reports.inference.family import Estimates, Family, joined, no_verdicts
+from klab.reports.inference.fraction import Fit, Fraction
 from klab.reports.inference.headline import headline, notes
 from klab.reports.inference.variance import estimate_components
 
@@ -62,6 +65,7 @@ class Analysis:
             the clearest pair of values ``value``, ``other_value``, ``difference`` (of differences), ``low``, ``high``,
             ``more_seeds``.
         notes: what a reader should know before trusting the rest.
+        fit: of a fractional design, its model as a whole, whose effects and interactions are shown; else None.
         delta, alpha: differences below `delta` count as none; the joint error rate.
     """
 
@@ -76,6 +80,7 @@ class Analysis:
     notes: tuple[str, ...]
     delta: float
     alpha: float = ALPHA
+    fit: Fit | None = None
 
 
 def analyse(
@@ -86,6 +91,7 @@ def analyse(
     higher: bool = True,
     share: float = 1.0,
     stated: Sequence[Mapping[str, Any]] = (),
+    held_out: Sequence[Mapping[str, Any]] | None = None,
 ) -> Analysis:
     """The inference of a study.
 
@@ -99,6 +105,7 @@ def analyse(
             at a study that grows (`error_rate.look_share`). p is scaled with it, so that 0.05 stays the threshold.
         stated: the cells, by their values on every axis (and the task, where there is one), whose contrasts were stated
             beforehand: they are a family of their own with most of the contrasts' error rate.
+        held_out: of a fractional design, the cells that are predicted, not fitted; None: the design is another one.
 
     Raises:
         UserError: for a column, state, axis or value that is not there, and for two rows of one cell and seed.
@@ -107,25 +114,34 @@ def analyse(
         raise UserError("the margin of equivalence is a number of at least 0", key="delta", value=delta)
     if not 0 < share <= 1:
         raise UserError("not a share of the error rate, 0 < share ≤ 1", key="share", value=share)
-    return _Inference(read_design(frame, baseline, higher), float(delta), higher, ALPHA * share, stated).analysis()
+    design = read_design(frame, baseline, higher)
+    fraction = None if held_out is None else Fraction(design, [cell_with(design, values) for values in held_out])
+    return _Inference(design, float(delta), higher, ALPHA * share, stated, fraction).analysis()
 
 
 class _Inference:
     """Everything that is estimated, as rows of one table of estimates, and the tables made of it."""
 
     def __init__(
-        self, design: Design, delta: float, higher: bool, alpha: float, stated: Sequence[Mapping[str, Any]]
+        self,
+        design: Design,
+        delta: float,
+        higher: bool,
+        alpha: float,
+        stated: Sequence[Mapping[str, Any]],
+        fraction: Fraction | None,
     ) -> None:
-        self.design, self.delta, self.higher, self.alpha = design, delta, higher, alpha
+        self.design, self.delta, self.higher, self.alpha, self.fraction = design, delta, higher, alpha, fraction
         self.stated = np.zeros(design.cells, dtype=bool)
         self.stated[[cell_with(design, values) for values in stated]] = True
         n = design.n
         self.lost = all(cell < 0 or n[cell] == 0 for cell in design.baseline)
         self.several = len(design.tasks) > 1
-        squares = all_squares(design)
+        squares = {} if fraction else all_squares(design)
         self.squares = {pair: found for pair, found in squares.items() if len(found.cells)}
         varied = [axis for axis in range(len(design.axes)) if len(design.levels[axis]) > 1]
-        self.pairs = {axis: matched_pairs(design, axis) for axis in varied}
+        self.varied = varied
+        self.pairs = {} if fraction else {axis: matched_pairs(design, axis) for axis in varied}
         self.configurations, owner = np.unique(design.codes, axis=0, return_inverse=True)
         self.configuration = owner.ravel()
         self._build()
@@ -181,6 +197,7 @@ class _Inference:
             notes=notes(self.design, self.lost),
             delta=self.delta,
             alpha=self.alpha,
+            fit=self.fraction.fit() if self.fraction else None,
         )
         return replace(found, headline=headline(found, self.design, self.lost, self.higher))
 
@@ -190,17 +207,17 @@ class _Inference:
         rows = self._rows("contrasts")
         if self.several:
             rows = np.concatenate([rows, self._rows("across")[changed]])
-        share = SHARES[0] if self.squares else ALONE if len(rows) > 1 else 1.0
+        share = SHARES[0] if self.squares or self.fraction else ALONE if len(rows) > 1 else 1.0
         family = self._split(rows, self.alpha * share)
         table, across = (
             self._named(self.others),
             self._named(self._representatives(changed if self.several else changed[:0])),
         )
         split = len(self.others)
-        _attach(table, family.part(slice(0, split)), "pairs")
+        attach(table, family.part(slice(0, split)), "pairs")
         table["stated"] = self.stated[self.others]
         across = across.drop(columns=TASK, errors="ignore")
-        _attach(across, family.part(slice(split, None)), "pairs")
+        attach(across, family.part(slice(split, None)), "pairs")
         # An axis that changes in single steps from the baseline has these rows as its effects.
         start = split if self.several else 0
         names = self.configurations[changed] if self.several else design.codes[self.others]
@@ -218,10 +235,27 @@ class _Inference:
         return joined([(place, self._family(rows[place], alpha * share)) for place, share in parts])
 
     def _effects(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        found = self._fitted(1, SHARES[1]) if self.fraction else self._matched_effects()
+        return levels_table(self.design, found), effects_table(self.design, found)
+
+    def _fitted(self, axes: int, share: float) -> list[Effect]:
+        """What a fractional design's model says of single axes, or of pairs of axes."""
+        assert self.fraction is not None
+        terms = [term for term in combinations(self.varied, axes)]
+        alpha = divided(self.alpha * share, len(terms))
+        found = []
+        for term in terms:
+            values = self.fraction.values(term)
+            family = no_verdicts(len(values)) if self.lost else self.fraction.family(term, values, alpha, self.delta)
+            found.append(Effect(term, values, family))
+        return found
+
+    def _matched_effects(self) -> list[Effect]:
+        """Differences between pairs of cells that differ in one axis only."""
         design = self.design
         averaged = {axis for axis, found in self.pairs.items() if len(found.cells) and not self._single_steps(found)}
         alpha = divided(self.alpha * SHARES[1], len(averaged))
-        tables, rows = [], []
+        effects = []
         for axis, found in self.pairs.items():
             if axis not in averaged:
                 codes = [tuple(value[0] * (a == axis) for a in range(len(design.axes))) for value in found.values]
@@ -232,15 +266,8 @@ class _Inference:
                 family = no_verdicts(len(found.values))
             else:
                 family = self._family(self._rows(axis), alpha, joint=False)
-            values = [design.levels[axis][value[0]] for value in found.values]
-            table = pd.DataFrame({"axis": design.axes[axis], "value": pd.Series(values, dtype=object)})
-            _attach(table, family, "pairs")
-            tables.append(table)
-            rows.append({"axis": design.axes[axis], **_clearest(family, {"value": values})})
-        columns = ["axis", "p", "verdict", "value", "difference", "low", "high", "more_seeds"]
-        empty = ["axis", "value", "difference", "low", "high", "p", "verdict", "pairs", "more_seeds"]
-        levels = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=empty)
-        return levels, pd.DataFrame(rows, columns=columns)
+            effects.append(Effect((axis,), found.values, family))
+        return effects
 
     def _single_steps(self, found: Matched) -> bool:
         """Whether every pair has a baseline cell in it."""
@@ -248,19 +275,18 @@ class _Inference:
         return bool(np.all(found.cells[:, 1] == base[found.cells[:, 1]]))
 
     def _interactions(self) -> pd.DataFrame:
-        design = self.design
+        if self.fraction:
+            return interactions_table(self.design, self._fitted(2, SHARES[2]) if self.fraction.pairs_fit else [])
         alpha = divided(self.alpha * SHARES[2], len(self.squares))
-        rows = []
-        for pair, found in self.squares.items():
-            family = no_verdicts(len(found.values)) if self.lost else self._family(self._rows(pair), alpha, joint=False)
-            first, second = pair
-            names = {
-                "value": [design.levels[first][value[0]] for value in found.values],
-                "other_value": [design.levels[second][value[1]] for value in found.values],
-            }
-            rows.append({"axis": design.axes[first], "other": design.axes[second], **_clearest(family, names)})
-        columns = ["axis", "other", "p", "verdict", "value", "other_value", "difference", "low", "high", "more_seeds"]
-        return pd.DataFrame(rows, columns=columns)
+        found = [
+            Effect(
+                pair,
+                each.values,
+                no_verdicts(len(each.values)) if self.lost else self._family(self._rows(pair), alpha, joint=False),
+            )
+            for pair, each in self.squares.items()
+        ]
+        return interactions_table(self.design, found)
 
     def _best(self, means: Family) -> Best | None:
         cells = np.arange(self.design.cells, dtype=np.intp)
@@ -288,33 +314,3 @@ class _Inference:
             {column: pd.Series([row[column] for row in rows], dtype=object) for column in design.columns},
             index=range(len(rows)),
         )
-
-
-def _attach(table: pd.DataFrame, family: Family, count: str) -> None:
-    table["difference"], table["low"], table["high"] = family.estimate, family.low, family.high
-    table["p"], table["verdict"] = family.p, family.verdict
-    table[count], table["more_seeds"] = family.n, family.more
-
-
-def _clearest(family: Family, names: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The verdict over all values of an axis, and the numbers of the value with the smallest p."""
-    known = np.isfinite(family.p)
-    if not known.any():
-        nothing = {"p": np.nan, "verdict": UNDECIDED, "difference": np.nan, "low": np.nan, "high": np.nan}
-        return {**nothing, **dict.fromkeys(names), "more_seeds": np.nan}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        clearness = np.abs(family.estimate) / (family.high - family.low)
-    index = min(np.flatnonzero(known).tolist(), key=lambda i: (family.p[i], -np.nan_to_num(clearness[i])))
-    same = known.all() and bool((family.verdict == EQUIVALENT).all())
-    p = float(family.p[index])
-    verdict = DIFFERS if (family.verdict == DIFFERS).any() else EQUIVALENT if same else UNDECIDED
-    more = family.more[np.isfinite(family.more)]
-    return {
-        "p": p,
-        "verdict": verdict,
-        **{key: values[index] for key, values in names.items()},
-        "difference": float(family.estimate[index]),
-        "low": float(family.low[index]),
-        "high": float(family.high[index]),
-        "more_seeds": float(more.min()) if verdict == UNDECIDED and more.size else np.nan,
-    }

@@ -44,7 +44,7 @@ class Design:
         compared: whether a baseline was named at all; without one the first values stand at its place in `levels`.
         cell, block: ``[N]``, each run's cell, and its block: runs of one task with the same seed.
         score: ``[N]``.
-        block_task: per block, the index of its task.
+        block_task, block_seed: per block, the index of its task, and the number of its seed.
         diverged: ``[C]``, the number of diverged runs that count.
         planned: ``[C]``, the number of rows.
     """
@@ -61,6 +61,7 @@ class Design:
     cell: Indices
     block: Indices
     block_task: Indices
+    block_seed: Indices
     score: Array
     diverged: Indices
     planned: Indices
@@ -120,6 +121,7 @@ def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any] | None, higher:
     for row in range(len(frame)):
         blocks.setdefault((int(task[cell_of_row[row]]), seeds[row]), len(blocks))
     block = np.asarray([blocks[int(task[cell_of_row[row]]), seeds[row]] for row in range(len(frame))], dtype=np.intp)
+    number_of_seed = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
     own = {tuple(code): i for i, code in enumerate(np.column_stack([task[:, None], codes]).tolist())}
     return Design(
         axes=axes,
@@ -134,6 +136,7 @@ def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any] | None, higher:
         cell=cell_of_row[counted],
         block=block[counted],
         block_task=np.asarray([index for index, _ in blocks], dtype=np.intp),
+        block_seed=np.asarray([number_of_seed[seed] for _, seed in blocks], dtype=np.intp),
         score=score[counted],
         diverged=np.bincount(cell_of_row[counted & (states == "diverged")], minlength=len(values)).astype(np.intp),
         planned=np.bincount(cell_of_row, minlength=len(values)).astype(np.intp),

@@ -98,23 +98,46 @@ class Estimates:
             order = random[np.lexsort((error[random], -statistic[random]))]
             # Estimates whose runs are missing stay in the family: losing one makes the others no more certain.
             bound[order] = critical_values(found, rows[order], _without_lost(alpha, random.size, count))
-        level = tail(bound, freedom)
-        half = np.where(error > 0, bound * error, 0.0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            # Šidák's formula with the number of independent tests that would have the family's critical value.
-            tests = np.log1p(-alpha) / np.log1p(-level)
-            single = np.minimum(tail(statistic, freedom), 1.0)
-            p = np.minimum(-np.expm1(tests * np.log1p(-single)) * (ALPHA / alpha), 1.0)
-        # The interval is the judge, so that rounding cannot part it from p.
-        excludes = testable & (np.abs(estimate) > half)
-        p = np.where(excludes, np.minimum(p, np.nextafter(ALPHA, 0)), np.maximum(p, ALPHA))
-        p = np.where(testable, p, np.nan)
-        low, high = estimate - half, estimate + half
-        low, high = np.where(testable, low, np.nan), np.where(testable, high, np.nan)
-        inside = testable & (low > -delta) & (high < delta)
-        verdict = np.where(excludes, DIFFERS, np.where(inside, EQUIVALENT, UNDECIDED)).astype(object)
-        more = _more_seeds(estimate, error, freedom, n, level, delta)
-        return Family(estimate, low, high, p, n, verdict, np.where(testable & (verdict == UNDECIDED), more, np.nan))
+        return judged(estimate, error, freedom, n, bound, alpha, delta)
+
+
+def independent_family(estimate: Array, error: Array, freedom: Array, n: Indices, alpha: float, delta: float) -> Family:
+    """A family of estimates whose dependence is not known, with a critical value by Šidák's inequality."""
+    bound = quantile(-np.expm1(np.log1p(-alpha) / max(estimate.size, 1)), freedom)
+    return judged(estimate, error, freedom, n, bound, alpha, delta)
+
+
+def judged(
+    estimate: Array, error: Array, freedom: Array, n: Indices, bound: Array, alpha: float, delta: float
+) -> Family:
+    """Intervals, p and verdicts of estimates with the critical values `bound` of |t|.
+
+    Args:
+        estimate, error, freedom: ``[M]``; where the error is NaN, nothing is said.
+        n: seeds behind each estimate.
+        alpha: the error rate of the whole family.
+        delta: differences smaller than this count as none.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = np.where(error > 0, estimate / error, np.where(estimate == 0, 0.0, np.inf))
+    testable = np.isfinite(error) & np.isfinite(estimate)
+    level = tail(bound, freedom)
+    half = np.where(error > 0, bound * error, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Šidák's formula with the number of independent tests that would have the family's critical value.
+        tests = np.log1p(-alpha) / np.log1p(-level)
+        single = np.minimum(tail(statistic, freedom), 1.0)
+        p = np.minimum(-np.expm1(tests * np.log1p(-single)) * (ALPHA / alpha), 1.0)
+    # The interval is the judge, so that rounding cannot part it from p.
+    excludes = testable & (np.abs(estimate) > half)
+    p = np.where(excludes, np.minimum(p, np.nextafter(ALPHA, 0)), np.maximum(p, ALPHA))
+    p = np.where(testable, p, np.nan)
+    low, high = estimate - half, estimate + half
+    low, high = np.where(testable, low, np.nan), np.where(testable, high, np.nan)
+    inside = testable & (low > -delta) & (high < delta)
+    verdict = np.where(excludes, DIFFERS, np.where(inside, EQUIVALENT, UNDECIDED)).astype(object)
+    more = _more_seeds(estimate, error, freedom, n, level, delta)
+    return Family(estimate, low, high, p, n, verdict, np.where(testable & (verdict == UNDECIDED), more, np.nan))
 
 
 def _without_lost(alpha: float, known: int, count: int) -> float:
