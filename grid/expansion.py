@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klab.grid.errors import UserError
-from klab.grid.fractional import FractionalDesign, choose, read_design
+from klab.grid.fractional import Fraction, FractionalDesign, choose, read_design
 from klab.grid.schema.sections import default_of
 from klab.grid.variant import SECTIONS, Change, Variant, VariantFactory, as_mapping, split_key
 
@@ -27,15 +27,13 @@ class Expansion:
         variants: without the excluded ones.
         axes: the written values of every varied field.
         design: the name of the design.
-        candidates: how many combinations a fraction was chosen from; 0 for other designs.
-        held_out: the variants of a fraction that are only predicted.
+        fraction: of design fractional, what was chosen; None of others.
     """
 
     variants: list[Variant]
     axes: dict[str, tuple[Any, ...]]
     design: str
-    candidates: int = 0
-    held_out: tuple[Variant, ...] = ()
+    fraction: Fraction | None = None
 
 
 def expand(
@@ -47,7 +45,7 @@ def expand(
         baseline: the unchanged configuration.
         data: the grid file.
         settings: what exclude rules look at (`CellBuilder.settings`).
-        identity: the name that variants have in common which are one configuration in other spellings.
+        identity: a variant's group.
     """
     design, fraction = _design(data)
     if design == "list":
@@ -112,10 +110,14 @@ def _fraction(
     distinct = sorted(first.values())
     start = next((place for place, index in enumerate(distinct) if not kept[index].changes), None)
     chosen, held_out = choose([codes[index] for index in distinct], design, start)
-    predicted = [kept[distinct[place]] for place in held_out]
-    return Expansion(
-        [kept[distinct[place]] for place in chosen] + predicted, axes, "fractional", len(distinct), tuple(predicted)
+    fitted, predicted = ([distinct[place] for place in places] for places in (chosen, held_out))
+    fraction = Fraction(
+        candidates=len(distinct),
+        codes=tuple(codes[index] for index in fitted),
+        levels=tuple(len(values) for values in axes.values()),
+        held_out=tuple(names[index] for index in predicted),
     )
+    return Expansion([kept[index] for index in fitted + predicted], axes, "fractional", fraction)
 
 
 def _axes(axes: object) -> dict[str, tuple[Any, ...]]:

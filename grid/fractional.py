@@ -33,6 +33,23 @@ _KEYS = ("name", "cells", "holdout", "draw")
 
 
 @dataclass(frozen=True)
+class Fraction:
+    """The chosen part of a product.
+
+    Attributes:
+        candidates: how many configurations there were to choose from.
+        codes: of every configuration that effects are estimated from, the number of its value on each axis.
+        levels: how many values each axis has.
+        held_out: the groups of the configurations that are predicted.
+    """
+
+    candidates: int
+    codes: tuple[tuple[int, ...], ...]
+    levels: tuple[int, ...]
+    held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FractionalDesign:
     """What a grid file asks for.
 
@@ -97,7 +114,7 @@ def choose(codes: Sequence[Sequence[int]], design: FractionalDesign, first: int 
     for start in range(starts):
         order = np.asarray(sorted(range(count), key=lambda index: _draw(design.draw, start, index)), dtype=np.int64)
         fixed = None if first is None else int(np.flatnonzero(order == first)[0])
-        places, aberration = _exchanged(table[order], design.cells, fixed)
+        places, aberration = _exchanged(table[order], design.cells, fixed, grown=start % 2 == 0)
         found.append((aberration, order[places].tolist()))
     taken = set(min(found, key=lambda each: each[0])[1])
     rest = sorted(set(range(count)) - taken, key=lambda index: _draw(design.draw, -1, index))
@@ -108,8 +125,13 @@ def _draw(draw: int, start: int, index: int) -> bytes:
     return hashlib.sha256(f"fraction {draw} {start} {index}".encode()).digest()
 
 
-def _exchanged(codes: NDArray[np.int64], size: int, start: int | None) -> tuple[NDArray[np.int64], int]:
-    """Grown cell by cell, then exchanged one for one while that lowers the sum over pairs; and that sum."""
+def _exchanged(codes: NDArray[np.int64], size: int, start: int | None, grown: bool) -> tuple[NDArray[np.int64], int]:
+    """Cells exchanged one for one while that lowers the sum over pairs, and that sum.
+
+    Args:
+        start: a cell that stays; None: none does.
+        grown: begin with the best next cell each time, otherwise with any cells.
+    """
     import numpy as np
 
     factors = [1 + len(set(column.tolist())) for column in codes.T]
@@ -128,7 +150,8 @@ def _exchanged(codes: NDArray[np.int64], size: int, start: int | None) -> tuple[
         free[cell] = False
 
     for place in range(size):
-        put(place, start if place == 0 and start is not None else int(np.argmin(np.where(free, total, never))))
+        following = np.where(free, total, never) if grown else ~free
+        put(place, start if place == 0 and start is not None else int(np.argmin(following)))
     kept = 0 if start is None else 1
     while True:
         moved = False

@@ -13,6 +13,7 @@ from klab.grid.cell_builder import CellBuilder
 from klab.grid.engines import refuse_launcher
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
+from klab.grid.fractional import Fraction
 from klab.grid.schema.policy import automatic_dtype
 from klab.grid.schema.sections import AnalysisPlan, Launcher, Resources, load_section
 from klab.grid.score import parse_score
@@ -73,8 +74,7 @@ class Grid:
         analysis: the analysis as stated in the file; None where it states none.
         stated: the groups that the stated contrasts compare with the baseline.
         tuning: what every configuration chooses for itself before it runs; `cells` are the configurations as written.
-        candidates: with design fractional, how many configurations the fraction was chosen from.
-        held_out: the groups of a fraction from which no effect is estimated: they are predicted.
+        fraction: with design fractional, what was chosen, and from how many.
     """
 
     name: str
@@ -92,8 +92,7 @@ class Grid:
     analysis: AnalysisPlan | None = None
     stated: tuple[str, ...] = ()
     tuning: Tuning | None = None
-    candidates: int = 0
-    held_out: tuple[str, ...] = ()
+    fraction: Fraction | None = None
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -182,8 +181,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         analysis=analysis,
         stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
         tuning=tuning,
-        candidates=expansion.candidates,
-        held_out=tuple(builder.cell(variant, seeds[0]).group for variant in expansion.held_out),
+        fraction=expansion.fraction,
     )
 
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import pandas as pd
 
 from klab.grid.score import Score
-from klab.reports.comparison import RUN_COLUMNS, ComparedStudy, asked, common_baseline, error_share, run_frame
+from klab.reports.comparison import (
+    RUN_COLUMNS,
+    ComparedStudy,
+    asked,
+    axis_values,
+    common_baseline,
+    error_share,
+    run_frame,
+)
 from klab.reports.inference import DIFFERS, analyse
 from klab.reports.scores import run_scores
 
@@ -47,12 +55,14 @@ def compare_across(study: ComparedStudy, score: str | Score | None = None, delta
     names = {group: frame.loc[row] for row, group in reversed(list(enumerate(study.cells["group"])))}
     keys = [key for key in frame.columns if key not in RUN_COLUMNS]
     reference = {key: names[study.baselines[study.tasks[0]]][key] for key in keys}
+    frame = frame.assign(task=study.cells["task"].to_numpy())
     found = analyse(
-        frame.assign(task=study.cells["task"].to_numpy()),
+        frame,
         reference,
         delta,
         higher=score.higher,
         share=error_share(study),
+        held_out=None if study.held_out is None else axis_values(frame, study.cells, study.held_out),
     )
     labels = {tuple(row[key] for key in keys): study.labels[group] for group, row in names.items()}
     table = found.across

@@ -5,7 +5,7 @@ All intervals, p and verdicts are those of `klab.reports.analyse`; a comparison 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,8 @@ class ComparedStudy(ScoredStudy, Protocol):
     def tasks(self) -> tuple[str, ...]: ...
     @property
     def conduct(self) -> Conduct: ...
+    @property
+    def held_out(self) -> Collection[str] | None: ...
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,14 @@ def compare(
     frame, reference = run_frame(study, cells, values, base)
     own = base is not None and base == study.baselines.get(task)
     stated = study.conduct.stated & set(groups) - {base} if own else set()
-    places = [int(np.flatnonzero((cells["group"] == group).to_numpy())[0]) for group in groups if group in stated]
     analysis = analyse(
         frame,
         reference,
         delta,
         higher=score.higher,
         share=error_share(study, share),
-        stated=[{str(key): frame.at[place, key] for key in frame if key not in RUN_COLUMNS} for place in places],
+        stated=axis_values(frame, cells, stated),
+        held_out=None if study.held_out is None else axis_values(frame, cells, study.held_out),
     )
     row, column = {group: i for i, group in enumerate(groups)}, {seed: i for i, seed in enumerate(seeds)}
     place = ([row[group] for group in cells["group"]], [column[seed] for seed in cells["seed"]])
@@ -217,6 +219,13 @@ def run_frame(
     }
     runs = {"seed": cells["seed"].to_numpy(), "score": values, "state": cells["state"].to_numpy(dtype=object)}
     return pd.DataFrame({**columns, **runs}), rows.get(baseline or "")
+
+
+def axis_values(frame: pd.DataFrame, cells: pd.DataFrame, groups: Collection[str]) -> list[dict[str, Any]]:
+    """What the frame of `run_frame` calls these configurations, in the order of the cells."""
+    first = {group: place for place, group in reversed(list(enumerate(cells["group"])))}
+    keys = [key for key in frame.columns if key not in RUN_COLUMNS]
+    return [{str(key): frame.at[first[group], key] for key in keys} for group in reversed(first) if group in groups]
 
 
 def _pooled_deviation(scores: Array) -> float:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from klab.reports.comparison import Comparison
+from klab.reports.fraction_words import prediction_words, resolution_words
 from klab.reports.frame import records
 from klab.reports.inference import DIFFERS, EQUIVALENT
 from klab.reports.study import Study
@@ -186,7 +187,12 @@ def _cautions(study: Study, comparison: Comparison, axes: list[AxisFinding]) -> 
             "limit was reached (reward_timeouts): they depend on the speed of the machine."
         )
     found += comparison.notes
-    if len(axes) > 1 and comparison.analysis.interactions.empty:
+    if comparison.analysis.fit is not None:
+        fit, titles = comparison.analysis.fit, {axis.key: axis.title for axis in study.axes}
+        found.append(resolution_words(fit.resolution, [titles.get(key, key) for key in fit.axes], study.candidates))
+        if words := prediction_words(fit):
+            found.append(words)
+    elif len(axes) > 1 and comparison.analysis.interactions.empty:
         found.append(
             "The design changes one axis at a time: whether axes act together cannot be seen here (a product of axes "
             "shows it)."

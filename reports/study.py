@@ -72,6 +72,24 @@ class Study:
         """Whether axes were crossed: a value is then best shown as the average over the cells that have it."""
         return all(run.manifest.get("design") == "product" for run in self.runs) and len(self.runs) == 1
 
+    @property
+    def _fraction(self) -> Mapping[str, Any] | None:
+        return self.runs[0].manifest.get("fraction") if len(self.runs) == 1 else None
+
+    @property
+    def candidates(self) -> int:
+        """How many configurations a fractional design was chosen from; 0 of other designs, and of several runs."""
+        return int((self._fraction or {}).get("candidates", 0))
+
+    @cached_property
+    def held_out(self) -> frozenset[str] | None:
+        """The groups of a fractional design that are predicted, not fitted; None of other designs and several runs."""
+        fraction = self._fraction
+        if fraction is None:
+            return None
+        found = (self.arms[0].group(str(group)) if self.arms else str(group) for group in fraction["held_out"])
+        return frozenset(group for group in found if group is not None)
+
     @cached_property
     def conduct(self) -> Conduct:
         """What was stated beforehand, and how often the study was looked at."""

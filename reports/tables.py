@@ -240,12 +240,15 @@ def write_tables(study: Study, comparisons: Sequence[Comparison], across: Sequen
         frames = [one.table.assign(score=one.score.name)[["score", *one.table.columns]] for one in across]
         _write_csv(pd.concat(frames, ignore_index=True), folder / "across.csv")
     for name in ("levels", "effects", "interactions"):
-        _write_csv(_joined(comparisons, name), folder / f"{name}.csv")
+        _write_csv(_joined(comparisons, [getattr(each.analysis, name) for each in comparisons]), folder / f"{name}.csv")
+    fits = [each.analysis.fit for each in comparisons if each.analysis.fit is not None]
+    if len(fits) == len(comparisons):
+        for name in ("terms", "predictions"):
+            _write_csv(_joined(comparisons, [getattr(fit, name) for fit in fits]), folder / f"{name}.csv")
 
 
-def _joined(comparisons: Sequence[Comparison], name: str) -> pd.DataFrame:
-    """A frame of the analyses, with the task and the score of every row."""
-    frames = [getattr(comparison.analysis, name) for comparison in comparisons]
+def _joined(comparisons: Sequence[Comparison], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """A frame of each comparison in one, with the task and the score of every row."""
     named = [
         frame.assign(task=comparison.task, score=comparison.score.name)[["task", "score", *frame.columns]]
         for comparison, frame in zip(comparisons, frames, strict=True)

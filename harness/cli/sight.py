@@ -47,6 +47,7 @@ class Sight:
         effects: by axis, the same of its mean effect, where the design crosses axes.
         detect: the difference that was asked about, and the seeds per cell that find it (None: more than 2000).
         warnings: why nothing, or little, can be decided.
+        fraction: of a fractional design, which effects its cells can tell apart; empty of others.
     """
 
     seeds: int
@@ -56,6 +57,7 @@ class Sight:
     detect: tuple[float, int | None] | None
     deviation: Deviation
     warnings: tuple[str, ...]
+    fraction: str = ""
 
     def lines(self) -> list[str]:
         """What `klab plan` prints."""
@@ -71,6 +73,8 @@ class Sight:
             needed = "more than 2000 seeds" if seeds is None else f"{seeds} seeds"
             found.append(f"a difference of {difference:g} needs {needed} per cell")
         found.append(f"standard deviation of runs of one cell: {self.deviation.source}")
+        if self.fraction:
+            found.append(self.fraction)
         return [*found, *(f"warning: {warning}" for warning in self.warnings)]
 
     def record(self) -> dict[str, Any]:
@@ -88,6 +92,7 @@ class Sight:
             "sd_seed_axis": dict(noise.axes),
             "sd_from": self.deviation.source,
             "warnings": list(self.warnings),
+            **({"fraction": self.fraction} if self.fraction else {}),
         }
 
 
@@ -126,7 +131,22 @@ def sight(study: Grid, deviation: Deviation, detect: float | None) -> Sight:
         asked,
         deviation,
         tuple(_warnings(study, contrast)),
+        _fraction_words(study),
     )
+
+
+def _fraction_words(study: Grid) -> str:
+    if study.fraction is None:
+        return ""
+    import numpy as np
+
+    from klab.reports.fraction_words import resolution_words
+    from klab.reports.inference.factorial import resolution
+
+    found = resolution(np.asarray(study.fraction.codes, dtype=np.intp), study.fraction.levels)
+    words = resolution_words(found, list(study.axes), study.fraction.candidates)
+    held_out = len(study.fraction.held_out)
+    return f"{words} {held_out} more are held out and predicted." if held_out else words
 
 
 def planned_design(study: Grid, seeds: int) -> PlannedDesign | None:

@@ -111,6 +111,11 @@ def _manifest(
         "hardware": machine.hardware(),
         "baseline": grid.baseline,
         "design": grid.design,
+        **(
+            {"fraction": {"candidates": grid.fraction.candidates, "held_out": list(grid.fraction.held_out)}}
+            if grid.fraction
+            else {}
+        ),
         "axes": {name: list(values) for name, values in grid.axes.items()},
         "seeds": list(dict.fromkeys([*grid.seeds, *(existing or {}).get("extended", ())])),
         "track": list(grid.track),

@@ -14,6 +14,7 @@ from klab.reports.figures.effort import UPDATES
 from klab.reports.figures.interactions import interaction_maps
 from klab.reports.figures.paths import reward_paths
 from klab.reports.figures.plane import bias_variance_plane
+from klab.reports.figures.prediction import prediction
 from klab.reports.figures.profiles import axis_profile
 from klab.reports.figures.ranking import ranking, seed_lines
 from klab.reports.figures.stability import stability_panel, stability_table
@@ -37,6 +38,7 @@ def draw(
         ranking(comparison),
         main_effect_plot(study, comparison),
         interaction_maps(study, comparison),
+        prediction(comparison),
         *(each for i, axis in enumerate(study.axes) for each in axis_curves(study, comparison, axis, i, curves, units)),
         *(reward_paths(study, comparison, axis, i, curves) for i, axis in enumerate(study.axes)),
         *cell_curves(study, comparison, curves, units),

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from klab.reports.inference.design import Array, Indices
-
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
 Term = tuple[int, ...]
 """The axes of an effect: one, or two in increasing order."""
 

@@ -28,6 +28,7 @@ class Fit:
     """What a fractional design says as a whole.
 
     Attributes:
+        axes: the axes, in the order of the terms' numbers.
         resolution: what its cells can tell apart.
         terms: one row per axis and pair of the model: ``axis``, ``other`` (None for an axis alone), ``coefficients``,
             ``share`` (of the variance between cells, without what chance adds), ``F``, ``p`` (of this term alone).
@@ -38,6 +39,7 @@ class Fit:
         noise: the error of a prediction that chance alone would leave: the standard error of a cell's mean.
     """
 
+    axes: tuple[str, ...]
     resolution: Resolution
     terms: pd.DataFrame
     cells: pd.DataFrame
@@ -71,7 +73,7 @@ class Fraction:
 
     def _means(self) -> Array:
         """``[cells]``, means over seeds; where seeds are missing, of what is left when every seed's own level is
-        taken off."""
+        taken off. Missing scores are then filled with those of their cell and seed."""
         table = self.table
         level = np.zeros(table.shape[1])
         with np.errstate(invalid="ignore"):
@@ -79,7 +81,9 @@ class Fraction:
                 mean = _nanmean(table - level, axis=1)
                 level = _nanmean(table - mean[:, None], axis=0)
                 level = np.nan_to_num(level - np.nanmean(level)) if np.isfinite(level).any() else np.zeros_like(level)
-            return _nanmean(table - level, axis=1)
+            mean = _nanmean(table - level, axis=1)
+        self.filled = np.where(np.isfinite(table), table, mean[:, None] + level)
+        return mean
 
     def _solve(self) -> None:
         matrix, score = self.model.matrix, self.mean[self.fitted]
@@ -93,23 +97,23 @@ class Fraction:
         """By term, the variance of a coefficient's mean over the seeds: as it varies from seed to seed, as the noise of
         runs makes it, and the degrees of freedom of the former. Empty with one seed."""
         self.strata: dict[Term, tuple[float, float, float]] = {}
-        table = self.table[self.fitted]
-        whole = np.isfinite(table).all(axis=0)
-        seeds = int(whole.sum())
+        table = self.filled[self.fitted]
+        cells, seeds = table.shape
+        missing = int(np.isnan(self.table[self.fitted]).sum())
+        freedom = (cells - 1) * (seeds - 1) - missing
         self.run_variance = np.nan
-        if seeds < 2:
+        if seeds < 2 or freedom < 1:
             return
-        table = table[:, whole]
         centred = table - table.mean(axis=1, keepdims=True)
         centred = centred - centred.mean(axis=0, keepdims=True)
-        self.run_variance = float(np.sum(centred**2) / ((len(table) - 1) * (seeds - 1)))
+        self.run_variance = float(np.sum(centred**2) / freedom)
         each = self.inverse @ (self.model.matrix.T @ centred)  # [P, seeds]
         for term, place in self.model.places.items():
             count = place.stop - place.start
-            freedom = float(count * (seeds - 1))
-            found = float(np.sum(each[place] ** 2) / freedom) / seeds
+            between = float(count * (seeds - 1))
+            found = float(np.sum(each[place] ** 2) / between) / seeds
             noise = self.run_variance * float(np.mean(np.diag(self.inverse)[place])) / seeds
-            self.strata[term] = (found, noise, freedom)
+            self.strata[term] = (found, noise, between)
 
     @property
     def pairs_fit(self) -> bool:
@@ -167,7 +171,14 @@ class Fraction:
         )
         present = np.isfinite(self.table[cells]).sum(axis=1)
         noise = np.sqrt(self.run_variance / np.median(present)) if self.usable and len(cells) else np.nan
-        return Fit(self.resolution, self._terms(), table, _quality(table, self.resolution.fits_pairs), float(noise))
+        return Fit(
+            self.design.axes,
+            self.resolution,
+            self._terms(),
+            table,
+            _quality(table, self.resolution.fits_pairs),
+            float(noise),
+        )
 
     def _predictions(self, model: Model, cells: Indices) -> Array:
         if not self.usable:
