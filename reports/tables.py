@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from klab.reports.across import Across
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
 from klab.reports.inference import DIFFERS, Analysis
+from klab.reports.inference.fraction import Fit
 from klab.reports.schema import SUMMARY
 from klab.reports.study import Study
 from klab.reports.words import difference_span, mean_span, number, p_number
@@ -137,12 +138,15 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
 
 def analysis_data(analysis: Analysis) -> dict[str, Any]:
     """The fields of an analysis, its frames as lists of rows."""
-    found: dict[str, Any] = {}
-    for each in fields(analysis):
-        value = getattr(analysis, each.name)
-        found[each.name] = records(value) if isinstance(value, pd.DataFrame) else value
-    best = analysis.best
+    found, best = _fields(analysis), analysis.best
+    if found.pop("fit") is not None and analysis.fit is not None:
+        found["fit"] = {**_fields(analysis.fit), "resolution": asdict(analysis.fit.resolution)}
     return found | {"best": None if best is None else best._asdict()}
+
+
+def _fields(record: Analysis | Fit) -> dict[str, Any]:
+    values = {each.name: getattr(record, each.name) for each in fields(record)}
+    return {name: records(value) if isinstance(value, pd.DataFrame) else value for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

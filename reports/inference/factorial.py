@@ -120,7 +120,7 @@ def resolution(codes: Indices, levels: Sequence[int]) -> Resolution:
 def fits(model: Model) -> bool:
     """Whether every coefficient can be estimated, and enough cells are left over to say how exactly."""
     cells, columns = model.matrix.shape
-    return cells >= columns + LEAST_FREEDOM and int(np.linalg.matrix_rank(model.matrix)) == columns
+    return bool(cells >= columns + LEAST_FREEDOM and int(np.linalg.matrix_rank(model.matrix)) == columns)
 
 
 def _worst_alias(model: Model, codes: Indices, levels: Sequence[int]) -> tuple[float, tuple[Term, Term] | None]:

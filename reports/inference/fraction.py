@@ -11,7 +11,7 @@ Sources: Langsrud (2003), Statistics and Computing 13:163 (tests that respect ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -136,10 +136,7 @@ class Fraction:
         n = np.full(len(values), int(np.isfinite(self.table[self.fitted]).sum(axis=1).min()), dtype=np.intp)
         result = independent_family(estimate, np.sqrt(variance), freedom, n, alpha, delta)
         # More seeds do not bring the cells nearer to the model.
-        return Family(
-            *(getattr(result, name) for name in ("estimate", "low", "high", "p", "n", "verdict")),
-            np.full(len(values), np.nan),
-        )
+        return replace(result, more=np.full(len(values), np.nan))
 
     def _variance(self, term: Term, weights: Array) -> tuple[Array, Array]:
         """Of combinations of the term's coefficients, with degrees of freedom.

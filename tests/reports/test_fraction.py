@@ -1,6 +1,7 @@
 """What is inferred from a fractional design."""
 
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -8,10 +9,14 @@ import pytest
 from scipy import stats
 
 from klab.grid.fractional import FractionalDesign, choose
+from klab.reports import load_run, render
+from klab.reports.comparison import compare
 from klab.reports.fraction_words import resolution_words
 from klab.reports.inference import analyse
 from klab.reports.inference.factorial import model_of, resolution
 from klab.reports.inference.fraction import rank_correlation
+from klab.reports.tables import to_json
+from tests.reports.synthetic import write_run
 
 LEVELS, NAMES = (4, 3, 3, 2), ("a", "b", "c", "d")
 CODES = list(itertools.product(*map(range, LEVELS)))
@@ -173,3 +178,44 @@ def test_rank_correlation_is_scipys_with_bonett_and_wrights_interval():
     half = 1.959964 * np.sqrt((1 + rho**2 / 2) / 27)
     assert (np.arctanh(low), np.arctanh(high)) == pytest.approx((np.arctanh(rho) - half, np.arctanh(rho) + half))
     assert np.isnan(rank_correlation(first, np.zeros(30))).all()
+
+
+GRID = """
+name: fraction
+description: A fraction of a product.
+task: {name: addition, digits: 2}
+policy: {name: tiny}
+training: {updates: 20, prompts: 16, group_size: 8, updates_per_rollout: 2, lr: 3.0e-4}
+objective: {algorithm: grpo, beta: 0.05}
+design: {name: fractional, cells: 40, holdout: 8}
+axes:
+  estimator: [k3, k1, k2]
+  placement: [loss, reward, advantage]
+  weight: [ppo_clip, {name: power, q: 0.5}, truncate]
+  training.lr: [3.0e-4, 1.0e-4]
+seeds: 3
+"""
+
+
+def test_the_page_of_a_fraction(tmp_path):
+    run = write_run(tmp_path / "fraction", GRID, noise=0.005)
+    study = load_run(run.path)
+    assert len(study.held_out) == 8
+    assert study.candidates == 54
+    fit = compare(study, study.tasks[0]).analysis.fit
+    cells = compare(study, study.tasks[0]).groups
+    assert {cells[i] for i in fit.cells.loc[fit.cells["held_out"], "cell"]} == study.held_out
+    page = render(run.path, tmp_path / "out").read_text(encoding="utf-8")
+    assert "A fraction: effects are estimated from 40 of 54 combinations." in page
+    assert "8 cells were held out and predicted." in page
+    assert "Do the effects of axes predict a cell?" in page
+    assert "whether axes act together cannot be seen here" not in page
+    terms = pd.read_csv(tmp_path / "out" / "tables" / "terms.csv")
+    assert terms.sort_values("share")["axis"].iloc[-1] == "training.lr"
+    assert len(terms) == 4 + 6
+    predictions = pd.read_csv(tmp_path / "out" / "tables" / "predictions.csv")
+    assert predictions["rank_correlation"].min() > 0.8
+    data = json.loads(to_json([compare(study, study.tasks[0])]))["comparisons"][0]["fit"]
+    assert data["resolution"]["cells"] == 40
+    assert len(data["terms"]) == 10
+    assert (tmp_path / "out" / "figures" / "prediction.svg").is_file()
