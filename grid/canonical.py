@@ -36,6 +36,12 @@ _IGNORES_RETURNS = {
     "term_norm": "the advantage 'term_norm' looks at the terms of the task's reward only",
 }
 _DRIFT = {"log_ratio", "logp", "logp_behaviour"}
+_ONE_DIVERGENCE = ("k2", "abs")
+
+
+def reads_divergence(estimator: str) -> bool:
+    """Whether an estimator differs between divergences: κ²/2 is the second order of all, and |κ| belongs to none."""
+    return estimator not in _ONE_DIVERGENCE and not names_user_code(estimator)
 
 
 def keeps_unit_ratio(weight: str, arguments: Mapping[str, Any]) -> bool:
@@ -58,13 +64,18 @@ def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, A
     idle: dict[str, str] = {}
 
     _one_clip_by_two_names(value, kept)
+    _drop_idle_divergence(value, kept, idle)
     _drop_idle_placement(value, kept, idle)
     _drop_idle_weight(value, kept, idle, on_policy)
     _drop_idle_path(value, idle)
     if "placement" in idle:
         kept["placement"] = {}
     if value["placement"] in ("none", "log_ratio"):
-        idle.setdefault("estimator", f"placement {value['placement']} has no KL term")
+        reason = f"placement {value['placement']} has no KL term"
+        idle.setdefault("estimator", reason)
+        for setting in ("divergence", *kept["divergence"]):
+            idle.setdefault(setting, reason)
+        value["divergence"] = "reverse"
     elif not names_user_code(value["placement"]):
         _drop_idle_kl_parameters(value, kept, idle, on_policy)
 
@@ -74,6 +85,8 @@ def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, A
         if axis == "estimator" and "estimator" in idle:
             continue
         if unweighted and axis in ("ratio", "weight"):
+            continue
+        if axis == "divergence" and name == "reverse":
             continue
         canonical[axis] = name
         for key, item in kept[axis].items():
@@ -103,6 +116,20 @@ def _one_clip_by_two_names(value: dict[str, str], kept: dict[str, dict[str, Any]
     if value["weight"] == "two_sided_clip" and weight["ceiling"] >= 1 + weight["eps_high"]:
         value["weight"] = "dual_clip"
         kept["weight"] = {"eps_low": weight["eps_low"], "eps_high": weight["eps_high"], "c": weight["ceiling"]}
+
+
+def _drop_idle_divergence(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str]) -> None:
+    """Also: α = 1 is reverse KL, of which `reinforce` is k1."""
+    if not reads_divergence(value["estimator"]):
+        reason = f"the estimator {value['estimator']} is the same for every divergence"
+        idle.update(dict.fromkeys(("divergence", *kept["divergence"]), reason))
+        value["divergence"] = "reverse"
+    elif value["divergence"] == "alpha" and kept["divergence"]["alpha"] == 1.0:
+        value["divergence"] = "reverse"
+    if value["divergence"] == "reverse":
+        kept["divergence"] = {}
+        if value["estimator"] == "reinforce":
+            value["estimator"] = "k1"
 
 
 def _drop_idle_weight(

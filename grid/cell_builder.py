@@ -20,7 +20,7 @@ from klab.grid.variant import Variant
 _TRAINING_DEFAULTS = {name: setting.default for name, setting in TrainingSection.model_fields.items()}
 """Defaults of the training section: what a setting without effect is replaced by, so that ids do not depend on it."""
 
-NEUTRAL = {"placement": "none", "ratio": "none", "weight": "one", "path": "score"}
+NEUTRAL = {"divergence": "reverse", "placement": "none", "ratio": "none", "weight": "one", "path": "score"}
 """Values that mean "nothing": writing one on an axis that is idle anyway is correct, not a setting without effect."""
 
 

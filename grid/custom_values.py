@@ -84,6 +84,25 @@ SIGNATURES: Mapping[str, Signature] = MappingProxyType(
 ''',
             written='estimator: {name: "mine:huber", width: 1.0}',
         ),
+        "divergence": Signature(
+            inputs={},
+            returns="a klab.harness.objective.Divergence",
+            example='''import torch
+
+from klab.harness.objective import Divergence
+
+
+def chi_squared(*, scale):
+    """scale/2·χ²(π‖π_ref), f(δ) = scale/2·(1/δ − 1)."""
+    return Divergence(
+        plain=lambda kappa: scale / 2 * torch.expm1(kappa),
+        nonnegative=lambda kappa: scale / 2 * (torch.expm1(kappa) + torch.expm1(-kappa)),
+        coefficient=lambda kappa: scale * torch.expm1(kappa),
+        summand=lambda logp, logp_reference: scale / 2 * ((2 * logp - logp_reference).exp() - logp.exp()),
+    )
+''',
+            written='divergence: {name: "mine:chi_squared", scale: 1.0}',
+        ),
         "placement": Signature(
             inputs={},
             returns="a klab.harness.objective.Placement",

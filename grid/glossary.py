@@ -61,6 +61,12 @@ GLOSSARY = (
     ),
     Symbol("δ", "", "float [N, T]", "e^{−κ} = π_ref/π of the sampled token"),
     Symbol(
+        "f",
+        "divergence",
+        "",
+        "generator of the divergence, f(1) = 0 and f″(1) = 1: at a state it is Σ_v π(v)·f(δ_v)",
+    ),
+    Symbol(
         "λ", "log_ratio (of a ratio)", "float [N, T]", "ℓ − ℓ_old, log-ratio to the behaviour policy", (r"\lambda",)
     ),
     Symbol(

@@ -35,7 +35,9 @@ class Objective:
     advantage: str
     aggregation: str
     path: str
+    divergence: str
     beta: float
+    alpha: float
     eps_low: float
     eps_high: float
     q: float
@@ -87,9 +89,11 @@ class Objective:
         advantage: str | Mapping[str, Any] = "group_norm",
         aggregation: str | Mapping[str, Any] = "sequence_mean",
         path: str | Mapping[str, Any] = "score",
+        divergence: str | Mapping[str, Any] = "reverse",
         **parameters: Any,
     ) -> None:
-        written = dict(zip(AXES, (estimator, placement, ratio, weight, advantage, aggregation, path), strict=True))
+        chosen = (estimator, divergence, placement, ratio, weight, advantage, aggregation, path)
+        written = dict(zip(AXES, chosen, strict=True))
         given = dict(parameters)
         arguments: dict[str, dict[str, Any]] = {}
         for axis, value in written.items():

@@ -63,6 +63,13 @@ class Parameter:
 _ALL = (
     Parameter("beta", 0.04, "coefficient β of the KL term", low=0.0, latex=r"\beta"),
     Parameter(
+        "alpha",
+        0.5,
+        "order α of the divergence; 1 is reverse KL, and forward KL is its limit at 0",
+        low=0.05,
+        latex=r"\alpha",
+    ),
+    Parameter(
         "eps_low",
         0.2,
         "lower clipping width ε_low: ratios below 1 − ε_low are clipped",

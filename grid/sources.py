@@ -80,6 +80,13 @@ _ALL = (
         "arXiv:1806.08295",
     ),
     Source(
+        "Cressie & Read 1984",
+        "Noel Cressie, Timothy R. C. Read",
+        "1984",
+        "Multinomial Goodness-of-Fit Tests",
+        "Journal of the Royal Statistical Society B 46(3)",
+    ),
+    Source(
         "Davis & Recht 2025",
         "Damek Davis, Benjamin Recht",
         "2025",
@@ -158,6 +165,13 @@ _ALL = (
         "2008",
         "Truncated Importance Sampling",
         "Journal of Computational and Graphical Statistics 17(2)",
+    ),
+    Source(
+        "Jeffreys 1946",
+        "Harold Jeffreys",
+        "1946",
+        "An Invariant Form for the Prior Probability in Estimation Problems",
+        "Proceedings of the Royal Society A 186(1007)",
     ),
     Source(
         "Jiosi 2026", "Jordan Jiosi", "2026", "DeepSeek's GRPO Notation & Why It's Wrong", "doi:10.5281/zenodo.18396691"

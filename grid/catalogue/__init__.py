@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from klab.grid.catalogue.credit import ADVANTAGE, AGGREGATION, PATH
-from klab.grid.catalogue.divergence import ESTIMATOR, PLACEMENT
+from klab.grid.catalogue.divergence import DIVERGENCE, ESTIMATOR, PLACEMENT
 from klab.grid.catalogue.importance import RATIO, WEIGHT
 from klab.grid.catalogue.value import Axis, Value
 from klab.grid.errors import UserError
@@ -20,9 +20,9 @@ from klab.grid.user_code import names_user_code
 __all__ = ["AXES", "PARAMETERS", "Axis", "Parameter", "Value", "value_of"]
 
 AXES: Mapping[str, Axis] = MappingProxyType(
-    {axis.name: axis for axis in (ESTIMATOR, PLACEMENT, RATIO, WEIGHT, ADVANTAGE, AGGREGATION, PATH)}
+    {axis.name: axis for axis in (ESTIMATOR, DIVERGENCE, PLACEMENT, RATIO, WEIGHT, ADVANTAGE, AGGREGATION, PATH)}
 )
-"""The seven axes of the objective in the order of its composition."""
+"""The axes of the objective in the order of its composition."""
 
 
 def value_of(axis: str, name: object) -> Value:

@@ -1,4 +1,4 @@
-"""The KL term: how a token's divergence is estimated, and where it enters."""
+"""The KL term: how a token's divergence is estimated, which divergence it is, and where it enters."""
 
 from __future__ import annotations
 
@@ -55,6 +55,104 @@ ESTIMATOR = axis(
         needs=("logits", "logits_reference"),
         latex=r"\sum_{v} \pi_{j}(v) \log \frac{\pi_{j}(v)}{\pi_{j}^{\mathrm{ref}}(v)}",
         gradient=r"\sum_{v} \pi_{j}(v) \log \frac{\pi_{j}(v)}{\pi_{j}^{\mathrm{ref}}(v)} \nabla \log \pi_{j}(v)",
+    ),
+    Value(
+        "reinforce",
+        "f(δ) − δ·f′(δ) + f′(1)",
+        "what multiplies ∇ℓ in the divergence's own gradient, for the placement advantage; k1 of reverse KL",
+        "Zhang et al. 2025 (RPG)",
+        latex=r"\kappa_{j}",
+        gradient=r"\nabla \ell_{j}",
+    ),
+)
+
+
+def _estimates(k1: str, k3: str, full: str, reinforce: str, *slopes: str) -> dict[str, tuple[str, str]]:
+    """The estimators of a divergence with their gradients.
+
+    Args:
+        slopes: what multiplies ∇ℓ in the gradients of k1, k3 and reinforce, and the gradient of full.
+    """
+    score = r"\nabla \ell_{j}"
+    plus = rf"\operatorname{{sg}}[{k3} - \frac{{1}}{{2}} \kappa_{{j}}^{{2}}] + \frac{{1}}{{2}} \kappa_{{j}}^{{2}}"
+    return {
+        "k1": (k1, f"{slopes[0]} {score}"),
+        "k3": (k3, f"{slopes[1]} {score}"),
+        "k3_plus": (plus, rf"\kappa_{{j}} {score}"),
+        "full": (full, slopes[3]),
+        "reinforce": (reinforce, f"{slopes[2]} {score}"),
+    }
+
+
+_RATIO = r"\frac{\pi_{j}(v)}{\pi_{j}^{\mathrm{ref}}(v)}"
+_MIXED = r"(\pi_{j}(v))^{\alpha} (\pi_{j}^{\mathrm{ref}}(v))^{1 - \alpha}"
+_SCORES = r"\nabla \log \pi_{j}(v)"
+_JEFFREYS = r"\frac{1}{2} \kappa_{j} (1 - e^{-\kappa_{j}})"
+_ALPHA = r"\frac{e^{(\alpha - 1) \kappa_{j}} - 1}{\alpha (\alpha - 1)}"
+
+DIVERGENCE = axis(
+    "divergence",
+    "f(δ)",
+    "divergence",
+    "reverse",
+    Value(
+        "reverse",
+        "−log δ",
+        "KL(π‖π_ref); k1 is κ, k3 is the unnormalised reverse KL",
+        "Schulman 2020",
+        latex=r"\kappa_{j}",
+    ),
+    Value(
+        "forward",
+        "δ·log δ",
+        "KL(π_ref‖π); k1 is −κ·e^{−κ}, k3 is the unnormalised forward KL 1 − (1 + κ)·e^{−κ}",
+        "Zhang et al. 2025 (RPG)",
+        latex=r"-\kappa_{j} e^{-\kappa_{j}}",
+        estimates=_estimates(
+            r"-\kappa_{j} e^{-\kappa_{j}}",
+            r"1 - (1 + \kappa_{j}) e^{-\kappa_{j}}",
+            r"\sum_{v} \pi_{j}^{\mathrm{ref}}(v) \log \frac{\pi_{j}^{\mathrm{ref}}(v)}{\pi_{j}(v)}",
+            r"1 - e^{-\kappa_{j}}",
+            r"(\kappa_{j} - 1) e^{-\kappa_{j}}",
+            r"\kappa_{j} e^{-\kappa_{j}}",
+            r"e^{-\kappa_{j}}",
+            rf"-\sum_{{v}} \pi_{{j}}^{{\mathrm{{ref}}}}(v) {_SCORES}",
+        ),
+    ),
+    Value(
+        "jeffreys",
+        "½·(δ − 1)·log δ",
+        "half the sum of both KLs; k1 and k3 are the same",
+        "Jeffreys 1946; Zhang et al. 2025 (RPG)",
+        latex=_JEFFREYS,
+        estimates=_estimates(
+            _JEFFREYS,
+            _JEFFREYS,
+            rf"\frac{{1}}{{2}} \sum_{{v}} (\pi_{{j}}(v) - \pi_{{j}}^{{\mathrm{{ref}}}}(v)) \log {_RATIO}",
+            r"\frac{1}{2} (\kappa_{j} + 1 - e^{-\kappa_{j}})",
+            r"\frac{1}{2} (1 - (1 - \kappa_{j}) e^{-\kappa_{j}})",
+            r"\frac{1}{2} (1 - (1 - \kappa_{j}) e^{-\kappa_{j}})",
+            r"\frac{1}{2} (1 + e^{-\kappa_{j}})",
+            rf"\frac{{1}}{{2}} \sum_{{v}} (\pi_{{j}}(v) \log {_RATIO} - \pi_{{j}}^{{\mathrm{{ref}}}}(v)) {_SCORES}",
+        ),
+    ),
+    Value(
+        "alpha",
+        "(δ^{1−α} − 1)/(α·(α − 1))",
+        "reverse KL as α → 1, forward KL as α → 0, 4·(1 − Σ√(π·π_ref)) at ½, half of Pearson's χ²(π‖π_ref) at 2",
+        "Cressie & Read 1984",
+        ("alpha",),
+        latex=_ALPHA,
+        estimates=_estimates(
+            _ALPHA,
+            _ALPHA + r" + \frac{e^{-\kappa_{j}} - 1}{\alpha}",
+            rf"\frac{{1}}{{\alpha (\alpha - 1)}} (\sum_{{v}} {_MIXED} - 1)",
+            r"\frac{e^{(\alpha - 1) \kappa_{j}} - 1}{\alpha - 1}",
+            r"\frac{1}{\alpha} e^{(\alpha - 1) \kappa_{j}}",
+            r"\frac{1}{\alpha} (e^{(\alpha - 1) \kappa_{j}} - e^{-\kappa_{j}})",
+            r"e^{(\alpha - 1) \kappa_{j}}",
+            rf"\frac{{1}}{{\alpha - 1}} \sum_{{v}} {_MIXED} {_SCORES}",
+        ),
     ),
 )
 

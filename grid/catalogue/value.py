@@ -29,6 +29,7 @@ class Value:
         latex: the formula as papers print it, in the notation of `klab.grid.formula`; of a placement or a path the
             equations that it contributes.
         gradient: of what carries a gradient: that gradient in LaTeX.
+        estimates: of a divergence other than reverse KL: `latex` and `gradient` of the estimators that differ for it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Value:
     monotone: bool | None = None
     latex: str = ""
     gradient: str = ""
+    estimates: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

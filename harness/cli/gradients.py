@@ -48,12 +48,16 @@ def gradients(
         typer.Argument(metavar="GRID|ALGORITHM|RUN", help="A grid file or study, a named algorithm, or a run."),
     ] = None,
     kl_table: Annotated[
-        bool, typer.Option("--kl-table", help="Instead: exact errors of k1, k2, k3 by placement and ratio.")
+        bool, typer.Option("--kl-table", help="Instead: exact errors of estimators by placement and ratio.")
     ] = False,
+    divergence: Annotated[
+        list[str] | None,
+        typer.Option(help="Divergence of --kl-table; may be repeated; default: reverse."),
+    ] = None,
     product: Annotated[
         Path | None,
         typer.Option(
-            "--product", metavar="FILE", help="Instead: all 55 440 combinations, into a resumable jsonl file."
+            "--product", metavar="FILE", help="Instead: the product of the main axes, into a resumable jsonl file."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random state of policies, reward, drift and draws.")] = 0,
@@ -79,7 +83,7 @@ def gradients(
 
     torch.set_num_threads(1)
     if kl_table:
-        rows = _kl_rows(seed, vocabulary, horizon, drift)
+        rows = _kl_rows(seed, vocabulary, horizon, drift, divergence or ["reverse"])
     elif product is not None:
         rows = _product_rows(product, seed, vocabulary, horizon, drift, group_size, samples, workers)
     elif target is not None:
@@ -179,11 +183,19 @@ def _survey_rows(
     return [entry.row() for entry in entries]
 
 
-def _kl_rows(seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None) -> Rows:
+def _kl_rows(
+    seed: int, vocabulary: int, horizon: int, drifts: Sequence[float] | None, divergences: Sequence[str]
+) -> Rows:
+    from klab.grid.catalogue import AXES
     from klab.harness.exact.instance import Instance
     from klab.harness.exact.kl_errors import kl_errors
 
-    return [asdict(entry) for entry in kl_errors(Instance(vocabulary, horizon, seed), drifts or (0.0, 0.3))]
+    known = AXES["divergence"].values
+    for name in divergences:
+        if name not in known:
+            raise UserError("unknown divergence", key="--divergence", value=name, allowed=known)
+    instance = Instance(vocabulary, horizon, seed)
+    return [asdict(entry) for entry in kl_errors(instance, drifts or (0.0, 0.3), divergences)]
 
 
 def _product_rows(
@@ -224,16 +236,19 @@ def _write_csv(file: Path, rows: Rows) -> None:
 
 def _show_kl(rows: Rows) -> None:
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))
-    for drift in dict.fromkeys(row["drift"] for row in rows):
+    for drift, divergence in dict.fromkeys((row["drift"], row["divergence"]) for row in rows):
         errors = {
-            (row["estimator"], row["placement"], row["ratio"]): row["error"] for row in rows if row["drift"] == drift
+            (row["estimator"], row["placement"], row["ratio"]): row["error"]
+            for row in rows
+            if (row["drift"], row["divergence"]) == (drift, divergence)
         }
         lines = [
             (estimator, placement, *(_rounded(errors[estimator, placement, ratio]) for ratio in ratios))
             for estimator, placement in dict.fromkeys(key[:2] for key in errors)
         ]
         where = "on-policy" if drift == 0 else f"after random drift of {drift:g}"
-        title = f"Relative error of the expected gradient of the KL term against ∇KL(π‖π_ref), {where}; 0 is exact"
+        of = "∇KL(π‖π_ref)" if divergence == "reverse" else f"the gradient of the divergence {divergence}"
+        title = f"Relative error of the expected gradient of the KL term against {of}, {where}; 0 is exact"
         show(("estimator", "placement", *ratios), lines, title)
 
 

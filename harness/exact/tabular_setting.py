@@ -10,9 +10,11 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from klab.grid import Objective
-from klab.harness.exact.gradients import Scale, exact_gradient
+from klab.harness.exact.divergences import Scale, token_divergence
+from klab.harness.exact.gradients import expected_reward, gradient_of
 from klab.harness.exact.tabular import Reward, TabularPolicy, Trajectories
-from klab.harness.objective import TokenBatch
+from klab.harness.objective import Divergence, TokenBatch
+from klab.harness.objective.functions import divergence_of
 from klab.harness.objective.kl import entropy
 
 
@@ -128,29 +130,37 @@ class Setting:
     def truth(self, objective: Objective) -> Float64[Tensor, "contexts V"]:
         """The true gradient, with which the cell's is compared.
 
-        It is the gradient of E[R] - beta * KL(pi || reference) at the current policy: KL summed over tokens, or
-        averaged over each trajectory's own tokens where the cell divides its returns by the length (`kl_scale: mean` in
-        use); without the KL where the cell has none that acts. It is multiplied by the factor that the aggregation puts
+        It is the gradient of E[R] - beta * D at the current policy, D being the cell's own divergence from the
+        reference (`token_divergence`): summed over tokens, or averaged over each trajectory's own tokens where the cell
+        divides its returns by the length (`kl_scale: mean` in use); without it where the cell has no KL term that acts.
+        It is multiplied by the factor that the aggregation puts
         on every token: 1 for `sequence_sum`, 1/H_max for `constant`, 1/E[H] for `sequence_mean` and `token_mean`. Only
         the canonical form counts, so that two spellings of one algorithm have one truth.
         """
         active = objective.canonical()
         scale: Scale = "mean" if active.get("placement.kl_scale") == "mean" else "sum"
-        return self.true_gradient(float(active.get("placement.beta", 0.0)), scale) * self.aggregation_factor(objective)
+        beta = float(active.get("placement.beta", 0.0))
+        return self.true_gradient(beta, scale, divergence_of(objective)) * self.aggregation_factor(objective)
 
     def aggregation_factor(self, objective: Objective) -> float:
         """What the aggregation multiplies a token's term by, on average: see `truth`."""
         factors = {"sequence_sum": 1.0, "constant": 1.0 / self.policy.horizon}
         return factors.get(objective.aggregation, 1.0 / self.mean_length)
 
-    def true_gradient(self, beta: float, scale: Scale) -> Float64[Tensor, "contexts V"]:
-        """`exact_gradient` at the current policy, cached per (beta, scale)."""
-        if (beta, scale) not in self._truths:
-            self._truths[beta, scale] = exact_gradient(self.policy, self.reference, self.reward, beta, "reverse", scale)
-        return self._truths[beta, scale]
+    def true_gradient(self, beta: float, scale: Scale, divergence: Divergence) -> Float64[Tensor, "contexts V"]:
+        """Gradient of E[R] - beta * D at the current policy, cached."""
+
+        def value(moving: TabularPolicy) -> Tensor:
+            total = expected_reward(moving, self.reward)
+            return total - beta * token_divergence(moving, self.reference, divergence, scale) if beta else total
+
+        key = (beta, scale, divergence if beta else None)
+        if key not in self._truths:
+            self._truths[key] = gradient_of(self.policy, value)
+        return self._truths[key]
 
     @cached_property
-    def _truths(self) -> dict[tuple[float, Scale], Tensor]:
+    def _truths(self) -> dict[tuple[float, Scale, Divergence | None], Tensor]:
         return {}
 
     @cached_property

@@ -24,6 +24,7 @@ _CLIPPED = {"sequence_mean": "grpo", "token_mean": "dapo", "constant": "dr_grpo"
 _SCALES = {"group_norm": "group", "group_center": "none", "group_center_batch_norm": "batch"}
 _SHARED: dict[str, tuple[str, ...]] = {
     "estimator": ("k3",),
+    "divergence": ("reverse",),
     "placement": ("loss", "loss_corrected", "none"),
     "advantage": tuple(_SCALES),
     "path": ("score", "ratio"),  # equal: the advantage is constant along a trajectory
@@ -133,6 +134,7 @@ FAMILIES = (
         RLOO,
         {
             "estimator": ("k1",),
+            "divergence": ("reverse",),
             "placement": ("reward", "none"),
             "ratio": ("sequence_product",),
             "weight": ("ppo_clip",),

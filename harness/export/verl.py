@@ -152,6 +152,7 @@ def _families() -> tuple[Family, ...]:
                         _TARGET,
                         {
                             "estimator": tuple(ESTIMATORS),
+                            "divergence": ("reverse",),
                             "placement": ("loss", charged, "none"),
                             "advantage": (advantage,),
                             **shared,

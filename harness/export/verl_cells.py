@@ -69,6 +69,11 @@ CONDITIONS = (
         "verl has no such KL in the reward",
     ),
     Condition(
+        "divergence",
+        lambda o: not _is_charged(o) or o.divergence == "reverse",
+        "a divergence in the reward is subtracted by verl, which has reverse KL there",
+    ),
+    Condition(
         "advantage",
         lambda o: not _is_charged(o) or not _is_custom("advantage", "placement")(o),
         "verl gives rewards from which the KL was subtracted, not the task's",

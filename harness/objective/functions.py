@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from klab.grid import Objective
+from klab.grid.canonical import reads_divergence
 from klab.grid.custom_values import SOLVER
 from klab.harness.objective.advantage import Returns, value_targets
 from klab.harness.objective.aggregate import AGGREGATIONS
 from klab.harness.objective.custom import divide_parameters, optional_inputs
+from klab.harness.objective.divergence import DIVERGENCES, REVERSE, Divergence
 from klab.harness.objective.kl import ESTIMATORS
 from klab.harness.objective.placement import PLACEMENTS, Placement
 from klab.harness.objective.ratio import RATIOS
@@ -81,7 +83,7 @@ def axis_functions(objective: Objective) -> AxisFunctions:
         asks["solver"] = optional_inputs(solver, SOLVER)
     return AxisFunctions(
         asks=asks,
-        estimator=ESTIMATORS.bound(objective.estimator, objective.arguments("estimator")),
+        estimator=_estimator(objective),
         placement=PLACEMENTS.bound(objective.placement, objective.arguments("placement"))(),
         ratio=RATIOS.bound(objective.ratio, objective.arguments("ratio")),
         weight=weight,
@@ -92,6 +94,27 @@ def axis_functions(objective: Objective) -> AxisFunctions:
         # without a ratio log ρ is 0 and carries no gradient
         path=score_path if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
     )
+
+
+@lru_cache(maxsize=4096)
+def divergence_of(objective: Objective) -> Divergence:
+    """The divergence whose estimate an objective penalises; reverse KL where the estimator reads none.
+
+    Raises:
+        UserError: when a custom divergence cannot be loaded or called.
+    """
+    if not reads_divergence(objective.estimator):
+        return REVERSE
+    made: Divergence = DIVERGENCES.bound(objective.divergence, objective.arguments("divergence"))()
+    return made
+
+
+def _estimator(objective: Objective) -> Callable[..., Tensor]:
+    """The estimator with its parameters filled in, of the objective's divergence where it reads one."""
+    estimator = ESTIMATORS.bound(objective.estimator, objective.arguments("estimator"))
+    if not reads_divergence(objective.estimator):
+        return estimator
+    return partial(estimator, divergence=divergence_of(objective))
 
 
 def _weight_and_solver(objective: Objective) -> tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]] | None]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from klab.grid import Objective, UserError
-from klab.harness.objective import Placement, TokenBatch, axis_functions, objective_loss
+from klab.harness.objective import Divergence, Placement, TokenBatch, axis_functions, objective_loss
+from klab.harness.objective.functions import divergence_of
 from klab.harness.objective.inputs import View
 from klab.harness.objective.kl import entropy
 
@@ -26,6 +27,13 @@ def try_objective(objective: Objective, axis: str | None = None) -> None:
     functions = axis_functions(objective)
     if axis is not None:
         _check_kind(objective, axis, batch)
+    if axis == "divergence":
+        made = divergence_of(objective)
+        if not isinstance(made, Divergence):
+            kind = type(made).__name__
+            raise UserError(
+                f"returns a {kind}, not a klab.harness.objective.Divergence", key=axis, value=objective.divergence
+            )
     if not isinstance(functions.placement, Placement):
         kind = type(functions.placement).__name__
         raise UserError(

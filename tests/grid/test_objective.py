@@ -25,7 +25,7 @@ def test_defaults_are_the_contract():
     expected |= dict(rejected=0.0, kl_scale="mean", kl_at="rollout", ceiling=4.0, tv_low=0.15, tv_high=0.15)
     expected |= dict(kl_low=0.05, kl_high=0.05, truncation=20.0, drift=0.2, worst=0.5, moment=0.04, k_pos=2.0)
     expected |= dict(rate_pos=3.0, k_neg=3.0, rate_neg=2.0, half_life=32.0, influence=0.2, safety=4.0)
-    expected |= dict(clip_low=0.4, clip_high=0.4)
+    expected |= dict(clip_low=0.4, clip_high=0.4, alpha=0.5)
     assert {name: getattr(objective, name) for name in PARAMETERS} == expected
 
 

@@ -15,6 +15,7 @@ from tests.harness.objective.oracle import Trajectory
 
 PARAMETERS = {
     "beta": (0.0, 0.04, 0.5, 1.0),
+    "alpha": (0.05, 0.5, 1.0, 2.0),
     "eps_low": (0.0, 0.1, 0.2, 0.5),
     "eps_high": (0.0, 0.1, 0.28, 0.5),
     "q": (0.0, 0.25, 0.5, 1.0),

@@ -101,6 +101,21 @@ def test_the_kl_table_names_the_exact_entries(capsys: pytest.CaptureFixture[str]
     assert "after random drift of 0.3" in capsys.readouterr().out
 
 
+def test_the_kl_table_measures_each_divergence_against_its_own_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--kl-table", "--horizon", "2", "--divergence", "forward", "--divergence", "jeffreys")
+    found = rows(capsys, *asked)
+    errors = {
+        (row["divergence"], row["estimator"], row["placement"], row["ratio"], row["drift"]): row["error"]
+        for row in found
+    }
+    for divergence in ("forward", "jeffreys"):
+        assert errors[divergence, "k3", "reward_and_loss", "none", 0.0] < 1e-12
+        assert errors[divergence, "k3", "loss_corrected", "prefix_product", 0.3] < 1e-12
+        assert errors[divergence, "k1", "reward", "none", 0.0] > 1.0
+    assert main(["gradients", "--divergence", "forwrad", "--kl-table"]) == 2
+    assert "did you mean 'forward'" in capsys.readouterr().err
+
+
 def test_the_product_goes_into_a_file_that_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
             if o.placement not in ("loss", "loss_reweighted", "loss_corrected", "reward_and_loss"):
                 continue
             factor = rho[n][j] if o.placement in ("loss_reweighted", "loss_corrected") else 1.0
-            phi, slope_logp, slope_logits = _phi(o.estimator, t, j, t.now)
+            phi, slope_logp, slope_logits = _phi(o, t, j, t.now)
             answer.loss += share[n] * o.beta * factor * phi
             add(n, j, share[n] * o.beta * factor * slope_logp)
             for v, slope in enumerate(slope_logits):
@@ -89,25 +89,54 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
     return answer
 
 
-def _phi(name: str, t: Trajectory, j: int, policy: list[float]) -> tuple[float, float, list[float]]:
+def _phi(o: Any, t: Trajectory, j: int, policy: list[float]) -> tuple[float, float, list[float]]:
     """φ at token j, its derivative to ℓ_j, and its derivatives to the logits."""
-    kappa = policy[j] - t.ref[j]
-    if name == "k1":
-        return kappa, 1.0, []
+    name, kappa = o.estimator, policy[j] - t.ref[j]
+    delta = math.exp(-kappa)
     if name == "k2":
         return kappa * kappa / 2, kappa, []
-    if name == "k3":
-        return math.exp(-kappa) - 1 + kappa, 1 - math.exp(-kappa), []
-    if name == "k3_plus":
-        return math.exp(-kappa) - 1 + kappa, kappa, []
     if name == "abs":
         return abs(kappa), (kappa > 0) - (kappa < 0), []
+    f, first, second = _generator(o, delta)
+    if name == "k1":
+        return f, -delta * first, []
+    at_one = _generator(o, 1.0)[1]
+    if name == "k3":
+        return f - at_one * (delta - 1), -delta * (first - at_one), []
+    if name == "k3_plus":
+        return f - at_one * (delta - 1), kappa, []
+    if name == "reinforce":
+        return f - delta * first + at_one, delta * delta * second, []
     assert name == "full"
     assert t.logits is not None
     assert t.logits_ref is not None
     p, q = _softmax(t.logits[j]), _softmax(t.logits_ref[j])
-    divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    return divergence, 0.0, [a * (math.log(a / b) - divergence) for a, b in zip(p, q, strict=True)]
+    found = [_generator(o, b / a) for a, b in zip(p, q, strict=True)]
+    total = sum(a * f for a, (f, _, _) in zip(p, found, strict=True))
+    slopes = [f - b / a * first for a, b, (f, first, _) in zip(p, q, found, strict=True)]  # of Σ π f(π_ref/π) to π(v)
+    mean = sum(a * slope for a, slope in zip(p, slopes, strict=True))
+    return total, 0.0, [a * (slope - mean) for a, slope in zip(p, slopes, strict=True)]
+
+
+def _generator(o: Any, delta: float) -> tuple[float, float, float]:
+    """f, f′ and f″ of the divergence at δ."""
+    log = math.log(delta)
+    forward = (delta * log, log + 1, 1 / delta)
+    reverse = (-log, -1 / delta, 1 / delta**2)
+    match o.divergence:
+        case "reverse":
+            return reverse
+        case "forward":
+            return forward
+        case "jeffreys":
+            f, first, second = ((a + b) / 2 for a, b in zip(forward, reverse, strict=True))
+            return f, first, second
+        case "alpha":
+            a = o.alpha
+            if a == 1:
+                return reverse
+            return (delta ** (1 - a) - 1) / (a * (a - 1)), -(delta**-a) / a, delta ** (-a - 1)
+    raise AssertionError(o.divergence)
 
 
 def _softmax(logits: list[float]) -> list[float]:
@@ -118,7 +147,7 @@ def _softmax(logits: list[float]) -> list[float]:
 def _charges(o: Any, t: Trajectory) -> list[float]:
     """φ of the detached placements: at the behaviour policy or the current one."""
     policy = t.old if o.kl_at == "rollout" else t.now
-    return [_phi(o.estimator, t, j, policy)[0] for j in range(t.length)]
+    return [_phi(o, t, j, policy)[0] for j in range(t.length)]
 
 
 def _returns(o: Any, t: Trajectory) -> list[float]:

@@ -11,6 +11,7 @@ from klab.grid.catalogue import AXES
 from klab.harness.objective import axis_functions
 from klab.harness.objective.advantage import ADVANTAGES
 from klab.harness.objective.aggregate import AGGREGATIONS
+from klab.harness.objective.divergence import DIVERGENCES
 from klab.harness.objective.functions import PATHS
 from klab.harness.objective.kl import ESTIMATORS
 from klab.harness.objective.placement import PLACEMENTS
@@ -18,7 +19,7 @@ from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
 from klab.harness.objective.values import SOLVERS, WEIGHTS
 
-REGISTRIES = (ESTIMATORS, PLACEMENTS, RATIOS, WEIGHTS, ADVANTAGES, AGGREGATIONS, PATHS)
+REGISTRIES = (ESTIMATORS, DIVERGENCES, PLACEMENTS, RATIOS, WEIGHTS, ADVANTAGES, AGGREGATIONS, PATHS)
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.axis)

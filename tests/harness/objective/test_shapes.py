@@ -18,6 +18,7 @@ from klab.grid.custom_values import VIEW
 from klab.harness.objective import Groups, Returns, Totals, update_context
 from klab.harness.objective.aggregate import AGGREGATIONS
 from klab.harness.objective.batch import TokenBatch
+from klab.harness.objective.divergence import FORWARD
 from klab.harness.objective.functions import PATHS
 from klab.harness.objective.inputs import View
 from klab.harness.objective.kl import ESTIMATORS
@@ -65,6 +66,7 @@ def _inputs(batch: TokenBatch) -> Mapping[str, Any]:
         "returns": returns, "terms": log_ratio, "totals": Totals.of(mask, groups, batch.max_new_tokens),
         "logp": log_ratio, "log_rho": log_ratio, "logits": batch.logits, "logits_reference": batch.logits_reference,
         "greedy_rewards": batch.greedy_rewards, "kept": mask, "q": torch.tensor(0.5, dtype=torch.float64),
+        "divergence": FORWARD,
         **{name: values[0] for name, values in PARAMETERS.items() if name != "q"},
     }  # fmt: skip
 
