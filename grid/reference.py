@@ -24,7 +24,15 @@ from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.sections import Launcher, Resources
 from klab.grid.schema.task import TASKS, CustomTask, RewardTerm
-from klab.grid.schema.training import BetaControl, Critic, TrainingSection, TrlConfig, TrustRegion
+from klab.grid.schema.training import (
+    BetaControl,
+    Critic,
+    StopBounds,
+    StopRule,
+    TrainingSection,
+    TrlConfig,
+    TrustRegion,
+)
 from klab.grid.sources import SOURCES
 
 MARKER = "<!-- Everything below is written by `python -m klab.grid.reference`. -->"
@@ -57,6 +65,8 @@ def reference() -> str:
         "trust_region": TrustRegion,
         "sampler": Sampler,
         "sampler.reject": Rejection,
+        "stop": StopRule,
+        "stop.unless": StopBounds,
         "trl": TrlConfig,
     }
     for key, model in nested.items():

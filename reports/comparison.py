@@ -14,13 +14,14 @@ import pandas as pd
 
 from klab.grid.score import DEFAULT_SCORE, Score, parse_score
 from klab.reports.axes import value_words
+from klab.reports.censored import Sensitivity, sensitivity
 from klab.reports.conduct import Conduct
 from klab.reports.inference import DELTA, DIFFERS, Analysis, analyse, counted_scores
 from klab.reports.schema import SUMMARY
 from klab.reports.scores import Array, ScoredStudy, run_scores, sampling_deviations, score_notes
 
-LOST = ("diverged", "failed", "damaged")
-OPEN = ("running", "stopped", "missing")
+LOST = ("diverged", "stopped", "failed", "damaged")
+OPEN = ("running", "interrupted", "missing")
 RUN_COLUMNS = ("seed", "score", "state")
 CONFIGURATION = "configuration"
 """An axis of this name tells configurations apart that have the same value on every other axis."""
@@ -52,9 +53,10 @@ class Comparison:
         score: what they are compared by; `score.title` is its name in sentences, `score.higher` its direction.
         groups: configurations, in the order of the grid.
         seeds: all seeds.
-        scores: ``[groups, seeds]``, the scores that count: diverged runs at `worst`, NaN where nothing counts.
+        scores: ``[groups, seeds]``, the scores that count: stopped runs with their last evaluation, diverged runs at
+            `worst`, NaN where nothing counts.
         states: ``[groups, seeds]``, state of each run ("" where the design has none).
-        worst: the worst score of a finished run, which diverged runs count as; NaN where none finished.
+        worst: the worst score of a finished or stopped run, which diverged runs count as; NaN where there is none.
         baseline: the group that others are compared with; None where there is none.
         baseline_words: what the baseline is on the varied axes; empty where there is none or nothing varies.
         analysis: what `analyse` says of this task and score. The rows of its `cells` are those of `groups`.
@@ -63,6 +65,7 @@ class Comparison:
             NaN without two seeds.
         sampling_deviation: the part of it that comes from sampling completions in the evaluations, as root mean
             square over runs; NaN where that is not known.
+        censored: how far verdicts depend on what stopped runs would have reached; None where none was stopped.
         notes: what to know about the score, and before trusting the analysis.
     """
 
@@ -80,6 +83,7 @@ class Comparison:
     seed_deviation: float
     sampling_deviation: float
     notes: tuple[str, ...]
+    censored: Sensitivity | None = None
 
     @property
     def comparable(self) -> bool:
@@ -124,15 +128,20 @@ def compare(
     frame, reference = run_frame(study, cells, values, base)
     own = base is not None and base == study.baselines.get(task)
     stated = study.conduct.stated & set(groups) - {base} if own else set()
-    analysis = analyse(
-        frame,
-        reference,
-        delta,
-        higher=score.higher,
-        share=error_share(study, share),
-        stated=axis_values(frame, cells, stated),
-        held_out=None if study.held_out is None else axis_values(frame, cells, study.held_out),
-    )
+
+    def analysed(runs: pd.DataFrame) -> Analysis:
+        return analyse(
+            runs,
+            reference,
+            delta,
+            higher=score.higher,
+            share=error_share(study, share),
+            stated=axis_values(frame, cells, stated),
+            held_out=None if study.held_out is None else axis_values(frame, cells, study.held_out),
+        )
+
+    analysis = analysed(frame)
+    censored = sensitivity(frame, (cells["group"] == base).to_numpy(), analysis, analysed, score.higher)
     row, column = {group: i for i, group in enumerate(groups)}, {seed: i for i, seed in enumerate(seeds)}
     place = ([row[group] for group in cells["group"]], [column[seed] for seed in cells["seed"]])
     state = cells["state"].to_numpy(dtype=object)
@@ -154,10 +163,15 @@ def compare(
         baseline=base if base in row else None,
         baseline_words=value_words(study.axes, study.values[base]) if base is not None and base in row else "",
         analysis=analysis,
-        table=_table(study, task, cells, groups, states, base, analysis, score),
+        table=_table(study, task, cells, groups, states, base, analysis, censored, score),
         seed_deviation=_pooled_deviation(np.where(states == "finished", scores, np.nan)),
         sampling_deviation=float(np.sqrt(np.mean(sampled**2))) if sampled.size else np.nan,
-        notes=(*score_notes(study, score), *analysis.notes),
+        notes=(
+            *score_notes(study, score),
+            *analysis.notes,
+            *(() if censored is None else (censored.words(score.title),)),
+        ),
+        censored=censored,
     )
 
 
@@ -247,6 +261,7 @@ def _table(
     states: np.ndarray[tuple[int, int], np.dtype[np.object_]],
     baseline: str | None,
     analysis: Analysis,
+    censored: Sensitivity | None,
     score: Score,
 ) -> pd.DataFrame:
     means = (
@@ -264,6 +279,7 @@ def _table(
             "seeds": (states != "").sum(axis=1),
             "finished": (states == "finished").sum(axis=1),
             "diverged": (states == "diverged").sum(axis=1),
+            "stopped": (states == "stopped").sum(axis=1),
             "failed": np.isin(states, ["failed", "damaged"]).sum(axis=1),
             "unfinished": np.isin(states, OPEN).sum(axis=1),
             "accuracy_final": means["accuracy_final"].to_numpy(),
@@ -272,7 +288,12 @@ def _table(
         }
     )
     compared = [i for i, group in enumerate(groups) if group != baseline]
-    contrasts = analysis.contrasts.set_index(pd.Index(compared)).reindex(range(len(groups)))
+    rows = analysis.contrasts.assign(
+        bound_low=np.nan if censored is None else censored.low,
+        bound_high=np.nan if censored is None else censored.high,
+        depends=False if censored is None else censored.depends,
+    )
+    contrasts = rows.set_index(pd.Index(compared)).reindex(range(len(groups)))
     for name, column in (
         ("difference", "difference"),
         ("difference_low", "low"),
@@ -281,14 +302,17 @@ def _table(
         ("verdict", "verdict"),
         ("pairs", "pairs"),
         ("more_seeds", "more_seeds"),
+        ("bound_low", "bound_low"),
+        ("bound_high", "bound_high"),
     ):
         table[name] = contrasts[column]
-    table["stated"] = contrasts["stated"].astype(object).fillna(False).astype(bool)
+    for name in ("stated", "depends"):
+        table[name] = contrasts[name].astype(object).fillna(False).astype(bool)
     table["pairs"] = table["pairs"].fillna(0).astype(int)
     table["verdict"] = table["verdict"].astype(object).where(table["verdict"].notna(), "")
     gain = table["difference"] if score.higher else -table["difference"]
     table["better"] = (table["verdict"] == DIFFERS) & (gain > 0)
-    table["stable"] = (table["diverged"] == 0) & (table["failed"] == 0)
+    table["stable"] = table[["diverged", "stopped", "failed"]].sum(axis=1) == 0
     table = table.sort_values("mean", ascending=not score.higher, na_position="last", kind="stable", ignore_index=True)
     table["rank"] = table["mean"].rank(method="min", ascending=not score.higher)
     return table[["group", *SUMMARY]]

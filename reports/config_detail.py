@@ -169,7 +169,7 @@ def _panel(title: str, data: Cube, states: RunStates, row: int, points: int, sho
     if updates.size > points:
         kept = np.unique(np.linspace(0, updates.size - 1, points).astype(int))
         updates, values = updates[kept], values[:, kept]
-    own = RunStates(states.ended[row : row + 1], states.diverged[row : row + 1])
+    own = RunStates(states.ended[row : row + 1], states.cut[row : row + 1])
     if (curve := mean_curve(Cube(updates, values[None]), own, [0])) is None:
         return None
     spread = values[np.isfinite(values)]

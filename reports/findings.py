@@ -46,6 +46,7 @@ class Findings:
     axes: list[AxisFinding]
     lost: list[dict[str, object]]
     lost_words: str
+    stopped: int
     evidence: list[tuple[str, str]]
     cautions: list[str]
 
@@ -60,6 +61,7 @@ def find(study: Study, comparison: Comparison) -> Findings:
         axes=axes,
         lost=_lost(comparison),
         lost_words=_lost_words(comparison),
+        stopped=int(comparison.table["stopped"].sum()),
         evidence=_evidence(study, comparison),
         cautions=_cautions(study, comparison, axes),
     )
@@ -129,14 +131,14 @@ def _best_words(comparison: Comparison) -> str:
 
 
 def _lost(comparison: Comparison) -> list[dict[str, object]]:
-    table = comparison.table[comparison.table["diverged"] + comparison.table["failed"] > 0]
-    table = table.assign(lost=table["diverged"] + table["failed"]).sort_values("lost", ascending=False, kind="stable")
-    return records(table)
+    table = comparison.table.assign(lost=comparison.table[["diverged", "stopped", "failed"]].sum(axis=1))
+    return records(table[table["lost"] > 0].sort_values("lost", ascending=False, kind="stable"))
 
 
 def _lost_words(comparison: Comparison) -> str:
-    sums = comparison.table[["diverged", "failed", "unfinished", "seeds"]].sum()
-    parts = [f"{int(sums[key])} {key}" for key in ("diverged", "failed", "unfinished") if sums[key]]
+    kinds = ["diverged", "stopped", "failed", "unfinished"]
+    sums = comparison.table[[*kinds, "seeds"]].sum()
+    parts = [f"{int(sums[key])} {key}" for key in kinds if sums[key]]
     if not parts:
         return f"All {int(sums['seeds'])} runs finished."
     return f"{', '.join(parts)} of {int(sums['seeds'])} runs."

@@ -29,11 +29,11 @@ from klab.reports.schema import EVALUATIONS, METRICS
 MOMENTS = 5
 """Evaluations of a cell whose completions are kept."""
 
-_VERSION = 5
+_VERSION = 6
 T = TypeVar("T")
 _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
-_ENDED = ("finished", "diverged", "failed", "damaged")
+_ENDED = ("finished", "diverged", "stopped", "failed", "damaged")
 _ERROR_TAIL = 4000
 _TOGETHER = 64
 """Cells whose metrics are parsed at once."""
@@ -104,7 +104,7 @@ def _alive(folder: CellFolder, updates: float) -> str:
             return "running"
     except UserError:
         return "damaged"
-    return "stopped" if updates > 0 else "missing"
+    return "interrupted" if updates > 0 else "missing"
 
 
 def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:

@@ -14,7 +14,22 @@ def methods(study: Study, comparisons: list[Comparison]) -> list[str]:
     if not comparisons:
         return []
     runs = [_run(study, comparison) for comparison in comparisons]
-    return [*runs, tuning_words(study), *_analysis(comparisons), methods_words(study.conduct)]
+    return [*runs, *_stopping(study), tuning_words(study), *_analysis(comparisons), methods_words(study.conduct)]
+
+
+def _stopping(study: Study) -> list[str]:
+    """What ended hopeless runs, and how these count; nothing where no configuration has such a rule."""
+    rules = [cell.training.stop for cell in study.configurations.values() if cell.training.stop is not None]
+    if not rules:
+        return []
+    words = dict.fromkeys(rule.words for rule in rules)
+    where = "" if len(rules) == len(study.configurations) else f" in {len(rules)} of {len(study.configurations)} cells"
+    return [
+        f"Hopeless runs were stopped after an evaluation on held-out prompts {'; or '.join(words)}{where}: "
+        f"{int((study.cells['state'] == 'stopped').sum())} runs. Their scores are censored: the last evaluation is "
+        "carried forward, and every verdict was computed again with stopped runs at the worst and at the best score of "
+        "the task, against the baseline's at the other end."
+    ]
 
 
 def _run(study: Study, comparison: Comparison) -> str:
@@ -22,7 +37,7 @@ def _run(study: Study, comparison: Comparison) -> str:
     first = study.configurations[comparison.baseline or comparison.groups[0]]
     training = first.training
     axes = ", ".join(f"{axis.title} ({', '.join(axis.values)})" for axis in study.axes) or "nothing"
-    ended = cells["state"].isin(["finished", "diverged", "failed", "damaged"]).sum()
+    ended = cells["state"].isin(["finished", "diverged", "stopped", "failed", "damaged"]).sum()
     policy = getattr(first.policy, "model", None) or f"a {first.policy.layers}-layer {first.policy.family} transformer"  # type: ignore[union-attr]
     return (
         f"On the task {comparison.task} we compared {len(comparison.groups)} configurations of a KL-regularised "
@@ -49,8 +64,8 @@ def _analysis(comparisons: list[Comparison]) -> list[str]:
     score = comparison.score
     return [
         f"The score is the {score.title}: {score.meaning}; one number per training run. {noise_words(comparison)} "
-        f"Diverged runs count as the worst score of a finished run of the task ({diverged} runs); runs that failed, "
-        f"have not ended or have no score are missing data ({missing} runs).",
+        f"Diverged runs count as the worst score of a finished or stopped run of the task ({diverged} runs); runs that "
+        f"failed, have not ended or have no score are missing data ({missing} runs).",
         "The model of a task is score[c, s] = μ[c] + b[s] + Σ_a u[a, v_a(c), s] + ε[c, s] for cell c and seed s, with "
         "independent normal terms: b the seed as a block (variance θ), u seed × axis (variances τ²[a], for axes that "
         "the design crosses), ε the run (variance σ²[c], which may differ from cell to cell). τ² is estimated by "

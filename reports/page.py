@@ -36,7 +36,7 @@ from klab.reports.schema import SUMMARY
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import csv, write_tables
 from klab.reports.tuned import tuned_parts, tuning_table
-from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed
+from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed, verdict_words
 
 Progress = Callable[[str], None]
 
@@ -274,7 +274,7 @@ def _rows(study: Study, comparison: Comparison) -> list[dict[str, Any]]:
     costs = study.cells.groupby("group", sort=False)[["seconds", "tokens"]].mean()
     rows = []
     for row in records(table):
-        lost = row["diverged"] + row["failed"]
+        lost = row["diverged"] + row["stopped"] + row["failed"]
         state = "unfinished" if row["unfinished"] else "lost seeds" if lost else "finished"
         interval = np.isfinite(row["low"])
         row |= {
@@ -329,6 +329,7 @@ def _environment() -> Environment:
         "number": number,
         "p": p_words,
         "p_number": p_number,
+        "verdict": verdict_words,
         "signed": signed,
         "formula": formula,
         "records": records,

@@ -99,6 +99,8 @@ def score_notes(study: ScoredStudy, score: Score) -> tuple[str, ...]:
             notes.append(f"{runs} without ever reaching KL {score.argument:g}: they are missing data.")
         else:
             notes.append(f"{runs} without a {score.title}: they are missing data.")
+    if score.kind in ("reward_best", "accuracy_best", "reverse_kl_max") and (study.cells["state"] == "stopped").any():
+        notes.append(f"Stopped runs had fewer updates in which to reach their {score.title}.")
     return tuple(notes)
 
 
@@ -116,14 +118,21 @@ def _column(study: ScoredStudy, score: Score) -> str:
 
 
 def _last_rows(study: ScoredStudy) -> pd.DataFrame:
-    """The evaluations of the last tenth of the planned updates, with ``row``, the place of the cell in the study."""
+    """The evaluations of the last tenth of the planned updates, of stopped cells their very last one, with ``row``, the
+    place of the cell in the study."""
     cells, frame = study.cells, study.evaluations
     place = {identity: row for row, identity in enumerate(cells["cell"])}
     lookup = np.asarray([place.get(identity, -1) for identity in frame["cell"].cat.categories], dtype=np.intp)
     codes = frame["cell"].cat.codes.to_numpy()
     row = lookup[codes] if lookup.size else np.zeros(0, dtype=np.intp)
     planned = cells["updates_planned"].to_numpy(dtype=np.float64)
-    late = frame["update"].to_numpy() >= (1 - LAST) * planned[row] - 1e-9 if row.size else np.zeros(0, dtype=bool)
+    if not row.size:
+        return frame.iloc[:0].assign(row=row)
+    updates = frame["update"].to_numpy(dtype=np.float64)
+    last = np.full(len(cells), -np.inf)
+    np.maximum.at(last, row[row >= 0], updates[row >= 0])
+    begin = np.where((cells["state"] == "stopped").to_numpy(), last, (1 - LAST) * planned - 1e-9)
+    late = updates >= begin[row]
     kept = (row >= 0) & late
     return frame[kept].assign(row=row[kept])
 

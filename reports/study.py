@@ -200,7 +200,7 @@ def _described(run: Run, name: str, cells: pd.DataFrame, configurations: dict[st
 def _unique(cells: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     if not cells["cell"].duplicated().any():
         return cells, 0
-    ended = cells["state"].isin(["finished", "diverged"])
+    ended = cells["state"].isin(["finished", "diverged", "stopped"])
     order = (~ended).sort_values(kind="stable").index
     kept = cells.loc[order].drop_duplicates("cell").sort_index()
     return kept.reset_index(drop=True), len(cells) - len(kept)
@@ -302,7 +302,7 @@ def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
             )
     if cells["task"].nunique() > 1:
         notes.append("The cells belong to different tasks; cells are compared within a task only.")
-    if (open_ := int(cells["state"].isin(["running", "stopped", "missing"]).sum())) > 0:
+    if (open_ := int(cells["state"].isin(["running", "interrupted", "missing"]).sum())) > 0:
         notes.append(f"{open_} of {len(cells)} cells have not ended: this is an interim report.")
     if (
         len({str(run.manifest["versions"]) for run in runs}) > 1

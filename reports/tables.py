@@ -23,7 +23,7 @@ from klab.reports.inference import DIFFERS, Analysis
 from klab.reports.inference.fraction import Fit
 from klab.reports.schema import SUMMARY
 from klab.reports.study import Study
-from klab.reports.words import difference_span, mean_span, number, p_number
+from klab.reports.words import difference_span, mean_span, number, p_number, verdict_words
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _PAGE = 40
@@ -184,7 +184,7 @@ def latex(comparison: Comparison) -> str:
     caption = (
         f"{_tex(_capital(comparison.score.title))} on {_tex(comparison.task)}: mean over seeds and difference to the "
         "baseline seed by seed, with simultaneous 95\\% intervals; $p$ adjusted for all cells. Diverged runs count as "
-        "the worst finished one, failed runs are missing. Bold: differs from the baseline"
+        "the worst one with a score, failed runs are missing. Bold: differs from the baseline"
         f"{_tex(f' ({words})') if (words := comparison.baseline_words) else ''}. Equivalent: within "
         f"$\\pm{comparison.analysis.delta:g}$."
     )
@@ -209,7 +209,7 @@ def _texts(record: dict[str, Any]) -> list[str]:
         mean_span(record["mean"], record["low"], record["high"]),
         difference_span(record["difference"], record["difference_low"], record["difference_high"]),
         p_number(record["p"]),
-        record["verdict"] or "–",
+        verdict_words(record) or "–",
         number(record["reverse_kl_final"]),
         number(record["accuracy_final"]),
         f"{record['finished']}/{record['seeds']}",

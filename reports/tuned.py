@@ -176,14 +176,15 @@ def _arm(study: Study, arms: Arms, tuned: TunedRun, arm: str) -> TunedArm:
 def _setting(values: Mapping[str, Any], group: str, choice: Choice | None, chosen: bool) -> TriedSetting:
     states = choice.states.get(group, {}) if choice is not None else {}
     scores = choice.scores.get(group, {}) if choice is not None else {}
-    finished = [score for seed, score in scores.items() if score is not None and states.get(seed) == "finished"]
+    counted = [seed for seed, state in states.items() if state in ("finished", "stopped")]
+    finished = [score for seed in counted if (score := scores.get(seed)) is not None]
     return TriedSetting(
         words=", ".join(f"{key}={format_value(value)}" for key, value in values.items()),
         values=values,
         mean=float(np.mean(finished)) if finished else float("nan"),
         scores=tuple(finished),
         diverged=sum(state == "diverged" for state in states.values()),
-        failed=sum(state not in ("finished", "diverged") for state in states.values()),
+        failed=sum(state not in ("finished", "diverged", "stopped") for state in states.values()),
         chosen=chosen,
     )
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+MARK = "†"
+"""Stands behind a verdict that depends on what stopped runs would have reached (`reports.censored`)."""
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -42,6 +46,11 @@ def p_number(p: float) -> str:
         return "<0.001"
     shown = f"{p:.3f}"
     return "0.049" if p < 0.05 <= float(shown) else shown
+
+
+def verdict_words(record: Mapping[str, Any]) -> str:
+    """The verdict of a row of a summary, marked where it depends on stopped runs; empty for the baseline."""
+    return f"{record['verdict']} {MARK}" if record["depends"] and record["verdict"] else str(record["verdict"])
 
 
 def joined(words: Sequence[str]) -> str:

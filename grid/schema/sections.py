@@ -28,7 +28,15 @@ from klab.grid.schema.task import (
     TaskSection,
     check_table,
 )
-from klab.grid.schema.training import NUMERICALLY_IDLE, BetaControl, Critic, TrainingSection, TrustRegion
+from klab.grid.schema.training import (
+    NUMERICALLY_IDLE,
+    BetaControl,
+    Critic,
+    StopBounds,
+    StopRule,
+    TrainingSection,
+    TrustRegion,
+)
 from klab.grid.user_code import names_user_code
 
 __all__ = [
@@ -56,6 +64,8 @@ __all__ = [
     "Sampler",
     "Section",
     "Stop",
+    "StopBounds",
+    "StopRule",
     "TabularTask",
     "TaskSection",
     "TinyPolicy",
@@ -310,6 +320,28 @@ def _check_training(section: TrainingSection) -> None:
         check_sampler(section.sampler, section.top_p, section.temperature)
     if section.critic is not None:
         _check_critic(section.critic)
+    if section.stop is not None:
+        _check_stop(section.stop, section)
+
+
+def _check_stop(rule: StopRule, training: TrainingSection) -> None:
+    """Refuse rules that look at nothing, or at fewer evaluations than they average."""
+    every = training.evaluate_every
+    first = -(-rule.after // every) * every
+    if first >= training.updates:
+        raise UserError(
+            f"is never looked at: there is no evaluation between it and the last of {training.updates} updates",
+            key="training.stop.after",
+            value=rule.after,
+            hint=f"training.evaluate_every is {every}.",
+        )
+    if rule.over > first // every:
+        raise UserError(
+            f"is more than the {first // every} evaluations that a cell has by update {first}",
+            key="training.stop.over",
+            value=rule.over,
+            hint=f"Write a larger training.stop.after, or a smaller training.evaluate_every than {every}.",
+        )
 
 
 def _check_critic(critic: Critic) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from klab.grid.schema.base import Count, NonNegative, Positive, Section
+from klab.grid.errors import UserError
+from klab.grid.schema.base import Count, NonNegative, Positive, Section, Share
 from klab.grid.schema.sampler import Sampler
 
 
@@ -59,6 +60,73 @@ class TrustRegion(Section):
     """Of the penalty; the first one where there is a `target`."""
     target: Positive | None = None
     """KL(π_old‖π) per own token, in nats, that the coefficient adapts to; null keeps it fixed."""
+
+
+STOP_FIGURES = {
+    "reward": ("held-out reward", "at least"),
+    "accuracy": ("accuracy", "at least"),
+    "pass_at_k": ("pass@k", "at least"),
+    "reverse_kl": ("KL to the reference", "at most"),
+}
+"""The figures of an evaluation that `training.stop` looks at: in words, and which side of its bound each must be on."""
+
+
+class StopBounds(Section):
+    """What a cell must reach, or keep to, so that `training.stop` lets it go on: figures of its evaluations on held-out
+    prompts.
+    """
+
+    reward: float | None = None
+    """Held-out reward, at least."""
+    accuracy: Share | None = None
+    """Greedy accuracy, at least."""
+    pass_at_k: Share | None = None
+    """pass@k, at least."""
+    reverse_kl: Positive | None = None
+    """KL to the reference in nats per trajectory, at most."""
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that are set."""
+        found = {name: getattr(self, name) for name in STOP_FIGURES}
+        return {name: bound for name, bound in found.items() if bound is not None}
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the bounds that are set, so that ids do not depend on which others there are."""
+        written: dict[str, Any] = handler(self)
+        return {name: bound for name, bound in written.items() if bound is not None}
+
+
+class StopRule(Section):
+    """Ends a cell that is hopeless. After every evaluation from update ``after`` on, but for the last, the cell stops
+    unless every bound holds for the mean of its last ``over`` evaluations.
+
+    The rule looks at nothing but the cell's own evaluations, so that a cell stops at the same update alone, in a pack
+    and after a kill. A figure that could not be measured (null) stops nothing. The cell's state is then `stopped`: it
+    has a result, and its score is censored (reports/README.md says how it counts).
+    """
+
+    after: Count
+    """Updates that every cell may make."""
+    unless: StopBounds
+    """The bounds, for example `{reward: 0.1, reverse_kl: 20}`: at least reward 0.1, and at most 20 nats."""
+    over: Count = 1
+    """Evaluations that are averaged, the newest ones after the first update."""
+
+    @property
+    def words(self) -> str:
+        """The rule in words."""
+        bounds = [f"{STOP_FIGURES[name][0]} {STOP_FIGURES[name][1]} {x:g}" for name, x in self.unless.bounds.items()]
+        over = f" (mean of the last {self.over} evaluations)" if self.over > 1 else ""
+        return f"from update {self.after} on unless {' and '.join(bounds)}{over}"
+
+    @field_validator("unless", mode="after")
+    @classmethod
+    def _some(cls, given: StopBounds) -> StopBounds:
+        if not given.bounds:
+            raise UserError("names no bound", allowed=StopBounds.model_fields)
+        return given
 
 
 class TrlConfig(Section):
@@ -177,6 +245,8 @@ class TrainingSection(Section):
     """Most seconds between checkpoints."""
     reward_seconds: Positive = 60.0
     """Time limit of one call of a task's reward, in seconds."""
+    stop: StopRule | None = None
+    """End hopeless cells early, by a rule that the report knows of; null: all make all updates."""
 
     @field_validator("trl", mode="before")
     @classmethod
@@ -215,7 +285,7 @@ class TrainingSection(Section):
         return self.updates_per_rollout * self.minibatches
 
 
-LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl")
+LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop")
 """Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
 
 FINAL_SAMPLES = 32
@@ -228,5 +298,8 @@ NUMERICALLY_IDLE = (
 """Settings that cannot change any number of a cell, hence no part of its identity. Sharing weights out among processes
 rounds sums otherwise, as the number of processes does, which is no part of it either."""
 
-STACKABLE = ("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm")
+STACKABLE = (
+    *("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm"),
+    "stop",
+)
 """Training settings that cells of one pack need not share: they act on one cell's slice only."""

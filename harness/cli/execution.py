@@ -121,7 +121,9 @@ def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
     submitted = sum(len(pack.cells) for pack in done.packs)
     later = len(pending(run))
     left = {
-        state: number for state, number in count(done.before).items() if state in ("finished", "diverged", "failed")
+        state: number
+        for state, number in count(done.before).items()
+        if state in ("finished", "diverged", "stopped", "failed")
     }
     known = "".join(f"; {number} {state} before" for state, number in left.items())
     screen = console()

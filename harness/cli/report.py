@@ -131,7 +131,7 @@ def report(
 def _show(comparison: Comparison) -> None:
     from klab.reports.findings import noise_words
     from klab.reports.frame import records
-    from klab.reports.words import mean_span, number, p_number
+    from klab.reports.words import mean_span, number, p_number, verdict_words
 
     rows = [
         (
@@ -139,7 +139,7 @@ def _show(comparison: Comparison) -> None:
             mean_span(record["mean"], record["low"], record["high"]),
             _against(comparison, record),
             p_number(record["p"]),
-            record["verdict"],
+            verdict_words(record),
             number(record["reverse_kl_final"]),
             f"{record['finished']}/{record['seeds']}",
         )

@@ -81,6 +81,6 @@ def _list(rows: list[CellStatus], everything: bool) -> None:
 def _time(row: CellStatus) -> str:
     if row.seconds_left is not None:
         return f"{duration(row.seconds_left)} left"
-    if row.since is not None and row.state not in ("finished", "diverged"):
+    if row.since is not None and row.state not in ("finished", "diverged", "stopped"):
         return f"{duration(row.since)} ago"
     return ""

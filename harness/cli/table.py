@@ -18,6 +18,7 @@ from klab.harness.cli.text import printable
 STYLES = {
     "finished": "green",
     "diverged": "magenta",
+    "stopped": "magenta",
     "running": "cyan",
     "queued": "blue",
     "held": "yellow",

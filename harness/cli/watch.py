@@ -21,7 +21,7 @@ from klab.harness.store import Run
 from klab.reports.sparkline import sparkline
 
 _ORDER = (
-    *("running", "failed", "diverged", "lost", "held", "preempted", "finished"),
+    *("running", "failed", "diverged", "lost", "held", "preempted", "stopped", "finished"),
     *("queued", "unknown", "waiting", "cancelled"),
 )
 

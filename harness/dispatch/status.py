@@ -23,6 +23,7 @@ State = Literal[
     "preempted",
     "finished",
     "diverged",
+    "stopped",
     "failed",
     "cancelled",
     "lost",
@@ -30,6 +31,7 @@ State = Literal[
 ]
 STATES: tuple[State, ...] = (
     "finished",
+    "stopped",
     "diverged",
     "running",
     "queued",
@@ -44,7 +46,7 @@ STATES: tuple[State, ...] = (
 INTERRUPTIONS = ("TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
 """Slurm's states of jobs that ended for reasons outside of their cells: a launch continues these cells."""
 
-FINAL_STATES: tuple[State, ...] = ("finished", "diverged", "failed", "cancelled")
+FINAL_STATES: tuple[State, ...] = ("finished", "diverged", "stopped", "failed", "cancelled")
 """States that only a new launch changes."""
 
 
@@ -159,9 +161,10 @@ def _pending(name: str, resolved: Mapping[str, Any], held: bool, executor: str, 
 
 def _from_result(snapshot: Snapshot, updates: int) -> CellStatus:
     result = snapshot.result or {}
+    ends: dict[object, State] = {"diverged": "diverged", "stopped": "stopped"}
     return CellStatus(
         snapshot.id,
-        "diverged" if result["state"] == "diverged" else "finished",
+        ends.get(result["state"], "finished"),
         update=_whole(result.get("updates")),
         updates=updates,
         reward=_number(result.get("reward_final")),

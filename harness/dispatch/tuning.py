@@ -1,9 +1,9 @@
 """From the first stage of a tuned run to its second: every arm keeps the setting with the best mean score.
 
-A setting is preferred that diverged on fewer tuning seeds, then the one with the higher mean over its finished runs
-(the lower, where a lower score is better), then the one that the grid file names first. A run that failed is missing
-data; an arm without a single run that counts does not choose. Nobody chooses before all runs of the first stage have
-ended, so that the choice does not depend on when it is made.
+A setting is preferred that diverged on fewer tuning seeds, then the one with the higher mean over its finished and
+stopped runs (the lower, where a lower score is better; stopped ones count with their last evaluation), then the one
+that the grid file names first. A run that failed is missing data; an arm without a single run that counts does not choose.
+Nobody chooses before all runs of the first stage have ended, so that the choice does not depend on when it is made.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def _choose(
             for seed, identity in ids.items()
         }
         diverged = sum(state == "diverged" for state in states[group].values())
-        counted = [v for seed, v in scores[group].items() if v is not None and states[group][seed] == "finished"]
+        scored = [seed for seed, state in states[group].items() if state in ("finished", "stopped")]
+        counted = [v for seed in scored if (v := scores[group][seed]) is not None]
         if counted or diverged:
             mean = sum(counted) / len(counted) if counted else 0.0
             ranked.append((diverged, sign * mean if counted else float("inf"), place, group))

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from klab.grid import Cell
     from klab.harness.store.metrics_reader import MetricColumns
 
-STATES = ("finished", "diverged")
+STATES = ("finished", "diverged", "stopped")
+"""How a cell can end with a result: after all updates, as diverged, or by its rule `training.stop`."""
+
 _ROWS = "rows"
 """Key of result.json with the number of lines of the other files; not part of the result."""
 _CLAIMS: dict[Path, Lock] = {}
@@ -183,7 +185,7 @@ class CellFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, after everything else: from then on the cell is never run again."""
         if result.get("state") not in STATES:
-            raise ValueError(f"a result's state is finished or diverged, not {result.get('state')!r}")
+            raise ValueError(f"a result's state is one of {', '.join(STATES)}, not {result.get('state')!r}")
         self.assert_owner()
         self._make()
         self.sync()
@@ -243,7 +245,7 @@ class CellFolder:
         path = self.path / "result.json"
         record = files.read_record(path)
         if record is not None and record.get("state") not in STATES:
-            raise files.damaged_file(path, f"has the state {record.get('state')!r} instead of finished or diverged")
+            raise files.damaged_file(path, f"has the state {record.get('state')!r} instead of {' or '.join(STATES)}")
         return record
 
     def _make(self) -> None:

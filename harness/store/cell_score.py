@@ -36,6 +36,8 @@ def cell_score(folder: CellFolder, name: str) -> float | None:
         return _at_kl(rows, score.argument or 0.0)
     planned = folder.cell().training.updates
     last = [row for row in rows if row["update"] >= (1 - LAST) * planned - 1e-9]
+    if result["state"] == "stopped":  # its last evaluation is carried forward
+        last = rows[-1:]
     if score.kind == "objective":
         cell = folder.cell()
         own = cell.objective.canonical(cell.training.on_policy).get("placement.beta") or 0.0

@@ -19,7 +19,17 @@ from klab.harness.store.lock import is_stale, read_lock
 from klab.harness.store.run import Run
 
 _INDEX = "index.json"
-_SUMMARY = ("state", "updates", "reward_final", "accuracy_final", "reverse_kl_final", "collapsed", "seconds", "tokens")
+_SUMMARY = (
+    "state",
+    "reason",
+    "updates",
+    "reward_final",
+    "accuracy_final",
+    "reverse_kl_final",
+    "collapsed",
+    "seconds",
+    "tokens",
+)
 
 
 @dataclass(slots=True)

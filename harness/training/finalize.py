@@ -14,16 +14,21 @@ from klab.harness.training.pack import Pack
 from klab.harness.training.summary import summarize
 
 
-def finalize_cell(folder: CellFolder, pack: Pack, position: int, stopped: bool, processes: int) -> str:
+def finalize_cell(
+    folder: CellFolder, pack: Pack, position: int, processes: int, diverged: bool = False, hopeless: str | None = None
+) -> str:
     """Save the policy, write the result, delete the checkpoint; in this order.
 
+    Args:
+        diverged, hopeless: as `conclude` takes them.
+
     Returns:
-        the cell's final state, `finished` or `diverged`.
+        the cell's final state, `finished`, `diverged` or `stopped`.
     """
     partial = partial_policy(folder)
     pack.save_policy(partial, position)
     planned = pack.members[position].cell.training.updates
-    return conclude(folder, partial, planned, stopped, processes, pack.policy.device)
+    return conclude(folder, partial, planned, processes, pack.policy.device, diverged, hopeless)
 
 
 def partial_policy(folder: CellFolder) -> Path:
@@ -35,23 +40,30 @@ def partial_policy(folder: CellFolder) -> Path:
 
 
 def conclude(
-    folder: CellFolder, partial: Path, planned: int, stopped: bool, processes: int, device: torch.device
+    folder: CellFolder,
+    partial: Path,
+    planned: int,
+    processes: int,
+    device: torch.device,
+    diverged: bool = False,
+    hopeless: str | None = None,
 ) -> str:
     """Publish a policy that was saved to `partial`, write the result, delete the checkpoint; in this order.
 
     Args:
         planned: updates that the cell was to make.
-        stopped: training was stopped as diverged.
         processes, device: that trained it.
+        diverged: training was ended as diverged.
+        hopeless: why `training.stop` ended it; None: it did not.
 
     Returns:
-        the cell's final state, `finished` or `diverged`.
+        the cell's final state, `finished`, `diverged` or `stopped`.
     """
     files.share_folder(partial)
     _make_durable(partial)
     shutil.rmtree(folder.policy, ignore_errors=True)
     partial.rename(folder.policy)
-    found = summarize(planned, folder.metrics(), folder.evaluations(), stopped)
+    found = summarize(planned, folder.metrics(), folder.evaluations(), diverged, hopeless)
     folder.write_result({**found, **_provenance(processes, device)})
     shutil.rmtree(folder.checkpoint, ignore_errors=True)
     return str(found["state"])

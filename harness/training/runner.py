@@ -40,6 +40,7 @@ from klab.harness.training.runtime.checkpoint_clock import CheckpointClock
 from klab.harness.training.runtime.oom import explain_oom, free_memory, is_out_of_memory
 from klab.harness.training.runtime.pack_invariance import pack_invariant
 from klab.harness.training.runtime.torch_settings import configure_torch
+from klab.harness.training.stop_rule import why_hopeless
 from klab.tasks import load_task
 
 HEARTBEAT_SECONDS = 2.0
@@ -82,8 +83,9 @@ def run_cells(
         process_group: the processes that train together, of which this one leads; None: this one alone.
 
     Returns:
-        Each cell's state: `finished`, `diverged`, `failed` (error.txt says why), `interrupted` (a checkpoint is
-        there), or `cancelled` (this process no longer owns the cell and left it as it was).
+        Each cell's state: `finished`, `diverged`, `stopped` (by `training.stop`), `failed` (error.txt says why),
+        `interrupted` (a checkpoint is there), or `cancelled` (this process no longer owns the cell and left it as it
+        was).
     """
     run = Run.open(Path(run_path))
     channel = CommandChannel(process_group or SINGLE_PROCESS)
@@ -207,7 +209,7 @@ class PackRunner:
             if pack.finished:
                 self._finish(pack, range(len(pack.members)))
                 return
-            pack = self._drop_diverged(pack)
+            pack = self._drop_hopeless(self._drop_diverged(pack))
             self._heartbeat(pack)
             if self._stop():
                 if pack.done > saved_update:
@@ -284,15 +286,35 @@ class PackRunner:
         lost = pack.diverged()
         if not lost:
             return pack
-        self._finish(pack, lost, stopped=True)
+        self._finish(pack, lost, diverged=True)
         return pack.select([c for c in range(len(pack.members)) if c not in lost])
 
-    def _finish(self, pack: Pack, positions: Sequence[int], stopped: bool = False) -> None:
+    def _drop_hopeless(self, pack: Pack) -> Pack:
+        """End the members whose rule says so after the evaluation that was just made."""
+        if pack.evaluated != pack.done:
+            return pack
+        left = []
+        for c, member in enumerate(pack.members):
+            rule = member.cell.training.stop
+            if rule is None:
+                left.append(c)
+                continue
+            with self.isolate_failure(member.id):
+                reason = why_hopeless(rule, self._run.cell(member.id).evaluations())
+                if reason is None:
+                    left.append(c)
+                else:
+                    self._finish(pack, [c], hopeless=reason)
+        return pack if len(left) == len(pack.members) else pack.select(left)
+
+    def _finish(
+        self, pack: Pack, positions: Sequence[int], diverged: bool = False, hopeless: str | None = None
+    ) -> None:
         for position in positions:
             with self.isolate_failure(pack.members[position].id):
                 folder = self._run.cell(pack.members[position].id)
                 self.states[folder.id] = finalize_cell(
-                    folder, pack, position, stopped, self._channel.process_group.size
+                    folder, pack, position, self._channel.process_group.size, diverged, hopeless
                 )
 
     def _heartbeat(self, pack: Pack) -> None:

@@ -20,18 +20,20 @@ def summarize(
     planned: int,
     rows: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
-    stopped: bool = False,
+    diverged: bool = False,
+    hopeless: str | None = None,
 ) -> dict[str, Any]:
     """The measured part of a cell's result.
 
     Args:
         planned: the updates that the cell was to make; its tenth is the window of all smoothed rewards.
         rows, evaluations: in order of updates.
-        stopped: training was stopped as diverged. A cell without a finite update has diverged, too.
+        diverged: training was ended as diverged. A cell without a finite update has diverged, too.
+        hopeless: why `training.stop` ended it; None: it did not.
 
     `zero_gradient` marks a cell whose policy gradient was 0 in every update: it has learnt nothing.
     """
-    diverged = stopped or (bool(rows) and all(row["nonfinite"] for row in rows))
+    diverged = diverged or (bool(rows) and all(row["nonfinite"] for row in rows))
     window = max(1, math.ceil(planned / 10))
     smooth = trailing_mean([row["reward_mean"] for row in rows], window)
     known = [value for value in smooth if value is not None]
@@ -40,8 +42,8 @@ def summarize(
     accuracies = _known(evaluations, "accuracy")
     divergences = _known(evaluations, "reverse_kl")
     return {
-        "state": "diverged" if diverged else "finished",
-        "reason": divergence_reason(rows) if diverged else None,
+        "state": "diverged" if diverged else "finished" if hopeless is None else "stopped",
+        "reason": divergence_reason(rows) if diverged else hopeless,
         "updates": rows[-1]["update"] if rows else 0,
         "reward_final": final,
         "reward_best": best,

@@ -161,7 +161,7 @@ def _draw(
                     )
                 )
                 handles.setdefault(label, (handle, curve.runs))
-                held = max(held, int((data.states.diverged & curve.kept).sum()))
+                held = max(held, int((data.states.cut & curve.kept).sum()))
             if column == "gradient_norm" and (lowest := _least_of_many_magnitudes(axes)):
                 axes.set_yscale("log")
                 axes.set_ylim(bottom=lowest / 2)
@@ -173,7 +173,7 @@ def _draw(
         f"{words}; n counts its runs. Bands: pointwise 95% t-intervals over seeds, within the quantity's range, not "
         "adjusted for the number of points. "
         + (f"What is measured in every update is a moving average over {data.window} of them. " * (data.window > 1))
-        + ("From a cross on, a run that diverged is held at its last measurement. " * bool(held))
+        + ("From a cross on, a run that diverged or was stopped is held at its last measurement. " * bool(held))
         + ("Runs that failed or have not ended are left out." * bool((~data.states.ended).any()))
     ).strip()
     return drawing

@@ -63,11 +63,11 @@ def _summed(updates: Any, values: Array) -> Cube:
 def positions(curve: Curve, effort: Cube | None, states: RunStates) -> Array:
     """Where the points of `curve` lie: at their updates, or at the mean effort of its runs up to there.
 
-    Runs that diverged say nothing of what came after, and count only where all did.
+    Runs that diverged or were stopped say nothing of what came after, and count only where all did.
     """
     if effort is None:
         return curve.updates.astype(np.float64)
-    lasting = curve.kept & ~states.diverged
+    lasting = curve.kept & ~states.cut
     runs = effort.values[lasting if lasting.any() else curve.kept]
     updates = np.union1d(effort.updates, curve.updates)
     values = np.full((len(runs), updates.size), np.nan)

@@ -34,7 +34,11 @@ def ranking(comparison: Comparison) -> Drawing | None:
             "Cells ranked",
             f"Dots are means over {_seeds(table, chosen)}, bars 95% intervals that hold for all cells together, small "
             "marks single seeds. "
-            + (f"Hollow: a seed diverged (counts as {comparison.worst:.3g}) or failed (missing). " if lossy else "")
+            + (
+                f"Hollow: a seed diverged (counts as {comparison.worst:.3g}), was stopped (censored) or failed. "
+                if lossy
+                else ""
+            )
             + "Blue: differs from the baseline for the better; diamond: the baseline"
             + (f" ({words})." if (words := comparison.baseline_words) else ".")
             + (f" {left_out} cells between are left out; the table has them." if left_out else ""),
@@ -75,7 +79,7 @@ def _row(axes: Any, drawing: Drawing, comparison: Comparison, record: dict[str, 
         color=color,
         markerfacecolor=color if record["stable"] else "none",
     )
-    lost = record["diverged"] + record["failed"]
+    lost = record["diverged"] + record["stopped"] + record["failed"]
     words = f", {lost} of {record['seeds']} seeds lost" if lost else ""
     span = mean_span(record["mean"], record["low"], record["high"])
     point.set_gid(drawing.tip(f"{record['label']}: {span}, n = {record['n']}{words}"))
@@ -106,7 +110,7 @@ def _seeds(table: list[dict[str, Any]], chosen: list[int]) -> str:
 
 
 def _name(record: dict[str, Any]) -> str:
-    lost = record["diverged"] + record["failed"]
+    lost = record["diverged"] + record["stopped"] + record["failed"]
     label = str(record["label"])
     return f"{shortened(label, 18)} ({record['finished']}/{record['seeds']})" if lost else shortened(label, 24)
 
@@ -129,7 +133,7 @@ def seed_lines(comparison: Comparison) -> Drawing | None:
             "Seed by seed",
             f"The score of the best cells, the baseline and the last one, by training seed (n = {len(comparison.seeds)}"
             ")."
-            " Hollow marks are diverged seeds, at the worst score of a finished one. Where lines run in parallel a "
+            " Hollow marks are diverged seeds, at the worst score, and stopped ones. Where lines run in parallel a "
             "seed shifts all cells alike, and differences are known better than the means of cells.",
             "Scores by seed for " + ", ".join(labels[group] for group in chosen) + ".",
             figure,

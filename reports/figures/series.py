@@ -1,8 +1,8 @@
 """Learning curves as arrays: which cells stand for a value of an axis, and their mean and interval over seeds.
 
 A curve is a mean over the same runs from its first point to its last, so that no run that ends can make it jump. Runs
-that diverged stay in it at their last measured value. Runs that failed or have not ended are left out; where no run
-has ended, the curve ends with the run that is behind.
+that diverged or were stopped stay in it at their last measured value. Runs that failed or have not ended are left out;
+where no run has ended, the curve ends with the run that is behind.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Cube(NamedTuple):
 
 
 class RunStates(NamedTuple):
-    """Of every run of a task, `[groups, seeds]`: whether it finished or diverged, and whether it diverged."""
+    """Of every run of a task, `[groups, seeds]`: whether it has a result, and whether it diverged or was stopped."""
 
     ended: Flags
-    diverged: Flags
+    cut: Flags
 
 
 class Curve(NamedTuple):
@@ -44,7 +44,7 @@ class Curve(NamedTuple):
         updates: `[points]`.
         mean, low, high: `[points]`.
         kept: `[groups, seeds]`, the runs in the mean.
-        ends: for each of them that diverged before the last point, the update from which it is held.
+        ends: for each of them that was cut before the last point, the update from which it is held.
     """
 
     updates: NDArray[np.int64]
@@ -81,8 +81,8 @@ def run_states(study: Study, comparison: Comparison) -> RunStates:
     places = _places(study, comparison)
     cells = study.cells[study.cells["task"] == comparison.task]
     for identity, state in zip(cells["cell"], cells["state"], strict=True):
-        states.ended[places[identity]] = state in ("finished", "diverged")
-        states.diverged[places[identity]] = state == "diverged"
+        states.ended[places[identity]] = state in ("finished", "diverged", "stopped")
+        states.cut[places[identity]] = state in ("diverged", "stopped")
     return states
 
 
@@ -137,8 +137,8 @@ def mean_curve(data: Cube, states: RunStates, groups: list[int], level: float = 
     kept = ended if ended.any() else measured
     if not kept.any():
         return None
-    diverged = states.diverged[groups] & kept
-    runs, lost = values[kept], diverged[kept]
+    cut = states.cut[groups] & kept
+    runs, lost = values[kept], cut[kept]
     going = ~lost if not lost.all() else lost
     columns = np.flatnonzero(np.isfinite(runs[going]).any(axis=0))
     updates = data.updates[columns]

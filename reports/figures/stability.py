@@ -44,7 +44,7 @@ SIGNS = (
 def stability_table(study: Study, task: str) -> pd.DataFrame:
     """One row per configuration: the quantities of the panel, over its seeds."""
     cells = study.cells[study.cells["task"] == task].copy()
-    cells["lost"] = cells["state"].isin(["diverged", "failed", "damaged"]).astype(float)
+    cells["lost"] = cells["state"].isin(["diverged", "stopped", "failed", "damaged"]).astype(float)
     metrics = study.metrics
     mine = metrics["cell"].isin(set(cells["cell"]))
     if "clip_fraction" in metrics and mine.any():

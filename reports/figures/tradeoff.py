@@ -29,7 +29,8 @@ def pareto_front(kl: Sequence[float], score: Sequence[float]) -> list[int]:
 
 def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
     """One point per cell; None when no cell has both numbers."""
-    cells = study.cells[(study.cells["task"] == comparison.task) & study.cells["state"].isin(["finished", "diverged"])]
+    ended = study.cells["state"].isin(["finished", "diverged", "stopped"])
+    cells = study.cells[(study.cells["task"] == comparison.task) & ended]
     kl = {group: t_interval(part.to_numpy()) for group, part in cells.groupby("group")["reverse_kl_final"]}
     table = comparison.table[[group in kl and np.isfinite(kl[group].estimate) for group in comparison.table["group"]]]
     table = table[np.isfinite(table["mean"])]
@@ -52,7 +53,7 @@ def tradeoff(study: Study, comparison: Comparison) -> Drawing | None:
             "Reward against distance from the reference",
             f"One point per cell, means over n = {_counts(table['n'])} seeds; bars of the score are simultaneous 95% "
             "intervals, those of the KL t-intervals. "
-            + ("" if all(stable) else "Hollow: a seed diverged or failed. ")
+            + ("" if all(stable) else "Hollow: a seed diverged, was stopped or failed. ")
             + "Diamond: the baseline"
             + (f" ({words})" if (words := comparison.baseline_words) else "")
             + ". The stepped line joins the cells that no other stable cell beats on both"

@@ -51,7 +51,7 @@ class Analysis:
         best: the cell with the best mean over its runs (over the tasks where there are several; the cell then has no
             task); None where no cell has a score.
         cells: one row per cell: the axes, ``n`` (counted runs), ``mean``, ``low``, ``high`` (simultaneous over the
-            cells, so that they hold for a cell picked out afterwards), ``diverged``.
+            cells, so that they hold for a cell picked out afterwards), ``diverged``, ``stopped``.
         contrasts: one row per cell but the baseline: the axes, ``difference`` from the baseline (of its task),
             ``low``, ``high`` (simultaneous), ``p`` (adjusted), ``verdict``, ``pairs`` (seeds that both have),
             ``more_seeds`` (per cell, that would decide an undecided one at the present estimates), ``stated``
@@ -97,7 +97,8 @@ def analyse(
 
     Args:
         frame: one row per run: a column per axis (values as written), ``seed``, ``score`` (NaN where missing) and
-            ``state`` (``finished``, ``diverged``, ``failed``, ``missing``). A column ``task`` is a stratum.
+            ``state`` (``finished``, ``diverged``, ``stopped``, ``failed``, ``missing``). A column ``task`` is a
+            stratum.
         baseline: the baseline's value on every axis; None: there is none, and nothing is compared.
         delta: differences smaller than this count as none.
         higher: whether a higher score is better.
@@ -182,7 +183,7 @@ class _Inference:
         means = self._family(self._rows("means"), self.alpha)
         cells = self._named(np.arange(self.design.cells, dtype=np.intp))
         cells["n"], cells["mean"], cells["low"], cells["high"] = self.design.n, means.estimate, means.low, means.high
-        cells["diverged"] = self.design.diverged
+        cells["diverged"], cells["stopped"] = self.design.diverged, self.design.stopped
         contrasts, across = self._contrasts()
         levels, effects = self._effects()
         found = Analysis(

@@ -1,7 +1,8 @@
 """The design of a study: which cell and which seed every counted score belongs to, and every cell's axis values.
 
-Two rules decide which runs count. A run that failed, is missing, has not ended or has no score is missing data. A
-diverged run counts as the lowest score that a finished run of its task reached, whatever score it wrote down.
+Three rules decide which runs count. A run that failed, is missing, has not ended or has no score is missing data. A
+run that was stopped as hopeless counts with the score that it had then (last observation carried forward). A diverged
+run counts as the lowest score that a finished or stopped run of its task reached, whatever score it wrote down.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Flags = NDArray[np.bool_]
 TASK = "task"
 """An axis of this name is a stratum: scores of different tasks are not compared with each other."""
 
-COUNTED = ("finished", "diverged")
-NOT_COUNTED = ("failed", "missing", "damaged", "running", "stopped")
+COUNTED = ("finished", "diverged", "stopped")
+NOT_COUNTED = ("failed", "missing", "damaged", "running", "interrupted")
 _COLUMNS = ("seed", "score", "state")
 
 
@@ -45,7 +46,7 @@ class Design:
         cell, block: ``[N]``, each run's cell, and its block: runs of one task with the same seed.
         score: ``[N]``.
         block_task, block_seed: per block, the index of its task, and the number of its seed.
-        diverged: ``[C]``, the number of diverged runs that count.
+        diverged, stopped: ``[C]``, the number of diverged and of stopped runs that count.
         planned: ``[C]``, the number of rows.
     """
 
@@ -64,6 +65,7 @@ class Design:
     block_seed: Indices
     score: Array
     diverged: Indices
+    stopped: Indices
     planned: Indices
 
     @property
@@ -139,6 +141,7 @@ def read_design(frame: pd.DataFrame, baseline: Mapping[str, Any] | None, higher:
         block_seed=np.asarray([number_of_seed[seed] for _, seed in blocks], dtype=np.intp),
         score=score[counted],
         diverged=np.bincount(cell_of_row[counted & (states == "diverged")], minlength=len(values)).astype(np.intp),
+        stopped=np.bincount(cell_of_row[counted & (states == "stopped")], minlength=len(values)).astype(np.intp),
         planned=np.bincount(cell_of_row, minlength=len(values)).astype(np.intp),
     )
 
@@ -219,13 +222,13 @@ def _codes(
 
 
 def counted_scores(score: Array, states: NDArray[Any], higher: bool = True) -> tuple[Array, float]:
-    """The scores of one task's runs as they count, and the worst score of a finished run (NaN where none finished).
+    """The scores of one task's runs as they count, and the worst of a finished or stopped run (NaN without any).
 
-    Finished runs count with their score, diverged ones with that worst score, others not at all (NaN).
+    Finished and stopped runs count with their score, diverged ones with that worst score, others not at all (NaN).
     """
-    finished = np.isfinite(score) & (states == "finished")
-    worst = float((np.min if higher else np.max)(score[finished])) if finished.any() else np.nan
-    return np.where(finished, score, np.where(states == "diverged", worst, np.nan)), worst
+    scored = np.isfinite(score) & np.isin(states, ("finished", "stopped"))
+    worst = float((np.min if higher else np.max)(score[scored])) if scored.any() else np.nan
+    return np.where(scored, score, np.where(states == "diverged", worst, np.nan)), worst
 
 
 def _scores(frame: pd.DataFrame, states: NDArray[Any], task: Indices, higher: bool) -> tuple[Array, Flags]:

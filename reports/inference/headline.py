@@ -31,7 +31,7 @@ def headline(found: Analysis, design: Design, lost: bool, higher: bool) -> str:
 
 
 def notes(design: Design, lost: bool) -> tuple[str, ...]:
-    """What a reader should know first: few seeds, lost and diverged runs."""
+    """What a reader should know first: few seeds, lost, diverged and stopped runs."""
     found = []
     n = design.n
     tested = n[n >= 2]
@@ -50,6 +50,11 @@ def notes(design: Design, lost: bool) -> tuple[str, ...]:
         found.append(
             f"{_count(diverged, 'diverged run')} count{'s' if diverged == 1 else ''} as the worst score that a "
             "finished run of the task reached."
+        )
+    if stopped := int(design.stopped.sum()):
+        found.append(
+            f"{_count(stopped, 'run')} stopped as hopeless (training.stop) count{'s' if stopped == 1 else ''} with the "
+            "last evaluation before the stop, carried forward: a censored score, not what all updates would have given."
         )
     return tuple(found)
 

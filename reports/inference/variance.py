@@ -90,12 +90,12 @@ def estimate_components(design: Design, crossed: Flags) -> Components:
 
 
 class _TaskFit:
-    """The variances of one task. Cells with diverged runs do not enter what is shared."""
+    """The variances of one task. Cells with diverged or stopped runs do not enter what is shared."""
 
     def __init__(self, design: Design, task: int, crossed: Flags) -> None:
         self.design = design
         replicated = (design.task == task) & (design.n >= 2)
-        kept = replicated & (design.diverged == 0)
+        kept = replicated & (design.diverged + design.stopped == 0)
         self.kept = kept if kept.sum() >= 2 else replicated
         self.runs = np.flatnonzero(self.kept[design.cell])
         self.axes: list[AxisComponent] = []
@@ -152,7 +152,7 @@ class _TaskFit:
         self.variance = np.where(self.kept, variance * level, np.nan)
 
     def _fit_apart(self, cells: Indices, common: float) -> None:
-        """Cells with diverged runs have their own variance, but no less than the common one."""
+        """Cells with diverged or stopped runs have their own variance, but no less than the common one."""
         design, shifts = self.design, np.zeros(self.design.block_task.size)
         if not self.nested:
             centred = _centre(design.score[self.runs], design.cell[self.runs])

@@ -70,7 +70,7 @@ def write_run(
     """Creates the run of a grid text in `path` and fills its cells.
 
     Args:
-        outcome: finished, diverged, failed, stopped or missing, by cell.
+        outcome: finished, diverged, stopped, failed, interrupted or missing, by cell.
         constant: every reward is 0.5, in every cell.
         completion: text of the sampled completions, by cell.
         only: which cells to write to; others are left as they are.
@@ -91,7 +91,7 @@ def _fill(
     generator = np.random.default_rng(int(hashlib.sha256(cell.id.encode()).hexdigest()[:12], 16))
     folder = run.cell(cell.id)
     updates = cell.training.updates
-    lasts = {"diverged": 0.6, "failed": 0.3, "stopped": 0.5}.get(outcome, 1.0)
+    lasts = {"diverged": 0.6, "failed": 0.3, "interrupted": 0.5, "stopped": 0.5}.get(outcome, 1.0)
     done = max(int(updates * lasts), 1)
     shift = np.random.default_rng(cell.seed).normal() * 0.02
     time = np.arange(1, done + 1) / updates
@@ -115,7 +115,7 @@ def _fill(
     folder.append_evaluations(evaluations)
     if outcome == "failed":
         folder.record_failure('Traceback (most recent call last):\n  ...\nRuntimeError: <out of memory> & "quotes"\n')
-    elif outcome in ("finished", "diverged"):
+    elif outcome in ("finished", "diverged", "stopped"):
         folder.write_result(_result(outcome, rows, evaluations, done, updates, generator))
 
 

@@ -36,7 +36,7 @@ def test_every_stored_number_is_in_its_frame(small: Small) -> None:
 
 
 def test_the_cache_gives_the_same_frames(small: Small) -> None:
-    run = small(outcome=lambda cell: "stopped" if cell.seed == 2 else "finished")
+    run = small(outcome=lambda cell: "interrupted" if cell.seed == 2 else "finished")
     fresh = read_frames(run, cache=False)
     read_frames(run)
     cached = read_frames(run)
@@ -47,7 +47,7 @@ def test_the_cache_gives_the_same_frames(small: Small) -> None:
 
 
 def test_only_cells_that_changed_are_read_again(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = small(outcome=lambda cell: "stopped" if cell.seed == 2 else "finished")
+    run = small(outcome=lambda cell: "interrupted" if cell.seed == 2 else "finished")
     before = read_frames(run)
     changed = next(identity for identity in run.cells if "-s2-" in identity)
     last = run.cell(changed).metrics()[-1]
@@ -91,7 +91,7 @@ def test_a_damaged_cell_is_listed_as_such_and_hides_no_other(small: Small) -> No
 
 
 def test_a_torn_last_line_is_dropped(small: Small) -> None:
-    run = small(outcome=lambda cell: "stopped")
+    run = small(outcome=lambda cell: "interrupted")
     path = run.cell(run.cells[0]).path / "metrics.jsonl"
     whole = len(run.cell(run.cells[0]).metrics())
     with path.open("ab") as file:
@@ -101,13 +101,13 @@ def test_a_torn_last_line_is_dropped(small: Small) -> None:
 
 
 def test_states_of_cells(small: Small) -> None:
-    states = iter(["finished", "diverged", "failed", "stopped", "missing", "stopped"])
+    states = iter(["finished", "diverged", "failed", "interrupted", "missing", "interrupted"])
     run = small(outcome=lambda cell: next(states))
     held = run.cell(run.cells[5])
     held.claim()
     try:
         found = read_frames(run).cells
-        assert found["state"].tolist() == ["finished", "diverged", "failed", "stopped", "missing", "running"]
+        assert found["state"].tolist() == ["finished", "diverged", "failed", "interrupted", "missing", "running"]
         assert np.isnan(found["reward_final"]).tolist() == [False, False, True, True, True, True]
     finally:
         held.release_claim()
@@ -117,7 +117,7 @@ def test_reading_many_cells_at_once_changes_nothing(small: Small, monkeypatch: p
     """Beside cells with a column of their own, a damaged one, one with words among its numbers, and unfinished ones;
     in a block that has to grow.
     """
-    states = iter(["finished", "diverged", "stopped", "finished", "missing", "stopped"])
+    states = iter(["finished", "diverged", "interrupted", "finished", "missing", "interrupted"])
     run = small(outcome=lambda cell: next(states))
     path = run.cell(run.cells[3]).path / "metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"reward_mean":0.', b'"reward_mean":1.', 1))

@@ -191,7 +191,7 @@ def _render(run: Run, tmp_path: Path) -> str:
         ("diverged", "No run has a score: none of 4 finished."),
         ("failed", "No run has a score: none of 4 finished."),
         ("missing", "No run has a score: none of 4 finished."),
-        ("stopped", "No run has a score: none of 4 finished."),
+        ("interrupted", "No run has a score: none of 4 finished."),
     ],
 )
 def test_a_run_without_a_single_finished_seed_gives_a_page_that_says_so(

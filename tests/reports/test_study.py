@@ -121,7 +121,7 @@ def test_all_diverged_and_all_failed(small: Small) -> None:
 
 
 def test_unfinished_seeds_are_open_not_lost(small: Small) -> None:
-    study = load_run(small(outcome=lambda cell: {0: "stopped", 1: "missing"}.get(cell.seed, "finished")).path)
+    study = load_run(small(outcome=lambda cell: {0: "interrupted", 1: "missing"}.get(cell.seed, "finished")).path)
     table = study.summary()
     assert table["unfinished"].tolist() == [2, 2]
     assert table["n"].tolist() == [1, 1]

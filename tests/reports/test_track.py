@@ -31,7 +31,7 @@ def _events(folder: Path) -> dict[int, dict[str, float]]:
 
 def test_tensorboard_gets_every_number_once_also_when_a_cell_goes_on(small: Small) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard")
-    run = small(seeds=1, outcome=lambda cell: "stopped")
+    run = small(seeds=1, outcome=lambda cell: "interrupted")
     cell = run.cell(run.cells[0])
     assert follow(run, "tensorboard") > 0
     assert follow(run, "tensorboard") == 0

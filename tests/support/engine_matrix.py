@@ -44,6 +44,7 @@ OWN = {
     "trust_region": "as klab's own engine",
     "max_prompt_tokens": "as klab's own engine",
     "reward_seconds": "as klab's own engine",
+    "stop": "as klab's own engine: after evaluations; process 0 decides",
     "group_size": "`num_generations`, 2 at least",
     "minibatches": "`steps_per_generation`; random trajectories, not groups (`klab plan` says so)",
     "micro_batch": "`per_device_train_batch_size`, `gradient_accumulation_steps`, per process",

@@ -136,7 +136,8 @@ def train(
         halved: with half of the micro-batch that the cell asks for, which changes no gradient.
 
     Returns:
-        `finished`, `diverged` (its result is written), or `interrupted` (a checkpoint is there if there was a rollout).
+        `finished`, `diverged`, `stopped` (its result is written), or `interrupted` (a checkpoint is there if there was
+        a rollout).
     """
     try:
         member = prepare_member(run, folder, stop)
@@ -151,7 +152,7 @@ def train(
         trainer.add_callback(recorder)
         trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
         if recorder.state != "interrupted":
-            finalize(folder, trainer, recorder.state == "diverged")
+            finalize(folder, trainer, recorder.state == "diverged", recorder.hopeless)
         return recorder.state
     finally:
         reset_accelerate()
@@ -173,7 +174,7 @@ def _resumed(folder: CellFolder, trainer: KlabTrainer) -> checkpoints.TrainerSta
     return checkpoints.TrainerState(Path(path), update, streak, LossCoefficients(kl, trust))
 
 
-def finalize(folder: CellFolder, trainer: KlabTrainer, stopped: bool) -> None:
+def finalize(folder: CellFolder, trainer: KlabTrainer, diverged: bool, hopeless: str | None = None) -> None:
     """Save the policy and write the result. All processes call it, process 0 writes."""
     partial = partial_policy(folder)
     save_policy(trainer, partial)
@@ -182,9 +183,10 @@ def finalize(folder: CellFolder, trainer: KlabTrainer, stopped: bool) -> None:
             folder,
             partial,
             trainer.member.cell.training.updates,
-            stopped,
             trainer.group.size,
             trainer.accelerator.device,
+            diverged,
+            hopeless,
         )
     trainer.group.all_gather_object("the end", lambda: None)
 

@@ -103,7 +103,7 @@ def train_on_ranks(
     """Train one cell with the ranks of all nodes; called on the first one.
 
     Returns:
-        the cell's state: `finished`, `diverged` or `interrupted`.
+        the cell's state: `finished`, `diverged`, `stopped` or `interrupted`.
 
     Raises:
         MemoryError: a rank ran out of memory.

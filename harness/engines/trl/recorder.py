@@ -24,9 +24,10 @@ from klab.harness.training.evaluation import EvalSet, evaluate, prepare_eval_set
 from klab.harness.training.metrics import Row
 from klab.harness.training.pack_settings import PackSettings
 from klab.harness.training.runner import HEARTBEAT_SECONDS, Progress
+from klab.harness.training.stop_rule import why_hopeless
 from klab.harness.training.summary import DIVERGED_AFTER
 
-State = Literal["finished", "diverged", "interrupted"]
+State = Literal["finished", "diverged", "stopped", "interrupted"]
 
 
 class Recorder(TrainerCallback):
@@ -39,6 +40,7 @@ class Recorder(TrainerCallback):
 
     Attributes:
         state: how the training ended.
+        hopeless: why `training.stop` ended it; None: it did not.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Recorder(TrainerCallback):
         resumed: checkpoints.TrainerState | None = None,
     ) -> None:
         self.state: State = "interrupted"
+        self.hopeless: str | None = None
         self._folder, self._trainer, self._progress, self._stop = folder, trainer, progress, stop
         self._training = trainer.member.cell.training
         # evaluations are drawn by the trainer, whoever draws the rollouts: the same for every engine
@@ -94,6 +97,9 @@ class Recorder(TrainerCallback):
         if update >= self._training.updates:
             self.state = "finished"
             control.should_training_stop = True
+        elif self._is_hopeless(update):
+            self.state = "stopped"
+            control.should_training_stop = True
         elif update % self._training.optimizer_steps_per_rollout == 0:
             save, stop = self._agreed(update)
             control.should_save = save and update > self._saved
@@ -122,6 +128,18 @@ class Recorder(TrainerCallback):
 
         save, stop = self._trainer.group.all_gather_object("what next", opinion)[0]
         return bool(save), bool(stop)
+
+    def _is_hopeless(self, update: int) -> bool:
+        """Whether the cell's rule ends it after the evaluation that was just made: what process 0 reads."""
+        rule = self._training.stop
+        if rule is None or self._evaluated != update:
+            return False
+
+        def read() -> str | None:
+            return why_hopeless(rule, self._folder.evaluations()) if self._writes else None
+
+        self.hopeless = self._trainer.group.all_gather_object("whether to stop", read)[0]
+        return self.hopeless is not None
 
     def _evaluate_if_due(self, update: int) -> None:
         """Before the first update, every `evaluate_every` updates, and after the last."""

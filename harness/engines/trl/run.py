@@ -32,7 +32,7 @@ def train_cells(
         ranks: the processes that train each cell together; None: this one alone.
 
     Returns:
-        Each cell's state: `finished`, `diverged`, `failed`, `interrupted`, or `cancelled`.
+        Each cell's state: `finished`, `diverged`, `stopped`, `failed`, `interrupted`, or `cancelled`.
     """
     run = Run.open(run_path)
     told, asked = progress or (lambda _: None), stop or (lambda: False)

@@ -65,7 +65,7 @@ def test_a_cell_whose_every_reward_is_nan_has_no_reward() -> None:
     ],
 )
 def test_a_cell_that_diverged_says_why(last: list[dict[str, Any]], why: str) -> None:
-    assert summarize(10, last, [], stopped=True)["reason"] == why
+    assert summarize(10, last, [], diverged=True)["reason"] == why
     assert summarize(10, [row(1, 0.5)], [])["reason"] is None
 
 
