@@ -112,10 +112,10 @@ SUMMARY = {
     "pairs": "seeds in the difference",
     "p": "p of the difference, adjusted for all cells; below 0.05 exactly where the interval excludes 0",
     "verdict": "differs; equivalent: the interval lies within the margin; undecided",
-    "bound_low": "difference to the baseline if its stopped seeds, and the baseline's, had ended as badly for it as any",
+    "bound_low": "difference to the baseline if stopped seeds had ended as badly for it as any run of the task",
     "bound_high": "the same, as well for it as any",
-    "depends": "whether its verdict is another one at an end of these bounds: it depends on what stopped seeds would have "
-    "reached",
+    "depends": "whether its verdict is another one at an end of these bounds: it depends on what stopped seeds would "
+    "have reached",
     "stated": "whether its comparison with the baseline was stated before there were results",
     "more_seeds": "further seeds per cell that would decide an undecided one at the present estimates",
     "rank": "1 is the best mean",

@@ -261,7 +261,10 @@ _NUMBERS_EXPECTED = {
 
 
 def _user_error(kind: str, model: type[Section], error: ValidationError) -> UserError:
-    first = error.errors()[0]
+    errors = error.errors()
+    # where a required key is missing, a misspelt one says more
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    first = first if errors[0]["type"] == "missing" else errors[0]
     cause = first.get("ctx", {}).get("error")
     path = [str(part) for part in first["loc"] if "[" not in str(part)]  # a union's branch is no part of the file
     key = ".".join((kind, *path))

@@ -25,6 +25,8 @@ COMMANDS = {
     "logs": "Show a cell's attempts, its error and its job's output.",
     "rerun": "Repeat one cell in the foreground and compare its numbers with the stored ones.",
     "cancel": "Stop cells and take them out of the queue.",
+    "hold": "Keep waiting cells from starting.",
+    "release": "Let held cells start.",
     "extend": "Add seeds to a run, or to its open comparisons, without losing the error rate.",
     "confirm": "Run a run's best cells and its baseline again on fresh seeds, as a run of its own.",
     "report": "Write tables, figures and one page about one run or several.",

@@ -65,3 +65,11 @@ class Executor(Protocol):
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
         """Stop the cells' jobs, or take them out of the queue; other cells of the same jobs go on."""
         ...
+
+    def hold(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Keep these cells, which their folders say are held, from starting; other cells of the same jobs go on."""
+        ...
+
+    def release(self, run: Run, cell_ids: Iterable[str]) -> set[str]:
+        """Let cells that were held start again; those that will by themselves. Called under the run's lock."""
+        ...

@@ -250,14 +250,14 @@ class StopSignal:
 def _claim(folder: CellFolder, details: dict[str, Any]) -> bool:
     """Whether this process now trains the cell. A damaged file fails its own cell only.
 
-    A cell that was cancelled while its job waited or started is left alone: `cancel` records the cancellation before it
-    looks for jobs, and it is read here after the start is recorded, so that one of the two sees the other.
+    A cell that was cancelled or held while its job waited or started is left alone: `cancel` and `hold` record that
+    before they look for jobs, and it is read here after the start is recorded, so that one of the two sees the other.
     """
     try:
         if folder.result() is not None:
             return False
         folder.claim(details=details)
-        if folder.result() is not None or _is_cancelled(folder):
+        if folder.result() is not None or folder.withheld() is not None:
             folder.release_claim()
             return False
         attempt = 1 + sum(event["event"] == "started" for event in folder.attempts())
@@ -270,17 +270,11 @@ def _claim(folder: CellFolder, details: dict[str, Any]) -> bool:
     process = ProcessId.current()
     start = {"event": "started", "at": time.time(), "attempt": attempt, "host": process.host, "pid": process.pid}
     folder.append_attempt({**start, **details, "kernels": kernels()})
-    if _is_cancelled(folder):  # in between: the newest event has to say so again
-        folder.append_attempt({"event": "cancelled", "at": time.time()})
+    if (withheld := folder.withheld()) is not None:  # in between: the newest event has to say so again
+        folder.append_attempt({**withheld, "at": time.time()})
         folder.release_claim()
         return False
     return True
-
-
-def _is_cancelled(folder: CellFolder) -> bool:
-    """Whether the cell was cancelled and not relaunched since."""
-    decisive = [event["event"] for event in folder.attempts() if event["event"] in ("cancelled", "relaunched")]
-    return decisive[-1:] == ["cancelled"]
 
 
 def _record_end(folder: CellFolder, state: str) -> None:

@@ -181,6 +181,8 @@ def _state(run: Run, snapshot: Snapshot, job: JobStatus | None) -> tuple[State, 
         return "running", f"on {host}"
     if event == "cancelled":
         return "cancelled", ""
+    if snapshot.held:
+        return "held", str((snapshot.event or {}).get("why") or f"release with: klab release {run.name} CELL")
     if snapshot.failed:
         try:
             return "failed", explaining_line(run.cell(snapshot.id).error() or "")

@@ -2,8 +2,9 @@
 
 A setting is preferred that diverged on fewer tuning seeds, then the one with the higher mean over its finished and
 stopped runs (the lower, where a lower score is better; stopped ones count with their last evaluation), then the one
-that the grid file names first. A run that failed is missing data; an arm without a single run that counts does not choose.
-Nobody chooses before all runs of the first stage have ended, so that the choice does not depend on when it is made.
+that the grid file names first. A run that failed is missing data; an arm without a single run that counts does not
+choose. Nobody chooses before all runs of the first stage have ended, so that the choice does not depend on when it is
+made.
 """
 
 from __future__ import annotations

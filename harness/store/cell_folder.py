@@ -144,7 +144,8 @@ class CellFolder:
     # -- its life ---------------------------------------------------------------------------------------------------
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Events of this cell's life in order: started, ended, cancelled, relaunched; each with `event` and `at`."""
+        """Events of this cell's life in order: started, ended, cancelled, relaunched, held, released; each with `event`
+        and `at`."""
         path = self.path / "attempts.jsonl"
         rows = files.read_lines(path)
         for number, row in enumerate(rows, 1):
@@ -156,6 +157,20 @@ class CellFolder:
         path = self.path / "attempts.jsonl"
         row = files.last_line(path)
         return _check_event(row, path) if row is not None else None
+
+    def withheld(self) -> dict[str, Any] | None:
+        """The event by which the cell may not start: `cancelled` and not launched again since, or `held` and not
+        released. None: it may. The end of an attempt ends a hold that came while it ran.
+        """
+        found = None
+        for event in self.attempts():
+            if event["event"] in ("cancelled", "held"):
+                found = event
+            elif event["event"] in ("relaunched", "released") or (
+                event["event"] == "ended" and found is not None and found["event"] == "held"
+            ):
+                found = None
+        return found
 
     def append_attempt(self, event: Mapping[str, Any]) -> None:
         self._make()

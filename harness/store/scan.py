@@ -54,6 +54,11 @@ class Snapshot:
         """Whether the newest event is a cancellation, which holds until a launch resumes the cell."""
         return (self.event or {}).get("event") == "cancelled"
 
+    @property
+    def held(self) -> bool:
+        """Whether the newest event is a hold, which holds until the cell is released."""
+        return (self.event or {}).get("event") == "held"
+
 
 def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]:
     """A snapshot of each cell (of all by default), in the manifest's order."""

@@ -24,6 +24,7 @@ from klab.harness.dispatch.local.queue_files import (
     read_state,
     request_path,
 )
+from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.dispatch.tuning import pending, second_stage_names
 from klab.harness.store import ProcessId, Run, files, machine, scan
@@ -139,6 +140,33 @@ class LocalExecutor:
             if cells <= chosen:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM)
+
+    def hold(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Nothing to do: the controller reads what is held before it starts a pack, and so does a job."""
+
+    def release(self, run: Run, cell_ids: Iterable[str]) -> set[str]:
+        """Put those of the cells back into the queue that were in it, as the last launch packed cells."""
+        request = read_request(run)
+        if not request:
+            return set()
+        snapshots = scan(run, cell_ids)
+        cells = [name for name, each in snapshots.items() if (each.event or {}).get("queue") == self.name]
+        if not cells:
+            return set()
+        waiting: list[list[str]] = []
+        if alive := controller_is_alive(run):
+            state = read_state(run)
+            waiting = state["waiting"] if state.get("ticket") == request.get("ticket") else request["packs"]
+        queued = {cell for pack in waiting for cell in pack}
+        place = HardwareKey(**request["place"]) if request.get("place") else None
+        new = [cell for cell in cells if cell not in queued]
+        packs = plan_packs(run, new, int(request["slots"]), request.get("cells_per_job"), place)
+        packed = [*waiting, *(list(pack.cells) for pack in packs)]
+        record = {**request, "ticket": secrets.token_hex(8), "at": time.time(), "packs": packed}
+        files.replace(request_path(run), files.encode_record(record))
+        if not alive:
+            start_controller(run)
+        return set(cells)
 
 
 def abandoned_cells(run: Run) -> set[str]:

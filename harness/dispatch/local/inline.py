@@ -62,3 +62,10 @@ class InlineExecutor:
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
         """Nothing to do: the process notices after its current update that the cell is no longer its own."""
+
+    def hold(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Nothing to do: a pack reads what is held before it starts."""
+
+    def release(self, run: Run, cell_ids: Iterable[str]) -> set[str]:
+        """None start by themselves: a launch in the foreground has passed them by."""
+        return set()

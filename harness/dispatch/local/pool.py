@@ -167,11 +167,11 @@ class Pool:
                     os.unlink(path)
 
     def _still_wanted(self, pack: Pack) -> Pack:
-        """The pack without cells that meanwhile finished, failed, were cancelled, or are trained by somebody else."""
+        """The pack without cells that meanwhile ended, were cancelled or held, or are trained by somebody else."""
         snapshots = scan(self.run, pack.cells).values()
         return Pack(tuple(each.id for each in snapshots if _is_open(each) and not each.alive))
 
 
 def _is_open(snapshot: Snapshot) -> bool:
-    """Whether a cell still has to run: no result, no failure, not cancelled."""
-    return not (snapshot.result or snapshot.failed or snapshot.problem or snapshot.cancelled)
+    """Whether a cell still has to run: no result, no failure, not cancelled, not held."""
+    return not (snapshot.result or snapshot.failed or snapshot.problem or snapshot.cancelled or snapshot.held)

@@ -174,6 +174,47 @@ class SlurmExecutor:
             except SlurmUnavailable as error:
                 raise _unavailable(error) from error
 
+    def hold(self, run: Run, cell_ids: Iterable[str]) -> None:
+        """Hold the waiting jobs whose open cells are all held; a job with others starts, and leaves held ones alone.
+
+        Raises:
+            UserError: when Slurm does not answer.
+        """
+        jobs = self._jobs(run, set(cell_ids), ("queued", "preempted"))
+        try:
+            client.hold_jobs([job for job, cells in jobs.items() if not _has_other_open_cells(run, cells, set())])
+        except SlurmUnavailable as error:
+            raise _unavailable(error) from error
+
+    def release(self, run: Run, cell_ids: Iterable[str]) -> set[str]:
+        """Release held jobs, and count cells whose jobs still wait.
+
+        Raises:
+            UserError: when Slurm does not answer, or refuses: the hold is an administrator's, say.
+        """
+        chosen = set(cell_ids)
+        held = self._jobs(run, chosen, ("held",))
+        waiting = self._jobs(run, chosen, ("queued", "preempted"))
+        try:
+            client.release_jobs(list(held))
+        except SlurmUnavailable as error:
+            raise _unavailable(error) from error
+        return chosen & {cell for jobs in (held, waiting) for cells in jobs.values() for cell in cells}
+
+    def _jobs(self, run: Run, chosen: set[str], wanted: Sequence[str]) -> dict[str, list[str]]:
+        """The jobs in one of these states that have one of these cells, and all cells of each."""
+        states = self.states(run)
+        if (silent := next((states[cell] for cell in chosen if cell in states), None)) and silent.state == "unknown":
+            raise _unavailable(SlurmUnavailable(silent.reason))
+        jobs: dict[str, list[str]] = {}
+        for cell in chosen:
+            if cell in states and states[cell].state in wanted and states[cell].job:
+                jobs.setdefault(states[cell].job, [])
+        for cell, state in states.items():
+            if state.job in jobs:
+                jobs[state.job].append(cell)
+        return jobs
+
     def _submit(
         self,
         run: Run,
@@ -287,7 +328,7 @@ def _from_accounting(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) 
 def _has_other_open_cells(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:
     """Whether a job has cells that still want to run."""
     snapshots = scan(run, [cell for cell in cells if cell not in chosen])
-    return any(each.result is None and not each.failed and not each.cancelled for each in snapshots.values())
+    return any(each.result is None and not (each.failed or each.cancelled or each.held) for each in snapshots.values())
 
 
 def _unavailable(error: SlurmUnavailable) -> UserError:

@@ -22,6 +22,8 @@ _WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED")
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _HELD_REASONS = ("jobhelduser", "jobheldadmin", "job requeued in held state", "launch failed requeued held")
 """Reasons of pending jobs that wait for `scontrol release`."""
+_TOO_LATE = ("no longer pending", "Invalid job id", "not supported on job", "already completing or completed")
+"""What scontrol says where a job that is to be held has started, or ended."""
 _ERRORS = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 # fixed widths: a name or a reason may contain any character
 _COLUMNS = {"ArrayJobID": 20, "ArrayTaskID": 20, "State": 24, "Reason": 64, "TimeLeft": 20, "exit_code": 12}
@@ -156,6 +158,30 @@ def cancel_jobs(jobs: Sequence[str]) -> None:
     """
     for start in range(0, len(jobs), 500):
         run_command("scancel", "--quiet", *jobs[start : start + 500])
+
+
+def hold_jobs(jobs: Sequence[str]) -> None:
+    """Keep waiting jobs and array elements from starting. One that has started meanwhile is left alone.
+
+    Raises:
+        SlurmUnavailable: when the controller does not answer.
+    """
+    for job in jobs:
+        try:
+            run_command("scontrol", "hold", job)
+        except SlurmUnavailable as error:
+            if not any(text in str(error) for text in _TOO_LATE):
+                raise
+
+
+def release_jobs(jobs: Sequence[str]) -> None:
+    """Let held jobs and array elements start.
+
+    Raises:
+        SlurmUnavailable: when the controller does not answer, or refuses.
+    """
+    for job in jobs:
+        run_command("scontrol", "release", job)
 
 
 def job_status(

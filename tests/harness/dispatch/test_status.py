@@ -32,6 +32,12 @@ class Scheduler:
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
         raise AssertionError("not called")
 
+    def hold(self, run: Run, cell_ids: Iterable[str]) -> None:
+        raise AssertionError("not called")
+
+    def release(self, run: Run, cell_ids: Iterable[str]) -> set[str]:
+        raise AssertionError("not called")
+
     def states(self, run: Run) -> dict[str, JobStatus]:
         self.asked += 1
         return {} if self.word is None else dict.fromkeys(run.cells, self.word)

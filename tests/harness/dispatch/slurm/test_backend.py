@@ -18,6 +18,7 @@ from klab.grid import Grid, UserError, load_grid
 from klab.grid.schema.sections import load_section
 from klab.harness.cli.main import main
 from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.hold import hold, release
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.slurm import client as scheduler
 from klab.harness.dispatch.slurm.backend import SlurmExecutor
@@ -269,6 +270,37 @@ def test_cancel_ends_only_jobs_without_other_cells(fake: Fake, run: Run) -> None
     fake.queue(*[("101", str(n), "RUNNING", "None", "1:00", "0", "0", name) for n in range(3)])
     SlurmExecutor().cancel(run, [run.cells[0], run.cells[1], run.cells[2]])
     assert [call.split()[2:] for call in fake.calls("scancel")] == [["101_0"]]
+
+
+def test_hold_holds_jobs_whose_open_cells_are_all_held_and_release_lets_them_go(fake: Fake, run: Run) -> None:
+    with run.lock():
+        SlurmExecutor().submit(run, packs(run, 2), run.resources)
+    name = submissions(run)[0].name
+    fake.queue(*[("101", str(n), "PENDING", "Priority", "1:00", "0", "0", name) for n in range(3)])
+    assert hold(run, run.cells[:3]) == run.cells[:3]
+    asked = [call.split()[1:] for call in fake.calls("scontrol") if "show" not in call]
+    assert asked == [["hold", "101_0"]]
+    assert [row.state for row in statuses(run)] == ["held"] * 3 + ["queued"] * 3
+    rows = [("101", "0", "PENDING", "JobHeldUser", "1:00", "0", "0", name)]
+    fake.queue(*rows, *[("101", str(n), "PENDING", "Priority", "1:00", "0", "0", name) for n in (1, 2)])
+    found = release(run, run.cells)
+    assert (list(found.starting), found.waiting) == (run.cells[:3], ())
+    asked = [call.split()[1:] for call in fake.calls("scontrol") if "show" not in call]
+    assert asked == [["hold", "101_0"], ["release", "101_0"]]
+    assert [row.state for row in statuses(run)] == ["held"] * 2 + ["queued"] * 4  # the stand-in goes on saying so
+    assert all(run.cell(identity).withheld() is None for identity in run.cells)
+
+
+def test_a_job_that_started_before_it_could_be_held_is_no_error(fake: Fake, run: Run) -> None:
+    submit(run)
+    name = submissions(run)[0].name
+    fake.queue(*[("101", str(n), "PENDING", "Priority", "1:00", "0", "0", name) for n in range(6)])
+    fake.fails("scontrol", "scontrol_error: Job is no longer pending execution for job 101_0")
+    assert hold(run, run.cells[:1]) == run.cells[:1]
+    fake.fails("scontrol", "Unable to contact slurm controller")
+    with pytest.raises(UserError, match="Slurm does not answer"):
+        hold(run, run.cells[1:2])
+    assert run.cell(run.cells[1]).withheld() is not None
 
 
 def test_cancel_says_when_slurm_is_silent(fake: Fake, run: Run) -> None:
