@@ -20,10 +20,10 @@ def why_hopeless(rule: StopRule, evaluations: Sequence[Mapping[str, Any]]) -> st
         return None
     over = f" (mean of {rule.over} evaluations)" if rule.over > 1 else ""
     for name, bound in rule.unless.bounds.items():
-        found = [row.get(name) for row in rows[-rule.over :]]
-        if any(value is None for value in found):
+        known = [value for row in rows[-rule.over :] if (value := row.get(name)) is not None]
+        if len(known) < rule.over:
             continue
-        mean = math.fsum(found) / rule.over
+        mean = math.fsum(known) / rule.over
         words, side = STOP_FIGURES[name]
         if mean > bound if side == "at most" else mean < bound:
             beyond = "above" if side == "at most" else "below"
