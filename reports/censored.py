@@ -88,7 +88,7 @@ def sensitivity(
     found = [analysis, bounded(worst, best), bounded(best, worst)]
     differences = np.stack([each.contrasts["difference"].to_numpy(dtype=np.float64) for each in found])
     verdicts = np.stack([_signed(each.contrasts) for each in found])
-    columns = [name for name in analysis.cells if name in analysis.contrasts and name not in ("low", "high")]
+    columns = [str(name) for name in analysis.cells if name in analysis.contrasts and name not in ("low", "high")]
     own = {_key(row, columns): bool(row["stopped"]) for row in analysis.cells.to_dict("records")}
     reference = bool((stopped & is_baseline).any())
     touched = np.asarray(
