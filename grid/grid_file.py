@@ -14,6 +14,7 @@ from klab.grid.engines import refuse_launcher
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.fractional import Fraction
+from klab.grid.schema.budget import Budget
 from klab.grid.schema.policy import automatic_dtype
 from klab.grid.schema.sections import AnalysisPlan, Launcher, Resources, load_section
 from klab.grid.score import parse_score
@@ -39,6 +40,7 @@ KEYS = {
     "`untuned: false` where the configurations as written need not run beside",
     "analysis": "what the study will be asked: score, margin, contrasts, most seeds; recorded by the first launch",
     "resources": "what a job gets",
+    "budget": "the most that the study may use: `{gpu_hours: 200}`",
     "track": "`tensorboard`, `wandb`, or a list of them",
 }
 """The keys of a grid file, with their meaning."""
@@ -73,6 +75,7 @@ class Grid:
         equalities: cells that were merged because their gradients are equal (`klab.harness.dispatch.merging`).
         analysis: the analysis as stated in the file; None where it states none.
         stated: the groups that the stated contrasts compare with the baseline.
+        budget: the most that it may use; None: no limit.
         tuning: what every configuration chooses for itself before it runs; `cells` are the configurations as written.
         fraction: with design fractional, what was chosen, and from how many.
     """
@@ -92,6 +95,7 @@ class Grid:
     analysis: AnalysisPlan | None = None
     stated: tuple[str, ...] = ()
     tuning: Tuning | None = None
+    budget: Budget | None = None
     fraction: Fraction | None = None
 
     @cached_property
@@ -181,6 +185,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         analysis=analysis,
         stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
         tuning=tuning,
+        budget=load_section("budget", data["budget"]) if "budget" in data else None,  # type: ignore[arg-type]
         fraction=expansion.fraction,
     )
 

@@ -20,6 +20,7 @@ from klab.grid.glossary import GLOSSARY
 from klab.grid.grid_file import KEYS
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
+from klab.grid.schema.budget import Budget
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.sections import Launcher, Resources
@@ -81,6 +82,7 @@ def reference() -> str:
     parts += ["### `task.reward`: one term", "", *_section(RewardTerm), ""]
     parts += ["## `resources`", "", *_section(Resources), ""]
     parts += ["### `resources.launcher`", "", *_section(Launcher), ""]
+    parts += ["## `budget`", "", *_section(Budget), ""]
     parts += ["## `analysis`", "", *_section(AnalysisPlan), "", "### `analysis.stop`", "", *_section(Stop), ""]
     parts += ["## Symbols", ""]
     symbols = [(each.symbol, f"`{each.code}`" if each.code else "", each.shape, each.meaning) for each in GLOSSARY]

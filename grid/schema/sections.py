@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from klab.grid.errors import UserError
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Count, Minutes, Positive, Section
+from klab.grid.schema.budget import Budget
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from klab.grid.schema.sampler import Rejection, Sampler, check_sampler
 from klab.grid.schema.task import (
@@ -47,6 +48,7 @@ __all__ = [
     "AnalysisPlan",
     "BanditTask",
     "BetaControl",
+    "Budget",
     "CalculatorTask",
     "CountdownTask",
     "Critic",
@@ -188,7 +190,7 @@ def load_section(kind: str, given: object) -> Section:
     """A section from its mapping.
 
     Args:
-        kind: ``task``, ``policy``, ``training``, ``resources`` or ``analysis``.
+        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis`` or ``budget``.
         given: what the grid file contains.
 
     Raises:
@@ -232,6 +234,7 @@ _UNNAMED: Mapping[str, type[Section]] = {
     "training": TrainingSection,
     "resources": Resources,
     "analysis": AnalysisPlan,
+    "budget": Budget,
 }
 """Sections of which there is one kind."""
 

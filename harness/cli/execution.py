@@ -65,7 +65,9 @@ def carry_out(
     given |= {"resources": work.resources, "only": cells}
     if work.board is not None:
         with work.board.live(run, work.retry_failed):
-            submit(run, work.executor, **given)
+            done = submit(run, work.executor, **given)
+        for line in done.verdict.lines() if done.verdict is not None and not as_json else ():
+            console().print(line, markup=False, soft_wrap=True)
         tracking.finish()
         _end(run, as_json)
         return
@@ -131,6 +133,8 @@ def _announce(run: Run, done: LaunchResult, on: Where, workers: int) -> None:
     if later:
         screen.print(f"{later} cells have to wait for the runs that choose their settings, and follow by themselves")
     screen.print(f"run folder: {run.path}", markup=False, soft_wrap=True)
+    for line in done.verdict.lines() if done.verdict is not None else ():
+        screen.print(line, markup=False, soft_wrap=True)
     if not done.packs and left.get("failed"):
         screen.print(f"nothing to do: {left['failed']} failed before; --retry-failed runs them again")
 

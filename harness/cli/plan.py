@@ -22,7 +22,9 @@ from klab.harness.cli.sight import DetectOption, DeviationOption, PilotOption, d
 from klab.harness.cli.table import console, duration, show
 from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.backends import Pack
+from klab.harness.dispatch.budget import Price, Verdict, forecast, judge
 from klab.harness.dispatch.gpus import default_device
+from klab.harness.dispatch.launch import price_of
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.dispatch.packing.estimate import Estimate, estimate
 from klab.harness.dispatch.packing.packs import Plan, make_packs
@@ -30,6 +32,7 @@ from klab.harness.dispatch.packing.step_times import HardwareKey, read_step_time
 from klab.harness.dispatch.profiles import resolve_resources
 from klab.harness.dispatch.tuning import pending
 from klab.harness.store import Run, scan
+from klab.harness.store.usage import Usage, used
 
 _SHOWN = 40
 
@@ -88,12 +91,14 @@ def plan(
         second = make_packs(later, size, workers, read_step_times(runs, place)).packs
         more = estimate(later, second, runs, workers)
         times = replace(times, seconds=times.seconds + more.seconds) if times and more else times or more
+    verdict = _budget(study, folder, left, packs, runs, workers, device)
     seen = sight(study, deviation, detect)
     if as_json:
         record = {**_record(begun, folder, resolved, done, planned, workers, times), "sight": seen.record()}
         if two:
             counts = {"tuning": len(two.tuning), "untuned": len(two.untuned), "chosen": two.chosen + len(two.kept)}
             record["stages"] = {**counts, "open": len(later)}
+        record |= {} if verdict is None else {"budget": verdict.record()}
         show_json({**record, "notes": found.notes, "memory": [need.record() for need in found.memory]})
         return
     screen = console()
@@ -127,6 +132,8 @@ def plan(
         say(line)
     for line in seen.lines():
         say(line)
+    for line in verdict.lines(planned=True) if verdict is not None else ():
+        say(line)
     if not packs and not later:
         screen.print("nothing is left to run")
         return
@@ -135,6 +142,28 @@ def plan(
         f"{len(packs)} jobs of {_sizes(packs)} cells{then}, {workers} at a time; estimated time {_time(times)}"
     )
     screen.print(f"cells per job: {_SIZES_FROM[planned.sizes_from]}")
+
+
+def _budget(
+    study: Grid,
+    folder: Path,
+    left: Mapping[str, Mapping[str, Any]],
+    packs: Sequence[Pack],
+    runs: Path,
+    workers: int,
+    device: str | None,
+) -> Verdict | None:
+    """What the budget leaves of the packs: by what cells took, else by the time limits that Slurm would get; None
+    without a budget."""
+    if study.budget is None:
+        return None
+    wanted = _resources(study)
+    local = LocalExecutor(device=device)
+    here = price_of(local, study.resources)
+    asked = Price.on_slurm(wanted)
+    price = Price(max(here.gpus, asked.gpus), asked.cores, asked.limit)
+    spent = used(Run.open(folder)) if (folder / "manifest.json").exists() else Usage()
+    return judge(study.budget, packs, forecast(left, packs, runs, price, workers) if packs else None, spent)
 
 
 def _stage_lines(study: Grid, two: Stages) -> list[str]:

@@ -11,12 +11,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from klab.grid.schema.budget import UNITS
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.progress import follow, report_problem
 from klab.harness.cli.table import console, duration, show, state_text
 from klab.harness.cli.text import show_json
 from klab.harness.dispatch.status import CellStatus, controller_problem, count, statuses
 from klab.harness.dispatch.tuning import pending
+from klab.harness.store.usage import shown, used
 
 _SHOWN = 40
 
@@ -34,16 +36,20 @@ def status(
     with _uncollected():
         opened = run_of(run, runs)
         rows = statuses(opened)
-    states = count(rows)
+    states, budget = count(rows), opened.budget
     if as_json:
         problem = controller_problem(opened, rows)
         cells = [asdict(row) for row in rows]
-        show_json({"run": str(opened.path), "states": states, "cells": cells, "problem": problem})
+        spent = None if budget is None else {"limits": budget.limits, "used": asdict(used(opened))}
+        record = {"run": str(opened.path), "states": states, "cells": cells, "problem": problem}
+        show_json({**record, **({} if spent is None else {"budget": spent})})
     else:
         screen = console()
         screen.print(
             f"[bold]{escape(opened.name)}[/]: " + ", ".join(f"{n} {state_text(state)}" for state, n in states.items())
         )
+        if budget is not None:
+            screen.print(f"budget: {', '.join(shown(used(opened), budget.limits, UNITS))} used")
         _list([row for row in rows if everything or row.state not in ("finished", "waiting")], everything)
         if opened.tuned is not None and (later := len(pending(opened))):
             screen.print(f"first stage: {later} cells of the second wait until it has chosen their settings")

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError, user_code
+from klab.harness.dispatch.budget import hold_beyond, is_used_up
 from klab.harness.dispatch.gpus import let_segments_grow
 from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
 from klab.harness.dispatch.processes import started_group
@@ -103,7 +104,10 @@ def run_job(
     run = Run.open(run_path)
     size = ranks.size if ranks is not None else processes if world is None else world.size
     details = {"executor": executor, **_job_details(run), "processes": size, "threads": threads}
-    claimed = [folder for folder in map(run.cell, resolved_cells(run, cells)) if _claim(folder, details)]
+    details["gpus"] = _gpus_of_job(devices)
+    named = resolved_cells(run, cells)
+    _hold_beyond_budget(run, named, executor)
+    claimed = [folder for folder in map(run.cell, named) if _claim(folder, details)]
     states: dict[str, str] = {}
     try:
         with _keep_claims_fresh(claimed):
@@ -269,6 +273,8 @@ def _claim(folder: CellFolder, details: dict[str, Any]) -> bool:
         return False
     process = ProcessId.current()
     start = {"event": "started", "at": time.time(), "attempt": attempt, "host": process.host, "pid": process.pid}
+    if (beat := folder.heartbeat()) is not None:  # of the attempt before, which may have been killed
+        start["seen"] = beat.get("at")
     folder.append_attempt({**start, **details, "kernels": kernels()})
     if (withheld := folder.withheld()) is not None:  # in between: the newest event has to say so again
         folder.append_attempt({**withheld, "at": time.time()})
@@ -282,6 +288,25 @@ def _record_end(folder: CellFolder, state: str) -> None:
         if state != "cancelled" and (folder.last_attempt() or {}).get("event") != "cancelled":
             folder.append_attempt({"event": "ended", "at": time.time(), "state": state})
     folder.release_claim()
+
+
+def _hold_beyond_budget(run: Run, cells: Sequence[str], executor: str) -> None:
+    """Hold the cells of a job that starts when the run's budget is used up."""
+    budget = is_used_up(run)
+    if budget is None:
+        return
+    open_ = [name for name in cells if run.cell(name).result() is None and run.cell(name).withheld() is None]
+    hold_beyond(run, open_, budget, executor)
+    if open_:
+        print(f"klab: the budget is used up: {len(open_)} cells are held", file=sys.stderr, flush=True)
+
+
+def _gpus_of_job(devices: Sequence[str]) -> int:
+    """How many GPUs this job has, on all of its nodes."""
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if on_node.isdecimal():
+        return int(on_node) * int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    return len([name for name in devices if name.strip()])
 
 
 def _refuse_changed_data(run: Run, claimed: Sequence[CellFolder]) -> dict[str, str]:

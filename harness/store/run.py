@@ -25,6 +25,8 @@ from klab.harness.store.tuning import TunedRun, tuned_run
 
 if TYPE_CHECKING:
     from klab.grid import Cell, Grid
+    from klab.grid.schema.base import Section
+    from klab.grid.schema.budget import Budget
     from klab.grid.schema.sections import Resources
     from klab.grid.user_code import Location
 
@@ -147,10 +149,18 @@ class Run:
     @property
     def resources(self) -> Resources:
         """What the grid file asks for each job."""
+        return self._section("resources")  # type: ignore[return-value]
+
+    @property
+    def budget(self) -> Budget | None:
+        """The most that the study may use; None: no limit."""
+        return self._section("budget") if "budget" in self.manifest else None  # type: ignore[return-value]
+
+    def _section(self, name: str) -> Section:
         from klab.grid.schema.sections import load_section
 
         try:
-            return load_section("resources", self.manifest["resources"])  # type: ignore[return-value]
+            return load_section(name, self.manifest[name])
         except UserError as error:
             raise error.with_location(file=self.path / "manifest.json") from None
 

@@ -32,16 +32,24 @@ def estimate(
     cells: Mapping[str, Mapping[str, Any]], packs: Sequence[Pack], runs: Path, workers: int
 ) -> Estimate | None:
     """The time for these packs on so many workers; None where no cell of some shape was measured under `runs`."""
+    measured = cell_seconds(cells, runs)
+    if measured is None:
+        return None
+    seconds, source = measured
+    lengths = [START_SECONDS + sum(seconds[identity] for identity in pack.cells) for pack in packs]
+    paces = (seconds[identity] / int(cells[identity]["training"]["updates"]) for identity in cells)
+    return Estimate(makespan(lengths, workers), 1 / max(1e-9, median(paces)), source)
+
+
+def cell_seconds(cells: Mapping[str, Mapping[str, Any]], runs: Path) -> tuple[dict[str, float], str] | None:
+    """The seconds of training of every cell, as its updates took in finished cells of its shape, and the run that these
+    are from; None where some shape was never measured under `runs`."""
     forms = stacking_keys(cells)
     distinct = set(forms.values())
     measured, source = _measured(distinct, runs)
     if not cells or not distinct <= measured.keys():
         return None
-    lengths = []
-    for pack in packs:
-        work = (measured[forms[identity]] * int(cells[identity]["training"]["updates"]) for identity in pack.cells)
-        lengths.append(START_SECONDS + sum(work))
-    return Estimate(makespan(lengths, workers), 1 / max(1e-9, median(measured.values())), source)
+    return {name: measured[forms[name]] * int(cells[name]["training"]["updates"]) for name in cells}, source
 
 
 def _measured(wanted: set[str], runs: Path) -> tuple[dict[str, float], str]:
