@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from klab.harness.exact.drift_names import AS_TRAINED, ON_POLICY, is_own
 from klab.harness.store import files
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
@@ -43,11 +44,18 @@ def load_gradients(study: Study) -> pd.DataFrame | None:
 
 
 def own_drift(gradients: pd.DataFrame) -> pd.DataFrame:
-    """By group, the row after the drift that the configuration's own updates make; without drift where it has none."""
-    own = gradients[gradients["drift"].astype(str).str.endswith("updates")].drop_duplicates("group", keep="last")
+    """By group, the row after the drift of the configuration's own updates: as far as training went, where it is known;
+    without drift where it has none."""
+    own = _own(gradients).drop_duplicates("group", keep="last")
     rest = gradients[~gradients["group"].isin(own["group"])]
-    fresh = rest[rest["drift"] == "on-policy"].drop_duplicates("group")
+    fresh = rest[rest["drift"] == ON_POLICY].drop_duplicates("group")
     return pd.concat([own, fresh]).set_index("group")
+
+
+def _own(gradients: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the cells' own drifts, that of training last."""
+    rows = gradients[[is_own(str(drift)) for drift in gradients["drift"]]]
+    return rows.sort_values("drift", key=lambda drift: drift == AS_TRAINED, kind="stable")
 
 
 def gradient_rows(comparison: Comparison, gradients: pd.DataFrame | None) -> list[GradientRow]:
@@ -59,8 +67,8 @@ def gradient_rows(comparison: Comparison, gradients: pd.DataFrame | None) -> lis
         measured = gradients[gradients["group"] == record["group"]]
         if measured.empty:
             continue
-        fresh = measured[measured["drift"] == "on-policy"]
-        own = measured[measured["drift"].astype(str).str.endswith("updates")]
+        fresh = measured[measured["drift"] == ON_POLICY]
+        own = _own(measured)
         rows.append(
             GradientRow(
                 group=record["group"],
@@ -81,7 +89,7 @@ def gradient_table(comparisons: list[Comparison], gradients: pd.DataFrame | None
     for comparison in comparisons:
         for row in gradient_rows(comparison, gradients):
             result = {"group": row.group, "cell": row.label, "final": row.reward, "reverse_kl_final": row.reverse_kl}
-            for drift, numbers in (("on-policy", row.fresh), (row.drift, row.drifted)):
+            for drift, numbers in ((ON_POLICY, row.fresh), (row.drift, row.drifted)):
                 if numbers:
                     flat.append({"task": comparison.task, **result, "drift": drift, **numbers})
     return pd.DataFrame(flat)

@@ -35,6 +35,7 @@ from klab.reports.provenance import cost_unit, provenance
 from klab.reports.schema import SUMMARY
 from klab.reports.study import Study, load_runs
 from klab.reports.tables import csv, write_tables
+from klab.reports.theory import predictors, theory_words
 from klab.reports.tuned import tuned_parts, tuning_table
 from klab.reports.words import difference_span, mean_span, number, p_number, p_words, signed, verdict_words
 
@@ -64,6 +65,7 @@ class TaskSection:
     rows: list[dict[str, Any]]
     details: list[Detail]
     gradients: list[GradientRow]
+    theory: str
 
 
 def render(
@@ -240,6 +242,7 @@ def _section(
         rows=_rows(study, comparison),
         details=details(study, comparison),
         gradients=gradient_rows(comparison, gradients),
+        theory=theory_words(predictors(comparison, gradients)),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,11 @@ from klab.grid import Cell, Objective, UserError, user_code
 from klab.harness.cli.arguments import STUDIES, JsonOption, grid_of, run_of
 from klab.harness.cli.table import show
 from klab.harness.cli.text import say, show_json
+from klab.harness.exact.drift_names import AS_TRAINED, ON_POLICY, is_own
 from klab.harness.store import Run, files
+
+if TYPE_CHECKING:
+    from klab.harness.exact.gradient_table import Observed
 
 COLUMNS = (
     "group",
@@ -95,8 +99,9 @@ def gradients(
                 hint="--product FILE measures all combinations once, and continues where it stopped.",
             )
         sizes = {name: (objective, group_size or size) for name, (objective, size, _) in cells.items()}
+        seen = _observed(owner) if owner is not None and updates is None and drift is None else {}
         with _user_code(target, owner):
-            rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples)
+            rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples, seen)
         owner = run_of(run) if run is not None else owner
         if owner is not None:
             _keep(owner, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
@@ -131,7 +136,14 @@ def measure_run(run: Run, most: int, own_code: bool = False) -> None:
     torch.set_num_threads(1)
     with user_code.searching(known=run.user_code() if own_code else None):
         rows = _survey_rows(
-            {name: (objective, size) for name, (objective, size, _) in cells.items()}, 0, 3, 3, None, None, SAMPLES
+            {name: (objective, size) for name, (objective, size, _) in cells.items()},
+            0,
+            3,
+            3,
+            None,
+            None,
+            SAMPLES,
+            _observed(run),
         )
     _keep(run, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
 
@@ -167,7 +179,7 @@ def _by_group(cells: Sequence[Cell]) -> dict[str, tuple[Objective, int, bool]]:
 
 def _survey_rows(
     configurations: dict[str, tuple[Objective, int]], seed: int, vocabulary: int, horizon: int,
-    drifts: Sequence[float] | None, updates: Sequence[int] | None, samples: int,
+    drifts: Sequence[float] | None, updates: Sequence[int] | None, samples: int, observed: Mapping[str, Observed],
 ) -> Rows:  # fmt: skip
     from klab.harness.exact.gradient_table import INNER_UPDATES, RANDOM_DRIFTS, gradient_table
     from klab.harness.exact.instance import Instance
@@ -178,9 +190,27 @@ def _survey_rows(
         random_drifts=RANDOM_DRIFTS if drifts is None else drifts,
         inner_updates=INNER_UPDATES if updates is None else updates,
         samples=samples,
+        observed=observed,
         progress=_progress,
     )
     return [entry.row() for entry in entries]
+
+
+def _observed(run: Run) -> dict[str, Observed]:
+    """By configuration whose rollouts serve several updates, the drift that its metrics show; means over its seeds."""
+    from klab.harness.exact.gradient_table import Observed
+
+    sums: dict[str, list[float]] = {}
+    inner: dict[str, int] = {}
+    for identity in run.cells:
+        cell = run.cell(identity)
+        drifts = [row["kl_behaviour"] for row in cell.metrics() if row.get("kl_behaviour") is not None]
+        configuration = cell.cell()
+        if configuration.training.on_policy or not drifts:
+            continue
+        sums.setdefault(configuration.group, []).append(sum(drifts) / len(drifts))
+        inner[configuration.group] = max(1, configuration.training.optimizer_steps_per_rollout - 1)
+    return {group: Observed(inner[group], sum(found) / len(found)) for group, found in sums.items()}
 
 
 def _kl_rows(
@@ -219,8 +249,9 @@ def _keep(run: Run, rows: Rows, on_policy: set[str]) -> None:
     """Leave the rows for the run's report, which reads the first of each configuration: that of its own schedule."""
 
     def distance(row: dict[str, Any]) -> int:
-        wanted = row["drift"] == "on-policy" if row["group"] in on_policy else str(row["drift"]).endswith("updates")
-        return 0 if wanted else 1
+        if row["group"] in on_policy:
+            return 0 if row["drift"] == ON_POLICY else 1
+        return 0 if row["drift"] == AS_TRAINED else 1 if is_own(str(row["drift"])) else 2
 
     folder = run.output_folder("report")
     folder.mkdir(exist_ok=True)

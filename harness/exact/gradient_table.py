@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from klab.grid import Objective
 from klab.harness.exact.drift import drift_size
+from klab.harness.exact.drift_names import AS_TRAINED, ON_POLICY, inner_updates_name
 from klab.harness.exact.instance import Instance, SharedUpdates
 from klab.harness.exact.report import DEFAULT_SAMPLES, EstimatorReport
 from klab.harness.exact.tabular_setting import Setting
@@ -24,13 +25,22 @@ ENUMERATED_GROUPS = 4_000
 sampled."""
 
 
+class Observed(NamedTuple):
+    """How far a configuration's policy went from that of its rollouts: the inner updates after the first one that a
+    rollout served, and KL(behaviour || current) per token over all updates, nats."""
+
+    updates: int
+    kl: float
+
+
 @dataclass(frozen=True, slots=True)
 class GradientRow:
     """One configuration in one drift setting.
 
     Attributes:
         group: the configuration (a cell's `group`, or an algorithm's name).
-        drift: `on-policy`, `random <std>` or `<k> updates`.
+        drift: `on-policy`, `random <std>`, `<k> updates`, or `as trained`: as far from the rollout's policy as training
+            went.
         kl: KL(behaviour || current) of that drift, in nats.
         report: its estimator there.
     """
@@ -56,6 +66,7 @@ def gradient_table(
     random_drifts: Sequence[float] = RANDOM_DRIFTS,
     inner_updates: Sequence[int] = INNER_UPDATES,
     samples: int = DEFAULT_SAMPLES,
+    observed: Mapping[str, Observed] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GradientRow]:
     """Measure configurations on-policy, after random drifts and after inner updates of their own.
@@ -69,18 +80,23 @@ def gradient_table(
         random_drifts: standard deviations.
         inner_updates: numbers of inner updates, each at least 1.
         samples: trajectories of each Monte Carlo estimate.
+        observed: by name, the drift that training showed, which is another setting then.
         progress: called with (done, all).
     """
     instance = instance or Instance()
     draws = SharedUpdates(instance.behaviour, samples, ENUMERATED_GROUPS, instance.seed)
-    fixed = [("on-policy", instance.perturbed(0.0))]
+    fixed = [(ON_POLICY, instance.perturbed(0.0))]
     fixed += [(f"random {scale:g}", instance.perturbed(scale)) for scale in random_drifts]
-    known: dict[tuple[Objective, int], list[GradientRow]] = {}
+    known: dict[tuple[Objective, int, Observed | None], list[GradientRow]] = {}
     entries: list[GradientRow] = []
     for done, (group, (objective, size)) in enumerate(configurations.items(), start=1):
-        if (objective, size) not in known:
+        seen = (observed or {}).get(group)
+        if (objective, size, seen) not in known:
             settings = [*fixed, *_walk(instance, objective, size, inner_updates)]
-            known[objective, size] = [
+            if seen is not None:
+                nats = seen.kl * instance.horizon
+                settings.append((AS_TRAINED, instance.drifted(objective, size, seen.updates, nats)))
+            known[objective, size, seen] = [
                 GradientRow(
                     group,
                     drift,
@@ -89,7 +105,7 @@ def gradient_table(
                 )
                 for drift, setting in settings
             ]
-        entries += [GradientRow(group, entry.drift, entry.kl, entry.report) for entry in known[objective, size]]
+        entries += [GradientRow(group, entry.drift, entry.kl, entry.report) for entry in known[objective, size, seen]]
         if progress is not None:
             progress(done, len(configurations))
     return entries
@@ -100,4 +116,4 @@ def _walk(instance: Instance, objective: Objective, size: int, stops: Sequence[i
         return
     walked = instance.updated(objective, size, max(stops))
     for stop in stops:
-        yield f"{stop} updates", walked[stop - 1]
+        yield inner_updates_name(stop), walked[stop - 1]

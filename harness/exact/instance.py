@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from klab.grid import Objective
-from klab.harness.exact.drift import inner_updates, random_drift
+from klab.harness.exact.drift import drift_size, inner_updates, random_drift
 from klab.harness.exact.estimators import couples_trajectories
 from klab.harness.exact.report import DEFAULT_SAMPLES, EstimatorReport, report
 from klab.harness.exact.tabular import TabularPolicy
@@ -20,6 +20,9 @@ from klab.harness.exact.updates import (
     every_trajectory,
     sampled_updates,
 )
+
+_FARTHEST = 1024.0
+_HALVINGS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,26 @@ class Instance:
             generator=torch.Generator().manual_seed(self.seed + 2),
         )  # fmt: skip
         return [self.at(policy) for policy in policies]
+
+    def drifted(self, objective: Objective, group_size: int, updates: int, kl: float) -> Setting:
+        """The setting after a drift of a given size in the cell's own direction.
+
+        Args:
+            updates: the inner updates of the cell whose way gives the direction.
+            kl: KL(behaviour || current) of whole trajectories, nats; the drift is scaled to it.
+        """
+        target = self.updated(objective, group_size, updates)[-1].policy
+        direction = target.logits - self.behaviour.logits
+        if kl <= 0 or not direction.any():
+            return self.at(self.behaviour)
+        low, high = 0.0, 1.0
+        while drift_size(self.behaviour, self.behaviour.moved(high * direction)) < kl and high < _FARTHEST:
+            low, high = high, 2 * high
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            far = drift_size(self.behaviour, self.behaviour.moved(middle * direction)) >= kl
+            low, high = (low, middle) if far else (middle, high)
+        return self.at(self.behaviour.moved(high * direction))
 
 
 class SharedUpdates:

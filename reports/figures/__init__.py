@@ -20,8 +20,10 @@ from klab.reports.figures.ranking import ranking, seed_lines
 from klab.reports.figures.stability import stability_panel, stability_table
 from klab.reports.figures.style import Drawing, styled
 from klab.reports.figures.svg import inline_svg, svg_text
+from klab.reports.figures.theory import theory_plot
 from klab.reports.figures.tradeoff import tradeoff
 from klab.reports.study import Study
+from klab.reports.theory import predictors
 
 __all__ = ["Drawing", "draw", "inline_svg", "save", "svg_text"]
 
@@ -46,6 +48,7 @@ def draw(
         seed_lines(comparison),
         stability_panel(study, comparison, stability_table(study, comparison.task)),
         bias_variance_plane(comparison, gradients),
+        theory_plot(comparison, predictors(comparison, gradients)),
     ]
     kept = [drawing for drawing in found if drawing is not None]
     for drawing in kept:

@@ -79,6 +79,23 @@ def test_a_run_keeps_its_rows_for_the_report_that_of_its_schedule_first(
     assert {"bias", "cosine", "variance"} <= set(kept["rows"][0])
 
 
+def test_a_run_with_metrics_is_measured_at_the_drift_that_they_show(study: Path, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "runs" / "small", load_grid(study))
+    grid = load_grid(study)
+    for cell in grid.cells:
+        folder = run.cell(cell.id)
+        folder.append_metrics({"update": k + 1, "kl_behaviour": 0.02 * k * (1 + cell.seed)} for k in range(2))
+    measure_run(run, most=10)
+    kept = json.loads((run.report / "gradients.json").read_text())["rows"]
+    trained = {row["group"]: row["kl"] for row in kept if row["drift"] == "as trained"}
+    # The mean over updates and both seeds is 0.015 per token; the lab's trajectories have three.
+    assert trained == pytest.approx(dict.fromkeys(grid.groups, 0.045), rel=1e-6)
+    first: dict[str, str] = {}
+    for row in kept:
+        first.setdefault(row["group"], row["drift"])
+    assert first == dict.fromkeys(grid.groups, "as trained")
+
+
 def test_the_report_measures_a_run_once_and_leaves_large_runs_alone(study: Path, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "runs" / "small", load_grid(study))
     kept = run.report / "gradients.json"

@@ -10,6 +10,7 @@ import torch
 from klab.grid import Objective
 from klab.harness.exact.drift import STEP, drift_size, inner_updates, random_drift
 from klab.harness.exact.estimators import update_gradients
+from klab.harness.exact.gradient_table import Observed, gradient_table
 from klab.harness.exact.gradients import expected_reward
 from klab.harness.exact.instance import Instance
 from klab.harness.exact.tabular import TabularPolicy
@@ -70,3 +71,47 @@ def test_random_drift_is_reproducible_and_scales() -> None:
     assert torch.equal(random_drift(behaviour, 0.1).logits, small.logits)
     assert torch.allclose(10 * (small.logits - behaviour.logits), large.logits - behaviour.logits, atol=1e-12)
     assert 0 < drift_size(behaviour, small) < drift_size(behaviour, large)
+
+
+@pytest.mark.parametrize("kl", [1e-4, 0.02, 0.5])
+def test_a_drift_as_large_as_training_showed_has_that_size_and_the_cells_direction(kl: float) -> None:
+    instance = Instance(3, 2)
+    objective = Objective(placement="none", weight="one", ratio="none", advantage="raw")
+    drifted = instance.drifted(objective, 4, 3, kl).policy
+    assert drift_size(instance.behaviour, drifted) == pytest.approx(kl, rel=1e-6)
+    walked = instance.updated(objective, 4, 3)[-1].policy
+    mine, theirs = drifted.logits - instance.behaviour.logits, walked.logits - instance.behaviour.logits
+    assert float((mine * theirs).sum() / (mine.norm() * theirs.norm())) == pytest.approx(1.0)
+
+
+def test_no_drift_stays_where_the_rollout_was_drawn() -> None:
+    instance = Instance(3, 2)
+    objective = Objective(placement="none", weight="one", ratio="none", advantage="raw")
+    assert torch.equal(instance.drifted(objective, 4, 3, 0.0).policy.logits, instance.behaviour.logits)
+
+
+def test_the_table_measures_every_configuration_at_its_own_observed_drift() -> None:
+    configurations = {
+        "near": (Objective(placement="none", weight="ratio", ratio="token", advantage="raw"), 2),
+        "far": (Objective(placement="none", weight="ratio", ratio="token", advantage="raw"), 2),
+        "fresh": (Objective(placement="none", weight="one", ratio="none", advantage="raw"), 2),
+    }
+    rows = gradient_table(
+        configurations,
+        instance=Instance(3, 2),
+        random_drifts=(),
+        inner_updates=(),
+        samples=200,
+        observed={"near": Observed(1, 0.001), "far": Observed(3, 0.05)},
+    )
+    assert [(row.group, row.drift) for row in rows] == [
+        ("near", "on-policy"),
+        ("near", "as trained"),
+        ("far", "on-policy"),
+        ("far", "as trained"),
+        ("fresh", "on-policy"),
+    ]
+    sizes = {row.group: row.kl for row in rows if row.drift == "as trained"}
+    assert sizes == pytest.approx({"near": 0.002, "far": 0.1}, rel=1e-6), "per token, over two steps"
+    bias = {row.group: row.report.bias for row in rows if row.drift == "as trained"}
+    assert bias["near"] < bias["far"]
