@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from klab.reports.comparison import Comparison
 from klab.reports.gradients import own_drift
+from klab.reports.inference.design import Array, Indices
 from klab.reports.inference.fraction import rank_correlation
 from klab.reports.words import number
 
@@ -88,7 +90,8 @@ def theory_words(found: list[Predictor]) -> str:
     )
 
 
-def _misfits(value: np.ndarray, score: np.ndarray, rho: float) -> np.ndarray:
-    ranks, wanted = pd.Series(value).rank(), pd.Series(score).rank()
+def _misfits(value: Array, score: Array, rho: float) -> Indices:
+    """Cells by how far their rank is from where a perfect relation would put it, the furthest first."""
+    ranks, wanted = stats.rankdata(value), stats.rankdata(score)
     expected = ranks if rho >= 0 else len(value) + 1 - ranks
-    return np.asarray(np.argsort(-np.abs(expected - wanted).to_numpy(), kind="stable"))
+    return np.argsort(-np.abs(expected - wanted), kind="stable")
