@@ -407,6 +407,13 @@ _ALL = (
         "blog post",
     ),
     Source(
+        "Yao et al. 2026",
+        "Jiarui Yao et al.",
+        "2026",
+        "Future-KL Regularized GRPO: Process-Level Credit Assignment from f-Divergence Regularization (FRPO)",
+        "arXiv:2601.10201",
+    ),
+    Source(
         "Ye et al. 2020",
         "Deheng Ye et al.",
         "2020",

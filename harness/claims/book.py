@@ -22,6 +22,8 @@ SUBJECTS = {
     "advantages": "Advantages and aggregation",
     "documents": "References and log-ratios",
     "trust_regions": "Trust regions",
+    "divergences": "Divergences beside reverse KL",
+    "methods": "Methods of 2025 and 2026",
     "seeds": "Training seeds",
     "empirical": "Claims about training",
 }
