@@ -290,8 +290,8 @@ def second_moment(evidence: Evidence) -> None:
     evidence.stated("over all of them", max(every) <= 0.04 + EXACT)
     evidence.restricted("over those that moved the way of their advantage", bounded <= 0.04 + EXACT)
     evidence.remark(
-        "Like PPO's clip the mask leaves alone what moved against its advantage, whose ratios have no bound. Measured on "
-        "24 updates of all 27 trajectories of a policy."
+        "Like PPO's clip the mask leaves alone what moved against its advantage, whose ratios have no bound. Measured "
+        "on 24 updates of all 27 trajectories of a policy."
     )
 
 
