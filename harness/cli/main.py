@@ -32,6 +32,7 @@ COMMANDS = {
     "report": "Write tables, figures and one page about one run or several.",
     "compare": "Compare two cells over their seeds.",
     "watch": "Watch a run live: every open cell with its curves.",
+    "serve": "Show a live page of all runs in a browser: states, curves, completions, reports.",
     "gradients": "Measure bias, variance and cosine of cells' gradient estimators by enumeration.",
     "claims": "Check the book of claims.",
     "crosscheck": "Train a cell for a few updates on klab's engine and on TRL from the same rollouts, and compare.",

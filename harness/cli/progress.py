@@ -16,7 +16,8 @@ from rich.text import Text
 
 from klab.harness.cli.table import console, duration, state_text, table
 from klab.harness.cli.text import printable
-from klab.harness.dispatch.status import FINAL_STATES, CellStatus, controller_problem, count, statuses
+from klab.harness.dispatch.pace import Pace
+from klab.harness.dispatch.status import CellStatus, controller_problem, count, statuses
 from klab.harness.store import Run
 
 if TYPE_CHECKING:
@@ -27,23 +28,6 @@ PLAIN_SECONDS = 10.0
 """Between two lines where standard output is not a terminal."""
 
 _SHOWN = 12
-
-
-class Pace:
-    """Updates per second since the first look, hence the time left."""
-
-    def __init__(self) -> None:
-        self._start: tuple[float, int] | None = None
-
-    def left(self, rows: Sequence[CellStatus]) -> float | None:
-        """Seconds until the open cells are done at the pace so far; None before any progress."""
-        done = sum(row.update for row in rows)
-        ahead = sum(max(0, row.updates - row.update) for row in rows if row.state not in FINAL_STATES)
-        now = time.monotonic()
-        if self._start is None:
-            self._start = (now, done)
-        began, before = self._start
-        return ahead * (now - began) / (done - before) if done > before else None
 
 
 def follow(run: Run, quiet: bool = False, each: Callable[[], None] = lambda: None) -> bool:

@@ -12,10 +12,11 @@ from rich.live import Live
 
 from klab.grid import UserError
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from klab.harness.cli.progress import Pace, board, report_problem, resting
+from klab.harness.cli.progress import board, report_problem, resting
 from klab.harness.cli.table import console, table
 from klab.harness.cli.text import show_json
 from klab.harness.cli.tracking import Tracking, require_trackers
+from klab.harness.dispatch.pace import Pace
 from klab.harness.dispatch.status import CellStatus, statuses
 from klab.harness.store import Run
 from klab.reports.sparkline import sparkline

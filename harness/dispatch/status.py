@@ -75,14 +75,22 @@ class CellStatus:
 
 
 def statuses(
-    run: Run, executors: Iterable[Executor] | None = None, cells: Iterable[str] | None = None
+    run: Run,
+    executors: Iterable[Executor] | None = None,
+    cells: Iterable[str] | None = None,
+    snapshots: Mapping[str, Snapshot] | None = None,
 ) -> list[CellStatus]:
     """The state of each cell, in the grid's order. A scheduler gets one query, and none when all cells have results.
 
     Cells of a second stage whose settings are not chosen yet stand at the end, under the names of their arms and seeds.
+
+    Args:
+        cells: the cells to tell of, without those that wait for their settings; None: all.
+        snapshots: what the folders of the cells say, where somebody has looked; then nobody looks again.
     """
-    run.refresh()
-    snapshots = scan(run, cells)
+    if snapshots is None:
+        run.refresh()
+        snapshots = scan(run, cells)
     later = pending(run) if cells is None else {}
     jobs: dict[str, tuple[str, JobStatus]] = {}
     if later or any(each.result is None for each in snapshots.values()):

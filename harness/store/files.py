@@ -229,11 +229,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when a whole line is damaged (the message names it).
     """
-    lines = (read_bytes(path, LINES_BYTES) or b"").split(b"\n")[:-1]
+    return decode_lines((read_bytes(path, LINES_BYTES) or b"").split(b"\n")[:-1], path)
+
+
+def decode_lines(lines: list[bytes], path: Path, first: int = 1) -> list[dict[str, Any]]:
+    """The records of consecutive lines of a file, the first of which has this number.
+
+    Raises:
+        UserError: when one of them is damaged.
+    """
     try:
         return _unseal_lines(lines)
     except (ValueError, LookupError, TypeError, RecursionError):  # the plain way tells which line is wrong, and why
-        return [decode_record(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        return [decode_record(line, f"{path} line {number}") for number, line in enumerate(lines, first)]
 
 
 def line_checksums_match(lines: list[bytes]) -> bool:

@@ -149,20 +149,27 @@ def read_lock(path: Path) -> dict[str, Any] | None:
         return {}
 
 
-def is_stale(path: Path, record: dict[str, Any]) -> bool:
-    """Whether a lock's holder is known to be dead, or on another machine and silent for `STALE_SECONDS`."""
+def is_stale(path: Path, record: dict[str, Any], probe: bool = True) -> bool:
+    """Whether a lock's holder is known to be dead, or on another machine and silent for `STALE_SECONDS`.
+
+    Args:
+        probe: the file server may be asked for its time, by a file that is there for a moment.
+    """
     holder = ProcessId.from_record(record)
     alive = holder.is_alive() if holder else None
-    return (not alive) if alive is not None else untouched_seconds(path) > STALE_SECONDS
+    return (not alive) if alive is not None else untouched_seconds(path, probe) > STALE_SECONDS
 
 
-def untouched_seconds(path: Path) -> float:
-    """Seconds since the file was last touched, on the file server's own clock where the folder can be written."""
+def untouched_seconds(path: Path, probe: bool = True) -> float:
+    """Seconds since the file was last touched, on the file server's own clock where the folder can be written (and
+    with `probe`, else on that of this machine)."""
     try:
         touched = path.stat().st_mtime
     except OSError:
         return 0.0
-    return abs(_clock(path.parent) - touched)  # a time in the future is a clock that jumped: as old as it is far away
+    return abs(
+        (_clock(path.parent) if probe else time.time()) - touched
+    )  # a time in the future is a clock that jumped: as old as it is far away
 
 
 def _clock(folder: Path) -> float:

@@ -34,11 +34,17 @@ _LOCK_WAIT = 60.0
 
 
 class Run:
-    """An opened run folder; see `Run.create` and `Run.open`."""
+    """An opened run folder; see `Run.create` and `Run.open`.
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    Attributes:
+        read_only: whoever looks at the run writes nothing into its folder, not even what saves time when it is looked
+            at again.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], read_only: bool = False) -> None:
         self.path = path
         self.manifest = manifest
+        self.read_only = read_only
         self._folders = path / "cells"
 
     @classmethod
@@ -80,8 +86,11 @@ class Run:
                 provenance.refuse_changes(run.changed_inputs(), path)
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
+    def open(cls, path: str | Path, read_only: bool = False) -> Run:
         """The run in the folder `path`, for reading or for working on its cells.
+
+        Args:
+            read_only: looking at its state writes nothing.
 
         Raises:
             UserError: when it is not a run folder, or its manifest is damaged or of another schema.
@@ -94,7 +103,7 @@ class Run:
                 "is not a run folder (it has no manifest.json)" if path.is_dir() else "there is no such run folder"
             )
             raise UserError(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
-        return cls(path, manifest)
+        return cls(path, manifest, read_only)
 
     def refresh(self) -> None:
         """Read the manifest again where the run may have grown since it was opened."""

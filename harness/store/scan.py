@@ -63,31 +63,31 @@ class Snapshot:
 def scan(run: Run, cell_ids: Iterable[str] | None = None) -> dict[str, Snapshot]:
     """A snapshot of each cell (of all by default), in the manifest's order."""
     wanted = run.cells if cell_ids is None else list(cell_ids)
-    index = _read_index(run)
+    index = read_index(run)
     folders = f"{run.path}/cells"
-    present = _names(folders)
+    present = names_in(folders)
     found: dict[str, Snapshot] = {}
     changed = 0
     for identity in wanted:
         if identity not in present:
             found[identity] = Snapshot(identity)
             continue
-        stamp = _stamp(f"{folders}/{identity}/result.json")
+        stamp = stamp_of(f"{folders}/{identity}/result.json")
         known = index.get(identity)
         if known is not None and known[0] == stamp:
             found[identity] = Snapshot(identity, known[1])
             continue
-        found[identity] = snapshot = _look(run.cell(identity))
+        found[identity] = snapshot = look_at(run.cell(identity), probe=not run.read_only)
         if stamp is not None and snapshot.result is not None:
             index[identity] = [stamp, snapshot.result]
             changed += 1
-    if changed > 50:  # few results are read again sooner than the index is written
+    if changed > 50 and not run.read_only:  # few results are read again sooner than the index is written
         with suppress(OSError):
             files.replace(run.path / _INDEX, files.encode_record({"results": index}), durable=False)
     return found
 
 
-def _stamp(path: str) -> list[int] | None:
+def stamp_of(path: str) -> list[int] | None:
     """What differs after any write to a file, and for any other file in its place; None when there is none."""
     try:
         status = os.lstat(path)
@@ -96,9 +96,10 @@ def _stamp(path: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
-def _look(folder: CellFolder) -> Snapshot:
+def look_at(folder: CellFolder, probe: bool = True) -> Snapshot:
+    """What the files of one cell say; `probe` as in `is_stale`."""
     snapshot = Snapshot(folder.id)
-    names = _names(folder.path)
+    names = names_in(folder.path)
     try:
         result = folder.result() if "result.json" in names else None
         if result is not None:
@@ -108,7 +109,7 @@ def _look(folder: CellFolder) -> Snapshot:
             snapshot.event = folder.last_attempt()
         if "claim" in names:
             snapshot.claim = read_lock(folder.path / "claim")
-            snapshot.alive = snapshot.claim is not None and not is_stale(folder.path / "claim", snapshot.claim)
+            snapshot.alive = snapshot.claim is not None and not is_stale(folder.path / "claim", snapshot.claim, probe)
         if "heartbeat" in names:
             snapshot.heartbeat = folder.heartbeat()
     except UserError as error:
@@ -117,7 +118,8 @@ def _look(folder: CellFolder) -> Snapshot:
     return snapshot
 
 
-def _read_index(run: Run) -> dict[str, list[Any]]:
+def read_index(run: Run) -> dict[str, list[Any]]:
+    """By cell, the stamp of a result's file and the main numbers of the result; {} where no index can be read."""
     try:
         record = files.read_record(run.path / _INDEX)
     except (UserError, OSError):
@@ -134,7 +136,8 @@ def _valid(entry: object) -> bool:
     )
 
 
-def _names(folder: str | os.PathLike[str]) -> set[str]:
+def names_in(folder: str | os.PathLike[str]) -> set[str]:
+    """What lies in a folder; nothing where there is none."""
     try:
         return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):

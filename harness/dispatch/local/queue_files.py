@@ -50,4 +50,4 @@ def read_state(run: Run) -> dict[str, Any]:
 def controller_is_alive(run: Run) -> bool:
     """Whether some controller works on this run's queue."""
     record = read_lock(lock_path(run))
-    return record is not None and not is_stale(lock_path(run), record)
+    return record is not None and not is_stale(lock_path(run), record, probe=not run.read_only)

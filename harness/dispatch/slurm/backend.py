@@ -132,7 +132,7 @@ class SlurmExecutor:
             queue = client.query_queue({each.name for each, _ in newest.values()})
         except SlurmUnavailable as error:
             return {cell: JobStatus("unknown", each.job or "", str(error)) for cell, (each, _) in newest.items()}
-        for name in orphans.keys() & queue.jobs.keys():
+        for name in orphans.keys() & queue.jobs.keys() if not run.read_only else ():
             with suppress(OSError):  # it will be found by its name again
                 replace(orphans[name], job=queue.jobs[name]).write()
         found: dict[str, JobStatus] = {}
