@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -58,4 +59,5 @@ def serve(
         say(f"From another machine: {address.tunnel}")
         say("and open the same address there. Ctrl-C ends the page; the runs go on.")
         sys.stdout.flush()
-    server.run()
+    with suppress(KeyboardInterrupt):
+        server.run()

@@ -107,7 +107,7 @@ def _cell(live: LiveRun, request: Request) -> Any:
 def _answer(request: Request, find: Callable[[], Any]) -> Response:
     """What is found as JSON; nothing where the page has it already."""
     try:
-        found = find()
+        body = json.dumps(find(), separators=(",", ":"), allow_nan=False).encode()
     except FileNotFoundError:
         return _problem(404, "there is no such run or cell")
     except UserError as error:
@@ -116,7 +116,6 @@ def _answer(request: Request, find: Callable[[], Any]) -> Response:
         return _problem(503, f"cannot be read: {error}")
     except Exception as error:  # a stranger's files may be wrong in any way; other runs go on being shown
         return _problem(500, f"the files of this run cannot be read ({type(error).__name__})")
-    body = json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
     return _tagged(request, body, "application/json")
 
 

@@ -56,6 +56,11 @@ class Row:
         """Share of its updates."""
         return min(1.0, self.status.update / self.status.updates) if self.status.updates > 0 else 0.0
 
+    @property
+    def reward(self) -> float | None:
+        """The newest or the final reward, where it is a number."""
+        return finite(self.status.reward)
+
 
 def identity_of(run: Run, identity: str, place: int) -> Identity:
     """What the manifest says of a cell; of one that waits for its settings, and is not in it yet, only its name."""
@@ -104,7 +109,7 @@ def plain_row(row: Row) -> dict[str, Any]:
         "state": status.state,
         "update": _bounded(status.update),
         "updates": _bounded(status.updates),
-        "reward": finite(status.reward),
+        "reward": row.reward,
         "kl": row.kl,
         "at": None if row.at is None else round(row.at),
         "detail": clipped(status.detail, 300),
@@ -116,7 +121,7 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 def plain_configuration(group: str, rows: Sequence[Row]) -> dict[str, Any]:
     """A line of the table of configurations, for the page: its seeds, and what they have in common."""
-    rewards = [reward for row in rows if (reward := finite(row.status.reward)) is not None]
+    rewards = [reward for row in rows if (reward := row.reward) is not None]
     kls = [row.kl for row in rows if row.kl is not None]
     return {
         "id": group,

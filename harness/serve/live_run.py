@@ -14,6 +14,7 @@ from klab.harness.dispatch.pace import Pace
 from klab.harness.dispatch.status import STATES, CellStatus, controller_problem, executors_of, statuses
 from klab.harness.serve.cells import Identity, Row, axes_of, identity_of, row_of, states_of
 from klab.harness.serve.curves import CurveShelf
+from klab.harness.serve.series import finite
 from klab.harness.serve.text import clipped
 from klab.harness.store import Run
 from klab.harness.store.watcher import Watcher
@@ -103,12 +104,12 @@ class LiveRun:
         manifest = self.run.manifest
         updates = sum(row.status.updates for row in rows)
         states = states_of(rows)
-        rewards = [row.status.reward for row in rows if row.status.reward is not None]
+        rewards = [row.reward for row in rows if row.reward is not None]
         rests = all(state in _RESTING for state in states)
         return {
             "title": clipped(self.run.name, 100),
             "description": clipped(manifest.get("description"), 1000),
-            "created": self.run.created,
+            "created": finite(self.run.created),
             "cells": len(rows),
             "configurations": len({row.cell.group for row in rows}),
             "states": {state: states[state] for state in self.order(states)},

@@ -16,7 +16,7 @@ from klab.harness.serve.text import clipped
 PAGE = 20
 """Runs on a page of the overview."""
 CELLS = 200_000
-"""Cells of all runs that are kept open at a time; the run that nobody looked at for longest is closed first."""
+"""Cells of all runs that are kept open at a time."""
 _READING_SECONDS = 1.0
 """An answer waits for runs that were not opened before no longer than that; the next one has the others."""
 _LISTED = 10_000
@@ -28,17 +28,19 @@ class RunsFolder:
     Args:
         path: the folder.
         every: seconds between two looks at a run, at least.
+        most: cells of all runs that are kept open at a time; the run that nobody looked at for longest is closed first.
 
     Raises:
         UserError: there is no such folder.
     """
 
-    def __init__(self, path: Path, every: float = SECONDS) -> None:
+    def __init__(self, path: Path, every: float = SECONDS, most: int = CELLS) -> None:
         if not path.is_dir():
             raise UserError("there is no such folder", key="RUNS", value=str(path), hint="`klab launch` makes runs/.")
         self.path = path.resolve()
         self.single = (self.path / "manifest.json").is_file()
         self._every = every
+        self._most = most
         self._open: OrderedDict[str, LiveRun] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -112,5 +114,10 @@ class RunsFolder:
         with self._lock:
             self._open[name] = live
             self._open.move_to_end(name)
-            while len(self._open) > 1 and sum(len(each.run.cells) for each in self._open.values()) > CELLS:
+            while len(self._open) > 1 and self.cells_kept > self._most:
                 self._open.popitem(last=False)
+
+    @property
+    def cells_kept(self) -> int:
+        """Cells of the runs that are kept open."""
+        return sum(len(each.run.cells) for each in self._open.values())

@@ -17,7 +17,7 @@ _ROW_KEYS: dict[str, Callable[[Row], Any]] = {
     "seed": lambda row: row.cell.seed,
     "state": lambda row: row.status.state,
     "done": lambda row: row.done,
-    "reward": lambda row: row.status.reward,
+    "reward": lambda row: row.reward,
     "kl": lambda row: row.kl,
     "at": lambda row: row.at,
 }

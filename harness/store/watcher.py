@@ -124,7 +124,7 @@ class Watcher:
 
 
 def _mark(path: str) -> Hashable:
-    """What differs after any change in a cell's folder that its state depends on; None where it is too fresh to tell."""
+    """What differs after any change in a cell's folder its state depends on; None where it is too fresh to tell."""
     try:
         folder = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
