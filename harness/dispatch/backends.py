@@ -48,18 +48,22 @@ class JobStatus:
     seconds_left: float | None = None
 
 
-class Executor(Protocol):
-    """Where jobs run. A query is about all of a run's cells at once."""
+class JobSource(Protocol):
+    """Who knows of jobs. A query is about all of a run's cells at once."""
 
     @property
     def name(self) -> str: ...
 
-    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
-        """Submit one job per pack. Called under the run's lock; safe to repeat after a crash at any point."""
+    def states(self, run: Run) -> dict[str, JobStatus]:
+        """Cell id -> status of its job, for the cells that it knows; one query for all."""
         ...
 
-    def states(self, run: Run) -> dict[str, JobStatus]:
-        """Cell id -> status of its job, for the cells that this executor knows; one query for all."""
+
+class Executor(JobSource, Protocol):
+    """Where jobs run."""
+
+    def submit(self, run: Run, packs: Sequence[Pack], resources: Resources) -> None:
+        """Submit one job per pack. Called under the run's lock; safe to repeat after a crash at any point."""
         ...
 
     def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:

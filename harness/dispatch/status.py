@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from klab.grid import UserError
-from klab.harness.dispatch.backends import Executor, JobStatus
+from klab.harness.dispatch.backends import Executor, JobSource, JobStatus
 from klab.harness.dispatch.local.backend import LocalExecutor, abandoned_cells
 from klab.harness.dispatch.local.queue_files import log_path
 from klab.harness.dispatch.tuning import pending, stopped
@@ -76,7 +76,7 @@ class CellStatus:
 
 def statuses(
     run: Run,
-    executors: Iterable[Executor] | None = None,
+    executors: Iterable[JobSource] | None = None,
     cells: Iterable[str] | None = None,
     snapshots: Mapping[str, Snapshot] | None = None,
 ) -> list[CellStatus]:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from klab.grid import UserError
-from klab.harness.dispatch.backends import Executor, JobStatus
+from klab.harness.dispatch.backends import JobStatus
 from klab.harness.dispatch.pace import Pace
-from klab.harness.dispatch.status import STATES, CellStatus, controller_problem, executors_of, statuses
+from klab.harness.dispatch.status import FINAL_STATES, STATES, CellStatus, controller_problem, executors_of, statuses
 from klab.harness.serve.cells import Identity, Row, axes_of, identity_of, row_of, states_of
 from klab.harness.serve.curves import CurveShelf
 from klab.harness.serve.series import finite
@@ -23,7 +22,6 @@ SECONDS = 1.0
 """Between two looks at a run, at least; a look that took long is followed by a pause fifteen times as long."""
 SCHEDULER_SECONDS = 20.0
 """Between two questions to a batch system."""
-_RESTING = ("finished", "diverged", "failed", "cancelled")
 
 
 class LiveRun:
@@ -105,7 +103,7 @@ class LiveRun:
         updates = sum(row.status.updates for row in rows)
         states = states_of(rows)
         rewards = [row.reward for row in rows if row.reward is not None]
-        rests = all(state in _RESTING for state in states)
+        rests = all(state in FINAL_STATES for state in states)
         return {
             "title": clipped(self.run.name, 100),
             "description": clipped(manifest.get("description"), 1000),
@@ -180,7 +178,7 @@ class LiveRun:
             if executor.name == "local" or time.monotonic() - at >= SCHEDULER_SECONDS:
                 states = executor.states(self.run)
                 self._asked[executor.name] = (time.monotonic(), states)
-            answers.append(_Answer(executor, states))
+            answers.append(_Answer(executor.name, states))
         self._jobs = {name: (answer.name, job) for answer in answers for name, job in answer.states(self.run).items()}
         return answers
 
@@ -193,17 +191,11 @@ class LiveRun:
 
 
 class _Answer:
-    """An executor that has answered: it says the same again, and is only asked."""
+    """What a scheduler said, to whoever asks."""
 
-    def __init__(self, executor: Executor, states: dict[str, JobStatus]) -> None:
-        self.name = executor.name
+    def __init__(self, name: str, states: dict[str, JobStatus]) -> None:
+        self.name = name
         self._states = states
 
     def states(self, run: Run) -> dict[str, JobStatus]:
         return self._states
-
-    def submit(self, run: Run, packs: Sequence[Any], resources: Any) -> None:
-        raise UserError("is looked at only", file=run.path)
-
-    def cancel(self, run: Run, cell_ids: Iterable[str]) -> None:
-        raise UserError("is looked at only", file=run.path)
