@@ -1,6 +1,9 @@
 """The Slurm suite from nothing: `python -m tests.slurm [pytest's arguments]` installs, starts, tests, stops.
 
-Everything runs with accounting (slurmdbd and MariaDB), then what accounting matters for runs again without it.
+Everything runs with accounting (slurmdbd and MariaDB), then what accounting matters for runs again without it. Files or
+tests among the arguments are run instead of all; `--accounting` or `--plain` leaves the other cluster out:
+
+    python -m tests.slurm --accounting tests/slurm/test_trl.py
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.packages import install
 
 WITHOUT_ACCOUNTING = "failing or killed_at or cancelled_from_outside or requeued or cancel_asks"
+NOTHING_CHOSEN = 5
+"""pytest's exit code where no test was left."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,8 +40,10 @@ def test(root: Path, accounting: bool, arguments: list[str]) -> int:
             "HF_HUB_OFFLINE": "1",
         }
         chosen = [] if accounting else ["-k", WITHOUT_ACCOUNTING]
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "slurm", "--durations=5", "tests/slurm"]
-        return subprocess.run([*command, *chosen, *arguments], cwd=ROOT, env=environment).returncode
+        named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments)
+        command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "slurm", "--durations=5"]
+        command += [*([] if named else ["tests/slurm"]), *chosen, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
     finally:
         cluster.stop()
 
@@ -45,7 +52,12 @@ def main() -> int:
     began = time.monotonic()
     install()
     root = Path(tempfile.mkdtemp(prefix="klab-slurm-"))  # short: a socket's path has at most 107 characters
-    codes = [test(root / name, name == "accounts", sys.argv[1:]) for name in ("accounts", "plain")]
+    clusters = {"accounts": "--accounting", "plain": "--plain"}
+    asked = [name for name, flag in clusters.items() if flag in sys.argv] or list(clusters)
+    arguments = [argument for argument in sys.argv[1:] if argument not in clusters.values()]
+    codes = [test(root / name, name == "accounts", arguments) for name in asked]
+    if set(codes) - {NOTHING_CHOSEN}:
+        codes = [code for code in codes if code != NOTHING_CHOSEN]
     print(f"=== Slurm suite: {time.monotonic() - began:.0f} s")
     if any(codes):
         print(f"=== logs of the cluster: {root}/*/log")

@@ -28,6 +28,7 @@ from klab.harness.dispatch.processes import follow_group, leading_group, select_
 from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run
+from klab.harness.training.distributed.network import own_address
 
 if TYPE_CHECKING:
     from klab.harness.engines.trl.launcher import Ranks
@@ -83,7 +84,8 @@ class ArrayTask:
 
     def _with_launcher(self, node: int) -> dict[str, str]:
         """Train cells on TRL with processes of every node, of which this task is one."""
-        from klab.harness.engines.trl.launcher import Ranks, dismiss, follow_ranks
+        from klab.harness.engines.trl.launcher import Ranks
+        from klab.harness.engines.trl.together import dismiss, follow_ranks
 
         run = Run.open(self.run)
         launcher = run.resources.launcher
@@ -91,7 +93,7 @@ class ArrayTask:
             self.ranks,
             self.processes,
             node,
-            None if self.processes == 1 else _first_node(),
+            _address() if self.processes > 1 and node == 0 else None,
             None if launcher is None else launcher.accelerate,
             None if self.processes == 1 else _meeting().with_suffix(".orders"),
         )
@@ -136,13 +138,16 @@ class ArrayTask:
         return DelayedSubmission(self)
 
 
-def _first_node() -> str:
-    """The name of the job's first node."""
-    listed = os.environ.get("SLURM_JOB_NODELIST", "")
-    if shutil.which("scontrol") is None:
-        sys.exit("klab: several nodes with a launcher need scontrol on them, which says the first one's name")
-    names = subprocess.run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, check=True)
-    return names.stdout.split()[0]
+def _address() -> str:
+    """Where the other nodes of the job reach this one.
+
+    Raises:
+        SystemExit: it has no address.
+    """
+    try:
+        return own_address()
+    except OSError as error:
+        sys.exit(f"klab: the other nodes cannot reach this one: {error.strerror}")
 
 
 def _meeting() -> Path:

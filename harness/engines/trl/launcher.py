@@ -1,43 +1,35 @@
-"""Several processes that train a cell on TRL: started by torchrun or `accelerate launch`, on one node or on several.
-
-The process of the job (on each node, where there are several) starts a launcher of its own, which starts the ranks.
-The first node's says by a file which cell is next, and on which port its ranks meet. Rank 0 writes the cell's rows and
-its result; what became of it, or why a rank failed, is left in a folder of the run that all of them see.
-"""
+"""The command that starts a node's ranks, by torchrun or `accelerate launch`, and the end of all that it started."""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from klab.grid.errors import UserError
+import psutil
+
 from klab.grid.user_code import python_command
-from klab.harness.store import CellFolder, Run, files
-from klab.harness.training.runner import Progress
 
 PARENT = "KLAB_TRL_PARENT"
 """Environment variable: the process of the job on this node, whose end is the ranks' end."""
 
-STOP, OVER, OUTCOME = "stop", "over", "outcome.json"
-"""Files of an attempt: a stop was requested; the first node has done with it; how the cell ended."""
+ATTEMPT = "KLAB_TRL_ATTEMPT"
+"""Environment variable: the attempt's folder, by which everything that belongs to it is known."""
 
+LOOPBACK = "127.0.0.1"
+
+_SHIELDED = "klab.harness.engines.trl.shielded"
 _WORKER = "klab.harness.engines.trl.worker"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_PAUSE = 0.2
-_LINGER_SECONDS = 15.0
-"""How long the ranks may go on after one of them has failed."""
+_TORCHRUN = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT", "PET_SHUTDOWN_TIMEOUT": "5"}
+"""torchrun's own settings, which accelerate does not pass on: signals that end it, and how many seconds ranks have to
+leave word after another one has failed."""
+
+_DEATH_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +40,7 @@ class Ranks:
         per_node: on each node.
         nodes: of the job.
         node: which of them this is.
-        address: of the first node; None: there is but one.
+        address: where the other nodes reach this one, the first; None: there are no others, or this is one of them.
         accelerate: configuration file of accelerate; None: torchrun starts them.
         orders: folder in which the first node says what is next; None where it is alone.
     """
@@ -66,118 +58,56 @@ class Ranks:
         return self.per_node * self.nodes
 
 
-def launch_command(ranks: Ranks, port: int, arguments: Sequence[str]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the first node tells the others: train `cell` together.
+
+    Attributes:
+        attempt: the attempt's folder.
+        address, port: on the first node, where the ranks meet.
+        halved: with half of the micro-batch.
+        threads: of each process.
+    """
+
+    cell: str
+    attempt: str
+    address: str
+    port: int
+    halved: bool
+    threads: int
+
+    def to_record(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def launch_command(ranks: Ranks, address: str, port: int, arguments: Sequence[str]) -> list[str]:
     """The command that starts this node's ranks.
 
     Args:
-        port: on the first node, where the ranks meet.
+        address, port: on the first node, where the ranks meet.
         arguments: of the worker.
     """
-    address = ranks.address or "127.0.0.1"
     if ranks.accelerate is None:
-        meeting = [
-            "--nnodes",
-            str(ranks.nodes),
-            "--node_rank",
-            str(ranks.node),
-            "--nproc_per_node",
-            str(ranks.per_node),
-        ]
-        meeting += ["--master_addr", address, "--master_port", str(port), "--module"]
-        return python_command("-m", "torch.distributed.run", *meeting, _WORKER, *arguments)
-    meeting = ["--num_processes", str(ranks.size), "--num_machines", str(ranks.nodes)]
-    meeting += ["--machine_rank", str(ranks.node), "--main_process_ip", address, "--main_process_port", str(port)]
-    command = ("-m", "accelerate.commands.launch", "--config_file", ranks.accelerate, *meeting, "--module")
-    return python_command(*command, _WORKER, *arguments)
-
-
-def train_on_ranks(
-    run: Run,
-    folder: CellFolder,
-    ranks: Ranks,
-    threads: int,
-    progress: Callable[[Progress], None],
-    stop: Callable[[], bool],
-    halved: bool = False,
-) -> str:
-    """Train one cell with the ranks of all nodes; called on the first one.
-
-    Returns:
-        the cell's state: `finished`, `diverged`, `stopped` or `interrupted`.
-
-    Raises:
-        MemoryError: a rank ran out of memory.
-        UserError: a rank failed; the message says why.
-        ClaimRevoked: the cell was cancelled, or taken over.
-        SystemExit: a rank was killed; the cell resumes from its checkpoint when it is launched again.
-    """
-    control = run.jobs / f"trl-{secrets.token_hex(6)}"
-    control.mkdir(parents=True)
-    order = {"cell": folder.id, "control": str(control), "port": _free_port(), "halved": halved, "threads": threads}
-    try:
-        _give(ranks, order)
-        with _started(run, ranks, order) as process:
-            _supervise(process, folder, control, progress, stop)
-        return _outcome(control, process.returncode)
-    finally:
-        (control / OVER).touch()
-        if ranks.nodes == 1:
-            shutil.rmtree(control, ignore_errors=True)
-
-
-def follow_ranks(run: Run, ranks: Ranks) -> None:
-    """Start this node's ranks whenever the first node says so, until it says that there is no more to do."""
-    assert ranks.orders is not None
-    number = 0
-    while True:
-        order = _awaited(ranks.orders / f"{number}.json")
-        if "cell" not in order:
-            return
-        number += 1
-        control = Path(order["control"])
-        with _started(run, ranks, order) as process:
-            while process.poll() is None and not (control / OVER).exists():
-                time.sleep(_PAUSE)
-        if process.returncode and not (control / OVER).exists() and not any(_failures(control)):
-            text = f"the processes of node {ranks.node} ended with code {process.returncode}"
-            write_failure(control, f"node-{ranks.node}", text, memory=False)
-
-
-def dismiss(ranks: Ranks) -> None:
-    """Let the other nodes go."""
-    _give(ranks, {})
-
-
-def write_failure(control: Path, who: str, text: str, memory: bool) -> None:
-    """Leave word of why a rank, or a node, failed."""
-    record = json.dumps({"text": text, "memory": memory}).encode()
-    with suppress(OSError):
-        files.replace(control / f"failure-{who}.json", record, durable=False)
-
-
-def _give(ranks: Ranks, order: Mapping[str, Any]) -> None:
-    if ranks.orders is not None:
-        ranks.orders.mkdir(parents=True, exist_ok=True)
-        number = len(list(ranks.orders.glob("*.json")))
-        files.replace(ranks.orders / f"{number}.json", json.dumps(order).encode())
-
-
-def _awaited(path: Path) -> dict[str, Any]:
-    while not path.exists():
-        time.sleep(_PAUSE)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+        command = ["torch.distributed.run", "--nnodes", str(ranks.nodes), "--node_rank", str(ranks.node)]
+        command += ["--nproc_per_node", str(ranks.per_node), "--master_addr", address, "--master_port", str(port)]
+    else:
+        command = ["accelerate.commands.launch", "--config_file", ranks.accelerate]
+        command += ["--num_processes", str(ranks.size), "--num_machines", str(ranks.nodes)]
+        command += ["--machine_rank", str(ranks.node), "--main_process_ip", address, "--main_process_port", str(port)]
+        if ranks.nodes > 1:  # DeepSpeed's own would log in on the other nodes to start ranks there
+            command += ["--deepspeed_multinode_launcher", "standard"]
+    return python_command("-m", _SHIELDED, *command, "--module", _WORKER, *arguments)
 
 
 @contextmanager
-def _started(run: Run, ranks: Ranks, order: Mapping[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """This node's launcher while it runs; at the end nothing of it is left."""
-    threads = str(order["threads"])
-    environment = {**os.environ, **dict.fromkeys(_THREADS, threads), "PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    arguments = [str(run.path), order["cell"], order["control"], threads, str(int(order["halved"]))]
+def started_ranks(run: Path, ranks: Ranks, order: Order) -> Iterator[subprocess.Popen[bytes]]:
+    """This node's launcher while it runs; after the block nothing is left of what it has started."""
+    threads = str(order.threads)
+    environment = {**os.environ, **dict.fromkeys(_THREADS, threads), "PYTHONSAFEPATH": "1", **_TORCHRUN}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid()), ATTEMPT: order.attempt}
+    arguments = [str(run), order.cell, order.attempt, threads, str(int(order.halved)), str(ranks.size)]
     process = subprocess.Popen(
-        launch_command(ranks, int(order["port"]), arguments),
+        launch_command(ranks, order.address, order.port, arguments),
         env=environment,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
@@ -187,56 +117,26 @@ def _started(run: Run, ranks: Ranks, order: Mapping[str, Any]) -> Iterator[subpr
     finally:
         if process.poll() is None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_LINGER_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _kill_rest(order.attempt)
 
 
-def _supervise(
-    process: subprocess.Popen[bytes],
-    folder: CellFolder,
-    control: Path,
-    progress: Callable[[Progress], None],
-    stop: Callable[[], bool],
-) -> None:
-    """Wait until the ranks have ended; pass on a stop, and their progress."""
-    updates, seen, failed_at = folder.cell().training.updates, -1, None
-    while process.poll() is None:
-        folder.assert_owner()
-        if stop():
-            (control / STOP).touch()
-        last = folder.last_metrics() or {"update": 0}
-        if last["update"] != seen:
-            seen = int(last["update"])
-            progress(Progress(folder.id, seen, updates, last.get("reward_mean")))
-        if failed_at is None and any(_failures(control)):
-            failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > _LINGER_SECONDS:
+def _kill_rest(attempt: str) -> None:
+    """Kill what belongs to an attempt on this node, whoever its parent is now: torchrun gives each rank a session of
+    its own."""
+    while rest := [process for process in psutil.process_iter() if _environment(process).get(ATTEMPT) == attempt]:
+        for process in rest:
+            with suppress(psutil.Error):
+                process.kill()
+        _, living = psutil.wait_procs(rest, timeout=_DEATH_SECONDS)
+        if living:
             return
-        time.sleep(_PAUSE)
 
 
-def _outcome(control: Path, code: int) -> str:
-    failures = list(_failures(control))
-    if any(failure["memory"] for failure in failures):
-        raise MemoryError(next(failure["text"] for failure in failures if failure["memory"]))
-    if failures:
-        raise UserError(failures[0]["text"].rstrip("\n"))
+def _environment(process: psutil.Process) -> Mapping[str, str]:
+    """Of a process of this user's that lives; nothing of another."""
     try:
-        return str(json.loads((control / OUTCOME).read_text())["state"])
-    except FileNotFoundError:
-        sys.exit(f"klab: the processes of a cell on TRL ended with code {code}; their last words are above")
-
-
-def _failures(control: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(control.glob("failure-*.json")):
-        yield json.loads(path.read_text())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+        return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
+    except (psutil.Error, OSError):
+        return {}

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from klab.grid.errors import UserError
-from klab.harness.engines.trl.launcher import Ranks, train_on_ranks
+from klab.harness.engines.trl.launcher import Ranks
+from klab.harness.engines.trl.together import train_on_ranks
 from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training.runner import Progress
 from klab.harness.training.runtime.oom import explain_oom, free_memory, is_out_of_memory

@@ -1,11 +1,9 @@
-"""One of the processes that train a cell on TRL: `python -m klab.harness.engines.trl.worker RUN CELL CONTROL THREADS
-HALVED`, started by torchrun or accelerate."""
+"""One of the processes that train a cell on TRL: `python -m klab.harness.engines.trl.worker RUN CELL ATTEMPT THREADS
+HALVED SIZE`, started by torchrun or accelerate."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,41 +11,73 @@ import traceback
 from pathlib import Path
 
 from klab.grid import UserError, user_code
-from klab.harness.engines.trl.launcher import OUTCOME, PARENT, STOP, write_failure
-from klab.harness.store import Run, files
+from klab.harness.engines.trl.attempt_folder import AttemptFolder, Kind
+from klab.harness.engines.trl.launcher import PARENT
+from klab.harness.engines.trl.shielded import ignore_signals
+from klab.harness.store import Run
 
 _LOOK_SECONDS = 1.0
+_CONNECTION_WORDS = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset by peer")
+"""What torch says where another process is gone, in errors that have no class of their own."""
 
 
-def main(run_path: str, cell: str, control: Path, threads: int, halved: bool) -> None:
+def main(run_path: str, cell: str, attempt: AttemptFolder, threads: int, halved: bool, size: int) -> None:
     """Train the cell, and leave word of how that ended.
 
     Raises:
         SystemExit: it failed; the reason is written down.
     """
-    for number in (signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     threading.Thread(target=_end_with_parent, args=(int(os.environ[PARENT]),), daemon=True).start()
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    from klab.harness.training.runtime.oom import is_out_of_memory
+    rank = int(os.environ.get("RANK", "0"))
+    from klab.harness.training.distributed.process_group import ProcessGroupLost
     from klab.harness.training.runtime.torch_settings import configure_torch
 
     run = Run.open(run_path)
     try:
+        _check_size(size)
         with user_code.searching(known=run.user_code()), configure_torch(threads):
             from klab.harness.engines.trl.settings import require_trl
 
             require_trl()
             from klab.harness.engines.trl.cell import train
 
-            state = train(run, run.cell(cell), processes=size, stop=(control / STOP).exists, halved=halved)
-    except Exception as error:
+            state = train(run, run.cell(cell), processes=size, stop=attempt.stop_requested, halved=halved)
+    except (Exception, ProcessGroupLost) as error:
+        kind = _kind(error)
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         print(text, file=sys.stderr, flush=True)
-        write_failure(control, f"{rank:06d}", text, is_out_of_memory(error))
+        said = f"process {rank} has lost the others" if kind == "lost" else text
+        attempt.leave_failure(f"{rank:06d}", kind, said)
         os._exit(1)  # the others may wait for this rank for ever
     if rank == 0:
-        files.replace(control / OUTCOME, json.dumps({"state": state}).encode())
+        attempt.leave_outcome(state)
+
+
+def _check_size(size: int) -> None:
+    """Raises UserError where the launcher has started another number of processes than klab asked it for."""
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != size:
+        raise UserError(
+            f"{size} processes are to train a cell together, and the launcher has started {found}",
+            key="resources.launcher",
+            hint="With accelerate: distributed_type of its configuration is FSDP, DEEPSPEED or MULTI_GPU (which is "
+            "also how it starts several processes on CPUs).",
+        )
+
+
+def _kind(error: BaseException) -> Kind:
+    """Whether memory ran out, another process is gone, or the cell itself failed."""
+    from torch.distributed import DistError
+
+    from klab.harness.training.distributed.process_group import ProcessGroupLost
+    from klab.harness.training.runtime.oom import is_out_of_memory
+
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        return "memory"
+    words = str(error) if type(error) is RuntimeError else ""
+    lost = isinstance(error, ProcessGroupLost | DistError) or any(word in words for word in _CONNECTION_WORDS)
+    return "lost" if lost else "error"
 
 
 def _end_with_parent(parent: int) -> None:
@@ -63,4 +93,5 @@ def _end_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1")
+    run_, cell_, attempt_, threads_, halved_, size_ = sys.argv[1:]
+    main(run_, cell_, AttemptFolder(Path(attempt_)), int(threads_), halved_ == "1", int(size_))

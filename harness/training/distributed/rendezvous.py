@@ -9,14 +9,12 @@ isolation of jobs has to protect them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from klab.harness.training.distributed.network import interface_address, socket_address
 from klab.harness.training.distributed.peers import PeerWatch
 from klab.harness.training.distributed.process_group import ProcessGroup, ProcessGroupLost
 
@@ -42,9 +41,6 @@ DEVICE_MINUTES = 10.0
 """The same of a collective operation of NCCL, which all processes begin within seconds of one another."""
 
 LOOPBACK = "127.0.0.1"
-
-_SIOCGIFADDR = 0x8915
-"""Linux' request for an interface's IPv4 address (ioctls.h)."""
 
 
 def rendezvous(
@@ -142,31 +138,22 @@ def _absent(rank: int, size: int) -> ProcessGroupLost:
 
 
 def _bind(address: str) -> socket.socket:
-    """A socket that listens on a free port of one address."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    if address != LOOPBACK and interface and sys.platform == "linux":
-        address = _interface_address(interface)
-    family, _, _, _, where = min(
-        socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM), key=lambda found: found[0] != socket.AF_INET
-    )
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.bind(where)
-    listener.listen(1024)
-    return listener
-
-
-def _interface_address(name: str) -> str:
-    """The IPv4 address of a network interface.
+    """A socket that listens on a free port of one address; of an interface's where the environment names one.
 
     Raises:
         ProcessGroupLost: where there is no such interface, or it has none.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    if address != LOOPBACK and interface and sys.platform == "linux":
         try:
-            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            address = interface_address(interface)
         except OSError as error:
-            raise ProcessGroupLost(f"klab: GLOO_SOCKET_IFNAME={name}: {error.strerror}") from error
-    return socket.inet_ntoa(answer[20:24])
+            raise ProcessGroupLost(f"klab: {error.strerror}") from error
+    family, where = socket_address(address)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind(where)
+    listener.listen(1024)
+    return listener
 
 
 def _key(rank: int) -> str:
