@@ -117,6 +117,7 @@ SET_BY_KLAB: dict[str, str] = {
         ("report_to", "run_name", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir"), _RECORD
     ),
     **dict.fromkeys(("shuffle_dataset", "remove_unused_columns", "dataloader_drop_last", "do_train"), _FIXED),
+    "ddp_timeout": "resources.collective_minutes",
     "use_cpu": "--device",
 }
 """Field of `GRPOConfig` -> the setting of the grid file that it follows from."""
@@ -254,6 +255,13 @@ def refuse_launcher(trainings: Iterable[TrainingSection]) -> None:
                 key="resources.launcher",
                 hint="klab's own engine starts its processes itself: leave it out, or split the grid.",
             )
+
+
+def refuse_unequal_shares(trainings: Iterable[TrainingSection], processes: int) -> None:
+    """Raises UserError where the trajectories of an update on TRL are no multiple of the processes that share them."""
+    for training in trainings:
+        if training.engine == "trl":
+            rows_per_pass(training, processes)
 
 
 def rows_per_pass(training: TrainingSection, processes: int, halved: bool = False) -> tuple[int, int]:

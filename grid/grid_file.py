@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from klab.grid.accelerate_file import check_accelerate_file
 from klab.grid.cell import Cell
 from klab.grid.cell_builder import CellBuilder
-from klab.grid.engines import refuse_launcher
+from klab.grid.engines import refuse_launcher, refuse_unequal_shares
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.fractional import Fraction
@@ -164,6 +165,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         spellings.setdefault(cell.id, {}).update(dict.fromkeys(cell.spellings))
     if resources.launcher is not None:
         refuse_launcher(cell.training for cell in cells.values())
+    refuse_unequal_shares((cell.training for cell in cells.values()), resources.nodes * resources.processes_per_node)
     cells = _with_seeds(cells, spellings, seeds)
     tuning = read_tuning(data["tune"], _seeds, seeds, axes, variants, builder) if "tune" in data else None
     builder.refuse_idle()
@@ -199,6 +201,7 @@ def _resources(given: object, file: Path) -> Resources:
     found = next((path for path in (file.parent / written, written) if path.is_file()), None)
     if found is None:
         raise UserError("no such file", key="resources.launcher.accelerate", value=str(written))
+    check_accelerate_file(found, resources)
     return resources.model_copy(update={"launcher": Launcher(accelerate=str(found.absolute()))})
 
 

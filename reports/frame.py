@@ -25,11 +25,12 @@ from klab.harness.store import CellFolder, Run, files
 from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
 from klab.reports.schema import EVALUATIONS, METRICS
+from klab.reports.software import encoded
 
 MOMENTS = 5
 """Evaluations of a cell whose completions are kept."""
 
-_VERSION = 6
+_VERSION = 7
 T = TypeVar("T")
 _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
@@ -43,7 +44,8 @@ _TOGETHER = 64
 class Frames:
     """The tidy frames of one run; `metrics`, `evaluations` and `samples` name their cell in the column ``cell``.
 
-    `samples` holds the completions stored at `MOMENTS` of each cell's evaluations, from the first to the last.
+    `samples` holds the completions stored at `MOMENTS` of each cell's evaluations, from the first to the last. The
+    column ``software`` of `cells` has what `software.encoded` says of a result.
     """
 
     cells: pd.DataFrame
@@ -117,7 +119,13 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
             some = [each for each in identities[place : place + _TOGETHER] if marks[each]]
             numbers = read_metric_columns({each: run.cell(each).path / "metrics.jsonl" for each in some})
         folder = run.cell(identity)
-        row: dict[str, Any] = {"cell": identity, "mark": marks[identity], "state": "missing", "error": None}
+        row: dict[str, Any] = {
+            "cell": identity,
+            "mark": marks[identity],
+            "state": "missing",
+            "error": None,
+            "software": "",
+        }
         row.update(dict.fromkeys(RESULTS, np.nan))
         cells.append(row)
         if not marks[identity]:
@@ -130,14 +138,16 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
             continue
         row["updates"] = last_update(measured)
         if result is not None:
-            row.update({name: number(result.get(name)) for name in RESULTS}, state=result["state"])
+            row.update(
+                {name: number(result.get(name)) for name in RESULTS}, state=result["state"], software=encoded(result)
+            )
         elif error is not None:
             row.update(state="failed", error=error[-_ERROR_TAIL:])
         metrics.add(identity, measured)
         evaluations.add(identity, [_with_parts(row) for row in evaluated])
         for evaluation in spread(evaluated, MOMENTS):
             samples += [_sample(identity, evaluation["update"], item) for item in evaluation.get("samples") or ()]
-    columns = ["cell", "mark", "state", "error", *RESULTS]
+    columns = ["cell", "mark", "state", "error", "software", *RESULTS]
     table = pd.DataFrame(cells, columns=columns).astype({"error": "str"} if cells else {})
     return Frames(table, metrics.frame(), evaluations.frame(), pd.DataFrame(samples, columns=list(_SAMPLES)))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from klab.grid.schema.training import TrainingSection
 from klab.reports.comparison import Comparison
 from klab.reports.conduct import methods_words
 from klab.reports.findings import noise_words
+from klab.reports.software import words as software_words
 from klab.reports.study import Study
 from klab.reports.tuned import methods_words as tuning_words
 
@@ -44,12 +46,29 @@ def _run(study: Study, comparison: Comparison) -> str:
         f"policy gradient that vary {axes}. "
         f"The policy was {policy}, trained for {training.updates} optimizer updates with {training.prompts} prompts × "
         f"{training.group_size} completions per rollout, {training.optimizer_steps_per_rollout} update(s) per "
-        "rollout and AdamW "
+        f"rollout and {_optimizer(training)} "
         f"({_learning_rate(study, training.lr)}). Every configuration ran with the training seeds "
         f"{_seeds(comparison.seeds)}; {ended} of {len(cells)} runs had ended. "
-        f"Runs used klab {study.runs[0].manifest['versions'].get('klab', '')} and "
-        f"PyTorch {study.runs[0].manifest['versions'].get('torch', '')}."
+        f"{_engine(study)}Runs used {software_words(study.software, study.runs[0].manifest, _has_models(study))}."
     )
+
+
+def _optimizer(training: TrainingSection) -> str:
+    return "AdamW" if training.trl is None else str(training.trl.fields.get("optim", "AdamW"))
+
+
+def _engine(study: Study) -> str:
+    """Who trained, where it was not klab's own engine, or not for all configurations."""
+    engines = {each.training.engine for each in study.configurations.values()}
+    if engines == {"klab"}:
+        return ""
+    which = "Configurations with the engine trl" if len(engines) > 1 else "They"
+    return f"{which} were trained by TRL's GRPOTrainer with klab's objective as its loss. "
+
+
+def _has_models(study: Study) -> bool:
+    """Whether models of the library Transformers were trained."""
+    return any(each.policy.name == "hf" or each.training.engine == "trl" for each in study.configurations.values())
 
 
 def _learning_rate(study: Study, lr: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from klab.reports.comparison import compare
 from klab.reports.conduct import Conduct, conduct
 from klab.reports.frame import Frames, read_frames
 from klab.reports.schema import CELLS, SUMMARY
+from klab.reports.software import Software, are_alike, differences, software
 from klab.reports.stages import Arms, Stage, arms
 
 
@@ -39,6 +40,7 @@ class Study:
         baselines: by task, the group that others are compared with; tasks without one are absent.
         notes: what a reader should know before comparing.
         arms: of each run, the configurations as written, and what they chose where they are tuned.
+        software: the versions of the libraries that the cells which ended were trained with.
     """
 
     runs: tuple[Run, ...]
@@ -53,6 +55,7 @@ class Study:
     baselines: Mapping[str, str]
     notes: tuple[str, ...]
     arms: tuple[Arms, ...] = ()
+    software: Software = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -163,9 +166,10 @@ def load_runs(
         groups = dict.fromkeys(cells.loc[cells["task"] == task, "group"])
         labels.update(group_labels(axes, {group: values[group] for group in groups}, baselines.get(task)))
     cells["label"] = [labels[group] for group in cells["group"]]
-    notes += [*_warnings(cells, runs), *conduct(runs, names, staged).notes]
+    used = software(cells["software"])
+    notes += [*_warnings(cells, runs), *differences(used), *conduct(runs, names, staged).notes]
     return Study(
-        runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes), staged
+        runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes), staged, used
     )
 
 
@@ -304,9 +308,6 @@ def _warnings(cells: pd.DataFrame, runs: Sequence[Run]) -> list[str]:
         notes.append("The cells belong to different tasks; cells are compared within a task only.")
     if (open_ := int(cells["state"].isin(["running", "interrupted", "missing"]).sum())) > 0:
         notes.append(f"{open_} of {len(cells)} cells have not ended: this is an interim report.")
-    if (
-        len({str(run.manifest["versions"]) for run in runs}) > 1
-        or len({str(run.manifest.get("commit")) for run in runs}) > 1
-    ):
+    if not are_alike([run.manifest for run in runs]) or len({str(run.manifest.get("commit")) for run in runs}) > 1:
         notes.append("The runs were made with different versions of klab or its libraries; see provenance.")
     return notes

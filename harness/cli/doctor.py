@@ -12,6 +12,7 @@ from typing import Literal
 import typer
 
 from klab.grid import UserError
+from klab.grid.libraries import LIBRARIES
 from klab.grid.user_code import python_command
 from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
 from klab.harness.cli.table import show
@@ -59,6 +60,9 @@ def examine(runs: Path) -> Iterator[Finding]:
     """All findings, quick ones first."""
     for package, version in machine.versions().items():
         yield Finding(package, "ok" if version else "problem", version or "is not installed")
+    for package, version in machine.versions(LIBRARIES).items():
+        if package in LIBRARIES and version:
+            yield Finding(package, "ok", version)
     hardware = machine.hardware()
     yield Finding("cores", "ok", f"{hardware['cores']}, {hardware['processor']}")
     yield Finding("memory", "ok", f"{hardware['memory_gb']} GB")

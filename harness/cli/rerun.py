@@ -60,16 +60,26 @@ def rerun(
         timeouts = {"stored": timeouts_of(stored), "repeated": timeouts_of(folder)}
         lives = {"stored": kernels_of(stored), "repeated": kernels_of(folder)}
         devices = {"stored": device_of(stored), "repeated": device_of(folder)}
+        versions = other_versions(versions_of(stored), versions_of(folder))
     same = error is None and difference is None
     inputs = opened.changed_inputs(stored.id)
     if as_json:
         verdict = None if settings else same
         found = {"cell": repeated.id, "same": verdict, "difference": difference, "error": error, **results}
         show_json(
-            {**found, "changed_inputs": inputs, "kernels": lives, "devices": devices, "reward_timeouts": timeouts}
+            {
+                **found,
+                "changed_inputs": inputs,
+                "other_versions": versions,
+                "kernels": lives,
+                "devices": devices,
+                "reward_timeouts": timeouts,
+            }
         )
     else:
         _say(stored, repeated, results, error, difference, compared=not settings)
+        if not settings and (text := _say_versions(versions, difference)):
+            console().print(text, markup=False, soft_wrap=True)
         if inputs:
             text = f"Changed since the cell was trained: {', '.join(inputs)}. Of code, the run's copies were used."
             console().print(text, markup=False, soft_wrap=True)
@@ -305,12 +315,29 @@ def _main_numbers(folder: CellFolder) -> dict[str, Any] | None:
     return None if result is None else {key: result.get(key) for key in ("state", *_SHOWN)}
 
 
-def _other_versions(stored: CellFolder) -> str:
-    """What may explain a difference: the software that the stored numbers were made with."""
-    before, now = (stored.result() or {}).get("versions"), machine.versions()
-    before = before if isinstance(before, Mapping) else {}
-    changes = [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
-    return f"The stored ones were made with {'; '.join(changes)}." if changes else "Recorded versions are the same."
+def versions_of(folder: CellFolder) -> dict[str, object]:
+    """The versions of the libraries that a cell was trained with: those of its result, or of its newest start."""
+    starts = [event for event in folder.attempts() if event["event"] == "started"]
+    for record in (folder.result() or {}, *reversed(starts)):
+        found = record.get("versions")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def other_versions(stored: Mapping[str, object], repeated: Mapping[str, object]) -> dict[str, list[object]]:
+    """The libraries of which two runs of a cell had other versions, with both; those that one of them did not record
+    are left out."""
+    both = [name for name in stored if name in repeated]
+    return {name: [stored[name], repeated[name]] for name in both if stored[name] != repeated[name]}
+
+
+def _say_versions(versions: Mapping[str, Sequence[object]], difference: str | None) -> str | None:
+    """What the two runs were made with, where that is not the same or may explain a difference."""
+    if not versions:
+        return None if difference is None else "Recorded versions are the same."
+    changes = "; ".join(f"{name} {before}, now {now}" for name, (before, now) in versions.items())
+    return f"The stored numbers were made with {changes}."
 
 
 def _say(
@@ -331,7 +358,6 @@ def _say(
         screen.print(f"another cell: {repeated.id}", soft_wrap=True)
     elif difference is not None:
         screen.print(f"[red]The numbers differ[/]: {escape(difference)}", soft_wrap=True)
-        screen.print(_other_versions(stored), markup=False, soft_wrap=True)
     elif stored.result() is None:
         screen.print("[green]Same bits[/] as far as the stored cell got.")
     else:

@@ -25,7 +25,7 @@ from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
 from klab.harness.dispatch.processes import started_group
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.dispatch.tuning import resolved_cells
-from klab.harness.store import CellFolder, LockHeld, ProcessId, Run
+from klab.harness.store import CellFolder, LockHeld, ProcessId, Run, machine
 from klab.harness.store.kernels import kernels
 from klab.harness.store.lock import REFRESH_SECONDS
 
@@ -107,7 +107,7 @@ def run_job(
     details["gpus"] = _gpus_of_job(devices)
     named = resolved_cells(run, cells)
     _hold_beyond_budget(run, named, executor)
-    claimed = [folder for folder in map(run.cell, named) if _claim(folder, details)]
+    claimed = [folder for folder in map(run.cell, named) if _claim(run, folder, details)]
     states: dict[str, str] = {}
     try:
         with _keep_claims_fresh(claimed):
@@ -251,7 +251,7 @@ class StopSignal:
             timer.start()
 
 
-def _claim(folder: CellFolder, details: dict[str, Any]) -> bool:
+def _claim(run: Run, folder: CellFolder, details: dict[str, Any]) -> bool:
     """Whether this process now trains the cell. A damaged file fails its own cell only.
 
     A cell that was cancelled or held while its job waited or started is left alone: `cancel` and `hold` record that
@@ -275,7 +275,8 @@ def _claim(folder: CellFolder, details: dict[str, Any]) -> bool:
     start = {"event": "started", "at": time.time(), "attempt": attempt, "host": process.host, "pid": process.pid}
     if (beat := folder.heartbeat()) is not None:  # of the attempt before, which may have been killed
         start["seen"] = beat.get("at")
-    folder.append_attempt({**start, **details, "kernels": kernels()})
+    versions = machine.versions(run.libraries(folder.id))
+    folder.append_attempt({**start, **details, "versions": versions, "kernels": kernels()})
     if (withheld := folder.withheld()) is not None:  # in between: the newest event has to say so again
         folder.append_attempt({**withheld, "at": time.time()})
         folder.release_claim()

@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING
 from klab.grid import user_code
 from klab.harness.dispatch.threads import limit_threads
 from klab.harness.store import Run, machine
+from klab.harness.training.distributed.network import collective_minutes
 
 if TYPE_CHECKING:
     from klab.harness.training.distributed.process_group import ProcessGroup
-
-MINUTES_VARIABLE = "KLAB_COLLECTIVE_MINUTES"
-"""Where a Slurm job's script tells its processes `resources.collective_minutes`, whatever it comes from."""
 
 _END_SECONDS = 20.0
 """How long processes that were let go may take to end."""
@@ -125,11 +123,6 @@ def follow_group(run: str | Path, rank: int, size: int, threads: int, meeting: P
             process_group.close()
     except ProcessGroupLost as lost:
         sys.exit(str(lost))
-
-
-def collective_minutes(run: Run) -> float:
-    """How long the processes of a job may wait for one another."""
-    return float(os.environ.get(MINUTES_VARIABLE) or run.resources.collective_minutes)
 
 
 def select_gpu(local: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,23 @@ from klab.harness.store.kernels import kernels
 _PACKAGES = ("klab", "torch", "transformers", "datasets", "numpy", "submitit", "pydantic", "safetensors")
 
 
-def versions() -> dict[str, str | None]:
-    """Version of Python and of the packages that numbers depend on; None for those that are not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+def versions(libraries: Iterable[str] = ()) -> dict[str, str | None]:
+    """Version of Python and of the packages that numbers depend on; None for those that are not installed.
+
+    Args:
+        libraries: optional ones that are used, see `klab.grid.libraries`.
+    """
+    packages = (*_PACKAGES, *libraries)
+    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Of an installed package, as it was when this process first asked."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def commit(folder: Path) -> str | None:

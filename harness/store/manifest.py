@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
+from klab.grid.accelerate_file import launcher_kind
+from klab.grid.libraries import libraries
 from klab.harness.store import files, looks, machine, provenance, stated_analysis, tuning
 from klab.harness.store.record_table import encode_table, read_table
 
@@ -106,7 +108,7 @@ def _manifest(
         "name": grid.name,
         "description": grid.description,
         "created": existing["created"] if existing else time.time() if created is None else created,
-        "versions": machine.versions(),
+        "versions": machine.versions(_libraries(grid, cells)),
         "commit": machine.commit(Path.cwd()),
         "hardware": machine.hardware(),
         "baseline": grid.baseline,
@@ -131,6 +133,12 @@ def _manifest(
         "superseded": superseded,
         "cells": {**cells, **_grown_cells(existing)},
     }
+
+
+def _libraries(grid: Grid, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The optional libraries that some of these cells use."""
+    kind = launcher_kind(grid.resources.launcher)
+    return list(dict.fromkeys(name for cell in cells.values() for name in libraries(cell, kind)))
 
 
 def launched_cells(manifest: Mapping[str, Any]) -> Mapping[str, dict[str, Any]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klab.grid import UserError
+from klab.grid.accelerate_file import launcher_kind
+from klab.grid.libraries import libraries
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import files, provenance
 from klab.harness.store.cell_folder import CellFolder
@@ -172,6 +174,10 @@ class Run:
             return load_section(name, self.manifest[name])
         except UserError as error:
             raise error.with_location(file=self.path / "manifest.json") from None
+
+    def libraries(self, identity: str) -> tuple[str, ...]:
+        """The optional libraries that a cell uses."""
+        return libraries(self.resolved(identity), launcher_kind(self.resources.launcher))
 
     def cell(self, identity: str) -> CellFolder:
         """The folder of the cell with this id, or of the only one whose id has this part.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from klab.grid.libraries import libraries
 from klab.harness.store import CellFolder, files, machine
 from klab.harness.training.pack import Pack
 from klab.harness.training.summary import summarize
@@ -47,6 +49,7 @@ def conclude(
     device: torch.device,
     diverged: bool = False,
     hopeless: str | None = None,
+    used: Iterable[str] | None = None,
 ) -> str:
     """Publish a policy that was saved to `partial`, write the result, delete the checkpoint; in this order.
 
@@ -55,6 +58,7 @@ def conclude(
         processes, device: that trained it.
         diverged: training was ended as diverged.
         hopeless: why `training.stop` ended it; None: it did not.
+        used: optional libraries; None: those that the cell's settings name.
 
     Returns:
         the cell's final state, `finished`, `diverged` or `stopped`.
@@ -64,7 +68,8 @@ def conclude(
     shutil.rmtree(folder.policy, ignore_errors=True)
     partial.rename(folder.policy)
     found = summarize(planned, folder.metrics(), folder.evaluations(), diverged, hopeless)
-    folder.write_result({**found, **_provenance(processes, device)})
+    versions = machine.versions(libraries(folder.resolved()) if used is None else used)
+    folder.write_result({**found, "versions": versions, "hardware": _hardware(processes, device)})
     shutil.rmtree(folder.checkpoint, ignore_errors=True)
     return str(found["state"])
 
@@ -77,12 +82,11 @@ def _make_durable(folder: Path) -> None:
     files.sync_folder(folder)
 
 
-def _provenance(processes: int, device: torch.device) -> dict[str, Any]:
+def _hardware(processes: int, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    hardware = {
+    return {
         **machine.hardware(),
         "processes": processes,
         "threads": torch.get_num_threads(),
         "device": name,
     }
-    return {"versions": machine.versions(), "hardware": hardware}

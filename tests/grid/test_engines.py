@@ -75,6 +75,7 @@ def test_further_fields_without_a_cell_of_trl_are_refused() -> None:
             "training.trl.learning_rate: klab sets this field itself (got 1e-05) It",
         ),
         ({"trl": {"beta": 0.1}}, "It follows from the objective"),
+        ({"trl": {"ddp_timeout": 60}}, "It follows from resources.collective_minutes"),
         ({"trl": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "It follows from policy.dtype"),
         ({"trl": {"vllm_mode": "server"}}, "It follows from training.sampler.url"),
     ],
@@ -118,6 +119,11 @@ def test_micro_batches_are_at_most_as_large_as_asked_for_and_equal(
 def test_trajectories_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(UserError, match="the 12 trajectories of an update cannot be shared equally by 8 processes"):
         rows_per_pass(TrainingSection(prompts=4, group_size=3), 8)
+    shares = {"prompts": 4, "group_size": 3}
+    resources = {"nodes": 2, "gpus": 4, "launcher": "torchrun"}
+    assert "cannot be shared equally by 8 processes" in refusal(shares, resources=resources)
+    assert grid_of({"engine": "trl", **shares}, resources={**resources, "gpus": 3}).cells
+    assert grid_of(shares, resources={"gpus": 8}).cells
 
 
 def test_what_trl_does_otherwise_is_said() -> None:
@@ -136,7 +142,13 @@ def test_a_launcher_starts_cells_of_trl_only(tmp_path: Any) -> None:
     plain = parse_grid(json.dumps({**written, "resources": {"launcher": "torchrun"}}), "study.yaml").resources
     assert plain.launcher is not None
     assert plain.launcher.accelerate is None
+    (tmp_path / "one.yaml").write_text("use_cpu: true\ndistributed_type: MULTI_CPU\n")
+    (tmp_path / "list.yaml").write_text("- FSDP\n")
+    one = {"accelerate": "one.yaml"}
+    assert parse_grid(json.dumps({**written, "resources": {"launcher": one}}), tmp_path / "study.yaml").cells
     for resources, training, message in (
+        ({"launcher": one, "processes": 2}, {"engine": "trl"}, "accelerate starts one process with this distributed_t"),
+        ({"launcher": {"accelerate": "list.yaml"}}, {"engine": "trl"}, r"list.yaml: .*not a configuration of accel"),
         ({"launcher": "mpirun"}, {"engine": "trl"}, "resources.launcher: unknown launcher"),
         ({"launcher": {"accelerate": "gone.yaml"}}, {"engine": "trl"}, "no such file"),
         ({"launcher": "torchrun"}, {}, "starts cells of training.engine: trl only"),

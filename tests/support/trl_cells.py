@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,15 @@ TRAINING: dict[str, Any] = {
     "max_new_tokens": 4,
     "lr": 0.05,
 }
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of processes that train cells of `letters_task`."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def trl_cell(policy: Path, objective: dict[str, Any] | None = None, **training: Any) -> Cell:

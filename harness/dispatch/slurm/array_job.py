@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from klab.grid import UserError
 from klab.grid.schema.sections import Resources
 from klab.grid.user_code import python_command
-from klab.harness.dispatch.processes import MINUTES_VARIABLE
 from klab.harness.dispatch.slurm import client
 from klab.harness.dispatch.slurm.options import sbatch_options, with_user_options
 from klab.harness.dispatch.slurm.submission import folder, job_name
 from klab.harness.dispatch.slurm.task import MAX_REQUEUES, REQUEUE_CODE, ArrayTask
 from klab.harness.store import Run
+from klab.harness.training.distributed.network import MINUTES_VARIABLE
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor

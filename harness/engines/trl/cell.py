@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from klab.harness.policy.special_tokens import eos_token_ids
 from klab.harness.store import CellFolder, Run
 from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.rollouts import prompt_indices
+from klab.harness.training.distributed.network import collective_minutes
+from klab.harness.training.distributed.rendezvous import COLLECTIVE_MINUTES
 from klab.harness.training.finalize import conclude, partial_policy
 from klab.harness.training.pack import device
 from klab.harness.training.packed_cell import PackedCell
@@ -70,6 +72,7 @@ def make_trainer(
     processes: int = 1,
     halved: bool = False,
     rollout_function: RolloutFunction | None = None,
+    minutes: float = COLLECTIVE_MINUTES,
 ) -> KlabTrainer:
     """The trainer of a cell, before its first update.
 
@@ -78,13 +81,14 @@ def make_trainer(
         processes: that train together.
         halved: with half of the micro-batch that the cell asks for.
         rollout_function: draws the completions instead of TRL.
+        minutes: how long processes may wait for one another.
     """
     tokenizer = read_tokenizer(member.start, _trusted(member))
     tokenizer.padding_side = "left"
     vocabulary = read_config(member.start, _trusted(member)).get_text_config().vocab_size
     ends = sorted(eos_token_ids(tokenizer, read_generation_config(member.start), vocabulary))
     on_cpu = device().type == "cpu"
-    arguments = grpo_arguments(member, folder, processes, ends, on_cpu=on_cpu, halved=halved)
+    arguments = grpo_arguments(member, folder, processes, ends, on_cpu=on_cpu, halved=halved, minutes=minutes)
     if rollout_function is None and getattr(member.task, "interactive", True):
         rollout_function = complete_turns
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -144,7 +148,7 @@ def train(
     except StopRequested:
         return "interrupted"
     try:
-        trainer = make_trainer(member, folder.checkpoint, processes, halved)
+        trainer = make_trainer(member, folder.checkpoint, processes, halved, minutes=collective_minutes(run))
         state = _resumed(folder, trainer)
         if state is not None:
             trainer.coefficients = state.coefficients
@@ -152,7 +156,8 @@ def train(
         trainer.add_callback(recorder)
         trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
         if recorder.state != "interrupted":
-            finalize(folder, trainer, recorder.state == "diverged", recorder.hopeless)
+            libraries = run.libraries(folder.id)
+            finalize(folder, trainer, libraries, recorder.state == "diverged", recorder.hopeless)
         return recorder.state
     finally:
         reset_accelerate()
@@ -174,21 +179,34 @@ def _resumed(folder: CellFolder, trainer: KlabTrainer) -> checkpoints.TrainerSta
     return checkpoints.TrainerState(Path(path), update, streak, LossCoefficients(kl, trust))
 
 
-def finalize(folder: CellFolder, trainer: KlabTrainer, diverged: bool, hopeless: str | None = None) -> None:
-    """Save the policy and write the result. All processes call it, process 0 writes."""
-    partial = partial_policy(folder)
+def finalize(
+    folder: CellFolder, trainer: KlabTrainer, libraries: Sequence[str], diverged: bool, hopeless: str | None = None
+) -> None:
+    """Save the policy and write the result. All processes call it, process 0 writes.
+
+    Args:
+        libraries: optional ones that the cell uses.
+        diverged, hopeless: see `conclude`.
+    """
+    group = trainer.group
+
+    def emptied() -> str | None:
+        return str(partial_policy(folder)) if group.is_main else None
+
+    partial = Path(group.all_gather_object("where the policy is saved", emptied)[0] or "")
     save_policy(trainer, partial)
-    if trainer.group.is_main:
+    if group.is_main:
         conclude(
             folder,
             partial,
             trainer.member.cell.training.updates,
-            trainer.group.size,
+            group.size,
             trainer.accelerator.device,
             diverged,
             hopeless,
+            libraries,
         )
-    trainer.group.all_gather_object("the end", lambda: None)
+    group.all_gather_object("the end", lambda: None)
 
 
 def save_policy(trainer: KlabTrainer, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from klab.grid.engines import rows_per_pass
 from klab.grid.errors import UserError
 from klab.grid.schema.sampler import Sampler
 from klab.grid.schema.training import TrainingSection
+from klab.harness.training.distributed.rendezvous import COLLECTIVE_MINUTES
 from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runtime.rng import derived_seed
 
@@ -19,7 +21,14 @@ _NO_CLIPPING = 1e30
 
 
 def grpo_arguments(
-    member: PackedCell, folder: Path, processes: int, ends: list[int], *, on_cpu: bool, halved: bool = False
+    member: PackedCell,
+    folder: Path,
+    processes: int,
+    ends: list[int],
+    *,
+    on_cpu: bool,
+    halved: bool = False,
+    minutes: float = COLLECTIVE_MINUTES,
 ) -> dict[str, Any]:
     """The arguments of `trl.GRPOConfig`, the user's own fields included.
 
@@ -32,6 +41,7 @@ def grpo_arguments(
         ends: the tokens that end a completion.
         on_cpu: whether GPUs are left alone.
         halved: see `rows_per_pass`.
+        minutes: how long processes may wait for one another.
     """
     training, policy = member.cell.training, member.cell.policy
     written = {} if training.trl is None else training.trl.fields
@@ -74,6 +84,7 @@ def grpo_arguments(
         "router_aux_loss_coef": 0.0,
         "shuffle_dataset": False,
         "remove_unused_columns": False,
+        "ddp_timeout": math.ceil(60 * minutes),
         "seed": derived_seed("trl", member.cell.seed) % 2**31,
         "use_cpu": on_cpu,
         "save_strategy": "no",

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from klab.grid import UserError, user_code
+from klab.grid.accelerate_file import SEVERAL
 from klab.harness.engines.trl.attempt_folder import AttemptFolder, Kind
 from klab.harness.engines.trl.launcher import PARENT
 from klab.harness.engines.trl.shielded import ignore_signals
@@ -61,8 +62,7 @@ def _check_size(size: int) -> None:
         raise UserError(
             f"{size} processes are to train a cell together, and the launcher has started {found}",
             key="resources.launcher",
-            hint="With accelerate: distributed_type of its configuration is FSDP, DEEPSPEED or MULTI_GPU (which is "
-            "also how it starts several processes on CPUs).",
+            hint=f"With accelerate: distributed_type of its configuration is one of {', '.join(SEVERAL)}.",
         )
 
 

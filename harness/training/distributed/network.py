@@ -1,4 +1,5 @@
-"""Where the other nodes of a job reach this one: by the interface that `GLOO_SOCKET_IFNAME` names, or by host name."""
+"""Where the other nodes of a job reach this one, by the interface that `GLOO_SOCKET_IFNAME` names or by host name, and
+how long processes wait for one another."""
 
 from __future__ import annotations
 
@@ -7,9 +8,21 @@ import os
 import socket
 import struct
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from klab.harness.store import Run
+
+MINUTES_VARIABLE = "KLAB_COLLECTIVE_MINUTES"
+"""Where a Slurm job's script tells its processes `resources.collective_minutes`, whatever it comes from."""
 
 _SIOCGIFADDR = 0x8915
 """Linux' request for an interface's IPv4 address (ioctls.h)."""
+
+
+def collective_minutes(run: Run) -> float:
+    """How long the processes of a job may wait for one another."""
+    return float(os.environ.get(MINUTES_VARIABLE) or run.resources.collective_minutes)
 
 
 def own_address() -> str:
@@ -24,7 +37,7 @@ def own_address() -> str:
     return str(socket_address(socket.gethostname())[1][0])
 
 
-def socket_address(host: str) -> tuple[socket.AddressFamily, tuple[str | int, ...]]:
+def socket_address(host: str) -> tuple[socket.AddressFamily, Any]:
     """Family and address of a host, IPv4 before IPv6, with a port that is to be chosen."""
     found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     family, _, _, _, where = min(found, key=lambda each: each[0] != socket.AF_INET)

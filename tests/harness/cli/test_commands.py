@@ -19,7 +19,7 @@ from klab.grid.custom_values import SIGNATURES
 from klab.grid.glossary import GLOSSARY
 from klab.grid.sources import SOURCES
 from klab.harness.cli.main import COMMANDS, main
-from klab.harness.cli.rerun import kernels_of, other_device, other_kernels
+from klab.harness.cli.rerun import kernels_of, other_device, other_kernels, versions_of
 from klab.harness.dispatch.launch import launch
 from klab.harness.dispatch.local.backend import LocalExecutor
 from klab.harness.store import Run, machine
@@ -356,6 +356,21 @@ def test_rerun_says_where_the_device_was_another_one() -> None:
     assert other_device("cpu", "cpu") is None
     assert other_device(None, "cpu") is None  # a run of an older version
     assert "computed on NVIDIA H200, these on cpu" in str(other_device("NVIDIA H200", "cpu"))
+
+
+def test_rerun_says_which_libraries_were_other_ones(make_grid: MakeGrid, ask: Ask, place: Path) -> None:
+    make_grid()
+    ask("launch", "little.yaml", "--on", "here")
+    run = Run.open(place / "runs/little")
+    folder = run.cell(run.cells[0])
+    versions = machine.versions()
+    assert versions_of(folder) == folder.attempts()[0]["versions"] == versions
+    assert ask("rerun", "little", folder.id, "--json")["other_versions"] == {}
+    result = folder.result() or {}
+    folder.write_result({**result, "versions": {**versions, "torch": "1.0", "gone": "2"}})
+    found = ask("rerun", "little", folder.id, "--json")
+    assert (found["same"], found["other_versions"]) == (True, {"torch": ["1.0", versions["torch"]]})
+    assert f"were made with torch 1.0, now {versions['torch']}." in ask("rerun", "little", folder.id)
 
 
 def test_rerun_finds_the_kernels_of_every_life(make_grid: MakeGrid, ask: Ask, place: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from klab.grid import load_grid, parse_grid
 from klab.grid.schema.training import TrainingSection
-from klab.harness.engines.trl.launcher import Ranks, launch_command
+from klab.harness.engines.trl.launcher import LOOPBACK, Ranks, launch_command
 from tests.support.engine_matrix import PAGE, PROBES, is_refused, updated
 
 STUDIES = Path(__file__).parents[3] / "grid" / "studies"
@@ -45,11 +45,13 @@ def test_the_study_that_the_page_shows_is_the_one_there_is() -> None:
 
 
 def test_commands_of_launchers() -> None:
-    _, safe, *plain = launch_command(Ranks(8), 29500, ["RUN"])
+    _, safe, *plain = launch_command(Ranks(8), LOOPBACK, 29500, ["RUN"])
     assert safe == "-P"
-    expected = "-m torch.distributed.run --nnodes 1 --node_rank 0 --nproc_per_node 8 --master_addr 127.0.0.1"
+    shielded = "-m klab.harness.engines.trl.shielded"
+    expected = f"{shielded} torch.distributed.run --nnodes 1 --node_rank 0 --nproc_per_node 8 --master_addr 127.0.0.1"
     worker = "--module klab.harness.engines.trl.worker RUN"
     assert " ".join(plain) == f"{expected} --master_port 29500 {worker}"
-    _, _, *two = launch_command(Ranks(8, 2, 1, "n1", "fsdp.yaml"), 29500, ["RUN"])
-    expected = "-m accelerate.commands.launch --config_file fsdp.yaml --num_processes 16 --num_machines 2"
+    _, _, *two = launch_command(Ranks(8, 2, 1, accelerate="fsdp.yaml"), "n1", 29500, ["RUN"])
+    worker = f"--deepspeed_multinode_launcher standard {worker}"
+    expected = f"{shielded} accelerate.commands.launch --config_file fsdp.yaml --num_processes 16 --num_machines 2"
     assert " ".join(two) == f"{expected} --machine_rank 1 --main_process_ip n1 --main_process_port 29500 {worker}"

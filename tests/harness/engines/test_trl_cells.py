@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def test_a_cell_leaves_what_a_cell_of_klabs_engine_leaves(make_run: MakeRun) -> 
     assert [list(row) for row in other.metrics()] == [list(row) for row in mine.metrics()]
     assert [list(row) for row in other.evaluations()] == [list(row) for row in mine.evaluations()]
     assert (mine.result() or {}).keys() == (other.result() or {}).keys()
+    recorded = [(folder.result() or {})["versions"] for folder in (mine, other)]
+    assert recorded[1] == {**recorded[0], "trl": version("trl"), "accelerate": version("accelerate")}
+    assert (ours.manifest["versions"], theirs.manifest["versions"]) == tuple(recorded)
     first, same = other.evaluations()[0], mine.evaluations()[0]
     assert first["samples"] == same["samples"]
     for name in ("accuracy", "reward", "pass_at_k", "reverse_kl", "forward_kl", "entropy", "length"):
@@ -96,6 +100,7 @@ def test_failures_are_recorded_and_stay_with_their_cell(make_run: MakeRun) -> No
     broken, sound = run.cells
     states = run_job(run.path, tuple(run.cells), executor="here")
     assert states == {broken: "failed", sound: "finished"}
+    assert run.cell(broken).attempts()[0]["versions"] == run.manifest["versions"]
     assert "the weight is broken" in (run.cell(broken).error() or "")
 
 

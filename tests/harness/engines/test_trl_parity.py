@@ -1,4 +1,4 @@
-"""On TRL: its own losses over several steps, several processes and nodes, kills, real architectures, both engines."""
+"""On TRL: its own losses over several steps, groups in two processes, a kill, real architectures, both engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,7 +21,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from klab.harness.cli.main import main
 from klab.harness.engines.trl.cell import make_trainer, prompt_dataset, reset_accelerate
-from klab.harness.engines.trl.launcher import Ranks, dismiss, follow_ranks
 from klab.harness.engines.trl.recorder import take_or_leave_step
 from klab.harness.engines.trl.run import train_cells
 from klab.harness.engines.trl.settings import grpo_arguments
@@ -34,7 +32,7 @@ from klab.tasks import load_task
 from tests.support.random_checkpoints import checkpoint
 from tests.support.small_cells import LETTERS, small_policy
 from tests.support.training_records import MakeRun, numbers, weights
-from tests.support.trl_cells import trl_cell
+from tests.support.trl_cells import rank_environment, trl_cell
 
 pytestmark = pytest.mark.parity
 ROOT = Path(__file__).parents[3]
@@ -151,11 +149,6 @@ def test_a_named_algorithm_takes_trls_own_steps(policy: Path, tmp_path: Path, na
     assert error < 1e-4
 
 
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
 def test_two_processes_that_share_groups_make_klabs_updates(policy: Path, tmp_path: Path) -> None:
     """Three prompts of four completions: the second group is in both processes. Three micro-batches each."""
     grid = {
@@ -174,7 +167,9 @@ def test_two_processes_that_share_groups_make_klabs_updates(policy: Path, tmp_pa
     file.write_text(json.dumps(grid))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
     script = str(ROOT / "tests" / "support" / "trl_ranks.py")
-    done = subprocess.run([*command, script, str(file)], env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, script, str(file)], env=rank_environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
     assert len(found) == 3
@@ -182,36 +177,6 @@ def test_two_processes_that_share_groups_make_klabs_updates(policy: Path, tmp_pa
         assert each["gradient"] < 1e-5, each
         assert each["weights"] < 1e-4, each
         assert each["loss_trl"] == pytest.approx(each["loss_klab"], abs=1e-6)
-
-
-def test_two_nodes_train_a_cell_together(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two emulated nodes on this machine, one process each; the second is told by files what to do."""
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    run = make_run(training={"engine": "trl", "evaluate_every": 6, "updates_per_rollout": 2})
-    first, second = (Ranks(1, 2, node, "127.0.0.1", orders=tmp_path / "orders") for node in (0, 1))
-    follower = threading.Thread(target=follow_ranks, args=(run, second))
-    follower.start()
-    try:
-        states = train_cells(run.path, run.cells, ranks=first)
-    finally:
-        dismiss(first)
-        follower.join(60)
-    (cell,) = run.cells
-    assert states == {cell: "finished"}, run.cell(cell).error()
-    assert [row["update"] for row in run.cell(cell).metrics()] == [1, 2, 3, 4, 5, 6]
-    assert (run.cell(cell).result() or {})["hardware"]["processes"] == 2
-
-
-def test_a_reward_that_raises_in_one_of_two_processes_fails_its_cell(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    run = make_run(training={"engine": "trl", "updates": 2}, task={"fail_rank": 1})
-    (cell,) = run.cells
-    assert train_cells(run.path, [cell], ranks=Ranks(2)) == {cell: "failed"}
-    assert "the reward of task 'letters' raised RuntimeError: the reward is broken" in (run.cell(cell).error() or "")
 
 
 KILLED = """
@@ -227,7 +192,7 @@ def test_a_kill_in_the_middle_changes_nothing(make_run: MakeRun) -> None:
     quiet, killed = make_run("quiet", training), make_run("killed", training)
     (cell,) = quiet.cells
     assert train_cells(quiet.path, [cell]) == {cell: "finished"}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed.path)], env=environment())
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed.path)], env=rank_environment())
     deadline = time.monotonic() + 120
     while int((killed.cell(cell).last_metrics() or {}).get("update", 0)) < 9 and time.monotonic() < deadline:
         time.sleep(0.01)
