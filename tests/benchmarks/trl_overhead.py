@@ -28,8 +28,8 @@ from trl import GRPOConfig, GRPOTrainer
 from klab.grid.schema.sections import TinyPolicy
 from klab.harness.engines.trl.cell import make_trainer, prepare_member, prompt_dataset, reset_accelerate
 from klab.harness.engines.trl.recorder import Recorder
+from klab.harness.engines.trl.rollout_trainer import EXAMPLE
 from klab.harness.engines.trl.settings import grpo_arguments
-from klab.harness.engines.trl.trainer import EXAMPLE
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.pretrained import read_tokenizer

@@ -17,8 +17,9 @@ from trl import GRPOConfig
 
 from klab.harness.engines.trl import checkpoints
 from klab.harness.engines.trl.recorder import Recorder
+from klab.harness.engines.trl.rollout_trainer import EXAMPLE, RolloutFunction
 from klab.harness.engines.trl.settings import check_fields, grpo_arguments
-from klab.harness.engines.trl.trainer import EXAMPLE, KlabTrainer, RolloutFunction
+from klab.harness.engines.trl.trainer import KlabTrainer
 from klab.harness.engines.trl.turns import complete_turns
 from klab.harness.engines.trl.update import check_inputs
 from klab.harness.objective import LossCoefficients

@@ -23,8 +23,9 @@ from klab.grid.engines import refuse_unsupported
 from klab.grid.schema.training import TrainingSection
 from klab.harness.engines.trl.cell import make_trainer, reset_accelerate, save_policy
 from klab.harness.engines.trl.recorder import take_or_leave_step
+from klab.harness.engines.trl.rollout_trainer import TEXT, TRUNCATED
 from klab.harness.engines.trl.settings import check_fields
-from klab.harness.engines.trl.trainer import TEXT, TRUNCATED, KlabTrainer
+from klab.harness.engines.trl.trainer import KlabTrainer
 from klab.harness.engines.trl.turns import complete_turns
 from klab.harness.policy.hf import peft
 from klab.harness.policy.init.initial_policy import initial_policy

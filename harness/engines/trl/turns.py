@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from klab.harness.engines.trl.trainer import TEXT, TRUNCATED, KlabTrainer
+from klab.harness.engines.trl.rollout_trainer import TEXT, TRUNCATED
+from klab.harness.engines.trl.trainer import KlabTrainer
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 from klab.harness.training.data.generate import environment_of

@@ -22,9 +22,9 @@ from trl import GRPOConfig, GRPOTrainer
 from klab.harness.cli.main import main
 from klab.harness.engines.trl.cell import make_trainer, prompt_dataset, reset_accelerate
 from klab.harness.engines.trl.recorder import take_or_leave_step
+from klab.harness.engines.trl.rollout_trainer import EXAMPLE
 from klab.harness.engines.trl.run import train_cells
 from klab.harness.engines.trl.settings import grpo_arguments
-from klab.harness.engines.trl.trainer import EXAMPLE
 from klab.harness.policy.pretrained import read_tokenizer
 from klab.harness.training import run_cells
 from klab.harness.training.packed_cell import PackedCell
