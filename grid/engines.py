@@ -97,7 +97,10 @@ SET_BY_KLAB: dict[str, str] = {
     ),
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _NO_TERM),
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "policy.dtype"),
-    **dict.fromkeys(("gradient_checkpointing",), "policy.gradient_checkpointing"),
+    **dict.fromkeys(
+        ("gradient_checkpointing", "activation_checkpointing"),
+        "policy.gradient_checkpointing",
+    ),
     "trust_remote_code": "policy.trust_remote_code",
     "chat_template_kwargs": "policy.chat_template",
     "disable_dropout": "nothing: klab trains without dropout",
@@ -106,21 +109,91 @@ SET_BY_KLAB: dict[str, str] = {
         _CHECKPOINT,
     ),
     **dict.fromkeys(
-        ("resume_from_checkpoint", "ignore_data_skip", "restore_callback_states_from_checkpoint"), _CHECKPOINT
+        (
+            "resume_from_checkpoint",
+            "ignore_data_skip",
+            "restore_callback_states_from_checkpoint",
+            "enable_jit_checkpoint",
+        ),
+        _CHECKPOINT,
+    ),
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_token",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "nothing: the trained policy is a folder of the run",
     ),
     **dict.fromkeys(
         ("eval_strategy", "do_eval", "eval_steps", "eval_on_start", "eval_delay", "per_device_eval_batch_size"),
         _EVALUATION,
     ),
-    **dict.fromkeys(("num_generations_eval", "load_best_model_at_end", "metric_for_best_model"), _EVALUATION),
     **dict.fromkeys(
-        ("report_to", "run_name", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir"), _RECORD
+        (
+            "num_generations_eval",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+            "do_predict",
+            "prediction_loss_only",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "eval_accumulation_steps",
+            "include_for_metrics",
+            "batch_eval_metrics",
+        ),
+        _EVALUATION,
     ),
-    **dict.fromkeys(("shuffle_dataset", "remove_unused_columns", "dataloader_drop_last", "do_train"), _FIXED),
+    **dict.fromkeys(
+        (
+            "report_to",
+            "run_name",
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "logging_dir",
+            "logging_nan_inf_filter",
+            "log_on_each_node",
+            "log_completions",
+            "log_multimodal",
+            "log_unique_prompts",
+            "log_completions_hub_repo",
+            "num_completions_to_print",
+            "include_num_input_tokens_seen",
+            "project",
+            "trackio_space_id",
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+        ),
+        _RECORD,
+    ),
+    "neftune_noise_alpha": "nothing: the log-probabilities of an update are those of the policy, without noise",
+    **dict.fromkeys(
+        (
+            "shuffle_dataset",
+            "remove_unused_columns",
+            "dataloader_drop_last",
+            "do_train",
+            "train_sampling_strategy",
+            "length_column_name",
+            "label_names",
+            "average_tokens_across_devices",
+            "pad_to_multiple_of",
+        ),
+        _FIXED,
+    ),
     "ddp_timeout": "resources.collective_minutes",
     "use_cpu": "--device",
 }
 """Field of `GRPOConfig` -> the setting of the grid file that it follows from."""
+
+_OTHER_DISTRIBUTION = ("top_k", "min_p", "repetition_penalty", "generation_kwargs")
+"""Fields that let completions be drawn from another distribution than the policy's."""
 
 _MODEL_KEYS = {
     "dtype": "policy.dtype",
@@ -238,6 +311,12 @@ def engine_notes(training: TrainingSection) -> Iterator[str]:
         yield (
             f"training.minibatches: {training.minibatches} with engine: trl: each is a random part of the rollout's "
             "trajectories, not of its groups; statistics of groups and of the batch are those of the whole rollout"
+        )
+    fields = {} if training.trl is None else training.trl.fields
+    if changed := [name for name in _OTHER_DISTRIBUTION if name in fields]:
+        yield (
+            f"training.trl: {', '.join(changed)} may let completions be drawn from another distribution than the "
+            "policy's, whose log-probabilities the objective is given"
         )
     if training.sampler is not None:
         yield (

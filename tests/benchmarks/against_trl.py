@@ -5,11 +5,12 @@
     python -m tests.benchmarks.against_trl --setting 0.5b     # one GPU, the shape of Qwen2.5-0.5B: see `one_device`
     python -m tests.benchmarks.against_trl --setting toy      # the same on the CPU in a minute, to see that it works
 
-The `tiny` setting, the default, runs on the CPU. Measured are (1) one update, phase by phase: TRL, klab with one cell
-and klab with a pack (of eight; of two where completions take 32 tokens), in processes of their own, interleaved on the
-same core; (2) a grid as users run it: `klab launch --on local` from start to end, beside TRL in a process per cell, two
-at a time, on some of the cells and extrapolated; (3) the reward curves of both; (4) how far each phase is from the time
-that its matrix products need at this core's measured peak.
+The `tiny` setting, the default, runs on the CPU. Measured are (1) one update, phase by phase: TRL, TRL with klab's
+objective (`training.engine: trl`), klab with one cell and klab with a pack (of sixteen; of two where completions take
+32 tokens), in processes of their own, interleaved on the same core; (2) a grid as users run it: `klab launch --on
+local` from start to end, beside TRL in a process per cell, two at a time, on some of the cells and extrapolated; (3)
+the reward curves of both; (4) how far each phase is from the time that its matrix products need at this core's
+measured peak.
 
 Neither evaluates: klab as little as it can (two evaluations of one prompt), TRL not at all. Start-up and warm-up of the
 checkpoint are outside of (1); the warm-up is outside of (2), the start of every process is inside.
@@ -63,7 +64,7 @@ class Bench:
         self.scratch = Path(tempfile.mkdtemp(prefix="klab-bench-"))
 
     def cell(self, side: str, prompts: int, budget: int, updates: int, *more: str, core: int | None = None) -> Any:
-        """What `klab_cell` or `trl_cell` writes down."""
+        """What `klab_cell`, `trl_cell` or `trl_engine_cell` writes down."""
         out = self.scratch / f"{side}-{time.monotonic_ns()}.json"
         python = self.given.trl if side == "trl" else sys.executable
         start = self.start if budget == 8 else self.endless
@@ -81,7 +82,8 @@ def phases(bench: Bench) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for prompts, budget in SHAPES:
         pack = PACK if budget == 8 else LONG_PACK
-        sides = {"trl": ("trl", ()), "alone": ("klab", ()), "pack": ("klab", ("--cells", str(pack)))}
+        sides = {"trl": ("trl", ()), "engine": ("trl_engine", ())}
+        sides |= {"alone": ("klab", ()), "pack": ("klab", ("--cells", str(pack)))}
         updates = bench.given.timed if budget == 8 else max(6, bench.given.timed // 2)
         rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         first: dict[str, list[float]] = {side: [] for side in sides}

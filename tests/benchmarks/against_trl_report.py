@@ -31,15 +31,17 @@ def _head(*names: str) -> list[str]:
 
 def _one_update(found: dict[str, Any]) -> str:
     lines = ["Milliseconds of processor time per cell and update, medians of interleaved rounds:", ""]
-    lines += _head("prompts × 8", "new tokens", "TRL", "klab, one cell", "klab, a pack", "TRL ÷ one cell", "TRL ÷ pack",
-                   "first update TRL / klab, s", "memory TRL / klab pack, MB")  # fmt: skip
+    sides = ("TRL", "TRL, klab's objective", "klab, one cell", "klab, a pack", "TRL ÷ one cell", "TRL ÷ pack")
+    more = ("first update TRL / klab, s", "memory TRL / klab pack, MB")
+    lines += _head("prompts × 8", "new tokens", *sides, *more)
     for shape in found["shapes"].values():
-        trl, alone, pack = (shape[side] for side in ("trl", "alone", "pack"))
+        trl, engine, alone, pack = (shape[side] for side in ("trl", "engine", "alone", "pack"))
         lines.append(
             _row(
                 shape["prompts"],
                 "≤ 8" if shape["budget"] == 8 else shape["budget"],
                 f"{trl['cpu']:.0f}",
+                f"{engine['cpu']:.0f} ({engine['cpu'] / trl['cpu'] - 1:+.0%})",
                 f"{alone['cpu']:.1f}",
                 f"{pack['cpu']:.1f} ({shape['packed']} cells)",
                 f"{trl['cpu'] / alone['cpu']:.1f}",

@@ -130,6 +130,9 @@ def test_what_trl_does_otherwise_is_said() -> None:
     assert not list(engine_notes(TrainingSection(minibatches=2)))
     (note,) = engine_notes(TrainingSection(engine="trl", minibatches=2))
     assert note.startswith("training.minibatches: 2 with engine: trl: each is a random part of the rollout's traj")
+    fields = {"top_k": 20, "optim": "sgd", "repetition_penalty": 1.1}
+    (note,) = engine_notes(TrainingSection.model_validate({"engine": "trl", "trl": fields}))
+    assert note.startswith("training.trl: top_k, repetition_penalty may let completions be drawn from another")
 
 
 def test_a_launcher_starts_cells_of_trl_only(tmp_path: Any) -> None:
