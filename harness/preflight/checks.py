@@ -24,7 +24,7 @@ from klab.harness.preflight.memory import (
     workload,
 )
 from klab.harness.preflight.process import Finding
-from klab.harness.training.data.notes import sampling_notes, small_set_notes
+from klab.harness.training.data.notes import divergence_notes, sampling_notes, small_set_notes
 from klab.tasks.task import Score, SplitName, Task, load_task
 
 T = TypeVar("T")
@@ -60,7 +60,8 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             task, model = tasks[task_key], models[policy_key]
             if task is None:
                 continue
-            for note in (*small_sets(cell, task), *sampling_notes(cell.training), *engine_notes(cell.training)):
+            known = (*sampling_notes(cell.training), *divergence_notes(cell.objective), *engine_notes(cell.training))
+            for note in (*small_sets(cell, task), *known):
                 yield Finding(f"{file}: {note}", False)
             readable = True
             if model is not None and task.alphabet is None:

@@ -24,7 +24,7 @@ from klab.harness.policy.init.initial_policy import initial_policy
 from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
-from klab.harness.training.data.notes import precision_notes, sampling_notes, small_set_notes
+from klab.harness.training.data.notes import divergence_notes, precision_notes, sampling_notes, small_set_notes
 from klab.harness.training.data.overlong import check_overlong_buffer
 from klab.harness.training.data.prompts import PromptLengths
 from klab.harness.training.data.samplers import check_sampler
@@ -109,7 +109,8 @@ def run_cells(
                 training = member.cell.training
                 held_out, train = len(member.split("held_out")), len(member.split("train"))
                 precision = precision_notes(member.cell.policy, device().type != "cpu")
-                for note in (*small_set_notes(training, train, held_out), *sampling_notes(training), *precision):
+                known = (*sampling_notes(training), *divergence_notes(member.cell.objective), *precision)
+                for note in (*small_set_notes(training, train, held_out), *known):
                     runner.print_once(note)
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():

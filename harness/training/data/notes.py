@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from klab.grid import Objective
 from klab.grid.schema.sections import PolicySection, TrainingSection
+from klab.grid.user_code import names_user_code
 
 
 def small_set_notes(training: TrainingSection, train: int, held_out: int) -> Iterator[str]:
@@ -43,6 +45,30 @@ def sampling_notes(training: TrainingSection) -> Iterator[str]:
         )
     if sampler is not None and sampler.url is not None:
         yield "training.sampler.url: the server draws with generators of its own: the cell's numbers are not repeatable"
+
+
+def divergence_notes(objective: Objective) -> Iterator[str]:
+    """One line where a divergence other than reverse KL enters in a way that does not lower it.
+
+    Inside returns and advantages f(δ) lacks the gradient of f itself, which only for κ has the expectation 0;
+    `reinforce` has both, and is no estimate of the divergence whose gradient a loss could follow.
+    """
+    form = objective.canonical()
+    divergence, estimator, placement = (form.get(axis) for axis in ("divergence", "estimator", "placement"))
+    if divergence is None or names_user_code(placement):
+        return
+    detached = placement in ("reward", "reward_to_go", "advantage", "advantage_to_go")
+    if detached and estimator != "reinforce":
+        yield (
+            f"placement: {placement} with divergence: {divergence}: a {estimator} that is not differentiated lacks a "
+            "part of the divergence's gradient and may push away from the reference; estimator: reinforce has it"
+        )
+    elif not detached and estimator == "reinforce":
+        yield (
+            f"placement: {placement} with divergence: {divergence}: reinforce is what returns and advantages are "
+            "charged with; differentiated it follows another gradient than the divergence's, whose estimators are k1, "
+            "k3 and full"
+        )
 
 
 def precision_notes(policy: PolicySection, on_gpu: bool) -> Iterator[str]:

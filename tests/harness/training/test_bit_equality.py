@@ -25,6 +25,8 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"estimator": "k1", "placement": "reward_to_go", "weight": "truncate", "aggregation": "token_mean"},
     {"placement": "none", "weight": "letters_task:gentle", "training.lr": 0.003, "training.clip_norm": 0.1},
     {"estimator": "full", "placement": "loss"},
+    {"estimator": "full", "divergence": "forward", "placement": "loss_corrected"},
+    {"estimator": "reinforce", "divergence": "alpha", "alpha": 2, "placement": "advantage"},
     {"estimator": "k2", "placement": "advantage", "advantage": "greedy_baseline"},
 ]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klab.grid import UserError
+from klab.grid import Objective, UserError
 from klab.grid.schema.sections import Sampler, TrainingSection, load_section
 from klab.harness.policy.scores import token_scores
-from klab.harness.training.data.notes import precision_notes, sampling_notes, small_set_notes
+from klab.harness.training.data.notes import divergence_notes, precision_notes, sampling_notes, small_set_notes
 from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun
@@ -31,6 +31,18 @@ def test_tokens_of_another_distribution_are_named() -> None:
     assert list(sampling_notes(TrainingSection(sampler=Sampler(temperature=0.5, correction="tis")))) == []
     (note,) = sampling_notes(TrainingSection(sampler=Sampler(engine="vllm", url="http://a:1")))
     assert note.endswith("the cell's numbers are not repeatable")
+
+
+def test_divergences_that_do_not_lower_what_they_measure_are_named() -> None:
+    charged = {"placement": "reward_to_go", "divergence": "forward"}
+    (note,) = divergence_notes(Objective(estimator="k3", **charged))
+    assert note.startswith("placement: reward_to_go with divergence: forward: a k3 that is not differentiated")
+    assert list(divergence_notes(Objective(estimator="reinforce", **charged))) == []
+    (note,) = divergence_notes(Objective(estimator="reinforce", placement="loss", divergence="jeffreys"))
+    assert "whose estimators are k1, k3 and full" in note
+    for quiet in ({"estimator": "k3", "placement": "loss", "divergence": "forward"}, {"placement": "reward"},
+                  {"estimator": "k2", **charged}, {"placement": "none", "divergence": "forward"}):  # fmt: skip
+        assert list(divergence_notes(Objective(**quiet))) == []
 
 
 @pytest.mark.parametrize("correction", ["ratio", "tis", "icepop"])
