@@ -11,6 +11,7 @@ from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.cell import Cell
 from klab.grid.engines import refuse_unsupported
 from klab.grid.errors import UserError
+from klab.grid.kl_settings import idle_kl_settings, refuse_kl_settings
 from klab.grid.objective import Objective, split_value
 from klab.grid.schema.sampler import check_sampled_policy
 from klab.grid.schema.sections import PolicySection, Section, TrainingSection, load_section
@@ -71,6 +72,7 @@ class CellBuilder:
             self._account_training(variant.sections["training"], idle)
         training = _with_old_logprobs(_without_idle(training, idle), policy, idle)  # type: ignore[arg-type]
         _refuse_sharded(policy, training)
+        refuse_kl_settings(training, policy, chosen.objective)  # type: ignore[arg-type]
         spellings = (variant.spelling,)
         return Cell(chosen.objective, task, policy, training, seed, chosen.algorithm, spellings)  # type: ignore[arg-type]
 
@@ -266,14 +268,9 @@ def idle_training(training: TrainingSection, objective: Objective) -> dict[str, 
         idle["overlong_penalty"] = "there is no overlong_buffer"
     if training.sampler is not None:
         idle |= {f"sampler.{name}": reason for name, reason in training.sampler.idle.items()}
-    if training.critic is None and training.beta_control is None and training.trust_region is None:
-        return idle
+    idle |= idle_kl_settings(training, objective)
     if training.critic is not None and objective.advantage != "gae" and not names_user_code(objective.advantage):
         idle["critic"] = "only the advantage 'gae' reads a critic's values"
-    canonical = objective.canonical_form(training.on_policy).canonical
-    has_beta = "placement.beta" in canonical or names_user_code(objective.placement)
-    if training.beta_control is not None and not has_beta:
-        idle["beta_control"] = "no KL term has a coefficient"
     if training.trust_region is not None and training.on_policy:
         idle["trust_region"] = "every ratio is 1: one update per rollout"
     return idle

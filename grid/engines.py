@@ -11,6 +11,7 @@ from typing import Any
 
 from klab.grid.catalogue import value_of
 from klab.grid.errors import UserError
+from klab.grid.kl_settings import compares_distributions, idle_kl_settings, keeps_copy
 from klab.grid.objective import Objective
 from klab.grid.schema.policy import PolicySection
 from klab.grid.schema.training import TrainingSection
@@ -95,7 +96,7 @@ SET_BY_KLAB: dict[str, str] = {
         ),
         _NO_TERM,
     ),
-    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _NO_TERM),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "training.reference"),
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "policy.dtype"),
     **dict.fromkeys(
         ("gradient_checkpointing", "activation_checkpointing"),
@@ -213,6 +214,7 @@ def refuse_unsupported(training: TrainingSection, policy: PolicySection, objecti
     if training.engine != "trl":
         return
     _refuse_training(training)
+    _refuse_reference(training, policy, objective)
     _refuse_sampler(training, policy, objective)
     _refuse_fields(training)
     if not names_user_code(objective.advantage) and "logits" in value_of("advantage", objective.advantage).needs:
@@ -257,6 +259,24 @@ def _refuse_training(training: TrainingSection) -> None:
         raise _unsupported("training.critic", training.critic.kind, "GRPOTrainer has no critic: set it to null")
     if training.group_size == 1:
         raise _unsupported("training.group_size", 1, "GRPOTrainer needs at least 2 completions per prompt")
+
+
+def _refuse_reference(training: TrainingSection, policy: PolicySection, objective: Objective) -> None:
+    """TRL moves a whole model of its own (`sync_ref_model`), as klab does, and keeps no policy of an earlier update."""
+    reference = training.reference
+    if reference is None:
+        return
+    if reference.follows == "rollout":
+        if keeps_copy(training, compares_distributions(objective, training.on_policy)):
+            raise _unsupported(
+                "objective.estimator", objective.estimator, "TRL keeps no copy of the policy that drew the rollout"
+            )
+    elif policy.lora is not None and "reference" not in idle_kl_settings(training, objective):
+        raise _unsupported(
+            "training.reference",
+            "policy",
+            "beside adapters TRL has no second model that could move: it switches them off",
+        )
 
 
 def _refuse_sampler(training: TrainingSection, policy: PolicySection, objective: Objective) -> None:

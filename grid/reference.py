@@ -21,12 +21,12 @@ from klab.grid.grid_file import KEYS
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.sections import Launcher, Resources
 from klab.grid.schema.task import TASKS, CustomTask, RewardTerm
 from klab.grid.schema.training import (
-    BetaControl,
     Critic,
     StopBounds,
     StopRule,
@@ -63,6 +63,7 @@ def reference() -> str:
     nested: dict[str, type[Section]] = {
         "critic": Critic,
         "beta_control": BetaControl,
+        "reference": ReferencePolicy,
         "trust_region": TrustRegion,
         "sampler": Sampler,
         "sampler.reject": Rejection,

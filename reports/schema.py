@@ -80,13 +80,19 @@ EVALUATIONS = {
     "reward": "mean reward of completions sampled at temperature 1 on held-out prompts",
     "pass_at_k": "share of held-out prompts solved by one of k samples",
     "k": "samples per prompt",
-    "reverse_kl": "KL(policy || reference) per trajectory in nats on fresh samples",
+    "reverse_kl": "KL(policy || the policy that the cell started from) per trajectory in nats on fresh samples",
     "completions": "completions sampled",
     "reward_se": "standard error of the reward from sampling completions, prompts held fixed",
-    "forward_kl": "KL(reference || policy) per trajectory in nats on samples of the reference",
+    "forward_kl": "KL(the policy that the cell started from || policy) per trajectory in nats on samples of the former",
     "entropy": "mean entropy per token in nats",
     "length": "mean number of own tokens",
 }
+
+EVALUATIONS_OF_SOME = {
+    "moving_kl": "KL(policy || its moving reference) per trajectory in nats on fresh samples (training.reference)",
+    "reward_timeouts": "rewards of the evaluation that a time limit decided (reward math)",
+}
+"""Columns that are there only where some cell has the setting behind them, beside `parts.NAME` of a reward's parts."""
 
 SUMMARY = {
     "task": CELLS["task"],

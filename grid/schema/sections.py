@@ -11,6 +11,7 @@ from klab.grid.errors import UserError
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from klab.grid.schema.sampler import Rejection, Sampler, check_sampler
 from klab.grid.schema.task import (
@@ -31,7 +32,6 @@ from klab.grid.schema.task import (
 )
 from klab.grid.schema.training import (
     NUMERICALLY_IDLE,
-    BetaControl,
     Critic,
     StopBounds,
     StopRule,
@@ -60,6 +60,7 @@ __all__ = [
     "Lora",
     "MathTask",
     "PolicySection",
+    "ReferencePolicy",
     "Rejection",
     "Resources",
     "RewardTerm",
@@ -272,6 +273,8 @@ def _user_error(kind: str, model: type[Section], error: ValidationError) -> User
     path = [str(part) for part in first["loc"] if "[" not in str(part)]  # a union's branch is no part of the file
     key = ".".join((kind, *path))
     if isinstance(cause, UserError):
+        if path and cause.key == path[-1]:  # of a field of a section within the section
+            return cause.with_location(prefix=".".join((kind, *path[:-1])))
         return cause.with_location(prefix=kind if cause.key else key)
     if first["type"] == "string_type" and isinstance(first.get("input"), int | float):
         written = first["input"]

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_val
 
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, NonNegative, Positive, Section, Share
+from klab.grid.schema.kl_term import BetaControl, ReferencePolicy, named_reference
 from klab.grid.schema.sampler import Sampler
 
 
@@ -32,19 +33,6 @@ class Critic(Section):
     """Of the value loss that flows into the trunk, with `kind: head`."""
     warmup_updates: Annotated[int, Field(ge=0)] = 0
     """First updates, in which only the critic learns."""
-
-
-class BetaControl(Section):
-    """Adaptive β (Ziegler et al. 2019, section 2.2): after each update β ← β·(1 + clip(KL/target − 1, ±0.2)/horizon).
-
-    KL is the update's mean k3 to the reference. The objective's β is the first one. An update that was skipped, or in
-    which only a critic learned, leaves β as it is.
-    """
-
-    target: Positive
-    """KL to the reference that β steers towards, in nats per own token."""
-    horizon: Positive = 10.0
-    """Updates over which β adapts: at 10 it moves by 2% at most in one update."""
 
 
 class TrustRegion(Section):
@@ -196,7 +184,10 @@ class TrainingSection(Section):
     critic: Critic | None = None
     """A learned value function for the advantage `gae`; null: V = 0."""
     beta_control: BetaControl | None = None
-    """Let β follow a KL target; null: β is constant."""
+    """Let β follow a KL target, or a schedule; null: β is constant."""
+    reference: ReferencePolicy | None = None
+    """A reference policy that moves: `{update_every: 100}` resets it to the policy, `{ema: 0.99}` lets it trail,
+    `rollout` is the policy that drew the rollout; null, or `fixed`: the policy that the cell starts from."""
     trust_region: TrustRegion | None = None
     """A penalty on KL(π_old‖π) in the loss; null: none."""
     lr: NonNegative = 1e-4
@@ -254,6 +245,11 @@ class TrainingSection(Section):
         """An empty mapping is the same as none."""
         return None if isinstance(given, Mapping) and not given else given
 
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _reference_in_a_word(cls, given: object) -> object:
+        return named_reference(given)
+
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Settings that came later are left out where they have their default, so that ids stay what they were."""
@@ -280,12 +276,28 @@ class TrainingSection(Section):
         return fresh and (self.sampler is None or self.sampler.correction != "ratio")
 
     @property
+    def draws_from_reference(self) -> bool:
+        """Whether every rollout is drawn from the policy that is the reference at that moment, and serves one update:
+        policy and reference are then the same wherever they are compared."""
+        reference = self.reference
+        if reference is None or not self.on_policy:
+            return False
+        return reference.follows == "rollout" or (reference.update_every == 1 and reference.ema == 0.0)
+
+    @property
+    def last_draw(self) -> int:
+        """Updates made when the last rollout is drawn."""
+        rollouts = -(-self.updates // self.optimizer_steps_per_rollout)
+        lag = 0 if self.behaviour == "reference" else self.lag
+        return max(0, (rollouts - 1) * self.optimizer_steps_per_rollout - lag)
+
+    @property
     def optimizer_steps_per_rollout(self) -> int:
         """Optimizer updates that one rollout serves."""
         return self.updates_per_rollout * self.minibatches
 
 
-LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop")
+LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop", "reference")
 """Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
 
 FINAL_SAMPLES = 32
@@ -300,6 +312,6 @@ rounds sums otherwise, as the number of processes does, which is no part of it e
 
 STACKABLE = (
     *("lr", "schedule", "warmup_updates", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_norm"),
-    "stop",
+    *("stop", "beta_control", "trust_region"),
 )
 """Training settings that cells of one pack need not share: they act on one cell's slice only."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -44,6 +44,16 @@ SAMPLES = 8_000
 """Trajectories of each Monte Carlo estimate."""
 
 Rows = list[dict[str, Any]]
+
+
+class Measured(NamedTuple):
+    """What is measured of a configuration: its objective and group size, whether its schedule is on-policy, and whether
+    its reference is the policy that drew the rollout."""
+
+    objective: Objective
+    group_size: int
+    on_policy: bool = False
+    drawn_reference: bool = False
 
 
 def gradients(
@@ -98,13 +108,14 @@ def gradients(
                 value=target,
                 hint="--product FILE measures all combinations once, and continues where it stopped.",
             )
-        sizes = {name: (objective, group_size or size) for name, (objective, size, _) in cells.items()}
+        if group_size is not None:
+            cells = {name: each._replace(group_size=group_size) for name, each in cells.items()}
         seen = _observed(owner) if owner is not None and updates is None and drift is None else {}
         with _user_code(target, owner):
-            rows = _survey_rows(sizes, seed, vocabulary, horizon, drift, updates, samples, seen)
+            rows = _survey_rows(cells, seed, vocabulary, horizon, drift, updates, samples, seen)
         owner = run_of(run) if run is not None else owner
         if owner is not None:
-            _keep(owner, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
+            _keep(owner, rows, cells)
     else:
         raise UserError("name a grid file, an algorithm or a run, or ask for --kl-table or --product FILE")
     if csv_file is not None:
@@ -128,28 +139,19 @@ def measure_run(run: Run, most: int, own_code: bool = False) -> None:
     if (run.report / "gradients.json").exists() and not own_code:
         return
     cells = _by_group([Cell.from_resolved(run.resolved(identity)) for identity in run.cells])
-    cells = {name: each for name, each in cells.items() if own_code or not each[0].is_custom}
+    cells = {name: each for name, each in cells.items() if own_code or not each.objective.is_custom}
     if not 0 < len(cells) <= most:
         return
     import torch
 
     torch.set_num_threads(1)
     with user_code.searching(known=run.user_code() if own_code else None):
-        rows = _survey_rows(
-            {name: (objective, size) for name, (objective, size, _) in cells.items()},
-            0,
-            3,
-            3,
-            None,
-            None,
-            SAMPLES,
-            _observed(run),
-        )
-    _keep(run, rows, {name for name, (_, _, on_policy) in cells.items() if on_policy})
+        rows = _survey_rows(cells, 0, 3, 3, None, None, SAMPLES, _observed(run))
+    _keep(run, rows, cells)
 
 
-def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | None]:
-    """Objective, group size and whether the schedule is on-policy, by configuration; and the run, if it is one."""
+def _cells(target: str) -> tuple[dict[str, Measured], Run | None]:
+    """What is measured, by configuration; and the run, if it is one."""
     from klab.grid.algorithms import algorithm_names, load_algorithm
 
     if (Path(target) / "manifest.json").exists():
@@ -158,7 +160,7 @@ def _cells(target: str) -> tuple[dict[str, tuple[Objective, int, bool]], Run | N
     if Path(target).exists() or (STUDIES / f"{target}.yaml").exists():
         return _by_group(grid_of(target).cells), None
     if target in algorithm_names():
-        return {target: (Objective(**load_algorithm(target).objective), 8, False)}, None
+        return {target: Measured(Objective(**load_algorithm(target).objective), 8)}, None
     studies = [path.stem for path in STUDIES.glob("*.yaml")]
     raise UserError(
         "neither a file, a study, an algorithm nor a run", key="GRID|ALGORITHM|RUN", value=target,
@@ -173,24 +175,31 @@ def _user_code(target: str, run: Run | None) -> AbstractContextManager[None]:
     return user_code.searching(Path(target).parent if Path(target).is_file() else None)
 
 
-def _by_group(cells: Sequence[Cell]) -> dict[str, tuple[Objective, int, bool]]:
-    return {cell.group: (cell.objective, cell.training.group_size, cell.training.on_policy) for cell in reversed(cells)}
+def _by_group(cells: Sequence[Cell]) -> dict[str, Measured]:
+    return {cell.group: _measured(cell) for cell in reversed(cells)}
+
+
+def _measured(cell: Cell) -> Measured:
+    training = cell.training
+    drawn = training.reference is not None and training.reference.follows == "rollout"
+    return Measured(cell.objective, training.group_size, training.on_policy, drawn)
 
 
 def _survey_rows(
-    configurations: dict[str, tuple[Objective, int]], seed: int, vocabulary: int, horizon: int,
+    configurations: dict[str, Measured], seed: int, vocabulary: int, horizon: int,
     drifts: Sequence[float] | None, updates: Sequence[int] | None, samples: int, observed: Mapping[str, Observed],
 ) -> Rows:  # fmt: skip
     from klab.harness.exact.gradient_table import INNER_UPDATES, RANDOM_DRIFTS, gradient_table
     from klab.harness.exact.instance import Instance
 
     entries = gradient_table(
-        dict(reversed(configurations.items())),
+        {name: each[:2] for name, each in reversed(configurations.items())},
         instance=Instance(vocabulary, horizon, seed),
         random_drifts=RANDOM_DRIFTS if drifts is None else drifts,
         inner_updates=INNER_UPDATES if updates is None else updates,
         samples=samples,
         observed=observed,
+        referring_to_behaviour={name for name, each in configurations.items() if each.drawn_reference},
         progress=_progress,
     )
     return [entry.row() for entry in entries]
@@ -245,11 +254,11 @@ def _progress(done: int, total: int) -> None:
         sys.stderr.flush()
 
 
-def _keep(run: Run, rows: Rows, on_policy: set[str]) -> None:
+def _keep(run: Run, rows: Rows, cells: dict[str, Measured]) -> None:
     """Leave the rows for the run's report, which reads the first of each configuration: that of its own schedule."""
 
     def distance(row: dict[str, Any]) -> int:
-        if row["group"] in on_policy:
+        if cells[row["group"]].on_policy:
             return 0 if row["drift"] == ON_POLICY else 1
         return 0 if row["drift"] == AS_TRAINED else 1 if is_own(str(row["drift"])) else 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,6 +67,7 @@ def gradient_table(
     inner_updates: Sequence[int] = INNER_UPDATES,
     samples: int = DEFAULT_SAMPLES,
     observed: Mapping[str, Observed] | None = None,
+    referring_to_behaviour: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GradientRow]:
     """Measure configurations on-policy, after random drifts and after inner updates of their own.
@@ -81,22 +82,28 @@ def gradient_table(
         inner_updates: numbers of inner updates, each at least 1.
         samples: trajectories of each Monte Carlo estimate.
         observed: by name, the drift that training showed, which is another setting then.
+        referring_to_behaviour: the configurations whose reference is the behaviour policy, for which that is the
+            instance's reference, too.
         progress: called with (done, all).
     """
     instance = instance or Instance()
     draws = SharedUpdates(instance.behaviour, samples, ENUMERATED_GROUPS, instance.seed)
-    fixed = [(ON_POLICY, instance.perturbed(0.0))]
-    fixed += [(f"random {scale:g}", instance.perturbed(scale)) for scale in random_drifts]
-    known: dict[tuple[Objective, int, Observed | None], list[GradientRow]] = {}
+    instances = {False: instance, True: instance.referring_to_behaviour()}
+    fixed: dict[bool, list[tuple[str, Setting]]] = {}
+    for drawn in {group in referring_to_behaviour for group in configurations}:
+        fixed[drawn] = [(ON_POLICY, instances[drawn].perturbed(0.0))]
+        fixed[drawn] += [(f"random {scale:g}", instances[drawn].perturbed(scale)) for scale in random_drifts]
+    known: dict[tuple[Objective, int, Observed | None, bool], list[GradientRow]] = {}
     entries: list[GradientRow] = []
     for done, (group, (objective, size)) in enumerate(configurations.items(), start=1):
-        seen = (observed or {}).get(group)
-        if (objective, size, seen) not in known:
-            settings = [*fixed, *_walk(instance, objective, size, inner_updates)]
+        seen, drawn = (observed or {}).get(group), group in referring_to_behaviour
+        own, key = instances[drawn], (objective, size, seen, drawn)
+        if key not in known:
+            settings = [*fixed[drawn], *_walk(own, objective, size, inner_updates)]
             if seen is not None:
-                nats = seen.kl * instance.horizon
-                settings.append((AS_TRAINED, instance.drifted(objective, size, seen.updates, nats)))
-            known[objective, size, seen] = [
+                nats = seen.kl * own.horizon
+                settings.append((AS_TRAINED, own.drifted(objective, size, seen.updates, nats)))
+            known[key] = [
                 GradientRow(
                     group,
                     drift,
@@ -105,7 +112,7 @@ def gradient_table(
                 )
                 for drift, setting in settings
             ]
-        entries += [GradientRow(group, entry.drift, entry.kl, entry.report) for entry in known[objective, size, seen]]
+        entries += [GradientRow(group, entry.drift, entry.kl, entry.report) for entry in known[key]]
         if progress is not None:
             progress(done, len(configurations))
     return entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,12 @@ class Instance:
         every = len(behaviour.trajectories)
         accepted = torch.randperm(every, generator=generator) < every / 2
         object.__setattr__(self, "reward", accepted.to(torch.float64))
+
+    def referring_to_behaviour(self) -> Instance:
+        """The same but for the reference, which is the behaviour policy (`training.reference: rollout`)."""
+        other = copy(self)
+        object.__setattr__(other, "reference", self.behaviour)
+        return other
 
     def at(self, policy: TabularPolicy) -> Setting:
         """The setting whose current policy is `policy`."""

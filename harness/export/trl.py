@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from klab.grid import Objective, UserError
-from klab.grid.schema.sections import TrainingSection
+from klab.grid.schema.sections import ReferencePolicy, TrainingSection
 from klab.harness.export.family import Condition, Family, find
 from klab.harness.export.setting import (
     Export,
@@ -202,8 +202,29 @@ def _training(training: TrainingSection, target: str, loss_type: str) -> tuple[d
     }
     if training.truncated == "mask":
         found["mask_truncated_completions"] = True
+    if training.reference is not None:
+        found |= _moving_reference(training.reference)
     differences = overlong_differences(training, "trl.rewards.get_soft_overlong_punishment")
     return found | _sampler(training, target, loss_type), differences + sampler_differences(training, "TRL")
+
+
+def _moving_reference(reference: ReferencePolicy) -> dict[str, Any]:
+    """Arguments of a reference model that TRL moves as klab does, after the same updates.
+
+    Raises:
+        UserError: it is the policy that drew the rollout, which TRL does not keep.
+    """
+    if reference.follows == "rollout":
+        raise UserError(
+            "TRL cannot express this cell: its reference is a model of its own, not the policy that drew the rollout",
+            key="training.reference",
+            value="rollout",
+        )
+    return {
+        "sync_ref_model": True,
+        "ref_model_mixup_alpha": 1.0 - reference.ema,
+        "ref_model_sync_steps": reference.update_every,
+    }
 
 
 def _sampler(training: TrainingSection, target: str, loss_type: str) -> dict[str, Any]:

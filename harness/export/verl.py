@@ -220,7 +220,12 @@ def training_overrides(training: TrainingSection, objective: Objective) -> tuple
     for name, plain, why in (
         ("equal_groups", ("keep", "refill"), "what it filters, it draws again"),
         ("truncated", ("keep",), "it trains on truncated samples"),
-        ("beta_control", (None,), "the KL that its adaptive coefficient follows is another one"),
+        (
+            "beta_control",
+            (None,),
+            "the KL that its adaptive coefficient follows is another one, and it has no schedule",
+        ),
+        ("reference", (None,), "its reference policy stays where it is"),
         ("schedule", ("constant", "cosine"), "its learning rate is constant or falls as a cosine"),
     ):
         if getattr(training, name) not in plain:

@@ -132,6 +132,7 @@ def update_context(
     groups = batch.grouping() if groups is None else groups
     view = View(batch, mask, update, groups=groups)
     phi = _detached_kl(functions, batch, view) if phi is None else phi
+    phi = None if coefficients.kl == 0.0 else phi  # 0 times an overflow is no number
     rewards = batch.rewards.to(dtype)
     token_rewards = torch.where(last_token_mask(mask), rewards[:, None], 0.0)
     if functions.placement.reward is not None and phi is not None:
@@ -224,7 +225,7 @@ def _terms(
     logp = kappa if functions.placement.log_ratio_surrogate else masked(batch.logp, mask)
     surrogate = masked(zero_preserving_product(factor, advantages) * functions.path(logp, log_rho), mask)
     policy_loss = -functions.aggregation(surrogate, mask, context.totals)
-    if functions.placement.loss is None:
+    if functions.placement.loss is None or context.coefficients.kl == 0.0:
         kl_loss = torch.zeros_like(policy_loss)
     else:
         phi = masked(functions.placement.loss(_kl(functions, batch, view, kappa), log_rho), mask)

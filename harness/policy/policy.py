@@ -162,6 +162,11 @@ class Policy(Scorer, Protocol):
         """
         ...
 
+    def trailing_copy(self) -> Policy:
+        """A copy without gradient in which every cell has trained weights of its own, adapters included, to be changed
+        in place: a reference policy that moves."""
+        ...
+
     def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> Policy:
         """A copy in another precision to sample from: `earlier`, one that was made before, brought up to date where
         that can be done."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from klab.grid import Cell, Objective, UserError, user_code
 from klab.grid.catalogue import AXES
 from klab.grid.engines import engine_notes
+from klab.grid.kl_settings import reference_notes, refuse_late_logits
 from klab.grid.schema.training import TrainingSection
 from klab.grid.user_code import names_user_code
 from klab.harness.policy.footprint import Footprint, Workload
@@ -52,6 +53,8 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             if cell.training.engine == "trl" and cell.training.trl not in engines:
                 engines.add(cell.training.trl)
                 yield from _tried(partial(_check_trl, cell.training), file, "training.trl")
+            if cell.training.reference is not None and cell.objective.is_custom:
+                yield from _tried(partial(_check_reference, cell), file, "training.reference")
             task_key, policy_key = cell.task.model_dump_json(), cell.policy.model_dump_json()
             if task_key not in tasks:
                 tasks[task_key] = yield from _tried(partial(load_and_score, cell.task), file, "task", cell.task.name)
@@ -61,7 +64,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             if task is None:
                 continue
             known = (*sampling_notes(cell.training), *divergence_notes(cell.objective), *engine_notes(cell.training))
-            for note in (*small_sets(cell, task), *known):
+            for note in (*small_sets(cell, task), *known, *reference_notes(cell.training)):
                 yield Finding(f"{file}: {note}", False)
             readable = True
             if model is not None and task.alphabet is None:
@@ -79,6 +82,14 @@ def _check_trl(training: TrainingSection) -> None:
     from klab.harness.engines.trl.settings import check_fields
 
     check_fields(training)
+
+
+def _check_reference(cell: Cell) -> None:
+    """What is known of built-in values when a grid file is read (`klab.grid.kl_settings`), of the user's own."""
+    from klab.harness.objective import axis_functions
+
+    if "logits_reference" in axis_functions(cell.objective).needs:
+        refuse_late_logits(cell.training, "an axis value of your own that asks for logits_reference")
 
 
 def _objective(objective: Objective, file: Path) -> Iterator[Finding]:

@@ -2,10 +2,10 @@
 
 At least there must be what a step needs, whatever the micro-batch. Counted are weights, float32 master weights beside
 16-bit ones, gradients (and the buffer in which a step makes 16-bit ones wide), Adam's moments, the frozen reference
-policy and the critic. Of weights that processes share out (`policy.sharding`) each has its part, and, while it samples
-and evaluates, whole weights beside it. For pretrained models activations, logits, keys and values come on top where
-their sizes are known (`policy/footprint.py`), with completions of full length. Samplers, reward models and the program
-itself are not counted.
+policy, one that moves (with float32 means of 16-bit weights), and the critic. Of weights that processes share out
+(`policy.sharding`) each has its part, and, while it samples and evaluates, whole weights beside it. For pretrained
+models activations, logits, keys and values come on top where their sizes are known (`policy/footprint.py`), with
+completions of full length. Samplers, reward models and the program itself are not counted.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from klab.grid import Cell
+from klab.grid.kl_settings import compares_distributions, keeps_copy
 from klab.harness.policy.footprint import Footprint, Workload
 from klab.harness.policy.stacked.architecture import Architecture
 
@@ -138,8 +139,16 @@ def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
         critic = cell.training.critic
         work = "" if cell.policy.name == "tiny" else f"{text(cell.task)}{workload_settings(cell)}"
         kind = critic.kind if critic is not None else ""
-        keys.append((text(cell.policy), task, kind, work, cell.training.engine))
+        keys.append((text(cell.policy), task, kind, work, cell.training.engine, _moving_reference(cell)))
     return keys
+
+
+def _moving_reference(cell: Cell) -> Literal["", "as it is", "averaged"]:
+    """Whether a cell holds a reference policy that moves, and whether its weights are means."""
+    training, objective = cell.training, cell.objective
+    if not keeps_copy(training, compares_distributions(objective, training.on_policy)):
+        return ""
+    return "averaged" if training.reference is not None and training.reference.ema else "as it is"
 
 
 def workload_settings(cell: Cell) -> tuple[int | None, ...]:
@@ -175,14 +184,18 @@ def estimate_memory(
         offloaded = getattr(policy, "offload", "none") != "none"
         return replace(_estimate_shared_out(cell, sizes, offloaded), footprint=footprint, work=work)
     per_cell = _trained(sizes.trained, sizes.trained_bytes)
+    moving, narrow = _moving_reference(cell), sizes.trained_bytes < 4
+    if moving:
+        wide = 4 if narrow and moving == "averaged" else 0
+        per_cell["moving reference"] = sizes.trained * (sizes.trained_bytes + wide)
     # whole weights are copied for the reference, once where cells start alike; adapters are only switched off
     shared = {"frozen base": sizes.frozen_bytes}
     shared["reference"] = 0 if sizes.frozen_bytes else sizes.trained * sizes.trained_bytes
-    widened = 4 * sizes.largest if sizes.trained_bytes < 4 else 0
+    widened = 4 * sizes.largest if narrow else 0
     shared["float32 gradients"] = widened
     if critic is not None:
         head = _trained(sizes.hidden_size + 1, max(4, sizes.trained_bytes))
-        own = per_cell if critic.kind == "model" else {}
+        own = _trained(sizes.trained, sizes.trained_bytes) if critic.kind == "model" else {}
         per_cell = per_cell | {"critic": sum(own.values()) + sum(head.values())}
         if critic.kind == "model":
             shared["critic's frozen base"], shared["critic's float32 gradients"] = sizes.frozen_bytes, widened

@@ -94,6 +94,7 @@ def representatives(cells: Iterable[Cell]) -> list[Cell]:
             training.critic.kind if training.critic is not None else None,
             training.evaluation_prompts,
             (training.engine, training.trl, training.sampler),
+            training.reference and (training.reference, training.on_policy, cell.objective.estimator),
             workload_settings(cell),
         )
         found.setdefault(key, cell)

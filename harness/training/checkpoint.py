@@ -1,6 +1,7 @@
 """Checkpoint of one cell between two updates: a single safetensors file.
 
-Tensors: weights, Adam moments and step count of the policy and of its critic, and for every rollout that is not used
+Tensors: weights, Adam moments and step count of the policy and of its critic, weights of a reference policy that moves,
+and for every rollout that is not used
 up yet its tokens, masks, log-probabilities, rewards and values. Counters and adaptive coefficients are JSON in the
 file's metadata. Nothing else is needed: random numbers are pure functions of what they are for (`runtime/rng.py`), and
 a lagged rollout is sampled when the policy has the right weights (`optim/schedule.py`), so that neither generator
@@ -73,6 +74,7 @@ class CellState:
         pending: rollouts drawn and not used up, oldest first.
         critic: weights, moments and step count of its critic by name, likewise; empty without one.
         coefficients: those of the next update.
+        reference: weights of its reference policy by name, where that moves; else empty.
         shards: the folder of weights and moments that processes share out (`distributed/sharded_checkpoint.py`), of
             which `optimizer` has the step count alone; None where it has everything.
     """
@@ -84,6 +86,7 @@ class CellState:
     pending: list[Experience] = field(default_factory=list)
     critic: dict[str, Tensor] = field(default_factory=dict)
     coefficients: LossCoefficients = field(default_factory=LossCoefficients)
+    reference: dict[str, Tensor] = field(default_factory=dict)
     shards: Path | None = None
 
 
@@ -110,6 +113,7 @@ def _stored(state: CellState) -> dict[str, Tensor]:
     numbers' width."""
     tensors = {f"optimizer/{name}": value for name, value in state.optimizer.items()}
     tensors |= {f"critic/{name}": value for name, value in state.critic.items()}
+    tensors |= {f"reference/{name}": value for name, value in state.reference.items()}
     for place, experience in enumerate(state.pending):
         tensors |= {f"pending/{place}/{name}": value for name, value in _tensors(experience).items()}
     return {name: tensors[name].detach() for name in _in_order(tensors)}
@@ -190,6 +194,7 @@ def read(file: Path, cell: str, device: torch.device) -> CellState:
         pending=pending,
         critic=_below(tensors, "critic/"),
         coefficients=LossCoefficients(**counters["coefficients"]),
+        reference=_below(tensors, "reference/"),
         shards=sharded_checkpoint.find(file.parent, counters["update"]),
     )
 

@@ -1,9 +1,11 @@
-"""Evaluation on held-out prompts, the same for every cell: accuracy, reward, pass@k, and exact KL to the reference.
+"""Evaluation on held-out prompts, the same for every cell: accuracy, reward, pass@k, and exact KL to the start.
 
 The prompts are the same for all cells of a run, whatever their seed. Completions are drawn at temperature 1 without
 top-p, and both divergences are exact at every own position (over the whole vocabulary), summed over a trajectory's
 own tokens and averaged over trajectories: the reverse one on fresh samples of the current policy, the forward one
-on samples of the reference policy. All draws have generators of their own, so evaluating never changes training.
+on samples of the reference policy. That reference is the policy that a cell started from, whatever its KL term is
+compared with: one yardstick for all cells. KL to a reference that moves is a number of its own. All draws have
+generators of their own, so evaluating never changes training.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class EvalOutputs:
         scores, texts: of the M samples.
         tokens: float64 [M], own tokens of each sample.
         reverse, entropy: float64 [M], see `sequence_divergence`.
+        moving: as `reverse`, to a reference policy that moves; none where it stays.
         forward: float64 [prompts × `evaluation_samples`], on samples of the reference.
     """
 
@@ -69,11 +72,12 @@ class EvalOutputs:
     reverse: Tensor
     forward: Tensor
     entropy: Tensor
+    moving: Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[EvalOutputs]) -> EvalOutputs:
         """Concatenate the outputs for several parts of a cell's prompts."""
-        tensors = ("tokens", "reverse", "forward", "entropy")
+        tensors = ("tokens", "reverse", "forward", "entropy", "moving")
         return cls(
             [score for part in parts for score in part.best],
             [score for part in parts for score in part.scores],
@@ -126,12 +130,15 @@ def evaluate(
     update: int,
     budget: MemoryBudget = UNLIMITED,
     process_group: ProcessGroup = SINGLE_PROCESS,
+    moving: Policy | None = None,
 ) -> list[Row]:
     """One row of evaluations.jsonl per cell, after `update` updates. The processes of the group share the
     prompts.
 
     Args:
+        reference: the policies that the cells started from.
         budget: what may go through the policies at once.
+        moving: the references of their KL terms, where these move.
 
     Raises:
         CellFailure: where a cell's reward raises.
@@ -144,7 +151,7 @@ def evaluate(
         share = process_group.shard(len(examples[0]))
         if not share:
             return []
-        return _eval_outputs(policy, reference, settings, members, eval_sets, update, budget, share, sampler)
+        return _eval_outputs(policy, reference, moving, settings, members, eval_sets, update, budget, share, sampler)
 
     with gathered(process_group, policy, reference):
         parts = [part for part in process_group.all_gather_object("answers", answered, policy.device) if part]
@@ -164,6 +171,7 @@ def evaluate(
                 "k": k,
                 "reverse_kl": finite(float(found.reverse.mean())),
                 "forward_kl": finite(float(found.forward.mean())),
+                **({} if moving is None else {"moving_kl": finite(float(found.moving.mean()))}),
                 "entropy": finite(float(found.entropy.sum() / found.tokens.sum().clamp(min=1))),
                 "length": float(found.tokens.mean()),
                 "parts": _parts(scores),
@@ -184,6 +192,7 @@ def evaluate(
 def _eval_outputs(
     policy: Policy,
     reference: Policy,
+    moving: Policy | None,
     settings: PackSettings,
     members: Sequence[PackedCell],
     eval_sets: Sequence[EvalSet],
@@ -202,6 +211,9 @@ def _eval_outputs(
     fresh = drawing(samples, ("evaluation", update), settings.max_new_tokens, share=share)
     kept = [eval_set.reference for eval_set in eval_sets if eval_set.reference is not None]
     reverse, entropy = sequence_divergence(policy, reference, fresh, settings.max_new_tokens, budget)
+    followed = [each[:0] for each in reverse]
+    if moving is not None:
+        followed, _ = sequence_divergence(policy, moving, fresh, settings.max_new_tokens, budget)
     forward, _ = sequence_divergence(reference, policy, kept, settings.max_new_tokens, budget)
     own = [listed[share.start : share.stop] for listed in examples]
     return [
@@ -213,6 +225,7 @@ def _eval_outputs(
             reverse=reverse[c],
             forward=forward[c],
             entropy=entropy[c],
+            moving=followed[c],
         )
         for c in range(len(members))
     ]

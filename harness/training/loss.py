@@ -22,11 +22,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from klab.grid.schema.sections import Sampler
 from klab.harness.objective import LossCoefficients, TokenBatch, UpdateContext, objective_loss, update_context
 from klab.harness.policy.hf.sharded import ShardedPolicy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.training.data.experience import Experience
+from klab.harness.training.data.experience import Experience, old_policy
 from klab.harness.training.data.overlong import excluded_rows, training_rewards
 from klab.harness.training.data.sampler_mismatch import correction_weights
 from klab.harness.training.distributed.gathering import gathered
@@ -201,16 +200,22 @@ def token_batch(
     sampler, excluded, correction = training.sampler, excluded_rows(member, rollout), None
     if sampler is not None and experience.old_logprobs is not None:
         correction = correction_weights(sampler, experience.old_logprobs, rollout.logp, rollout.mask)
+    old, reference = old_policy(rollout, experience.old_logprobs, sampler)[rows], experience.reference_logprobs[rows]
+    logits_reference = computed.logits_reference
+    if training.on_policy:
+        old = computed.logp.detach()
+        if training.reference is not None and training.reference.follows == "rollout":
+            reference, logits_reference = old, None if computed.logits is None else computed.logits.detach()
     return TokenBatch(
         logp=computed.logp,
-        logp_behaviour=computed.logp.detach() if training.on_policy else _behaviour(experience, sampler)[rows],
-        logp_reference=experience.reference_logprobs[rows],
+        logp_behaviour=old,
+        logp_reference=reference,
         mask=rollout.mask[rows],
         rewards=training_rewards(member, rollout, experience.rewards)[rows],
         groups=rollout.groups[rows],
         max_new_tokens=member.max_new_tokens,
         logits=computed.logits,
-        logits_reference=computed.logits_reference,
+        logits_reference=logits_reference,
         greedy_rewards=None if experience.greedy_rewards is None else experience.greedy_rewards[rows],
         values=None if experience.values is None else experience.values[rows],
         correction=None if correction is None else correction[rows],
@@ -219,14 +224,6 @@ def token_batch(
         reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
         term_weights=None if experience.reward_terms is None else tuple((member.reward_weights or {}).values()),
     )
-
-
-def _behaviour(experience: Experience, sampler: Sampler | None) -> Tensor:
-    """log π_old [N, T]: the trainer's own where it was computed, unless the ratio is to the sampler."""
-    old_logprobs = experience.old_logprobs
-    if old_logprobs is None or (sampler is not None and sampler.correction == "ratio"):
-        return experience.rollout.logp
-    return old_logprobs
 
 
 def _objective_loss(

@@ -31,6 +31,7 @@ from klab.harness.training.forward import Models
 from klab.harness.training.metrics import Row
 from klab.harness.training.optim import kl_controller
 from klab.harness.training.optim.critic import Critics
+from klab.harness.training.optim.moving_reference import MovingReference
 from klab.harness.training.optim.optimizer import StackedAdamW
 from klab.harness.training.optim.sharded_optimizer import ShardedAdamW
 from klab.harness.training.pack_settings import PackSettings
@@ -51,7 +52,8 @@ class Pack:
         members: the cells.
         settings: what they have in common.
         policy: their stacked policies, in training.
-        reference: their starting policies, frozen.
+        start: their starting policies, frozen: what evaluations compare with.
+        moving: references that move; None where the starting policies are the references, or π_old is.
         critics: what they learn beside it; None where no member asks for one.
         coefficients: of the next update, per member.
         done: updates made.
@@ -67,9 +69,10 @@ class Pack:
         self.channel = channel or CommandChannel()
         self.settings = PackSettings.of(self.members)
         self.policy: Policy = self._stack()
-        self.reference: Policy = self.policy.frozen_copy()
+        self.start: Policy = self.policy.frozen_copy()
         trainings = [member.cell.training for member in self.members]
         self.optimizer = self._new_optimizer()
+        self.moving = MovingReference.of(self.settings, self.members, self.policy, self.optimizer)
         self.critics = Critics.of(self.settings.critic, trainings, self.policy, self._stack)
         self.coefficients = [kl_controller.initial_coefficients(member.cell) for member in self.members]
         self.done = 0
@@ -105,6 +108,11 @@ class Pack:
         if isinstance(self.policy, ShardedPolicy):
             return ShardedAdamW(self.policy, trainings[0], self.channel.process_group)
         return StackedAdamW(self.policy.parameters, trainings)
+
+    @property
+    def reference(self) -> Policy:
+        """The reference policies as they are now."""
+        return self.start if self.moving is None else self.moving.policy
 
     @property
     def finished(self) -> bool:
@@ -155,6 +163,8 @@ class Pack:
         )
         # from here on the update has been made: nothing below may fail
         self.done += 1
+        if self.moving is not None:
+            self.moving.follow(self.done)
         if self.done % self._schedule.updates_per_rollout == 0:
             self.pending.pop(0)
         drawn = [
@@ -165,8 +175,7 @@ class Pack:
         for c, row in enumerate(rows):
             self.streaks[c] = self.streaks[c] + 1 if row["nonfinite"] else 0
             row.update(filtered[c])
-            if row.get("loss_tokens") != 0:
-                self.coefficients[c] = kl_controller.adapt_coefficients(self.members[c].cell, self.coefficients[c], row)
+            self.coefficients[c] = kl_controller.next_coefficients(self.members[c].cell, self.coefficients[c], row)
             row.update(seconds[c])
         return rows
 
@@ -188,6 +197,8 @@ class Pack:
             behaviour = self.reference
         first = self.done // self._schedule.updates_per_rollout
         for number in range(first + len(self.pending), self._schedule.rollouts_needed(self.done)):
+            if self.moving is not None:
+                self.moving.follow_rollout()
             with torch.no_grad():
                 drawn = collect_rollouts(
                     self.settings,
@@ -213,19 +224,20 @@ class Pack:
         with torch.no_grad():
             if not self._eval_sets:
                 self._eval_sets = prepare_eval_sets(
-                    self.settings, self.members, self.reference, self.budget, self.channel.process_group
+                    self.settings, self.members, self.start, self.budget, self.channel.process_group
                 )
-                if not self.settings.samples_reference:
-                    self.reference.release_memory()  # it draws no more
+                if not (self.settings.samples_reference and self.moving is None):
+                    self.start.release_memory()  # it draws no more
             rows = evaluate(
                 self.policy,
-                self.reference,
+                self.start,
                 self.settings,
                 self.members,
                 self._eval_sets,
                 self.done,
                 self.budget,
                 self.channel.process_group,
+                moving=None if self.moving is None else self.moving.policy,
             )
         self.evaluated = self.done
         seconds, parts = time.perf_counter() - started, shares([row["length"] for row in rows])
@@ -273,6 +285,7 @@ class Pack:
             [experiences[position] for experiences in self.pending],
             {} if self.critics is None else self.critics.optimizer.state(position),
             self.coefficients[position],
+            reference={} if self.moving is None else self.moving.state(position),
         )
 
     @classmethod
@@ -288,6 +301,8 @@ class Pack:
             pack.optimizer.restore(position, state.optimizer)
             if pack.critics is not None:
                 pack.critics.optimizer.restore(position, state.critic)
+            if pack.moving is not None:
+                pack.moving.restore(position, state.reference)
         pack.streaks = [state.streak for state in states]
         pack.coefficients = [state.coefficients for state in states]
         pack.pending = [list(each) for each in zip(*(state.pending for state in states), strict=True)]
@@ -316,7 +331,8 @@ class Pack:
         if isinstance(self.policy, ShardedPolicy):  # each process has numbers of its own
             return (self.done,)
         taught = {} if self.critics is None else self.critics.optimizer.parameters
-        return (self.done, *checksum([*self.policy.parameters.values(), *taught.values()]))
+        followed = {} if self.moving is None else self.moving.weights
+        return (self.done, *checksum([*self.policy.parameters.values(), *taught.values(), *followed.values()]))
 
 
 def device() -> torch.device:

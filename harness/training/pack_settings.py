@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from klab.grid.schema.sections import Critic, PolicySection, Sampler
+from klab.grid.schema.sections import Critic, PolicySection, ReferencePolicy, Sampler
 from klab.harness.training.microbatch import MemoryBudget
 from klab.harness.training.optim.schedule import RolloutSchedule
 from klab.harness.training.packed_cell import PackedCell
@@ -25,6 +25,7 @@ class PackSettings:
         budget: what may go through a policy at once.
         samples_reference: rollouts come from the reference policy (`behaviour: reference`).
         recomputes_old: the trainer computes π_old of what its own policy sampled (`old_logprobs: trainer`).
+        reference: how the reference policy moves; None where it stays.
         refills: dynamic sampling (`equal_groups: refill`).
         max_new_tokens: the completion budget, the task's where the cell sets none.
         needs_logits: objectives compare whole distributions (estimator `full`).
@@ -41,6 +42,7 @@ class PackSettings:
     top_p: float
     samples_reference: bool
     recomputes_old: bool
+    reference: ReferencePolicy | None
     refills: bool
     refill_rounds: int
     sampler: Sampler | None
@@ -53,6 +55,11 @@ class PackSettings:
     max_new_tokens: int
     needs_logits: bool
     needs_greedy: bool
+
+    @property
+    def reference_is_behaviour(self) -> bool:
+        """Whether the reference policy is the one that drew the rollout (`reference: rollout`)."""
+        return self.reference is not None and self.reference.follows == "rollout"
 
     @property
     def sampling_temperature(self) -> float:
@@ -98,6 +105,7 @@ class PackSettings:
             top_p=training.top_p,
             samples_reference=training.behaviour == "reference",
             recomputes_old=training.recomputes_old,
+            reference=training.reference,
             refills=training.equal_groups == "refill",
             refill_rounds=training.refill_rounds,
             sampler=training.sampler,

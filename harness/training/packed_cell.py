@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from klab.grid.cell import Cell
+from klab.grid.kl_settings import keeps_copy
 from klab.grid.schema.training import STACKABLE
 from klab.harness.objective import axis_functions
 from klab.harness.policy.load import is_sharded
@@ -62,6 +63,16 @@ class PackedCell:
         return "logits" in axis_functions(self.cell.objective).needs
 
     @property
+    def needs_reference_logits(self) -> bool:
+        """Whether the objective reads those of the reference policy, too."""
+        return "logits_reference" in axis_functions(self.cell.objective).needs
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the cell holds a reference policy that moves, beside the one that it started from."""
+        return keeps_copy(self.cell.training, self.needs_reference_logits)
+
+    @property
     def needs_greedy(self) -> bool:
         """Whether the objective reads the reward of a greedy completion of each prompt."""
         return "greedy_rewards" in axis_functions(self.cell.objective).needs
@@ -102,6 +113,7 @@ class PackedCell:
         examined = min(len(self.split("held_out")), self.cell.training.evaluation_prompts)
         policy = self.cell.policy
         phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
+        phases.append(self.keeps_reference)
         engine = [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
         adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]
         alone = self.id if is_sharded(policy) else None

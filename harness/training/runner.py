@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klab.grid.errors import UserError
+from klab.grid.kl_settings import reference_notes
 from klab.harness.policy.init.initial_policy import initial_policy
 from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
@@ -110,7 +111,7 @@ def run_cells(
                 held_out, train = len(member.split("held_out")), len(member.split("train"))
                 precision = precision_notes(member.cell.policy, device().type != "cpu")
                 known = (*sampling_notes(training), *divergence_notes(member.cell.objective), *precision)
-                for note in (*small_set_notes(training, train, held_out), *known):
+                for note in (*small_set_notes(training, train, held_out), *known, *reference_notes(training)):
                     runner.print_once(note)
                 waiting.setdefault((member.shape(), state.update if state else 0), []).append((member, state))
         for alike in waiting.values():

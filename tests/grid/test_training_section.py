@@ -19,6 +19,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "critic": {"critic": {"kind": "head"}},
     "beta_control": {"beta_control": {"target": 0.1}},
     "trust_region": {"trust_region": {}},
+    "scheduled β": {"beta_control": {"schedule": "linear", "end": 0.04}},
+    "reference": {"reference": {"update_every": 10}},
 }
 
 
@@ -32,6 +34,12 @@ CONTROLS: dict[str, dict[str, Any]] = {
         ("trust_region", {"weight": "one"}, {"training.updates_per_rollout": 2, "weight": "one"}),
         ("trust_region", {"weight": "one"}, {"training.lag": 1, "weight": "one"}),
         ("trust_region", {"weight": "one"}, {"training.behaviour": "reference", "weight": "one"}),
+        ("reference", {"placement": "none"}, {"placement": "reward"}),
+        ("reference", {"placement": "log_ratio"}, {"placement": "none", "training.behaviour": "reference"}),
+        ("reference", {"beta": 0.0}, {"placement": "none", "weight": "own.module:weight"}),
+        ("reference", {"training.updates": 10}, {"training.updates": 11}),
+        ("reference", {"training.updates": 13, "training.lag": 3}, {"training.updates": 14, "training.lag": 3}),
+        ("reference", {"training.updates": 12, "training.updates_per_rollout": 6}, {"training.updates": 13}),
     ],
 )
 def test_a_setting_is_left_off_where_it_does_nothing_and_refused_where_it_never_acts(
@@ -171,3 +179,113 @@ def test_completions_of_the_last_evaluation() -> None:
 
 def test_a_cell_without_later_settings_has_the_id_that_it_always_had() -> None:
     assert grid_of().cells[0].id == "k3-loss-group_norm-s0-26b6f972"
+
+
+def test_an_adaptive_beta_is_written_as_before_there_were_schedules() -> None:
+    (cell,) = grid_of(training={"beta_control": {"target": 0.1}}).cells
+    assert cell.resolved()["training"]["beta_control"] == {"target": 0.1, "horizon": 10.0}
+    assert cell.id == "k3-loss-group_norm-s0-e0a84c95"
+    (other,) = grid_of(training={"beta_control": {"schedule": "cosine", "end": 0.01, "updates": 20}}).cells
+    assert other.resolved()["training"]["beta_control"] == {"schedule": "cosine", "end": 0.01, "updates": 20}
+    assert Cell.from_resolved(other.resolved()) == other
+
+
+def test_a_beta_that_begins_where_it_ends_has_no_schedule() -> None:
+    control = {"schedule": "cosine", "end": 0.04}
+    cells = grid_of(training={"beta_control": control}, axes={"beta": [0.04, 0.1]}).cells
+    assert [cell.training.beta_control is None for cell in cells] == [True, False]
+
+
+def test_a_reference_in_a_word_and_as_a_section() -> None:
+    rules = ["fixed", "rollout", {"update_every": 10}, {"ema": 0.9}, {"follows": "rollout"}, None]
+    cells = grid_of(training={"updates_per_rollout": 2}, axes={"training.reference": rules}).cells
+    assert len(cells) == 4
+    assert len({cell.id for cell in cells}) == 4
+    assert cells[0].training.reference is None
+    assert "reference" not in cells[0].resolved()["training"]
+    assert [cell.training.reference and cell.training.reference.follows for cell in cells[1:]] == [
+        "rollout",
+        "policy",
+        "policy",
+    ]
+    assert all(Cell.from_resolved(cell.resolved()) == cell for cell in cells)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"reference": "rollouts"}, r"training\.reference: unknown reference policy.*did you mean 'rollout'"),
+    ({"reference": {}}, r"training\.reference: says nothing of how the reference moves"),
+    ({"reference": {"ema": 1.0}}, r"training\.reference\.ema"),
+    ({"reference": {"ema": True}}, r"training\.reference\.ema: true and false"),
+    ({"reference": {"update_every": 0}}, r"training\.reference\.update_every"),
+    ({"reference": {"update_evry": 2}}, r"training\.reference: unknown key.*did you mean 'update_every'"),
+    ({"reference": {"follows": "rollout", "ema": 0.5}}, r"training\.reference\.ema: has no effect beside"),
+    ({"reference": "rollout", "behaviour": "reference"}, r"training\.reference\.follows: each is said to be the other"),
+    ({"beta_control": {"schedule": "linear", "target": 1}}, r"training\.beta_control\.target: has no effect on"),
+    ({"beta_control": {"schedule": "linear", "horizon": 5}}, r"training\.beta_control\.horizon: has no effect on"),
+    ({"beta_control": {"target": 1, "end": 0.5}}, r"training\.beta_control\.end: has no effect on schedule: adaptive"),
+    ({"beta_control": {"schedule": "cosine", "updates": 1}}, r"training\.beta_control\.updates"),
+    ({"beta_control": {"schedule": "cosin"}}, r"did you mean 'cosine'"),
+]
+
+
+@pytest.mark.parametrize(("training", "message"), REFUSED)
+def test_mistakes_in_the_kl_term(training: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        grid_of(training={"updates_per_rollout": 2, **training})
+
+
+@pytest.mark.parametrize(
+    ("training", "objective", "policy", "message"),
+    [
+        ({"reference": {"ema": 0.9}}, {}, {"lora": {"rank": 4}}, r"training\.reference\.ema: adapters are products"),
+        (
+            {"reference": {"update_every": 9}},
+            {},
+            {"sharding": "full"},
+            r"training\.reference: the reference of a model",
+        ),
+        ({"reference": {"update_every": 9}}, {"estimator": "full"}, {}, r"reference\.update_every: .*multiple of 2"),
+        (
+            {"reference": {"update_every": 8}, "lag": 1},
+            {"estimator": "full"},
+            {},
+            r"training\.lag: the estimator 'full'",
+        ),
+        (
+            {"reference": "rollout"},
+            {"estimator": "full"},
+            {"sharding": "full"},
+            r"training\.reference: the reference of",
+        ),
+    ],
+)
+def test_references_that_cannot_move_are_refused(
+    training: dict[str, Any], objective: dict[str, Any], policy: dict[str, Any], message: str
+) -> None:
+    settings = {"updates_per_rollout": 2, **training}
+    with pytest.raises(UserError, match=message):
+        grid_of(training=settings, objective=objective, policy={**HF, **policy})
+    (cell,) = grid_of(
+        training={**settings, "lag": 0, "reference": {"update_every": 8}}, objective=objective, policy=HF
+    ).cells
+    assert cell.training.reference is not None
+
+
+def test_what_never_reads_the_reference_is_refused_nothing() -> None:
+    """Without a KL term the reference is left off, and with it what it cannot move beside."""
+    policies = [{"policy.lora": {"rank": 4}, "placement": "none"}, {"placement": "loss"}]
+    cells = grid_of(training={"reference": {"ema": 0.9}}, policy=HF, design="list", cells=policies).cells
+    assert [cell.training.reference is None for cell in cells] == [True, False]
+
+
+def test_rollouts_shared_with_one_update_are_drawn_from_the_reference() -> None:
+    for given, expected in (
+        ("rollout", True),
+        ({"update_every": 1}, True),
+        ({"update_every": 2}, False),
+        ({"ema": 0.1}, False),
+    ):
+        (cell,) = grid_of(training={"reference": given}).cells
+        assert cell.training.draws_from_reference == expected
+    (cell,) = grid_of(training={"reference": "rollout", "lag": 1}).cells
+    assert not cell.training.draws_from_reference

@@ -277,7 +277,7 @@ def test_the_clipped_value_loss_is_verls() -> None:
 def test_an_adaptive_beta_is_verls() -> None:
     from verl.trainer.ppo.core_algos import AdaptiveKLController
 
-    from klab.harness.training.optim.kl_controller import adapt_coefficients, coefficient_metrics, initial_coefficients
+    from klab.harness.training.optim.kl_controller import coefficient_metrics, initial_coefficients, next_coefficients
 
     theirs = AdaptiveKLController(0.05, target_kl=0.1, horizon=25.0)
     training = TrainingSection(beta_control=BetaControl(target=0.1, horizon=25.0))
@@ -285,7 +285,7 @@ def test_an_adaptive_beta_is_verls() -> None:
     ours = initial_coefficients(cell)
     for update, kl in enumerate((0.3, 0.11, 0.1, 0.095, 0.0, 0.02), start=1):
         theirs.update(kl, n_steps=1)
-        ours = adapt_coefficients(cell, ours, {"update": update, "k3": kl, "kl_behaviour": 0.0, "nonfinite": False})
+        ours = next_coefficients(cell, ours, {"update": update, "k3": kl, "kl_behaviour": 0.0, "nonfinite": False})
         assert coefficient_metrics(cell, ours)["beta"] == pytest.approx(theirs.value, rel=1e-14)
 
 

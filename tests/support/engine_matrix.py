@@ -41,6 +41,8 @@ OWN = {
     "overlong_penalty": "as klab's own engine",
     "old_logprobs": "TRL's are always the trainer's",
     "beta_control": "as klab's own engine, after every update",
+    "reference": "`sync_ref_model`, `ref_model_mixup_alpha` = 1 − `ema`, `ref_model_sync_steps`; refused beside "
+    "adapters, FSDP and DeepSpeed; `rollout`: as klab's own engine, but for whole distributions off-policy",
     "trust_region": "as klab's own engine",
     "max_prompt_tokens": "as klab's own engine",
     "reward_seconds": "as klab's own engine",

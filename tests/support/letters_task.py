@@ -155,3 +155,9 @@ class TwoTerms(Letters):
             parts["tidy"] = float("a" not in completion)
         total = sum(self.reward_weights[name] * value for name, value in parts.items())
         return Score(total, parts["repeats"] >= 0.5, parts)
+
+
+def whole_distribution(log_ratio: Tensor, logits: Tensor, logits_reference: Tensor) -> Tensor:
+    """An estimator that reads the distributions of policy and reference over the whole vocabulary."""
+    p, q = logits.log_softmax(-1), logits_reference.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

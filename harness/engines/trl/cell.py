@@ -153,6 +153,8 @@ def train(
         state = _resumed(folder, trainer)
         if state is not None:
             trainer.coefficients = state.coefficients
+            if trainer.moves_reference:
+                checkpoints.read_reference(state, trainer.reference_weights())
         recorder = Recorder(folder, trainer, progress, stop, state)
         trainer.add_callback(recorder)
         trainer.train(resume_from_checkpoint=None if state is None else str(state.path))

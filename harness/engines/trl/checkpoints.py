@@ -1,10 +1,10 @@
 """Checkpoints of a cell on TRL: those of `transformers.Trainer`, each with a marker that says that it is whole.
 
 `cells/ID/checkpoint/checkpoint-N/` holds what the trainer saves after update N: weights as safetensors, the optimizer,
-the schedule, the state of the random number generators of every process. `klab.json` is written last, when everything
-is on the disk; a folder without it, or with a file that is shorter than it says, counts as none. Tensors are read with
-`weights_only`, so that reading runs no code. TRL's buffer of rollouts is not saved: checkpoints are made where it is
-used up.
+the schedule, the state of the random number generators of every process, and a reference policy that moves.
+`klab.json` is written last, when everything is on the disk; a folder without it, or with a file that is shorter than it
+says, counts as none. Tensors are read with `weights_only`, so that reading runs no code. TRL's buffer of rollouts is
+not saved: checkpoints are made where it is used up.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from klab.harness.objective import LossCoefficients
 from klab.harness.store import CellFolder, files
 
 MARKER = "klab.json"
+REFERENCE = "klab_reference.safetensors"
 SCHEMA = 1
 _PREFIX = "checkpoint-"
 _PICKLED = "training_args.bin"
@@ -41,6 +47,20 @@ class TrainerState:
     update: int
     streak: int
     coefficients: LossCoefficients
+
+
+def write_reference(folder: CellFolder, update: int, weights: Mapping[str, Tensor]) -> None:
+    """Add a reference policy that moves to the checkpoint that the trainer has just written, before it is whole."""
+    file = folder.checkpoint / f"{_PREFIX}{update}" / REFERENCE
+    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+
+
+@torch.no_grad()
+def read_reference(state: TrainerState, weights: Mapping[str, Tensor]) -> None:
+    """Put the reference policy of a checkpoint into these tensors, by the names that it was written with."""
+    stored = load_file(state.path / REFERENCE)
+    for name, value in weights.items():
+        value.copy_(stored[name])
 
 
 def complete(folder: CellFolder, update: int, streak: int, coefficients: LossCoefficients) -> None:

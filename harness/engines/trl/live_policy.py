@@ -20,6 +20,7 @@ class LivePolicy(TransformersPolicy):
         model: as TRL trains it, without the wrapper of its processes.
         generation_config: the checkpoint's.
         adapters: whether adapters take part; without them it is the reference policy.
+        weights: parameters that stand in for the model's own wherever it is used through this view.
     """
 
     def __init__(
@@ -28,9 +29,11 @@ class LivePolicy(TransformersPolicy):
         tokenizer: PreTrainedTokenizerFast,
         generation_config: Mapping[str, Any] | None,
         adapters: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(FunctionalModel(model), model.config, tokenizer, {}, {}, 1)
         self.lora_enabled = adapters
+        self._weights = dict(weights or {})
         self.generation_config = None if generation_config is None else dict(generation_config)
 
     @property
@@ -47,8 +50,8 @@ class LivePolicy(TransformersPolicy):
         return parameter
 
     def weights(self) -> list[dict[str, Tensor]]:
-        """No tensors to swap in: the model has its own."""
-        return [{}]
+        """What is swapped in: nothing where the model's own parameters are meant."""
+        return [self._weights]
 
     def select(self, cells: Sequence[int]) -> LivePolicy:
         """There is one cell."""

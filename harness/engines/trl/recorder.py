@@ -113,6 +113,8 @@ class Recorder(TrainerCallback):
         if self._writes:
             self._folder.assert_owner()
             self._folder.sync()
+            if self._trainer.moves_reference:
+                checkpoints.write_reference(self._folder, update, self._trainer.reference_weights())
             checkpoints.complete(self._folder, update, self._streak, self._trainer.coefficients)
         self._saved, self._saved_at = update, time.monotonic()
 
@@ -147,14 +149,16 @@ class Recorder(TrainerCallback):
         if self._evaluated >= update or not due:
             return
         started, trainer = time.perf_counter(), self._trainer
-        policy, reference = trainer.policies()
+        policy, reference, moving = trainer.policies()
         # sharded weights are only there while all processes go through the model together, in the same steps
         group = SINGLE_PROCESS if trainer.is_sharded else trainer.group
         members, budget = [trainer.member], self._settings.budget
         with torch.no_grad():
             if not self._eval_sets:
                 self._eval_sets = prepare_eval_sets(self._settings, members, reference, budget, group)
-            rows = evaluate(policy, reference, self._settings, members, self._eval_sets, update, budget, group)
+            rows = evaluate(
+                policy, reference, self._settings, members, self._eval_sets, update, budget, group, moving=moving
+            )
         trainer.model.train()
         self._evaluated = update
         row: Row = {**rows[0], "seconds": time.perf_counter() - started}

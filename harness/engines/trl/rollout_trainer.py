@@ -110,6 +110,10 @@ class RolloutTrainer(ScoringTrainer):
             sampled = torch.where(
                 sampled.isnan(), old, sampled
             )  # what vllm could not score counts as drawn by the trainer
+        training = self.member.cell.training
+        if training.reference is not None and training.reference.follows == "rollout":
+            to_sampler = sampled is not None and training.sampler is not None and training.sampler.correction == "ratio"
+            reference = sampled if to_sampler else old
         dtype = torch.float64 if self._exact else torch.float32
         reference, old = reference.to(dtype), old.to(dtype)
         device = tokens.device

@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from klab.grid import UserError
 from klab.harness.engines.trl.accelerated_group import AcceleratedGroup
 from klab.harness.engines.trl.live_policy import LivePolicy
+from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.hf.policy import train_padding_token
 from klab.harness.policy.pretrained import read_generation_config
 from klab.harness.policy.prompt import PromptEncoder
@@ -54,9 +57,33 @@ class ScoringTrainer(GRPOTrainer):  # type: ignore[misc]
         train_padding_token(self.model)
         _without_dropout(self.model)
         self._trailing = trailing_special_tokens(self._tokenizer)
+        self._start_weights = self._weights_before_moves()
         for model in (self.model, self.ref_model):
             if model is not None and not _is_rotary(model):
                 model.register_forward_pre_hook(_with_positions, with_kwargs=True)
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether TRL moves its reference model (`sync_ref_model`)."""
+        reference = self.member.cell.training.reference
+        return reference is not None and reference.follows == "policy"
+
+    def _weights_before_moves(self) -> dict[str, Tensor] | None:
+        """A copy of the weights of a reference that moves: what the cell starts from; None where it stays."""
+        if not self.moves_reference:
+            return None
+        if self.is_sharded or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise UserError(
+                "with training.engine: trl a reference moves where each process has the whole model",
+                key="training.reference",
+                hint="Leave FSDP or DeepSpeed out of resources.launcher, or the reference fixed.",
+            )
+        return {name: value.clone() for name, value in self.reference_weights().items()}
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """The weights of the reference model by name, as they lie there."""
+        found = FunctionalModel(self.accelerator.unwrap_model(self.ref_model)).parameters()
+        return {name: value.detach() for name, value in found.items()}
 
     def _set_end_tokens(self) -> None:
         """Let the tokens that end a turn for klab end a completion."""
@@ -143,13 +170,15 @@ class ScoringTrainer(GRPOTrainer):  # type: ignore[misc]
             with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
                 yield self.model
 
-    def policies(self) -> tuple[LivePolicy, LivePolicy]:
-        """The policy in training and the reference, to evaluate."""
+    def policies(self) -> tuple[LivePolicy, LivePolicy, LivePolicy | None]:
+        """The policy in training, the one that it started from, and a reference that moves, to evaluate."""
         policy = self.accelerator.unwrap_model(self.model_wrapped) if self.is_sharded else self.model
         reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        given = (self._tokenizer, self._generation_config)
         return (
-            LivePolicy(policy, self._tokenizer, self._generation_config),
-            LivePolicy(reference, self._tokenizer, self._generation_config, adapters=self.ref_model is not None),
+            LivePolicy(policy, *given),
+            LivePolicy(reference, *given, adapters=self.ref_model is not None, weights=self._start_weights),
+            LivePolicy(reference, *given) if self.moves_reference else None,
         )
 
     def sampling_view(self) -> LivePolicy:

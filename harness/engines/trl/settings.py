@@ -92,6 +92,12 @@ def grpo_arguments(
         "logging_strategy": "no",
         "report_to": "none",
     }
+    if training.reference is not None and training.reference.follows == "policy":
+        arguments |= {
+            "sync_ref_model": True,
+            "ref_model_mixup_alpha": 1.0 - training.reference.ema,
+            "ref_model_sync_steps": training.reference.update_every,
+        }
     if training.sampler is not None:
         arguments |= _vllm_arguments(training.sampler)
         own = written.get("generation_kwargs") or {}

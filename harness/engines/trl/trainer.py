@@ -20,7 +20,7 @@ from klab.harness.engines.trl.rollout_trainer import RolloutTrainer
 from klab.harness.engines.trl.update import ExtraPass, Update, needs_current_policy
 from klab.harness.objective import LossCoefficients, detached_kl
 from klab.harness.training.metrics import Row
-from klab.harness.training.optim.kl_controller import adapt_coefficients, initial_coefficients
+from klab.harness.training.optim.kl_controller import initial_coefficients, next_coefficients
 from klab.harness.training.optim.schedule import learning_rate
 from klab.harness.training.packed_cell import PackedCell
 
@@ -127,8 +127,7 @@ class KlabTrainer(RolloutTrainer):
         """The row of the update that was made, with the seconds spent; coefficients are those of the next one."""
         assert self.pending_row is not None
         row, self.pending_row = self.pending_row, None
-        if row.get("loss_tokens") != 0:
-            self.coefficients = adapt_coefficients(self.member.cell, self.coefficients, row)
+        self.coefficients = next_coefficients(self.member.cell, self.coefficients, row)
         self._metrics["train"].clear()  # TRL's own, which nobody reads
         return {**row, **self.timer.take([1.0])[0]}
 

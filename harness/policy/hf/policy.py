@@ -290,6 +290,10 @@ class TransformersPolicy:
             return self.with_weights({}, shared, self.cells)
         return self.with_weights(copies, shared, self.cells)
 
+    def trailing_copy(self) -> TransformersPolicy:
+        copies = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return self.with_weights(copies, self.shared, self.cells)
+
     def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> TransformersPolicy:
         """See `Policy`; a new one."""
         return self.frozen_copy(dtype)

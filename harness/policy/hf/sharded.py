@@ -201,6 +201,10 @@ class ShardedPolicy:
             return ShardedPolicy(self._template, None, ShardedWeights({}, self.dtype, self.device), self.frozen)
         return ShardedPolicy(self._template, None, self.trained.frozen_copy(), self.frozen)
 
+    def trailing_copy(self) -> Policy:
+        """References of weights that are shared out stay where they are (`grid/kl_settings.py`)."""
+        raise RuntimeError("the reference of a sharded policy does not move")
+
     def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> Policy:
         """See `Policy`; a new one."""
         return self.whole().sampling_copy(dtype, earlier)

@@ -218,6 +218,10 @@ class StackedPolicy(StackedModel):
             return self._like({}, shared, None, self.cells)
         return self._like(copies, shared, self.adapters, self.cells)
 
+    def trailing_copy(self) -> StackedPolicy:
+        copies = {name: value.detach().clone() for name, value in self.parameters.items()}
+        return self._like(copies, self.shared, self.adapters, self.cells)
+
     @torch.no_grad()
     def sampling_copy(self, dtype: torch.dtype, earlier: Policy | None) -> StackedPolicy:
         """See `Policy`. Weights are copied to where they stood, so that recorded decoding steps stay valid."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from klab.grid.schema.sections import Sampler
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.data.dynamic_sampling import SamplingStats
 
@@ -19,7 +20,8 @@ class Experience:
         number: which rollout of the cell, from 0.
         rollout: tokens, masks and the behaviour policy's log-probabilities as the sampler kept them.
         rewards, correct: float [N], the task's.
-        reference_logprobs: float [N, T], log-probabilities of the sampled tokens under the reference policy.
+        reference_logprobs: float [N, T], log-probabilities of the sampled tokens under the reference policy as it was
+            when the rollout was drawn; those of π_old where that is the reference (`training.reference: rollout`).
         greedy_rewards: float [N], reward of the greedy completion of the same prompt (advantage `greedy_baseline`),
             else None.
         values: float [N, T], the critic's value before each own token as the rollout was drawn; None without a critic.
@@ -50,3 +52,16 @@ class Experience:
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen: dict[str, Any] = {name: value[rows] for name, value in columns.items() if isinstance(value, Tensor)}
         return replace(self, rollout=rollout, **chosen)
+
+
+def old_policy(rollout: Rollout, old_logprobs: Tensor | None, sampler: Sampler | None) -> Tensor:
+    """log π_old [N, T] of importance ratios: as the sampler recorded it, or the trainer's own where that was computed,
+    unless the ratio is to the sampler.
+
+    Args:
+        rollout, old_logprobs: see `Experience`.
+        sampler: the cell's `training.sampler`.
+    """
+    if old_logprobs is None or (sampler is not None and sampler.correction == "ratio"):
+        return rollout.logp
+    return old_logprobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import token_scores
 from klab.harness.training.data.dynamic_sampling import SampledGroups, SamplingStats, fill, shortfall
-from klab.harness.training.data.experience import Experience
+from klab.harness.training.data.experience import Experience, old_policy
 from klab.harness.training.data.generate import generate
 from klab.harness.training.data.samplers import sample_function, sampling_budget, sampling_policy
 from klab.harness.training.data.scoring import has_timeouts, reward_column, reward_terms, score_completions
@@ -42,7 +43,8 @@ def collect_rollouts(
     """Rollout `number` of every cell of a pack, drawn from the policies `behaviour`.
 
     Prompts are sampled, and trajectories looked at by the reference policy, within the memory budget. The processes
-    of `process_group` share the prompts, and all get the whole rollout.
+    of `process_group` share the prompts, and all get the whole rollout. Where the reference is the policy that drew
+    the rollout, its log-probabilities are those of π_old.
 
     Raises:
         CellFailure: where a reward function raises or does not return a `Score`.
@@ -59,8 +61,12 @@ def collect_rollouts(
         if settings.sampler is not None or settings.recomputes_old:
             with timer("reference"):
                 old_logprobs = log_probabilities(behaviour, rollouts, settings.temperature, budget, process_group)
-    with timer("reference"), gathered(process_group, reference):
-        looked_up = log_probabilities(reference, rollouts, settings.temperature, budget, process_group)
+    if settings.reference_is_behaviour:
+        recomputed = old_logprobs or repeat(None)
+        looked_up = [old_policy(*pair, settings.sampler) for pair in zip(rollouts, recomputed, strict=False)]
+    else:
+        with timer("reference"), gathered(process_group, reference):
+            looked_up = log_probabilities(reference, rollouts, settings.temperature, budget, process_group)
     return [
         Experience(
             number,

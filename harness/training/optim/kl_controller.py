@@ -1,7 +1,8 @@
-"""Adaptive coefficients: β of the KL term (Ziegler et al. 2019) and the trust-region penalty (Schulman et al. 2017).
+"""Coefficients that change: β of the KL term, adaptive (Ziegler et al. 2019) or on a schedule, and that of the
+trust-region penalty (Schulman et al. 2017).
 
-Both are pure functions of the last coefficients and of the update's row of metrics, so that a resumed cell has the
-same ones.
+They are pure functions of the last coefficients and of the update's row of metrics, so that a resumed cell has the same
+ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from klab.grid.cell import Cell
+from klab.grid.kl_settings import first_beta
 from klab.harness.objective import LossCoefficients
 from klab.harness.training.metrics import Row
 from klab.harness.training.optim.schedule import RolloutSchedule
@@ -30,22 +32,32 @@ def initial_coefficients(cell: Cell) -> LossCoefficients:
 
 
 def coefficient_metrics(cell: Cell, coefficients: LossCoefficients) -> Row:
-    """The adaptive coefficients as columns of an update's row of metrics."""
+    """The coefficients that change as columns of an update's row of metrics."""
     found: Row = {}
     if cell.training.beta_control is not None:
-        found["beta"] = coefficients.kl * cell.objective.arguments("placement").get("beta", 1.0)
+        found["beta"] = coefficients.kl * first_beta(cell.objective)
     if cell.training.trust_region is not None:
         found["trust_coefficient"] = coefficients.trust
     return found
 
 
-def adapt_coefficients(cell: Cell, coefficients: LossCoefficients, row: Row) -> LossCoefficients:
-    """The coefficients of the next update. An update that was skipped, or made by the critic alone, moves none."""
+def next_coefficients(cell: Cell, coefficients: LossCoefficients, row: Row) -> LossCoefficients:
+    """The coefficients of the next update. What adapts stays where it is after an update that was skipped, that had no
+    token in its loss, or that the critic alone made; a schedule goes on.
+
+    Args:
+        row: of the update that was made.
+    """
     training, number = cell.training, int(row["update"])
-    if row["nonfinite"] or (training.critic is not None and number <= training.critic.warmup_updates):
-        return coefficients
     control, trust = training.beta_control, training.trust_region
-    if control is not None and row["k3"] is not None:
+    if control is not None and control.schedule != "adaptive":
+        first = first_beta(cell.objective)
+        coefficients = replace(coefficients, kl=control.scheduled(first, number + 1, training.updates) / first)
+    if row["nonfinite"] or row.get("loss_tokens") == 0:
+        return coefficients
+    if training.critic is not None and number <= training.critic.warmup_updates:
+        return coefficients
+    if control is not None and control.target is not None and row["k3"] is not None:
         error = row["k3"] / control.target - 1.0
         step = max(-MAX_RELATIVE_ERROR, min(MAX_RELATIVE_ERROR, error)) / control.horizon
         coefficients = replace(coefficients, kl=coefficients.kl * (1.0 + step))

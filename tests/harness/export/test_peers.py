@@ -94,12 +94,25 @@ def test_what_a_peer_cannot_say_is_refused_with_the_reason(peer: str, axes: dict
         {"sampler": {"temperature": 0.5}},
         {"trust_region": {}},
         {"beta_control": {"target": 0.1}},
+        {"beta_control": {"schedule": "linear"}},
+        {"reference": "rollout"},
     ],
 )
 @pytest.mark.parametrize("peer", PEERS)
 def test_schedules_that_peers_do_not_have_are_refused(peer: str, training: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(training))):
         exported(peer, TrainingSection(**training), advantage="group_center")
+
+
+def test_a_reference_that_moves_is_trls_and_refused_for_verl() -> None:
+    training = TrainingSection(reference={"ema": 0.75, "update_every": 8})
+    found = exported("trl", training, std="sample")
+    names = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+    assert [found[name] for name in names] == [True, 0.25, 8]
+    with pytest.raises(
+        UserError, match=r"its reference policy stays where it is.*training\.reference|training\.reference"
+    ):
+        exported("verl", training, advantage="group_center")
 
 
 def test_what_was_answered_wrongly() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,12 +14,16 @@ from klab.grid import Cell, Objective
 from klab.grid.schema.sections import AdditionTask, BetaControl, Critic, TinyPolicy, TrainingSection, TrustRegion
 from klab.harness.objective import LossCoefficients
 from klab.harness.training import run_cells
-from klab.harness.training.optim.kl_controller import adapt_coefficients, coefficient_metrics, initial_coefficients
+from klab.harness.training.optim.kl_controller import coefficient_metrics, initial_coefficients, next_coefficients
+from klab.harness.training.pack import Pack
+from klab.harness.training.runner import prepare_cell
 from tests.support.training_records import MakeRun, StopAfter, assert_same, finished, numbers
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "beta": {"beta_control": {"target": 0.001}, "updates_per_rollout": 2},
     "trust": {"trust_region": {"target": 1e-4}, "updates_per_rollout": 2},
+    "linear": {"beta_control": {"schedule": "linear", "end": 0.01, "updates": 4}},
+    "cosine to 0": {"beta_control": {"schedule": "cosine"}, "updates_per_rollout": 2},
     "both, lagged": {"beta_control": {"target": 0.5}, "trust_region": {"coefficient": 0.3, "target": 0.1}, "lag": 2},
 }
 
@@ -36,7 +42,7 @@ def test_beta_follows_ziegler_by_hand() -> None:
     at, betas = initial_coefficients(controlled), []
     for update, k3 in enumerate((0.2, 0.09, 0.0, 0.1, None), start=1):
         betas.append(coefficient_metrics(controlled, at)["beta"])
-        at = adapt_coefficients(controlled, at, row(update, k3))
+        at = next_coefficients(controlled, at, row(update, k3))
     expected = [0.5, 0.5 * 1.02, 0.5 * 1.02 * 0.99, 0.5 * 1.02 * 0.99 * 0.98, 0.5 * 1.02 * 0.99 * 0.98]
     assert betas == pytest.approx(expected, rel=1e-15)
     assert coefficient_metrics(controlled, at)["beta"] == betas[-1]
@@ -45,7 +51,7 @@ def test_beta_follows_ziegler_by_hand() -> None:
 @given(st.floats(0, 10), st.floats(1e-3, 10), st.floats(0.5, 100), st.floats(1e-3, 1e3))
 def test_beta_moves_towards_the_target_and_never_far(k3: float, target: float, horizon: float, kl: float) -> None:
     controlled = cell(beta_control=BetaControl(target=target, horizon=horizon))
-    after = adapt_coefficients(controlled, LossCoefficients(kl=kl), row(k3=k3)).kl / kl
+    after = next_coefficients(controlled, LossCoefficients(kl=kl), row(k3=k3)).kl / kl
     assert (after > 1) <= (k3 > target)
     assert (after < 1) <= (k3 < target)
     assert abs(after - 1) <= 0.2 / horizon * (1 + 1e-12)
@@ -58,7 +64,7 @@ def test_the_trust_region_doubles_and_halves_once_per_rollout() -> None:
     at, found = initial_coefficients(controlled), []
     for last in (0.16, 0.14, 0.07, 0.06, None, 0.0):
         for place, kl in enumerate((0.0, 9.0, 9.0, last), start=1):
-            at = adapt_coefficients(controlled, at, row(4 * len(found) + place, kl=kl))
+            at = next_coefficients(controlled, at, row(4 * len(found) + place, kl=kl))
         found.append(coefficient_metrics(controlled, at)["trust_coefficient"])
     assert found == [6.0, 6.0, 6.0, 3.0, 3.0, 1.5]
 
@@ -68,8 +74,39 @@ def test_the_trust_regions_coefficient_stays_within_a_thousandfold() -> None:
     for kl, limit in ((1.0, 3.0 * 1024), (0.0, 3.0 / 1024)):
         at = initial_coefficients(controlled)
         for update in range(1, 30):
-            at = adapt_coefficients(controlled, at, row(update, kl=kl))
+            at = next_coefficients(controlled, at, row(update, kl=kl))
         assert at.trust == limit
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ({"schedule": "linear"}, [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]),
+        ({"schedule": "linear", "end": 0.7, "updates": 3}, [0.5, 0.6, 0.7, 0.7, 0.7, 0.7]),
+        ({"schedule": "linear", "updates": 11}, [0.5, 0.45, 0.4, 0.35, 0.3, 0.25]),
+        (
+            {"schedule": "cosine", "end": 0.1, "updates": 5},
+            [0.5, 0.1 + 0.2 * (1 + 0.5**0.5), 0.3, 0.1 + 0.2 * (1 - 0.5**0.5), 0.1, 0.1],
+        ),
+        ({"schedule": "cosine"}, [0.25 * (1 + math.cos(math.pi * n / 5)) for n in range(5)] + [0.0]),
+    ],
+)
+def test_scheduled_betas_by_hand(control: dict[str, Any], expected: list[float]) -> None:
+    """An update that was skipped, one without a token in the loss, and one of the critic alone count as well."""
+    scheduled = cell(
+        Objective(beta=0.5, advantage="gae"),
+        updates=6,
+        lag=1,
+        beta_control=BetaControl(**control),
+        critic=Critic(warmup_updates=1),
+    )
+    at, betas = initial_coefficients(scheduled), []
+    for update in range(1, 7):
+        betas.append(coefficient_metrics(scheduled, at)["beta"])
+        made = row(update, k3=9.0, nonfinite=update == 2) | ({"loss_tokens": 0} if update == 3 else {})
+        at = next_coefficients(scheduled, at, made)
+    assert betas == pytest.approx(expected, rel=1e-15, abs=1e-17)
+    assert betas[-1] == expected[-1]
 
 
 @pytest.mark.parametrize("place", [{"nonfinite": True}, {"update": 2}], ids=["skipped", "the critic alone"])
@@ -82,17 +119,17 @@ def test_updates_that_did_not_move_the_policy_move_no_coefficient(place: dict[st
         trust_region=TrustRegion(target=0.1),
     )
     at = initial_coefficients(controlled)
-    assert adapt_coefficients(controlled, at, row(**{"update": 3, "k3": 1.0, "kl": 1.0} | place)) == at
-    assert adapt_coefficients(controlled, at, row(3, 1.0, 1.0)) == LossCoefficients(kl=1.02, trust=2.0)
+    assert next_coefficients(controlled, at, row(**{"update": 3, "k3": 1.0, "kl": 1.0} | place)) == at
+    assert next_coefficients(controlled, at, row(3, 1.0, 1.0)) == LossCoefficients(kl=1.02, trust=2.0)
 
 
 def test_without_controls_nothing_moves_and_no_column_appears(make_run: MakeRun) -> None:
     assert coefficient_metrics(cell(), initial_coefficients(cell())) == {}
-    assert adapt_coefficients(cell(), initial_coefficients(cell()), row(k3=9.0, kl=9.0)) == LossCoefficients(
+    assert next_coefficients(cell(), initial_coefficients(cell()), row(k3=9.0, kl=9.0)) == LossCoefficients(
         kl=1.0, trust=0.0
     )
     fixed = cell(lag=1, trust_region=TrustRegion(coefficient=2.0))
-    assert adapt_coefficients(fixed, initial_coefficients(fixed), row(kl=9.0)) == LossCoefficients(kl=1.0, trust=2.0)
+    assert next_coefficients(fixed, initial_coefficients(fixed), row(kl=9.0)) == LossCoefficients(kl=1.0, trust=2.0)
 
 
 @pytest.mark.bits
@@ -111,6 +148,62 @@ def test_resumed_is_undisturbed_and_packed_is_alone(make_run: MakeRun, training:
         values = [each[column] for each in moving if column in each]
         assert len(values) == (6 if section in training else 0)
         assert not values or len(set(values)) > 1
+
+
+@pytest.mark.bits
+def test_cells_of_one_pack_may_differ_in_what_moves_their_coefficients(make_run: MakeRun) -> None:
+    """One pack trains them all, and each has the bits that it has alone."""
+    controls: list[dict[str, Any]] = [
+        {"beta_control": {"schedule": "linear"}, "trust_region": {"target": 1e-4}},
+        {"beta_control": {"schedule": "cosine", "end": 1.0}},
+        {"beta_control": {"target": 0.001}},
+        {"trust_region": {}},
+        {},
+    ]
+    objectives = [
+        {f"training.{name}": value for name, value in each.items()} | {"beta": 0.5, "training.lag": 1}
+        for each in controls
+    ]
+    packed, alone = (make_run(name, {}, objectives) for name in ("packed", "alone"))
+    members = [prepare_cell(packed, packed.cell(identity))[0] for identity in packed.cells]
+    assert len({member.shape() for member in members}) == 1
+    finished(packed)
+    for identity in alone.cells:
+        run_cells(alone.path, [identity])
+        assert_same(packed, alone, identity)
+    first = numbers(packed, packed.cells[0])["metrics"]
+    assert [each["beta"] for each in first] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0], rel=1e-14)
+
+
+@pytest.mark.parametrize("placement", ["loss", "reward_to_go", "advantage"])
+def test_a_scheduled_beta_scales_the_kl_term_exactly(make_run: MakeRun, placement: str) -> None:
+    """The first update has the loss of a constant β; once β is 0, an update has that of a cell without a KL term."""
+    common: dict[str, Any] = {"policy.dtype": "float64"}
+    control = {"beta_control": {"schedule": "linear", "updates": 2}, "updates": 2}
+    found: list[list[dict[str, Any]]] = []
+    led_to: dict[str, torch.Tensor] = {}
+    for name, training, objective in (
+        ("moving", control, {"placement": placement, "beta": 0.3}),
+        ("fixed", {"updates": 2}, {"placement": placement, "beta": 0.3}),
+        ("without", {"updates": 2}, {"placement": "none"}),
+    ):
+        run = make_run(name, training, [{**common, **objective}])
+        pack = Pack([prepare_cell(run, run.cell(run.cells[0]))[0]])
+        if name == "without":  # from where the first update of the others led
+            with torch.no_grad():
+                for key, value in pack.policy.parameters.items():
+                    value.copy_(led_to[key])
+            pack.done = 1
+        rows = [pack.advance()[0]]
+        if name != "without":
+            led_to = {key: value.detach().clone() for key, value in pack.policy.parameters.items()}
+            rows += pack.advance()
+        found.append(rows)
+    moving, fixed, without = found
+    assert moving[0]["loss"] == fixed[0]["loss"]
+    assert moving[1]["beta"] == 0.0
+    assert moving[1]["gradient_norm"] == pytest.approx(without[0]["gradient_norm"], rel=1e-12)
+    assert fixed[1]["gradient_norm"] != pytest.approx(without[0]["gradient_norm"], rel=1e-6)
 
 
 @pytest.mark.parametrize("placement", ["loss", "reward_to_go"])
