@@ -161,6 +161,6 @@ def reference_notes(training: TrainingSection) -> Iterator[str]:
     if training.draws_from_reference:
         yield (
             "training.reference: with one update per rollout the policy is compared with itself: the KL and its "
-            "gradient are 0 (k1 in the loss: on average); set training.updates_per_rollout to 2 or more, a longer "
+            "gradient are 0, at least on average; set training.updates_per_rollout to 2 or more, a longer "
             "update_every, or placement: none"
         )

@@ -83,8 +83,8 @@ class ReferencePolicy(Section):
 
     ``follows: policy``: after every update whose number is a multiple of ``update_every``, each weight becomes
     ema·(the reference's) + (1 − ema)·(the policy's), in float32 or wider. ``{update_every: 100}`` thus resets the
-    reference to the policy (slime, which counts rollouts), ``{ema: 0.99}`` lets it trail (TRL's `sync_ref_model` and open-instruct, whose α is
-    1 − ema).
+    reference to the policy (as slime does, which counts rollouts), ``{ema: 0.99}`` lets it trail (as TRL's
+    `sync_ref_model` and open-instruct do, whose α is 1 − ema).
 
     ``follows: rollout``, or ``reference: rollout``: the policy that drew the rollout, π_old of the importance ratios:
     the KL to the reference is the KL to the behaviour policy (RPG, Zhang et al. 2025).
