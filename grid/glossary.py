@@ -134,6 +134,13 @@ GLOSSARY = (
     Symbol("s", "", "float [N, T]", "what w·A multiplies in the loss: ℓ, κ or log ρ", ("s",)),
     Symbol("K", "", "float [N, T]", "what each own token adds to the loss as its KL term", ("K",)),
     Symbol(
+        "μ", "", "", "the sampler that drew the tokens, where it is not π_old as the trainer computes it", (r"\mu",)
+    ),
+    Symbol("λ_s", "", "float [N, T]", "ℓ_old − log μ, log-ratio of π_old to the sampler", (r"\lambda^{\mathrm{s}}",)),
+    Symbol("z", "", "float [N, T]", "ratio of π_old to the sampler, of a token or of its trajectory", ("z",)),
+    Symbol("ζ", "correction", "float [N, T]", "the sampler's correction, a constant factor of a token", (r"\zeta",)),
+    Symbol("R_task", "", "float [N]", "the task's reward, before the penalty of its length", (r"R^{\mathrm{task}}",)),
+    Symbol(
         "L",
         "loss",
         "scalar",

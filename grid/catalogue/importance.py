@@ -190,9 +190,9 @@ WEIGHT = axis(
         in_family=True,
         monotone=True,
         latex=(
-            r"\rho_{j}^{q},\quad q = \max\{x \in [0, 1] : \frac{(\sum_{n=1}^{N} \sum_{j=1}^{H_{n}} "
-            r"\rho_{j}^{x})^{2}}{\sum_{n=1}^{N} H_{n} \cdot \sum_{n=1}^{N} \sum_{j=1}^{H_{n}} \rho_{j}^{2 "
-            r"x}} \ge \eta\}"
+            r"\rho_{j}^{q},\quad q = \max\{y \in [0, 1] : \frac{(\sum_{n=1}^{N} \sum_{j=1}^{H_{n}} "
+            r"\rho_{j}^{y})^{2}}{\sum_{n=1}^{N} H_{n} \cdot \sum_{n=1}^{N} \sum_{j=1}^{H_{n}} \rho_{j}^{2 "
+            r"y}} \ge \eta\}"
         ),
     ),
     Value(

@@ -10,7 +10,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Atom", "Cases", "Fenced", "Fraction", "Node", "Row", "Scripts", "Word", "children", "equations", "parse"]
+__all__ = [
+    "Atom",
+    "Cases",
+    "Fenced",
+    "Fraction",
+    "Node",
+    "Row",
+    "Scripts",
+    "Word",
+    "children",
+    "equations",
+    "is_tall",
+    "parse",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +120,13 @@ def children(node: Node) -> tuple[Row, ...]:
             return tuple(part for row in rows for part in row)
         case _:
             return ()
+
+
+def is_tall(node: Node) -> bool:
+    """Whether brackets around this must grow: around fractions, cases and sums, and around brackets that have grown."""
+    if isinstance(node, Fraction | Cases) or (isinstance(node, Scripts) and node.base == Atom(r"\sum")):
+        return True
+    return isinstance(node, Fenced) and any(is_tall(inner) for part in children(node) for inner in part)
 
 
 class _Reader:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from klab.grid.formula.notation import COMMANDS, Atom, Fenced, Node, Row, Scripts, Word, children, parse
 from klab.grid.glossary import GLOSSARY, Symbol
 
-_INDICES = frozenset("jinmvk1+,")
-"""Of which subscripts are made that say which token or trajectory is meant."""
+_INDEX = re.compile(r"(?:[jinmvk1](?:\+1)?,?)+")
+"""A subscript that says which token or trajectory is meant."""
 _LETTERS = frozenset(command for command, text in COMMANDS.items() if len(text) == 1 and text not in "Σ∈∖∞≤≥≠·∼")
 _UNNAMED = ("e",)
 """Letters that need no explanation."""
@@ -80,7 +81,7 @@ def _scripted(node: Scripts, kept: set[str]) -> tuple[str, tuple[Row, ...]]:
     except ValueError:
         return plain, (node.sub, *powers)
     full = f"{_bare(node.base)}_{{{index}}}{label}"
-    if full in kept or (index and isinstance(node.base, Atom) and not set(index) <= _INDICES):
+    if full in kept or (index and isinstance(node.base, Atom) and not _INDEX.fullmatch(index)):
         return full, powers
     return plain, (node.sub, *powers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,9 @@ import typer
 
 import klab.grid
 from klab.grid import UserError
+from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
+from klab.harness.store.cell_folder import CellFolder
 
 if TYPE_CHECKING:
     from klab.grid import Grid
@@ -75,3 +78,26 @@ def run_of(name: str, runs: Path = RUNS) -> Run:
         raise UserError("is a grid file; this command wants a run", file=name, hint=f"Runs lie in {runs}/.")
     known = sorted(path.parent.name for path in runs.glob("*/manifest.json")) if runs.is_dir() else []
     raise UserError("there is no such run", key="RUN", value=name, allowed=known, hint="`klab launch GRID` makes one.")
+
+
+def cell_folder_of(name: str, runs: Path, others: Iterable[str]) -> CellFolder:
+    """The folder of the cell with this id, or the only one whose id contains it, in any run of a folder.
+
+    Args:
+        others: what else the command takes, for the message.
+
+    Raises:
+        UserError: when there is none, or more than one.
+    """
+    homes: dict[str, Run] = {}
+    for manifest in sorted(runs.glob("*/manifest.json")) if runs.is_dir() else ():
+        run = Run.open(manifest.parent)
+        homes.update((identity, run) for identity in run.cells if identity not in homes)
+    found = matching_ids(name, homes)
+    if len(found) > 1:
+        raise UserError(f"{len(found)} cells of the runs in {runs} fit", key="CELL", value=name, allowed=found)
+    if not found:
+        raise UserError(
+            f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=others
+        )
+    return homes[found[0]].cell(found[0])

@@ -9,15 +9,12 @@ from typing import Annotated
 
 import typer
 
-from klab.grid import Objective, UserError
+from klab.grid import Objective
 from klab.grid.algorithms import algorithm_names, load_algorithm
-from klab.grid.short_ids import matching_ids
 from klab.grid.yaml_document import dump_yaml
-from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, cell_folder_of
 from klab.harness.cli.text import say, show_json
 from klab.harness.export import PEERS, Setting
-from klab.harness.store import Run
-from klab.harness.store.cell_folder import CellFolder
 
 
 class Peer(StrEnum):
@@ -48,21 +45,6 @@ def export(
 def _setting(name: str, runs: Path) -> Setting:
     if name in algorithm_names():
         return Setting(Objective(**load_algorithm(name).objective), name=name)
-    folder = _folder(name, runs)
+    folder = cell_folder_of(name, runs, algorithm_names())
     cell = folder.cell()
     return Setting(cell.objective, cell.training, str(folder.path.absolute()))
-
-
-def _folder(name: str, runs: Path) -> CellFolder:
-    homes: dict[str, Run] = {}
-    for manifest in sorted(runs.glob("*/manifest.json")) if runs.is_dir() else ():
-        run = Run.open(manifest.parent)
-        homes.update((identity, run) for identity in run.cells if identity not in homes)
-    found = matching_ids(name, homes)
-    if len(found) > 1:
-        raise UserError(f"{len(found)} cells of the runs in {runs} fit", key="CELL", value=name, allowed=found)
-    if not found:
-        raise UserError(
-            f"is no named algorithm, and no cell of a run in {runs}", key="CELL", value=name, allowed=algorithm_names()
-        )
-    return homes[found[0]].cell(found[0])

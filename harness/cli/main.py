@@ -37,6 +37,7 @@ COMMANDS = {
     "claims": "Check the book of claims.",
     "crosscheck": "Train a cell for a few updates on klab's engine and on TRL from the same rollouts, and compare.",
     "axes": "List the axes and values of the objective, with formulas and sources.",
+    "formula": "Print loss and gradient of an algorithm, a cell or a grid's configurations, as a paper would.",
     "export": "Print a cell's settings for another trainer, or say why it has none.",
     "doctor": "Check versions, devices, Slurm, folders and disk space.",
 }

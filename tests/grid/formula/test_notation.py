@@ -41,7 +41,7 @@ def test_what_carries_a_gradient_says_it(axis: str, value: Value) -> None:
 def test_every_symbol_is_explained_by_the_glossary_by_a_parameter_or_by_the_value(axis: str, value: Value) -> None:
     defined = {left for text in (value.latex, value.gradient) for left, _ in equations(text)}
     own = {PARAMETERS[name].latex for name in value.parameters}
-    bound = {"x"}  # of the set in a maximum
+    bound = {"y"}  # of the set in a maximum
     for text in filter(None, (value.latex, value.gradient)):
         for side in (part for equation in equations(text) for part in equation if part):
             unknown = set(names(side, own | defined)) - set(SYMBOLS) - own - defined - bound

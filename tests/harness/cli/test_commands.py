@@ -276,7 +276,15 @@ sys.exit(code)
 
 @pytest.mark.parametrize(
     "words",
-    ["--help", "--version", "plan quickstart", "axes", "launch quickstart --dry-run", "status little"],
+    [
+        "--help",
+        "--version",
+        "plan quickstart",
+        "axes",
+        "formula quickstart",
+        "launch quickstart --dry-run",
+        "status little",
+    ],
 )
 def test_quick_commands_import_nothing_heavy(words: str, make_grid: MakeGrid, place: Path) -> None:
     Run.create(place / "runs/little", make_grid())

@@ -1,0 +1,74 @@
+"""The named algorithm that an objective is nearest to, and what differs from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from klab.grid.algorithms import Algorithm, algorithm_names, load_algorithm
+from klab.grid.catalogue import AXES
+from klab.grid.objective import Objective
+from klab.grid.schema.training import TrainingSection
+
+_AXIS, _NUMBER, _SETTING = 100, 10, 1
+"""How much a different value of an axis counts, a different parameter of the same value, and a training setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """A named algorithm, and what an objective has instead of what it has.
+
+    Attributes:
+        algorithm: the named algorithm.
+        differences: ``key: own value instead of its value``, the larger ones first; empty for the algorithm itself.
+    """
+
+    algorithm: Algorithm
+    differences: tuple[str, ...]
+
+
+def nearest(objective: Objective, on_policy: bool = False, training: TrainingSection | None = None) -> Nearest:
+    """The named algorithm with the fewest differences: in values of axes, then in their parameters, then in training
+    settings that belong to the algorithm.
+
+    What has no effect under the schedule is no difference. Among equally near ones the first in the alphabet.
+    """
+    on_policy = on_policy if training is None else training.on_policy
+    own = objective.canonical(on_policy)
+    found = []
+    for name in algorithm_names():
+        algorithm = load_algorithm(name)
+        theirs = Objective(**algorithm.objective).canonical(on_policy)
+        differences = [*_differences(own, theirs), *_settings(algorithm.training, training)]
+        found.append((sum(weight for weight, _ in differences), algorithm, differences))
+    _, algorithm, differences = min(found, key=lambda each: each[0])
+    return Nearest(algorithm, tuple(text for _, text in sorted(differences, key=lambda each: -each[0])))
+
+
+def _differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Differences of two canonical forms with their weights."""
+    for axis in AXES:
+        mine, other = own.get(axis), theirs.get(axis)
+        if mine != other:
+            yield _AXIS, f"{axis}: {mine or 'without effect'} instead of {other or 'without effect'}"
+            continue
+        for key in dict.fromkeys((*own, *theirs)):
+            if key.startswith(f"{axis}.") and own.get(key) != theirs.get(key):
+                yield _NUMBER, f"{key.partition('.')[2]}: {_plain(own.get(key))} instead of {_plain(theirs.get(key))}"
+
+
+def _settings(belonging: Mapping[str, Any], training: TrainingSection | None) -> Iterator[tuple[int, str]]:
+    """Training settings of an algorithm that a cell does not have."""
+    if training is None:
+        return
+    has = training.model_dump(mode="json")
+    for key, value in belonging.items():
+        if has.get(key) is None or (not isinstance(value, Mapping) and has[key] != value):
+            yield _SETTING, f"training.{key}: {_plain(has.get(key))} instead of {_plain(value)}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
