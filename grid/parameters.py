@@ -115,7 +115,7 @@ _ALL = (
         "advantage where R ≤ 0: 0 imitates accepted samples only (RAFT), −1 is REINFORCE on rewards of ±1",
         low=-1.0,
         high=0.0,
-        latex=r"\alpha",
+        latex="a_{-}",
     ),
     Parameter("ceiling", 4.0, "two-sided clip: ratios above δ get weight 0", low=1.0, latex=r"\delta"),
     Parameter(

@@ -92,7 +92,7 @@ ADVANTAGE = axis(
         "imitates accepted samples",
         "Xiong et al. 2025 (RAFT, Reinforce-Rej)",
         ("rejected",),
-        latex=r"\begin{cases} 1 & R > 0 \\ \alpha & R \le 0 \end{cases}",
+        latex=r"\begin{cases} 1 & R > 0 \\ a_{-} & R \le 0 \end{cases}",
     ),
     Value(
         "greedy_baseline",

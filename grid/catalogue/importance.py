@@ -274,7 +274,7 @@ WEIGHT = axis(
     Value(
         "second_moment_mask",
         "ρ, 0 at the largest (log ρ)² among tokens with log ρ·A > 0, until their mean is ≤ moment",
-        "",
+        "of equal ones the last are left out first",
         "Zheng et al. 2025c (M2PO)",
         ("moment",),
         needs=("advantage",),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klab.grid.catalogue import AXES, PARAMETERS, value_of
-from klab.grid.formula.custom import custom_value
+from klab.grid.formula.custom import custom_divergence, custom_value
 from klab.grid.formula.notation import Atom, equations, parse
 from klab.grid.formula.symbols import names
 from klab.grid.formula.training import loss_terms, outer_equations, surrogate_factor
@@ -68,7 +68,7 @@ def compose(objective: Objective, on_policy: bool = False, training: TrainingSec
     """
     on_policy = on_policy if training is None else training.on_policy
     active = objective.canonical(on_policy)
-    parts = {axis: _part(axis, active[axis]) for axis in AXES if axis in active}
+    parts = {axis: _part(axis, active[axis], active) for axis in AXES if axis in active}
     placed = dict(equations(parts["placement"].latex))
     definitions = [
         *_loss(active, parts, placed, training),
@@ -86,10 +86,17 @@ def compose(objective: Objective, on_policy: bool = False, training: TrainingSec
     return Composition(_used(definitions, own | parameters.keys()), own, parameters, active)
 
 
-def _part(axis: str, name: str) -> Part:
+def _part(axis: str, name: str, active: Mapping[str, Any]) -> Part:
     value = custom_value(axis, name) if names_user_code(name) else value_of(axis, name)
+    latex, gradient = value.latex, value.gradient
+    if axis == "estimator":
+        divergence = active.get("divergence", "reverse")
+        if names_user_code(divergence):
+            latex, gradient = custom_divergence(divergence, name)
+        else:
+            latex, gradient = value_of("divergence", divergence).estimates.get(name, (latex, gradient))
     own = []
-    main = {"latex": value.latex, "gradient": value.gradient}
+    main = {"latex": latex, "gradient": gradient}
     if axis not in ("placement", "path"):
         for field, text in main.items():
             first, *others = equations(text) if text else [("", "")]
@@ -211,6 +218,8 @@ def _factor(latex: str) -> str:
 def _used(definitions: list[Equation], kept: frozenset[str] | set[str]) -> tuple[Equation, ...]:
     """The first two equations, and those whose symbols are used, directly or by others that are."""
     by_name = {_name(equation.left, kept): equation for equation in reversed(definitions[2:])}
+    if "r" in by_name:
+        by_name["r_{1}"] = by_name["r"]
     wanted: set[str] = set()
     waiting = list(definitions[:2])
     while waiting:
@@ -218,7 +227,8 @@ def _used(definitions: list[Equation], kept: frozenset[str] | set[str]) -> tuple
             if name in by_name and name not in wanted:
                 wanted.add(name)
                 waiting.append(by_name[name])
-    return tuple(definitions[:2]) + tuple(each for each in definitions[2:] if _name(each.left, kept) in wanted)
+    shown = {by_name[name] for name in wanted}
+    return tuple(definitions[:2]) + tuple(each for each in definitions[2:] if each in shown)
 
 
 def _name(left: str, kept: frozenset[str] | set[str]) -> str:

@@ -6,6 +6,7 @@ from klab.grid.catalogue import Value
 
 _FORMS = {
     "estimator": r"\operatorname{NAME}(\kappa_{j})",
+    "divergence": r"\operatorname{NAME}(\kappa_{j})",
     "ratio": r"\operatorname{NAME}_{j}(\lambda)",
     "weight": r"\operatorname{NAME}(\rho_{j}, A_{j})",
     "advantage": r"\operatorname{NAME}_{j}(r)",
@@ -31,6 +32,11 @@ _GRADIENTS = {
 def function_name(path: str) -> str:
     """The name under which a function is printed: the last part of its import path."""
     return path.rpartition(":")[2].rpartition(".")[2]
+
+
+def custom_divergence(path: str, estimator: str) -> tuple[str, str]:
+    """An estimator of a divergence of the user's own, and its gradient."""
+    return rf"\operatorname{{{function_name(path)}}}^{{\mathrm{{{estimator}}}}}(\kappa_{{j}})", r"\nabla \varphi_{j}"
 
 
 def custom_value(axis: str, path: str) -> Value:

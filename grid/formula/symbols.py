@@ -73,8 +73,9 @@ def _collect(row: Row, kept: set[str], found: dict[str, None]) -> None:
 
 def _scripted(node: Scripts, kept: set[str]) -> tuple[str, tuple[Row, ...]]:
     """The name of a symbol with scripts, and the scripts that are formulas of their own."""
-    label = f"^{{{source(node.sup)}}}" if node.sup and isinstance(node.sup[0], Word) else ""
-    powers = () if label else (node.sup,)
+    labelled = bool(node.sup) and isinstance(node.sup[0], Word)
+    label = f"^{{{source(node.sup)}}}" if labelled and isinstance(node.base, Atom) else ""
+    powers = () if labelled else (node.sup,)
     plain = _bare(node.base) + label
     try:
         index = source(node.sub)

@@ -142,10 +142,22 @@ def _check_logits(
     assert chained.tolist() == pytest.approx(wanted.tolist(), rel=TOLERANCE, abs=TOLERANCE)
 
 
+def drawn(source: random.Random, **fixed: str) -> Objective:
+    """A random objective, without equal ratios beside the mask that leaves out the last of equal ones first."""
+    objective = random_objective(source, **fixed)
+    while objective.weight == "second_moment_mask" and objective.ratio in (
+        "sequence_mean",
+        "sequence_product",
+        "clipped_mean",
+    ):
+        objective = random_objective(source, **fixed)
+    return objective
+
+
 @pytest.mark.parametrize(("axis", "value"), VALUES, ids=[f"{axis}-{value}" for axis, value in VALUES])
 def test_every_value_is_printed_as_it_is_computed(axis: str, value: str) -> None:
     source = random.Random(f"{axis} {value}")
-    check(random_objective(source, **{axis: value}), toy(source.randrange(1000)))
+    check(drawn(source, **{axis: value}), toy(source.randrange(1000)))
 
 
 @pytest.mark.parametrize("name", algorithm_names())
@@ -157,7 +169,7 @@ def test_every_named_algorithm_is_printed_as_it_is_computed(name: str) -> None:
 def test_random_combinations_are_printed_as_they_are_computed(seed: int) -> None:
     source = random.Random(seed)
     on_policy = source.random() < 0.25
-    check(random_objective(source), toy(seed, on_policy), on_policy)
+    check(drawn(source), toy(seed, on_policy), on_policy)
 
 
 CORRECTED = [
