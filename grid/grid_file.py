@@ -16,6 +16,7 @@ from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.fractional import Fraction
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.notify import Notify
 from klab.grid.schema.policy import automatic_dtype
 from klab.grid.schema.sections import AnalysisPlan, Launcher, Resources, load_section
 from klab.grid.score import parse_score
@@ -42,6 +43,7 @@ KEYS = {
     "analysis": "what the study will be asked: score, margin, contrasts, most seeds; recorded by the first launch",
     "resources": "what a job gets",
     "budget": "the most that the study may use: `{gpu_hours: 200}`",
+    "notify": "whom the study tells of its end, of failures and of divergence: `{command: [...], webhook: ${NAME}}`",
     "track": "`tensorboard`, `wandb`, or a list of them",
 }
 """The keys of a grid file, with their meaning."""
@@ -77,6 +79,7 @@ class Grid:
         analysis: the analysis as stated in the file; None where it states none.
         stated: the groups that the stated contrasts compare with the baseline.
         budget: the most that it may use; None: no limit.
+        notify: whom it tells of its events; None: nobody.
         tuning: what every configuration chooses for itself before it runs; `cells` are the configurations as written.
         fraction: with design fractional, what was chosen, and from how many.
     """
@@ -97,6 +100,7 @@ class Grid:
     stated: tuple[str, ...] = ()
     tuning: Tuning | None = None
     budget: Budget | None = None
+    notify: Notify | None = None
     fraction: Fraction | None = None
 
     @cached_property
@@ -188,6 +192,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         stated=_stated(analysis, builder, baseline, base_group, cells.values()) if analysis else (),
         tuning=tuning,
         budget=load_section("budget", data["budget"]) if "budget" in data else None,  # type: ignore[arg-type]
+        notify=load_section("notify", data["notify"]) if "notify" in data else None,  # type: ignore[arg-type]
         fraction=expansion.fraction,
     )
 

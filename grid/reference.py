@@ -22,6 +22,7 @@ from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.budget import Budget
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
+from klab.grid.schema.notify import Notify
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.sections import Launcher, Resources
@@ -84,6 +85,7 @@ def reference() -> str:
     parts += ["## `resources`", "", *_section(Resources), ""]
     parts += ["### `resources.launcher`", "", *_section(Launcher), ""]
     parts += ["## `budget`", "", *_section(Budget), ""]
+    parts += ["## `notify`", "", *_section(Notify), ""]
     parts += ["## `analysis`", "", *_section(AnalysisPlan), "", "### `analysis.stop`", "", *_section(Stop), ""]
     parts += ["## Symbols", ""]
     symbols = [(each.symbol, f"`{each.code}`" if each.code else "", each.shape, each.meaning) for each in GLOSSARY]

@@ -12,6 +12,7 @@ from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.budget import Budget
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
+from klab.grid.schema.notify import Notify
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
 from klab.grid.schema.sampler import Rejection, Sampler, check_sampler
 from klab.grid.schema.task import (
@@ -59,6 +60,7 @@ __all__ = [
     "Launcher",
     "Lora",
     "MathTask",
+    "Notify",
     "PolicySection",
     "ReferencePolicy",
     "Rejection",
@@ -191,7 +193,7 @@ def load_section(kind: str, given: object) -> Section:
     """A section from its mapping.
 
     Args:
-        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis`` or ``budget``.
+        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis``, ``budget`` or ``notify``.
         given: what the grid file contains.
 
     Raises:
@@ -236,6 +238,7 @@ _UNNAMED: Mapping[str, type[Section]] = {
     "resources": Resources,
     "analysis": AnalysisPlan,
     "budget": Budget,
+    "notify": Notify,
 }
 """Sections of which there is one kind."""
 

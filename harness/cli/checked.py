@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,7 @@ class Checks:
         precision = dict.fromkeys(note for policy in policies for note in precision_notes(policy, job.on_gpu))
         notes = [finding.text for finding in results.findings]
         notes += absent_samplers(self._study)
+        notes += unreachable(self._study)
         return Found([*notes, *(f"{study.file}: {note}" for note in precision)], needs)
 
     def _refuse_run(self) -> None:
@@ -135,6 +138,17 @@ def absent_samplers(study: Grid) -> Iterator[str]:
     samplers = (cell.training.sampler for cell in study.cells if cell.training.engine == "trl")
     if any(sampler is not None for sampler in samplers) and not is_installed("vllm"):
         yield f"{study.file}: training.sampler: vllm is not installed here; it has to be where the cells train"
+
+
+def unreachable(study: Grid) -> Iterator[str]:
+    """A line for everybody whom the study is to tell of its events, and could not tell from here."""
+    wanted = study.notify
+    if wanted is None:
+        return
+    if wanted.command and shutil.which(wanted.command[0]) is None:
+        yield f"{study.file}: notify.command: there is no program {wanted.command[0]!r} here"
+    if wanted.variable is not None and not os.environ.get(wanted.variable):
+        yield f"{study.file}: notify.webhook: the environment variable {wanted.variable} is not set here"
 
 
 def refuse_unequal_shares(study: Grid) -> None:

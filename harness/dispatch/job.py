@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from klab.grid import UserError, user_code
 from klab.harness.dispatch.budget import hold_beyond, is_used_up
 from klab.harness.dispatch.gpus import let_segments_grow
+from klab.harness.dispatch.notify import tell_of_cells, tell_of_end
 from klab.harness.dispatch.packing.step_times import HardwareKey, record_job
 from klab.harness.dispatch.processes import started_group
 from klab.harness.dispatch.threads import limit_threads
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from klab.harness.engines.trl.launcher import Ranks
     from klab.harness.training.distributed.process_group import ProcessGroup
     from klab.harness.training.runner import Progress
+
+_TELLING_SECONDS = 60.0
+"""How long the end of a job waits for what is being told of its cells."""
 
 GRACE_SECONDS = 40.0
 """How long after a scheduler's signal the current update may take; then the job requeues without a new checkpoint."""
@@ -110,7 +114,7 @@ def run_job(
     claimed = [folder for folder in map(run.cell, named) if _claim(run, folder, details)]
     states: dict[str, str] = {}
     try:
-        with _keep_claims_fresh(claimed):
+        with _keep_claims_fresh(run, claimed):
             try:
                 states = _refuse_changed_data(run, claimed)
                 ids = [folder.id for folder in claimed if folder.id not in states]
@@ -129,6 +133,8 @@ def run_job(
     finally:
         for folder in claimed:
             _record_end(folder, states.get(folder.id, "failed" if folder.error() is not None else "interrupted"))
+        tell_of_cells(run, [folder.id for folder in claimed])
+        tell_of_end(run)
     return states
 
 
@@ -347,14 +353,16 @@ def _job_details(run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def _keep_claims_fresh(folders: list[CellFolder]) -> Iterator[None]:
-    """Refresh the claims while an update may take long, so that other machines do not take this process for dead."""
+def _keep_claims_fresh(run: Run, folders: list[CellFolder]) -> Iterator[None]:
+    """Refresh the claims while an update may take long, so that other machines do not take this process for dead; and
+    tell of cells that end before their mates do."""
     over = threading.Event()
 
     def refresh() -> None:
         while not over.wait(REFRESH_SECONDS):
             for folder in folders:
                 folder.refresh_claim()
+            tell_of_cells(run, [folder.id for folder in folders])
 
     thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
@@ -362,3 +370,4 @@ def _keep_claims_fresh(folders: list[CellFolder]) -> Iterator[None]:
         yield
     finally:
         over.set()
+        thread.join(_TELLING_SECONDS)

@@ -14,6 +14,7 @@ from klab.harness.dispatch.local.backend import LocalExecutor, abandoned_cells
 from klab.harness.dispatch.local.queue_files import log_path
 from klab.harness.dispatch.tuning import pending, stopped
 from klab.harness.store import Run, Snapshot, scan
+from klab.harness.store.error_text import explaining_line
 
 State = Literal[
     "waiting",
@@ -232,18 +233,6 @@ def _describe_failure(job: JobStatus) -> str:
     elif job.exit_code:
         parts.append(f"exit code {job.exit_code}")
     return ", ".join(parts) or "the job failed"
-
-
-def explaining_line(text: str) -> str:
-    """The line of a stored error that says what went wrong.
-
-    That is the first line of the exception's message, below the frames of the last traceback; lines that follow belong
-    to the same message. A text without a traceback is a message as a whole.
-    """
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    begin = max((number for number, line in enumerate(lines) if line.startswith("Traceback")), default=-1) + 1
-    message = (line.strip() for line in lines[begin:] if begin == 0 or not line.startswith(" "))
-    return next(message, lines[-1].strip() if lines else "")
 
 
 def _updates(resolved: Mapping[str, Any]) -> int:

@@ -122,6 +122,7 @@ def _manifest(
         "seeds": list(dict.fromkeys([*grid.seeds, *(existing or {}).get("extended", ())])),
         "track": list(grid.track),
         "resources": grid.resources.model_dump(mode="json"),
+        **({} if grid.notify is None else {"notify": grid.notify.model_dump(mode="json", exclude_none=True)}),
         **({} if grid.budget is None else {"budget": grid.budget.model_dump(mode="json", exclude_none=True)}),
         "equalities": [
             {"runs": each.runs, "merged": list(each.merged), "groups": list(each.groups)} for each in grid.equalities

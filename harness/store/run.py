@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from klab.grid import Cell, Grid
     from klab.grid.schema.base import Section
     from klab.grid.schema.budget import Budget
+    from klab.grid.schema.notify import Notify
     from klab.grid.schema.sections import Resources
     from klab.grid.user_code import Location
 
@@ -166,6 +167,11 @@ class Run:
     def budget(self) -> Budget | None:
         """The most that the study may use; None: no limit."""
         return self._section("budget") if "budget" in self.manifest else None  # type: ignore[return-value]
+
+    @property
+    def notify(self) -> Notify | None:
+        """Whom the study tells of its events; None: nobody."""
+        return self._section("notify") if "notify" in self.manifest else None  # type: ignore[return-value]
 
     def _section(self, name: str) -> Section:
         from klab.grid.schema.sections import load_section

@@ -14,6 +14,7 @@ from typing import Any
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.job import PackJob
 from klab.harness.dispatch.local.fork_server import ForkServer
+from klab.harness.dispatch.notify import tell_of_cells, tell_of_end
 from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, StepTimes, have_changed, read_step_times
 from klab.harness.dispatch.threads import limit_threads
@@ -144,6 +145,8 @@ class Pool:
                 self.run.cell(snapshot.id).record_failure(
                     f"worker process died {count} times in a row without progress (killed, or out of memory?)"
                 )
+                tell_of_cells(self.run, [snapshot.id])
+                tell_of_end(self.run)
         if lost:
             self.waiting.appendleft(Pack(tuple(lost)))
         self._remove_pickles(job)
