@@ -15,7 +15,7 @@ help:
 	@echo "make docs          tables in the READMEs that are made from the code"
 	@echo "make slurm-test    a private Slurm cluster and its suite (needs apt)"
 	@echo "make fault-test    kills, full disks, hostile folders, an installed wheel"
-	@echo "make browser-test  the report in headless Chromium (needs apt)"
+	@echo "make browser-test  the report and the live page in headless Chromium (needs apt)"
 	@echo "make parity-test   gradients against TRL and verl, in an environment of their own"
 	@echo "make bench         benchmarks"
 	@echo "make gpu-proof     the first ten minutes on a GPU: everything that only a GPU can show, on one page"

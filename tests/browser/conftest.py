@@ -131,7 +131,7 @@ seeds: 3
 class Visit:
     """An open page and everything it said or asked for."""
 
-    def __init__(self, browser: Any, path: Path, width: int = 1280, **options: Any) -> None:
+    def __init__(self, browser: Any, target: Path | str, width: int = 1280, **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         self.page = self.context.new_page()
         self.messages: list[str] = []
@@ -139,7 +139,7 @@ class Visit:
         self.page.on("console", lambda message: self.messages.append(message.text))
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
+        self.page.goto(target if isinstance(target, str) else target.as_uri())
 
     def picture(self, name: str, full: bool = False) -> None:
         """Keeps a screenshot as an artefact."""
@@ -149,11 +149,11 @@ class Visit:
 
 @pytest.fixture
 def visit(chromium: Any) -> Iterator[Any]:
-    """Opens a page; closes it afterwards."""
+    """Opens a page, of a file or at an address; closes it afterwards."""
     opened: list[Visit] = []
 
-    def go(path: Path, **options: Any) -> Visit:
-        opened.append(Visit(chromium, path, **options))
+    def go(target: Path | str, **options: Any) -> Visit:
+        opened.append(Visit(chromium, target, **options))
         return opened[-1]
 
     yield go
