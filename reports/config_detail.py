@@ -13,6 +13,7 @@ import numpy as np
 from klab.grid import Cell
 from klab.reports.comparison import Comparison
 from klab.reports.figures.series import Cube, RunStates, cube, mean_curve, run_states, smoothed
+from klab.reports.formulas import PrintedFormula, of_cell
 from klab.reports.frame import records
 from klab.reports.statistics import Array
 from klab.reports.study import Study
@@ -61,6 +62,7 @@ class Detail:
     errors: list[tuple[int, str]]
     command: str
     algorithm: str
+    formula: PrintedFormula | None
 
 
 def details(study: Study, comparison: Comparison) -> list[Detail]:
@@ -102,6 +104,7 @@ def details(study: Study, comparison: Comparison) -> list[Detail]:
                 errors=[(row["seed"], row["error"]) for row in part if isinstance(row["error"], str) and row["error"]],
                 command=rerun_command(study, part[0]["run"], part[0]["cell"]),
                 algorithm=cell.algorithm or "",
+                formula=of_cell(cell, len(by_group)),
             )
         )
     return found

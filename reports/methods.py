@@ -6,6 +6,7 @@ from klab.grid.schema.training import TrainingSection
 from klab.reports.comparison import Comparison
 from klab.reports.conduct import methods_words
 from klab.reports.findings import noise_words
+from klab.reports.formulas import sentence as baseline_sentence
 from klab.reports.software import words as software_words
 from klab.reports.study import Study
 from klab.reports.tuned import methods_words as tuning_words
@@ -43,7 +44,7 @@ def _run(study: Study, comparison: Comparison) -> str:
     policy = getattr(first.policy, "model", None) or f"a {first.policy.layers}-layer {first.policy.family} transformer"  # type: ignore[union-attr]
     return (
         f"On the task {comparison.task} we compared {len(comparison.groups)} configurations of a KL-regularised "
-        f"policy gradient that vary {axes}. "
+        f"policy gradient that vary {axes}. {baseline_sentence(study, comparison)}"
         f"The policy was {policy}, trained for {training.updates} optimizer updates with {training.prompts} prompts × "
         f"{training.group_size} completions per rollout, {training.optimizer_steps_per_rollout} update(s) per "
         f"rollout and {_optimizer(training)} "

@@ -28,6 +28,7 @@ from klab.reports.figures.effort import UPDATES, parse_units
 from klab.reports.figures.profiles import across_tasks, task_profiles
 from klab.reports.figures.sensitivity import sensitivity
 from klab.reports.findings import Findings, find
+from klab.reports.formulas import of_baselines
 from klab.reports.frame import records
 from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
 from klab.reports.methods import methods
@@ -177,6 +178,7 @@ def write_report(
             over_table=records(across_tasks(main)[0]),
             metric=main[0].score.title if main else "",
             methods=methods(study, main),
+            formulas=of_baselines(study, main),
             stated=_stated(study, main),
             confirmed=confirmed_rows(study, main),
             tuned=tuned,

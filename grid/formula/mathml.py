@@ -18,12 +18,15 @@ def to_mathml(latex: str) -> str:
 
 
 def aligned(equations: Iterable[tuple[str, str]]) -> str:
-    """Equations, left and right sides, as a displayed `math` element with a table of the class `aligned`."""
-    rows = "".join(
-        f"<mtr><mtd>{_row(parse(left))}</mtd><mtd><mo>=</mo>{_row(parse(right))}</mtd></mtr>"
+    """Equations, left and right sides, as an HTML element of the class `aligned` that holds two `math` elements each.
+
+    Its style sheet is a grid of two columns, the first flush right: MathML Core has no alignment of columns.
+    """
+    sides = "".join(
+        f'<math>{_row(parse(left))}</math><math displaystyle="true"><mo>=</mo>{_row(parse(right))}</math>'
         for left, right in equations
     )
-    return f'<math display="block"><mtable class="aligned" displaystyle="true">{rows}</mtable></math>'
+    return f'<div class="aligned">{sides}</div>'
 
 
 def _row(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from klab.grid.algorithms import Algorithm, algorithm_names, load_algorithm
@@ -27,6 +28,14 @@ class Nearest:
     algorithm: Algorithm
     differences: tuple[str, ...]
 
+    @property
+    def sentence(self) -> str:
+        """Both in words."""
+        who = f"{self.algorithm.title} ({self.algorithm.name}; {self.algorithm.source})"
+        if not self.differences:
+            return f"This is {who}."
+        return f"Nearest named algorithm: {who}. Differs in {'; '.join(self.differences)}."
+
 
 def nearest(objective: Objective, on_policy: bool = False, training: TrainingSection | None = None) -> Nearest:
     """The named algorithm with the fewest differences: in values of axes, then in their parameters, then in training
@@ -37,13 +46,18 @@ def nearest(objective: Objective, on_policy: bool = False, training: TrainingSec
     on_policy = on_policy if training is None else training.on_policy
     own = objective.canonical(on_policy)
     found = []
-    for name in algorithm_names():
-        algorithm = load_algorithm(name)
-        theirs = Objective(**algorithm.objective).canonical(on_policy)
+    for algorithm, theirs in _published(on_policy):
         differences = [*_differences(own, theirs), *_settings(algorithm.training, training)]
         found.append((sum(weight for weight, _ in differences), algorithm, differences))
     _, algorithm, differences = min(found, key=lambda each: each[0])
     return Nearest(algorithm, tuple(text for _, text in sorted(differences, key=lambda each: -each[0])))
+
+
+@lru_cache(maxsize=2)
+def _published(on_policy: bool) -> tuple[tuple[Algorithm, dict[str, Any]], ...]:
+    """The named algorithms with their canonical forms."""
+    found = (load_algorithm(name) for name in algorithm_names())
+    return tuple((each, Objective(**each.objective).canonical(on_policy)) for each in found)
 
 
 def _differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

@@ -103,7 +103,7 @@ def _text(each: Titled, said: set[object]) -> Iterator[str]:
     yield ""
     for remark in _new(each.formula.remarks, said):
         yield from _hung("- ", _letters(remark), width)
-    yield from _hung("", _letters(_nearest(each.formula)), width)
+    yield from _hung("", _letters(each.formula.nearest.sentence), width)
 
 
 def _new(items: Iterable[Item], said: set[object]) -> Iterator[Item]:
@@ -134,14 +134,6 @@ def _hung(head: str, text: str, width: int) -> Iterator[str]:
     ) or [head]
 
 
-def _nearest(made: Formula) -> str:
-    algorithm, differences = made.nearest.algorithm, made.nearest.differences
-    who = f"{algorithm.title} ({algorithm.name}; {algorithm.source})"
-    if not differences:
-        return f"This is {who}."
-    return f"Nearest named algorithm: {who}. Differs in {'; '.join(differences)}."
-
-
 def _latex(each: Titled) -> Iterator[str]:
     """An `align` environment, and the rest as comments."""
     yield f"% {_letters(each.title)}"
@@ -149,7 +141,7 @@ def _latex(each: Titled) -> Iterator[str]:
     for symbol in each.formula.symbols:
         value = "" if symbol.value is None else f" = {_number(symbol.value)}"
         yield _letters(f"% {symbol.latex}{value}: {symbol.meaning}")
-    for remark in (*each.formula.remarks, _nearest(each.formula)):
+    for remark in (*each.formula.remarks, each.formula.nearest.sentence):
         yield _letters(f"% {remark}")
 
 

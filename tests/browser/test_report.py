@@ -172,6 +172,35 @@ def test_headings_make_an_outline_and_everything_has_a_name(visit: Open, report:
     assert nameless == []
 
 
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_equations_are_set_as_such(visit: Open, report: Path, media: str) -> None:
+    seen = visit(report)
+    seen.page.emulate_media(media=media)
+    seen.page.locator("#methods .equations").scroll_into_view_if_needed()
+    boxes = seen.page.evaluate(
+        """() => {
+            const boxes = [...document.querySelectorAll('#methods .aligned > math')].map(side => ({
+                ...side.firstElementChild.getBoundingClientRect().toJSON(),
+                fractions: [...side.querySelectorAll('mfrac')].map(fraction =>
+                    [...fraction.children].map(part => part.getBoundingClientRect().toJSON())),
+            }));
+            return [boxes.filter((_, i) => i % 2 == 0), boxes.filter((_, i) => i % 2)];
+        }"""
+    )
+    lefts, rights = boxes
+    assert len(lefts) == len(rights) > 5
+    assert max(box["right"] for box in lefts) - min(box["right"] for box in lefts) < 1
+    assert max(box["left"] for box in rights) - min(box["left"] for box in rights) < 1
+    assert all(
+        abs(left["top"] + left["bottom"] - right["top"] - right["bottom"]) < 60
+        for left, right in zip(lefts, rights, strict=True)
+    )
+    fractions = [fraction for box in rights for fraction in box["fractions"]]
+    assert len(fractions) > 3
+    assert all(top["bottom"] <= bottom["top"] + 1 for top, bottom in fractions)
+    seen.picture(f"report-equations-{media}")
+
+
 def test_print_shows_figures_and_leaves_out_controls(visit: Open, report: Path) -> None:
     seen = visit(report)
     seen.page.emulate_media(media="print")

@@ -179,6 +179,17 @@ def test_methods_and_provenance(page: Path) -> None:
     assert "design: one_at_a_time" in text
 
 
+def test_formulas_of_the_baseline_and_of_every_configuration_are_there(
+    page: Path, outline: Outline, study: Study
+) -> None:
+    text = page.read_text()
+    assert outline.tags.count("mfrac") >= 2 * (len(study.configurations) + 1)
+    assert text.count(r"\begin{align}") == len(study.configurations) + 1
+    assert "Nearest named algorithm: GRPO (DeepSeekMath)" in text
+    assert "The baseline is GRPO (DeepSeekMath) (Shao et al. 2024)" in text
+    assert "importance ratio" in text
+
+
 def _render(run: Run, tmp_path: Path) -> str:
     text = render(run.path, tmp_path / "out", figures=False).read_text()
     Outline(text)
