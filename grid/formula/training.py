@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.training import TrainingSection
 
@@ -62,6 +63,8 @@ def outer_equations(training: TrainingSection | None) -> list[tuple[str, str]]:
         return found
     if training.sampler is not None and training.sampler.multiplies:
         found += _correction(training.sampler)
+    if training.reference is not None and training.reference.follows == "rollout":
+        found.append((r"\ell_{j}^{\mathrm{ref}}", r"\ell_{j}^{\mathrm{old}}"))
     if training.overlong_buffer is not None:
         found.append(("R", LENGTH_PENALTY))
     return found
@@ -92,7 +95,9 @@ def remarks(training: TrainingSection | None) -> Iterator[str]:
     if training is None:
         return
     if training.beta_control is not None:
-        yield f"β follows a KL target of {training.beta_control.target:g} nats per token; it starts as given"
+        yield _coefficient(training.beta_control)
+    if training.reference is not None:
+        yield _reference(training.reference)
     if training.trust_region is not None and training.trust_region.target is not None:
         yield f"β_tr follows a KL target of {training.trust_region.target:g} nats per token; it starts as given"
     if training.sampler is not None and training.sampler.correction == "ratio":
@@ -103,6 +108,24 @@ def remarks(training: TrainingSection | None) -> Iterator[str]:
         yield "sums of the loss leave out truncated trajectories, which still count in N and in the advantage"
     if training.equal_groups != "keep":
         yield f"groups of equal rewards are left out (training.equal_groups: {training.equal_groups})"
+
+
+def _coefficient(control: BetaControl) -> str:
+    """How β changes."""
+    if control.target is not None:
+        return f"β follows a KL target of {control.target:g} nats per token; it starts as given"
+    until = "the last update" if control.updates is None else f"update {control.updates}"
+    return f"β goes from the given to {control.end:g} by {until} ({control.schedule})"
+
+
+def _reference(reference: ReferencePolicy) -> str:
+    """How π_ref moves."""
+    if reference.follows == "rollout":
+        return "π_ref is the policy that drew the rollout (training.reference: rollout)"
+    how = "after every update" if reference.update_every == 1 else f"after every {reference.update_every} updates"
+    if reference.ema == 0.0:
+        return f"π_ref is set to π {how}"
+    return f"each weight of π_ref becomes {reference.ema:g} of itself and {1 - reference.ema:g} of π's {how}"
 
 
 def _correction(sampler: Sampler) -> list[tuple[str, str]]:

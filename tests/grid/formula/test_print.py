@@ -124,6 +124,35 @@ def test_functions_of_the_users_own_are_named_with_their_import_paths() -> None:
     assert any("linear" in remark for remark in made.remarks)
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"beta_control": {"target": 0.1}}, "β follows a KL target of 0.1 nats per token"),
+        ({"beta_control": {"schedule": "cosine", "end": 0.01}}, "β goes from the given to 0.01 by the last update"),
+        ({"beta_control": {"schedule": "linear", "updates": 9}}, "β goes from the given to 0 by update 9 (linear)"),
+        ({"reference": {"update_every": 100}}, "π_ref is set to π after every 100 updates"),
+        (
+            {"reference": {"ema": 0.75}},
+            "each weight of π_ref becomes 0.75 of itself and 0.25 of π's after every update",
+        ),
+        ({"trust_region": {"target": 0.5}}, "β_tr follows a KL target of 0.5"),
+        ({"sampler": {"correction": "ratio"}}, "π_old is the sampler"),
+        ({"behaviour": "reference"}, "π_old is the reference policy"),
+        ({"truncated": "mask"}, "truncated trajectories"),
+        ({"equal_groups": "drop"}, "groups of equal rewards are left out"),
+    ],
+)
+def test_what_the_equations_do_not_show_is_said(setting: dict[str, object], said: str) -> None:
+    made = formula(Objective(), training=TrainingSection(**({"updates_per_rollout": 2} | setting)))
+    assert any(said in remark for remark in made.remarks)
+
+
+def test_a_reference_that_drew_the_rollout_is_the_behaviour_policy() -> None:
+    made = formula(Objective(), training=TrainingSection(updates_per_rollout=2, reference="rollout"))
+    assert (r"\ell_{j}^{\mathrm{ref}}", r"\ell_{j}^{\mathrm{old}}") in made.pairs
+    assert made.nearest.algorithm.name == "grpo"
+
+
 def test_an_unknown_value_is_an_error_of_the_user() -> None:
     with pytest.raises(UserError, match="ppo_clip"):
         formula(Objective(weight="ppo_clp"))
