@@ -47,6 +47,14 @@ def test_the_methods_name_the_engine_and_the_libraries_of_its_cells(tmp_path: Pa
     assert not [note for note in load_run(run.path).notes if "versions" in note]
 
 
+def test_the_engine_is_an_axis_with_an_effect_and_an_interval(tmp_path: Path) -> None:
+    study = load_run(write_run(tmp_path / "run", GRID, noise=0.0).path)
+    assert [(axis.title, axis.values) for axis in study.axes] == [("engine", ("klab", "trl"))]
+    row = study.summary().set_index("label").loc["engine trl"]
+    assert row["pairs"] == 3
+    assert row["difference_low"] < row["difference"] < row["difference_high"]
+
+
 def test_cells_that_were_trained_with_different_versions_are_noted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", GRID)
     with_versions(run, ["1.16.0", "1.16.1", "1.16.0"])

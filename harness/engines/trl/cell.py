@@ -157,7 +157,9 @@ def train(
                 checkpoints.read_reference(state, trainer.reference_weights())
         recorder = Recorder(folder, trainer, progress, stop, state)
         trainer.add_callback(recorder)
-        trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # of TRL's own calls
+            trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
         if recorder.state != "interrupted":
             libraries = run.libraries(folder.id)
             finalize(folder, trainer, libraries, recorder.state == "diverged", recorder.hopeless)

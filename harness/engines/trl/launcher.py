@@ -18,7 +18,7 @@ PARENT = "KLAB_TRL_PARENT"
 """Environment variable: the process of the job on this node, whose end is the ranks' end."""
 
 ATTEMPT = "KLAB_TRL_ATTEMPT"
-"""Environment variable: the attempt's folder, by which everything that belongs to it is known."""
+"""Environment variable: the attempt's folder and the node's number, by which all that belongs to them is known."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -104,7 +104,8 @@ def started_ranks(run: Path, ranks: Ranks, order: Order) -> Iterator[subprocess.
     """This node's launcher while it runs; after the block nothing is left of what it has started."""
     threads = str(order.threads)
     environment = {**os.environ, **dict.fromkeys(_THREADS, threads), "PYTHONSAFEPATH": "1", **_TORCHRUN}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid()), ATTEMPT: order.attempt}
+    mark = f"{order.attempt} {ranks.node}"  # nodes may be emulated, several on one machine
+    environment |= {"TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid()), ATTEMPT: mark}
     arguments = [str(run), order.cell, order.attempt, threads, str(int(order.halved)), str(ranks.size)]
     process = subprocess.Popen(
         launch_command(ranks, order.address, order.port, arguments),
@@ -119,13 +120,13 @@ def started_ranks(run: Path, ranks: Ranks, order: Order) -> Iterator[subprocess.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        _kill_rest(order.attempt)
+        _kill_rest(mark)
 
 
-def _kill_rest(attempt: str) -> None:
+def _kill_rest(mark: str) -> None:
     """Kill what belongs to an attempt on this node, whoever its parent is now: torchrun gives each rank a session of
     its own."""
-    while rest := [process for process in psutil.process_iter() if _environment(process).get(ATTEMPT) == attempt]:
+    while rest := [process for process in psutil.process_iter() if _environment(process).get(ATTEMPT) == mark]:
         for process in rest:
             with suppress(psutil.Error):
                 process.kill()

@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from klab.grid import UserError, load_grid
-from klab.harness.engines.trl.attempt_folder import AttemptFolder
+from klab.harness.engines.trl.attempt_folder import AttemptFolder, Kind
 from klab.harness.engines.trl.launcher import ATTEMPT, LOOPBACK, Order, Ranks, started_ranks
 from klab.harness.engines.trl.run import train_cells
-from klab.harness.engines.trl.together import dismiss, follow_ranks
+from klab.harness.engines.trl.together import _outcome, dismiss, follow_ranks
 from klab.harness.engines.trl.worker import _check_size, _kind
 from klab.harness.store import Run
 from klab.harness.training.distributed.process_group import ProcessGroupLost, PropagatedError
@@ -101,7 +101,7 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(make_run: MakeRun, tmp_pat
                 variables = process.environ()
             except psutil.Error:
                 continue
-            if variables.get(ATTEMPT) == order.attempt and "RANK" in variables:
+            if variables.get(ATTEMPT, "").startswith(order.attempt) and "RANK" in variables:
                 found.append(process.pid)
         return found
 
@@ -128,6 +128,34 @@ def test_a_process_that_is_gone_is_no_failure_of_the_cell() -> None:
     assert _kind(MemoryError()) == _kind(RuntimeError("CUDA out of memory")) == "memory"
     told = PropagatedError("the reward of task 'letters' raised ConnectionError: Connection reset by peer")
     assert _kind(ConnectionError("Connection reset by peer")) == _kind(told) == _kind(ValueError("gloo")) == "error"
+
+
+def test_what_became_of_an_attempt(tmp_path: Path) -> None:
+    """Whose fault it was is said before that a process is gone; what rank 0 has finished stays finished."""
+
+    def after(name: str, *left: tuple[str, Kind, str], state: str | None = None) -> str:
+        folder = AttemptFolder(tmp_path / name)
+        folder.path.mkdir()
+        for who, kind, text in left:
+            folder.leave_failure(who, kind, text)
+        if state is not None:
+            folder.leave_outcome(state)
+        return _outcome(folder, 1)
+
+    gone, broken, hungry = (
+        ("node-1", "lost", "the processes of node 1 ended with code 1"),
+        ("000001", "error", "the weight is broken"),
+        ("000002", "memory", "nothing left"),
+    )
+    assert after("finished", gone, state="finished") == "finished"
+    with pytest.raises(MemoryError, match="nothing left"):
+        after("hungry", gone, broken, hungry)
+    with pytest.raises(UserError, match="the weight is broken"):
+        after("broken", gone, broken)
+    with pytest.raises(SystemExit, match="ended with code 1: the processes of node 1 ended with code 1"):
+        after("gone", gone)
+    with pytest.raises(SystemExit, match="their last words are above"):
+        after("silent")
 
 
 def test_the_folder_of_an_attempt_keeps_what_processes_say(tmp_path: Path) -> None:
