@@ -92,10 +92,10 @@ class Lab:
     def until_finished(self, run: Run, seconds: float = 600) -> None:
         self.until(run, lambda rows: all(row.state == "finished" for row in rows), seconds)
 
-    def until_update(self, run: Run, update: int) -> None:
+    def until_update(self, run: Run, update: int, seconds: float = 90) -> None:
         """Wait until the first cell has made that many updates."""
         folder = run.cell(run.cells[0])
-        wait_for(f"update {update}", lambda: int((folder.last_metrics() or {}).get("update", 0)) >= update, 90)
+        wait_for(f"update {update}", lambda: int((folder.last_metrics() or {}).get("update", 0)) >= update, seconds)
 
     def tell(self, *command: str) -> str:
         return self.cluster.tell(*command)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ TRAINING = {"engine": "trl", "updates": 40, "updates_per_rollout": 2, "checkpoin
 UNSAVED = {**TRAINING, "checkpoint_updates": 10_000, "checkpoint_seconds": 10_000}
 """Nothing is saved but for a signal."""
 
+WAIT = 300.0
+"""Seconds that processes may take to start, several at a time on few cores."""
+
 TRAIN = """
 import sys
 from pathlib import Path
@@ -36,11 +41,18 @@ sys.exit(set(states.values()) != {"finished"})
 """
 
 
-def started_here(lab: Lab, grid: Path) -> tuple[Run, subprocess.Popen[bytes]]:
-    """The grid's cell in two processes of this machine, undisturbed, and the process that trains it."""
+@contextmanager
+def trained_here(lab: Lab, grid: Path) -> Iterator[Run]:
+    """The grid's cell, trained by two processes of this machine, undisturbed, while the block does something else."""
     run = Run.create(lab.folder / "quiet" / grid.stem, load_grid(grid))
     command = [sys.executable, "-c", TRAIN, str(run.path), *run.cells]
-    return run, subprocess.Popen(command, env=os.environ | {"KLAB_TEST_HURRY": "1"})
+    training = subprocess.Popen(command, env=os.environ | {"KLAB_TEST_HURRY": "1"})
+    try:
+        yield run
+        assert training.wait(WAIT) == 0
+    finally:
+        training.kill()
+        training.wait()
 
 
 def belonging_to(run: Run) -> dict[int, str]:
@@ -100,24 +112,24 @@ def test_launchers_on_two_nodes_survive_a_time_limits_signal_and_a_killed_rank(l
         resources={**nodes, "launcher": {"accelerate": str(configuration)}, "interface": "lo"},
     )
     killed = lab.grid("killed", task=task, training=TRAINING, resources={**nodes, "launcher": "torchrun"})
-    one, other = lab.launch(signalled), lab.launch(killed)
-    quiet, training = started_here(lab, killed)
-
-    lab.until_update(one, 4)
+    one = lab.launch(signalled)
+    lab.until_update(one, 4, WAIT)
     lab.tell("scancel", "--signal=USR2", lab.job(one))
-    lab.until_update(other, 8)
-    kill(rank_on(other, "1"))
-    wait_for("the next life", lambda: starts(one) == [2], 60)
-    rows = lab.until(other, lambda rows: rows[0].state == "failed", 60)
-    assert rows[0].detail.startswith("FAILED"), rows[0].detail
-    wait_for("the ranks of the killed job to end", lambda: not belonging_to(other), 10)
-    kept = {run: rows_of_checkpoint(run) for run in (one, other)}
-    lab.launch(killed, "--retry-failed")
+    wait_for("the next life", lambda: starts(one) == [2], 120)
+    kept = {one: rows_of_checkpoint(one)}
 
-    lab.until_finished(one)
-    lab.until_finished(other)
+    other = lab.launch(killed)
+    lab.until_update(other, 8, WAIT)
+    kill(rank_on(other, "1"))
+    with trained_here(lab, killed) as quiet:
+        rows = lab.until(other, lambda rows: rows[0].state == "failed", 120)
+        assert rows[0].detail.startswith("FAILED"), rows[0].detail
+        wait_for("the ranks of the killed job to end", lambda: not belonging_to(other), 30)
+        kept[other] = rows_of_checkpoint(other)
+        lab.launch(killed, "--retry-failed")
+        lab.until_finished(one)
+        lab.until_finished(other)
     assert starts(one) == starts(other) == [2]
-    assert training.wait(120) == 0
     assert (other.cell(other.cells[0]).result() or {})["hardware"]["processes"] == 2
     for run, before in kept.items():
         assert run.cell(run.cells[0]).metrics()[: len(before)] == before  # with their seconds: they were not made again

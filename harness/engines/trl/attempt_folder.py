@@ -44,8 +44,9 @@ class AttemptFolder:
         return (self.path / _STOP).exists()
 
     def close(self) -> None:
-        """Say that the first node has done with the attempt."""
-        (self.path / _OVER).touch()
+        """Say that the first node has done with the attempt; nobody is there to read it where the folder is gone."""
+        with suppress(FileNotFoundError):
+            (self.path / _OVER).touch()
 
     def is_over(self) -> bool:
         """Whether the first node has done with the attempt."""
