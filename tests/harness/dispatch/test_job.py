@@ -99,6 +99,6 @@ def test_what_happens_while_a_worker_claims_a_cell_is_seen(
     run = Run.create(place / "runs/little", make_grid())
     known = run.cell(run.cells[0])
     folder = kind(known.path, known.id, known.resolved)
-    assert not _claim(folder, {})
+    assert not _claim(run, folder, {})
     assert [event["event"] for event in known.attempts()] == events
     assert known.claim_holder() is None
