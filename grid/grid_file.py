@@ -44,9 +44,12 @@ KEYS = {
     "resources": "what a job gets",
     "budget": "the most that the study may use: `{gpu_hours: 200}`",
     "notify": "whom the study tells of its end, of failures and of divergence: `{command: [...], webhook: ${NAME}}`",
-    "track": "`tensorboard`, `wandb`, or a list of them",
+    "track": "`tensorboard`, `wandb`, `mlflow`, `trackio`, or a list of them",
 }
 """The keys of a grid file, with their meaning."""
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""What `track` may name."""
 
 _NAME_LIMIT = 80
 
@@ -303,11 +306,10 @@ def _seeds(seeds: object) -> tuple[int, ...]:
 
 
 def _track(track: object) -> tuple[str, ...]:
-    known = ("tensorboard", "wandb")
     names = [track] if isinstance(track, str) else track
     if not isinstance(names, list):
-        raise UserError("not a list", key="track", value=track, allowed=known)
+        raise UserError("not a list", key="track", value=track, allowed=TRACKERS)
     for name in names:
-        if name not in known:
-            raise UserError("unknown tracker", key="track", value=name, allowed=known)
+        if name not in TRACKERS:
+            raise UserError("unknown tracker", key="track", value=name, allowed=TRACKERS)
     return tuple(dict.fromkeys(names))

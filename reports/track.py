@@ -1,37 +1,36 @@
-"""Curves for TensorBoard and Weights & Biases: a follower that reads a run's folder and sends what is new.
+"""Curves, settings and results for trackers: a follower that reads a run's folder and sends what is new.
 
 It never touches training: it can start late, stop, start again. What was sent is remembered in the run's report folder,
-cell by cell, so that a requeued cell continues the same tracked run: its identity comes from the cell, and `group` is
-the configuration without its seed. Both packages are optional and imported only here.
+cell by cell, so that a requeued cell continues the same tracked run: its identity comes from the cell, and its group is
+the configuration without its seed (`klab.reports.trackers`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from klab.grid import UserError
+from klab.grid.grid_file import TRACKERS
 from klab.harness.store import CellFolder, Run, files
+from klab.harness.store.cell_folder import STATES
+from klab.reports.trackers import Tracked, opened
 
-TRACKERS = ("tensorboard", "wandb")
 _TEXTS = ("update", "samples", "schema")
 
 
-class Sink(Protocol):
-    """Where a cell's numbers go."""
+class _End(NamedTuple):
+    """How a cell ended: its state, updates made, final numbers, and what differs from an earlier end of it."""
 
-    def log(self, update: int, values: dict[str, float]) -> None:
-        """The numbers of one update; updates come in order."""
+    state: str
+    update: int
+    values: dict[str, float]
+    mark: str
 
 
 def follow(run: Run, tracker: str) -> int:
-    """Sends every cell's new updates to `tracker`; how many were sent.
+    """Sends every cell's new updates to `tracker`, and how it ended; how many updates were sent.
 
     The newest update of a cell that still trains waits for the next one, because its evaluation may not be written yet.
 
@@ -43,21 +42,34 @@ def follow(run: Run, tracker: str) -> int:
     folder = run.output_folder("report", tracker)
     memory = folder / "sent.json"
     try:
-        sent: dict[str, int] = (files.read_record(memory) or {})["sent"]
-    except (OSError, UserError, KeyError):
-        sent = {}
+        record = files.read_record(memory) or {}
+        sent, ended = {**record["sent"]}, {**record.get("ended", {})}
+    except (OSError, UserError, KeyError, TypeError):
+        sent, ended = {}, {}
     total = 0
     for identity in run.cells:
-        cell = run.cell(identity)
-        rows = _rows(cell, sent.get(identity, -1))
-        if not rows:
+        if ended.get(identity) in STATES:  # nothing can come after a result
             continue
-        with _open(tracker, run, cell, folder) as sink:
+        cell = run.cell(identity)
+        rows, end = _rows(cell, sent.get(identity, -1)), _end(cell)
+        if end is not None and ended.get(identity) == end.mark:
+            end = None
+        if not rows and end is None:
+            continue
+        resolved = dict(cell.resolved())
+        folder.mkdir(parents=True, exist_ok=True)
+        tracked = Tracked(run.name, str(resolved["group"]), identity, tracked_id(run, identity), resolved, folder)
+        with opened(tracker, tracked) as sink:
             for update, values in rows:
                 sink.log(update, values)
-        sent[identity] = rows[-1][0]
+            if end is not None:
+                sink.end(end.state, end.update, end.values)
+        if rows:
+            sent[identity] = rows[-1][0]
+        if end is not None:
+            ended[identity] = end.mark
         total += len(rows)
-        files.replace(memory, files.encode_record({"sent": sent}))
+        files.replace(memory, files.encode_record({"sent": sent, "ended": ended}))
     return total
 
 
@@ -68,81 +80,30 @@ def _rows(cell: CellFolder, after: int) -> list[tuple[int, dict[str, float]]]:
     merged: dict[int, dict[str, float]] = {}
     for prefix, rows in (("train", cell.metrics()), ("evaluation", cell.evaluations())):
         for row in rows:
-            values = {
-                f"{prefix}/{name}": float(value)
-                for name, value in row.items()
-                if name not in _TEXTS and isinstance(value, int | float) and math.isfinite(value)
-            }
-            merged.setdefault(int(row["update"]), {}).update(values)
+            merged.setdefault(int(row["update"]), {}).update(_numbers(prefix, row))
     ended = cell.result() is not None or cell.error() is not None
     last = max(merged) if merged else -1
     return [(update, merged[update]) for update in sorted(merged) if update > after and (ended or update < last)]
 
 
+def _end(cell: CellFolder) -> _End | None:
+    result = cell.result()
+    if result is not None:
+        return _End(str(result["state"]), int(result["updates"]), _numbers("final", result), str(result["state"]))
+    if cell.error() is None:
+        return None
+    attempts = sum(event["event"] == "started" for event in cell.attempts())
+    return _End("failed", int((cell.last_metrics() or {}).get("update", 0)), {}, f"failed {attempts}")
+
+
+def _numbers(prefix: str, row: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{prefix}/{name}": float(value)
+        for name, value in row.items()
+        if name not in _TEXTS and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
 def tracked_id(run: Run, identity: str) -> str:
     """The stable name of a cell at a tracker."""
     return hashlib.sha256(f"{run.name}/{identity}".encode()).hexdigest()[:16]
-
-
-def _open(tracker: str, run: Run, cell: CellFolder, folder: Path) -> AbstractContextManager[Sink]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return _tensorboard(cell, folder) if tracker == "tensorboard" else _wandb(run, cell, folder)
-
-
-class _Events:
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
-
-    def log(self, update: int, values: dict[str, float]) -> None:
-        summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
-        event = import_module("tensorboard.compat.proto.event_pb2").Event
-        scalars = [summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self.writer.add_event(event(step=update, summary=summary(value=scalars)))
-
-
-@contextmanager
-def _tensorboard(cell: CellFolder, folder: Path) -> Iterator[Sink]:
-    try:
-        module = import_module("tensorboard.summary.writer.event_file_writer")
-    except ImportError as error:
-        raise UserError("TensorBoard is not installed", key="track", hint="pip install 'klab[track]'") from error
-    resolved = cell.resolved()
-    writer = module.EventFileWriter(str(folder / str(resolved["group"]) / f"seed-{resolved['seed']}"))
-    try:
-        yield _Events(writer)
-    finally:
-        writer.close()
-
-
-class _Wandb:
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def log(self, update: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=update)
-
-
-@contextmanager
-def _wandb(run: Run, cell: CellFolder, folder: Path) -> Iterator[Sink]:
-    """One tracked run per cell; without a key or `WANDB_MODE` it is written offline, to be sent with `wandb sync`."""
-    try:
-        wandb = import_module("wandb")
-    except ImportError as error:
-        raise UserError("Weights & Biases is not installed", key="track", hint="pip install 'klab[track]'") from error
-    resolved = dict(cell.resolved())
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    tracked = wandb.init(
-        project=run.name,
-        id=tracked_id(run, cell.id),
-        group=str(resolved["group"]),
-        name=cell.id,
-        config=resolved,
-        dir=str(folder),
-        mode=mode,
-        resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    try:
-        yield _Wandb(tracked)
-    finally:
-        tracked.finish()

@@ -64,7 +64,7 @@ def report(
         str | None, typer.Option("--grid", metavar="GRID", help="Report only the cells of this grid file.")
     ] = None,
     track: Annotated[
-        list[str] | None, typer.Option("--track", help="Also send the curves to tensorboard or wandb; may be repeated.")
+        list[str] | None, typer.Option("--track", help="Also send the curves to tensorboard, wandb, mlflow or trackio.")
     ] = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,

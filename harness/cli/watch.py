@@ -32,7 +32,8 @@ def watch(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Cells to show.")] = 20,
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between looks.")] = 2.0,
     track: Annotated[
-        list[str] | None, typer.Option("--track", help="Send the curves to this tracker: tensorboard or wandb.")
+        list[str] | None,
+        typer.Option("--track", help="Send the curves to tensorboard, wandb, mlflow or trackio."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
     runs: RunsOption = RUNS,
