@@ -148,6 +148,22 @@ def test_cancel_asks_before_it_stops_more_than_one(lab: Lab) -> None:
     assert SlurmExecutor().states(run)[run.cells[0]].state == "cancelled"
 
 
+def test_held_jobs_wait_until_they_are_released(lab: Lab) -> None:
+    grid = lab.grid("held", seeds=3, task={"seconds": 0.1}, training={"updates": 30})
+    run = lab.launch(grid, "--max-parallel", "1")
+    lab.until(run, lambda rows: [row.state for row in rows] == ["running", "queued", "queued"])
+    second = run.cells[1]
+    assert "1 waiting cells held" in lab.klab("hold", run.path, second)
+    assert "JobHeldUser" in lab.tell("squeue", "-h", "-r", "-o", "%i %r")
+    lab.until(run, lambda rows: [row.state for row in rows] == ["finished", "held", "finished"])
+    assert not run.cell(second).metrics()
+    lab.launch(grid)  # launching again does not release it
+    assert statuses(run)[1].state == "held"
+    assert "1 cells released, which start by themselves" in lab.klab("release", run.path)
+    lab.until_finished(run)
+    assert starts(run) == [1, 1, 1]
+
+
 def _plain(text: str) -> list[str]:
     """Scripts without what differs from one submission to the next: the random part of names, and jobs' numbers."""
     kept = [

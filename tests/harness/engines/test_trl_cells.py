@@ -139,6 +139,21 @@ def test_a_cell_that_diverges_is_a_result(make_run: MakeRun) -> None:
         assert torch.equal(value, weights(run, folder.id)[name]), name
 
 
+def test_a_hopeless_cell_stops_after_the_evaluation_that_shows_it(make_run: MakeRun) -> None:
+    training = {**TRL, "updates": 6, "evaluate_every": 2}
+    stopped = make_run("stopped", {**training, "stop": {"after": 3, "unless": {"reward": 2.0}}})
+    (identity,) = stopped.cells
+    assert train_cells(stopped.path, [identity], stop=StopAfter(3)) == {identity: "interrupted"}
+    assert train_cells(stopped.path, [identity]) == {identity: "stopped"}
+    through = finished(make_run("through", training))
+    found, whole = numbers(stopped, identity), numbers(through, through.cells[0])
+    assert found["metrics"] == whole["metrics"][:4]
+    assert found["evaluations"] == whole["evaluations"][:3]
+    assert (found["result"]["state"], found["result"]["updates"]) == ("stopped", 4)
+    assert "at update 4 is below 2 (training.stop)" in found["result"]["reason"]
+    assert not stopped.cell(identity).checkpoint.exists()
+
+
 def test_out_of_memory_halves_the_micro_batch_once(make_run: MakeRun) -> None:
     objectives = [{"weight": f"letters_task:{name}", "placement": "none"} for name in ("hungry", "starving")]
     training = {**TRL, "micro_batch": 8, "updates_per_rollout": 2, "updates": 2, "evaluate_every": 2}
