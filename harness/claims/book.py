@@ -15,6 +15,7 @@ SUBJECTS = {
     "kl_rewards": "KL estimators in the reward",
     "kl_off_policy": "KL terms off-policy",
     "fixed_points": "Where training comes to rest",
+    "moving_references": "Moving references and falling β",
     "importance": "Importance ratios",
     "weights": "Weights",
     "truncation": "Caps and masks",

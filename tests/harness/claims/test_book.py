@@ -25,6 +25,7 @@ from klab.harness.claims.kl_gradients import (
     sequences,
     worked,
 )
+from klab.harness.claims.moving_references import distance, train
 
 OVERTURNED = {"C21b": Verdict.OVERCLAIMED}
 """Claims whose examination comes out otherwise than the record has it."""
@@ -152,6 +153,19 @@ def test_an_end_symbol_breaks_the_causal_form_under_a_mean() -> None:
     exact, causal = end_symbol_failure(0)
     assert cosine(causal, exact) < 0.95
     assert relative(causal, exact) > 0.2
+
+
+def test_bandits_with_moving_references_come_to_rest_where_the_formulas_say() -> None:
+    fixed, reference = train("fixed", 0.5, 4_000)
+    tilted = [0.1 * math.exp(2), 0.3 * math.exp(1.2), 0.6]
+    assert fixed.tolist() == pytest.approx([each / sum(tilted) for each in tilted], rel=1e-9)
+    assert reference.tolist() == pytest.approx([0.1, 0.3, 0.6], rel=1e-12)
+    reset, followed = train("reset every update", 0.5, 4_000)
+    assert distance(reset, followed) == 0.0
+    assert 1 - reset[0] < 1e-3
+    trailing, behind = train("ema 0.99", 0.5, 4_000)
+    assert 1 - reset[0] < 1 - trailing[0] < 1 - fixed[0]
+    assert 0 < distance(trailing, behind) < 1e-2
 
 
 def test_grpos_factor_by_three_ways() -> None:

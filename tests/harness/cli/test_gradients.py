@@ -65,6 +65,21 @@ def test_an_algorithm_by_name_as_a_table_and_as_csv(tmp_path: Path, capsys: pyte
     assert {row["group"] for row in written} == {"grpo"}
 
 
+def test_a_cell_whose_reference_is_the_policy_that_drew_the_rollout_is_measured_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is held to a policy that is one's own: on-policy the truth is that of the reward, and k2 adds nothing."""
+    file = tmp_path / "rollout.yaml"
+    text = GRID[: GRID.index("objective:")] + "objective: {advantage: raw, estimator: k2, beta: 0.5}\n"
+    file.write_text(text + "axes: {training.reference: [fixed, rollout]}\nseeds: 1\n")
+    found = rows(capsys, str(file), *QUICK)
+    fixed, drawn = load_grid(file).groups
+    bias = {(row["group"], row["drift"]): row["bias"] for row in found}
+    assert bias[fixed, "on-policy"] > 0.01
+    assert bias[drawn, "on-policy"] < 1e-12
+    assert bias[drawn, "random 0.3"] > 0.01
+
+
 def test_a_run_keeps_its_rows_for_the_report_that_of_its_schedule_first(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,13 +123,22 @@ def test_equal_gradients_do_not_make_equal_critics():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"trust_region": {}}, {"beta_control": {"target": 0.1}}, {"critic": {}}], ids=lambda s: next(iter(s))
+    "settings",
+    [
+        {"trust_region": {}},
+        {"beta_control": {"target": 0.1}},
+        {"beta_control": {"schedule": "linear"}},
+        {"critic": {}},
+        {"reference": "rollout"},
+        {"reference": {"ema": 0.9}},
+    ],
+    ids=lambda s: next(iter(s)),
 )
 def test_what_training_adds_makes_another_algorithm(settings):
     study = {
         "name": "added",
         "task": "addition",
-        "training": {"updates": 2, "updates_per_rollout": 2},
+        "training": {"updates": 4, "updates_per_rollout": 2},
         "objective": {"advantage": "gae"},
         "design": "list",
         "cells": [{}, {f"training.{key}": value for key, value in settings.items()}],

@@ -125,6 +125,26 @@ def test_sets_that_are_smaller_than_what_is_asked_are_noted(folder: Path) -> Non
     assert "prompts: 64, but there are" in notes[1].text
 
 
+def test_a_policy_that_is_compared_with_itself_is_noted(folder: Path) -> None:
+    rules = ["rollout", {"update_every": 1}, {"update_every": 2}]
+    cells = [{"training.reference": rule} for rule in rules] + [{"training.reference": "rollout", "training.lag": 1}]
+    for cell, noted in zip(cells, (True, True, False, False), strict=True):
+        notes = [each.text for each in found(folder, design="list", cells=[cell]) if not each.is_mistake]
+        assert any("the policy is compared with itself" in note for note in notes) == noted
+
+
+def test_an_estimator_of_ones_own_that_asks_for_late_logits_of_the_reference(folder: Path) -> None:
+    (folder / "own_estimator.py").write_text(
+        "def whole(log_ratio, logits_reference): return log_ratio * logits_reference.mean()\n"
+    )
+    training = {"prompts": 2, "evaluation_prompts": 2, "updates_per_rollout": 2, "reference": {"update_every": 3}}
+    objective = {"estimator": "./own_estimator.py:whole"}
+    (said,) = mistakes(folder, training=training, objective=objective)
+    assert "training.reference.update_every" in said
+    assert "a multiple of 2" in said
+    assert not mistakes(folder, training={**training, "reference": {"update_every": 4}}, objective=objective)
+
+
 def test_a_model_and_its_prompts(folder: Path, digits: Path) -> None:
     task = {"name": "file", "path": "sums.jsonl", "prompt": "question", "answer": "answer"}
     policy = {"name": "hf", "model": str(digits)}

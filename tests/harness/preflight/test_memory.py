@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from klab.grid import Cell, Grid, parse_grid
-from klab.grid.schema.sections import TinyPolicy
+from klab.grid.schema.sections import ReferencePolicy, TinyPolicy
 from klab.grid.user_code import python_command
 from klab.harness.cli.main import main
 from klab.harness.cli.memory import JobMemory
@@ -33,6 +34,7 @@ from klab.harness.preflight.memory import (
 )
 from klab.harness.store import machine
 from klab.harness.training.optim.critic import Critics
+from klab.harness.training.optim.moving_reference import MovingReference
 from klab.harness.training.optim.optimizer import StackedAdamW
 from tests.support.random_checkpoints import checkpoint
 
@@ -94,6 +96,25 @@ def test_it_is_what_training_holds_at_a_step(tmp_path: Path, name: str, critic: 
     assert frozen <= everything - held(trained)
     if cells == 1 or "transformers" not in name:  # that engine copies the reference for every cell
         assert frozen == everything - held(trained)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("rule", [{"update_every": 2}, {"ema": 0.9}], ids=["reset", "trailing"])
+def test_a_moving_reference_is_counted_per_cell(tmp_path: Path, name: str, rule: dict[str, Any]) -> None:
+    """As it is built: a copy of what is trained, with float32 means of 16-bit weights."""
+    start = checkpoint(tmp_path / "start", "Qwen2", "0123456789+=", tie_word_embeddings=True)
+    fixed = cell_of({"name": "hf", "model": str(start), **POLICIES[name]})
+    moves = ReferencePolicy(**rule)
+    cell = replace(fixed, training=fixed.training.model_copy(update={"reference": moves}))
+    policy: Any = load_policy(cell.policy, start, 2, "cpu")
+    moving = MovingReference(moves, policy, StackedAdamW(policy.parameters, [cell.training] * 2).masters)
+    copies: Any = moving.policy
+    sizes = pretrained_sizes(cell.policy, read_config(start))
+    assert sizes is not None
+    estimated = estimate_memory(cell, sizes).parts(2)["moving reference"]
+    assert estimated == held([*copies.parameters.values(), *moving.weights.values()])
+    assert "moving reference" not in estimate_memory(fixed, sizes).parts(2)
+    assert memory_keys([cell]) != memory_keys([fixed])
 
 
 @pytest.mark.parametrize("family", ["Gemma", "GPT2", "Mamba"])

@@ -39,6 +39,10 @@ CELLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"equal_groups": "refill", "group_size": 2, "sampler": {"temperature": 1.5, "correction": "tis"}, "lag": 1},
         [{}, {"advantage": "greedy_baseline"}],
     ),
+    "references that move": (
+        {"reference": {"ema": 0.5}, "updates_per_rollout": 2, "beta_control": {"schedule": "linear"}},
+        [{"beta": 0.3}, {"beta": 0.1}],
+    ),
     "a critic": ({"critic": {"kind": "model"}, "updates_per_rollout": 2}, [{"advantage": "gae"}]),
     "groups that leave the update": (
         {"equal_groups": "drop", "truncated": "mask", "prompts": 5, "group_size": 2, "overlong_buffer": 2},
