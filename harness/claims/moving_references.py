@@ -38,8 +38,9 @@ RULES: dict[str, Moving] = {
 
 
 def probabilities(logits: Vector) -> Vector:
-    weights: Vector = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights = np.exp(logits - logits.max())
+    found: Vector = weights / weights.sum()
+    return found
 
 
 def gradient(logits: Vector, reference: Vector, reward: Vector, beta: float) -> Vector:
