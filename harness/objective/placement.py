@@ -119,6 +119,14 @@ def kl_in_reward_and_loss(*, beta: float, kl_scale: str, kl_at: KlAt) -> Placeme
     return Placement(reward=inside.reward, loss=kl_in_loss(beta=beta).loss, kl_at=kl_at)
 
 
+@PLACEMENTS.register("advantage_and_loss")
+def kl_in_advantage_and_loss(*, beta: float, kl_at: KlAt) -> Placement:
+    """`advantage_to_go` with sg(φ), plus `loss`: the gradient of E[φ] that no normalisation of the reward rescales
+    (Yao et al. 2026, theorem 4.1)."""
+    after = kl_in_advantage_to_go(beta=beta, kl_at=kl_at)
+    return Placement(advantage=after.advantage, loss=kl_in_loss(beta=beta).loss, kl_at=kl_at)
+
+
 @PLACEMENTS.register("log_ratio")
 def log_ratio_surrogate() -> Placement:
     """No KL term; ℓ in the surrogate is replaced by κ (GRPO and Log-Ratio-Based Regularization). The gradient is that

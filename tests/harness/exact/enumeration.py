@@ -169,14 +169,14 @@ def coefficients(
         returns = [r - scale * sum(rollout[j:]) for j, r in enumerate(returns)]
     elif placement == "advantage":
         returns = [r - beta * rollout[j] for j, r in enumerate(returns)]
-    elif placement == "advantage_to_go":
+    elif placement in ("advantage_to_go", "advantage_and_loss"):
         returns = [r - beta * sum(rollout[j:]) for j, r in enumerate(returns)]
     log_rho, shares = log_rho_and_slopes(ratio, lam, returns)
     rho = [math.exp(x) for x in log_rho]
     found = [weight_of(weight, rho[j], returns[j], lam, j, math.exp(old[j])) * returns[j] for j in range(length)]
     for j in range(length):
         slope = SLOPE[estimator](kappa[j])
-        if placement in ("loss", "reward_and_loss"):
+        if placement in ("loss", "reward_and_loss", "advantage_and_loss"):
             found[j] -= beta * slope
         elif placement == "loss_reweighted":
             found[j] -= beta * rho[j] * slope

@@ -95,7 +95,7 @@ def test_the_table_knows_the_exact_entries_of_every_divergence(name: str) -> Non
     corrected = {(e, "loss_corrected", ratio) for e in ("k1", "k3") for ratio in products}
     assert {key[:3] for key in exact if key[3] > 0} == corrected
     on_policy = {key[:2] for key in exact if key[3] == 0.0 and key[2] == "none"}
-    assert on_policy == {("k1", "reward_and_loss"), ("k3", "reward_and_loss")}
+    assert on_policy == set(itertools.product(("k1", "k3"), ("reward_and_loss", "advantage_and_loss")))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -105,6 +105,24 @@ def test_on_one_step_the_coefficient_in_the_return_is_exact_and_a_value_is_not(n
         assert table["reinforce", placement, "token", drift].error < 1e-12
         assert min(table[estimator, placement, "token", drift].error for estimator in ("k1", "k3")) > 0.5
     assert table["k3", "loss_corrected", "token", 0.3].error < 1e-12
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_beside_a_normalised_reward_the_divergence_keeps_its_own_gradient(name: str) -> None:
+    """Groups of three, enumerated; inside the normalised returns it does not."""
+    lab = Instance(2, 2, 1)
+    settings: dict[str, Any] = {"estimator": "k3", "divergence": name, "beta": 0.5, "weight": "one"}
+
+    def expected(placement: str, **more: Any) -> torch.Tensor:
+        objective = Objective(placement=placement, aggregation="sequence_sum", advantage="group_norm", **more)
+        return estimator_report(objective, lab.behaviour, lab.behaviour, lab.reference, lab.reward, 3).expectation
+
+    truth = gradient_of(lab.behaviour, lambda policy: token_divergence(policy, lab.reference, made(name)))
+    alone = expected("none", weight="one")
+    after = expected("advantage_and_loss", **settings) - alone
+    torch.testing.assert_close(after, -0.5 * truth, rtol=1e-10, atol=1e-13)
+    inside = expected("reward_and_loss", kl_scale="sum", **settings) - alone
+    assert float((inside + 0.5 * truth).norm() / (0.5 * truth).norm()) > 0.1
 
 
 def test_the_exact_divergence_of_each_state_has_less_variance_and_the_same_expectation() -> None:

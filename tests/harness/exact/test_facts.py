@@ -306,13 +306,13 @@ def test_group_normalisation_scales_the_gradient_by_the_difficulty() -> None:
 
 def test_the_kl_table_covers_every_entry_and_knows_the_exact_ones() -> None:
     table = {(e.estimator, e.placement, e.ratio, e.drift): e for e in kl_errors(Instance(seed=1))}
-    assert len(table) == 3 * 8 * len(RATIOS) * 2
+    assert len(table) == 3 * 9 * len(RATIOS) * 2
     assert {key[:2] for key in table} == set(itertools.product(ESTIMATORS["reverse"], PLACEMENTS))
     plain = {key[:2]: entry.error for key, entry in table.items() if key[2:] == ("none", 0.0)}
     exact_on_policy = {key for key, error in plain.items() if error < TINY}
     assert exact_on_policy == {
         ("k1", "reward"), ("k1", "reward_to_go"), ("k1", "advantage_to_go"), ("k1", "reward_and_loss"),
-        ("k3", "reward_and_loss"),
+        ("k3", "reward_and_loss"), ("k1", "advantage_and_loss"), ("k3", "advantage_and_loss"),
     }  # fmt: skip
     exact_off_policy = {key[:3] for key, entry in table.items() if key[3] > 0 and entry.error < TINY}
     assert exact_off_policy == {

@@ -26,10 +26,10 @@ CELLS = [
 ]
 
 
-def test_the_product_of_the_main_axes_has_226800_combinations() -> None:
+def test_the_product_of_the_main_axes_has_249480_combinations() -> None:
     sizes = [len(AXES[axis].values) for axis in MAIN_AXES]
-    assert sizes == [7, 10, 9, 20, 18]
-    assert math.prod(sizes) == 226_800
+    assert sizes == [7, 11, 9, 20, 18]
+    assert math.prod(sizes) == 249_480
     assert list(islice(main_axes_product("token_mean"), 13)) == [
         Objective(
             estimator="k1", placement="none", ratio="none", weight=weight, advantage=advantage, aggregation="token_mean"

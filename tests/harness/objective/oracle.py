@@ -75,7 +75,13 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
             else:
                 answer.loss -= strength * (t.now[j] - (t.ref[j] if o.placement == "log_ratio" else 0.0))
                 add(n, j, -strength)
-            if o.placement not in ("loss", "loss_reweighted", "loss_corrected", "reward_and_loss"):
+            if o.placement not in (
+                "loss",
+                "loss_reweighted",
+                "loss_corrected",
+                "reward_and_loss",
+                "advantage_and_loss",
+            ):
                 continue
             factor = rho[n][j] if o.placement in ("loss_reweighted", "loss_corrected") else 1.0
             phi, slope_logp, slope_logits = _phi(o, t, j, t.now)
@@ -184,7 +190,7 @@ def _advantages(o: Any, ts: list[Trajectory]) -> list[list[float]]:
             row = estimated[n]
         if o.placement == "advantage":
             row = [a - o.beta * phi for a, phi in zip(row, _charges(o, t), strict=True)]
-        if o.placement == "advantage_to_go":
+        if o.placement in ("advantage_to_go", "advantage_and_loss"):
             phi = _charges(o, t)
             row = [a - o.beta * sum(phi[j:]) for j, a in enumerate(row)]
         result.append(row)

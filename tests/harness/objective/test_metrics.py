@@ -72,6 +72,7 @@ def test_the_kl_stands_in_the_term_where_its_placement_puts_it() -> None:
         "reward": ((0.5 * (1.0 - 0.1 * k3) + 5.0) / 3, 0.0),
         "reward_to_go": (without, 0.0),  # the second token comes after the KL
         "reward_and_loss": (without, 0.1 * (k3 / 2) / 3),
+        "advantage_and_loss": (without, 0.1 * (k3 / 2) / 3),
     }
     for placement, terms in expected.items():
         takes = AXES["placement"].values[placement].parameters
