@@ -184,6 +184,13 @@ _ALL = (
         "arXiv:2510.13786",
     ),
     Source(
+        "Kimi Team 2026",
+        "Kimi Team",
+        "2026",
+        "Kimi K2.5: Visual Agentic Intelligence",
+        "arXiv:2602.02276",
+    ),
+    Source(
         "Kong 1992",
         "Augustine Kong",
         "1992",
@@ -304,6 +311,13 @@ _ALL = (
         "2025",
         "INTELLECT-2: A Reasoning Model Trained Through Globally Decentralized Reinforcement Learning",
         "arXiv:2505.07291",
+    ),
+    Source(
+        "prime-rl",
+        "Prime Intellect",
+        "2026",
+        "prime-rl, the loss of its trainer",
+        "github.com/PrimeIntellect-ai/prime-rl",
     ),
     Source(
         "Qi et al. 2026",
