@@ -65,20 +65,26 @@ def _differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[
     for axis in AXES:
         mine, other = own.get(axis), theirs.get(axis)
         if mine != other:
-            yield _AXIS, f"{axis}: {mine or 'without effect'} instead of {other or 'without effect'}"
+            yield _AXIS, f"{axis}: {_chosen(own, axis)} instead of {_chosen(theirs, axis)}"
             continue
         for key in dict.fromkeys((*own, *theirs)):
             if key.startswith(f"{axis}.") and own.get(key) != theirs.get(key):
                 yield _NUMBER, f"{key.partition('.')[2]}: {_plain(own.get(key))} instead of {_plain(theirs.get(key))}"
 
 
+def _chosen(form: Mapping[str, Any], axis: str) -> str:
+    """The value of an axis in a canonical form, from which reverse KL is left out."""
+    default = AXES[axis].default if axis == "divergence" and "estimator" in form else "without effect"
+    return str(form.get(axis, default))
+
+
 def _settings(belonging: Mapping[str, Any], training: TrainingSection | None) -> Iterator[tuple[int, str]]:
     """Training settings of an algorithm that a cell does not have."""
     if training is None:
         return
-    has = training.model_dump(mode="json")
+    has, theirs = (each.model_dump(mode="json") for each in (training, TrainingSection(**belonging)))
     for key, value in belonging.items():
-        if has.get(key) is None or (not isinstance(value, Mapping) and has[key] != value):
+        if has.get(key) is None or (not isinstance(value, Mapping) and has[key] != theirs[key]):
             yield _SETTING, f"training.{key}: {_plain(has.get(key))} instead of {_plain(value)}"
 
 
