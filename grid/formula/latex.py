@@ -51,7 +51,9 @@ def _node(node: Node) -> str:
             return f"\\frac{{{_row(top)}}}{{{_row(bottom)}}}"
         case Fenced(left, body, right):
             tall = any(is_tall(inner) for inner in body)
-            return f"\\left{left} {_row(body)} \\right{right}" if tall else f"{left}{_row(body)}{right}"
+            if tall:
+                return f"\\left{left} {_row(body)} \\right{right}"
+            return f"{left} {_row(body)} {right}" if left.startswith("\\") else f"{left}{_row(body)}{right}"
         case Cases(rows):
             lines = " \\\\ ".join(f"{_row(value)} & {_if(condition)}" for value, condition in rows)
             return f"\\begin{{cases}} {lines} \\end{{cases}}"

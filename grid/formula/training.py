@@ -15,7 +15,8 @@ TRUST_REGION = (
 """What the trust region adds to the loss of a token, and its gradient."""
 
 LENGTH_PENALTY = (
-    r"R^{\mathrm{task}} - p \operatorname{clip}(\frac{H - (T_{\max} - T_{\mathrm{buf}})}{T_{\mathrm{buf}}}, 0, 1)"
+    r"R^{\mathrm{task}} - p_{\mathrm{len}} "
+    r"\operatorname{clip}(\frac{H - (T_{\max} - T_{\mathrm{buf}})}{T_{\mathrm{buf}}}, 0, 1)"
 )
 """The reward with `training.overlong_buffer`."""
 
@@ -78,7 +79,7 @@ def numbers(training: TrainingSection | None) -> dict[str, tuple[float, str]]:
     if training.trust_region is not None:
         found[r"\beta_{\mathrm{tr}}"] = (training.trust_region.coefficient, "coefficient of the trust region")
     if training.overlong_buffer is not None:
-        found["p"] = (training.overlong_penalty, "reward that a completion of the full budget loses")
+        found[r"p_{\mathrm{len}}"] = (training.overlong_penalty, "reward that a completion of the full budget loses")
         found[r"T_{\mathrm{buf}}"] = (training.overlong_buffer, "last tokens of the budget that cost reward")
     if (sampler := training.sampler) is not None:
         low, high = (sampler.floor, sampler.cap) if sampler.correction == "tis" else (sampler.low, sampler.high)

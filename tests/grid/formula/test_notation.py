@@ -42,7 +42,8 @@ def test_every_symbol_is_explained_by_the_glossary_by_a_parameter_or_by_the_valu
     defined = {left for text in (value.latex, value.gradient) for left, _ in equations(text)}
     own = {PARAMETERS[name].latex for name in value.parameters}
     bound = {"y"}  # of the set in a maximum
-    for text in filter(None, (value.latex, value.gradient)):
+    estimates = [text for pair in value.estimates.values() for text in pair]
+    for text in filter(None, (value.latex, value.gradient, *estimates)):
         for side in (part for equation in equations(text) for part in equation if part):
             unknown = set(names(side, own | defined)) - set(SYMBOLS) - own - defined - bound
             assert not unknown, f"{unknown} in {side}"

@@ -9,8 +9,9 @@ import pytest
 
 from klab.grid import Objective, UserError
 from klab.grid.algorithms import algorithm_names, load_algorithm
+from klab.grid.catalogue import AXES
 from klab.grid.formula import align, aligned, ascii_only, formula, to_latex, to_mathml, to_text
-from klab.grid.formula.notation import parse
+from klab.grid.formula.notation import equations, parse
 from klab.grid.schema.training import TrainingSection
 
 OFF_POLICY = TrainingSection(updates_per_rollout=2)
@@ -22,11 +23,21 @@ def sides(name: str) -> list[str]:
     return [side for pair in made.pairs for side in pair]
 
 
+def _same_when_read_again(latex: str) -> bool:
+    printed = re.sub(r"\\(left|right)(?![a-z])", "", to_latex(latex)).replace(r"\text{if }", "")
+    return parse(printed) == parse(latex)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_printed_values_are_read_as_the_formulas_that_they_were_printed_from(axis: str) -> None:
+    for value in AXES[axis].values.values():
+        texts = [value.latex, value.gradient, *(text for pair in value.estimates.values() for text in pair)]
+        assert all(_same_when_read_again(right) for text in texts if text for _, right in equations(text))
+
+
 @pytest.mark.parametrize("name", algorithm_names())
-def test_printed_latex_is_read_as_the_formula_that_it_was_printed_from(name: str) -> None:
-    for side in sides(name):
-        printed = re.sub(r"\\(left|right)(?![a-z])", "", to_latex(side)).replace(r"\text{if }", "")
-        assert parse(printed) == parse(side)
+def test_printed_algorithms_are_read_as_the_formulas_that_they_were_printed_from(name: str) -> None:
+    assert all(_same_when_read_again(side) for side in sides(name))
 
 
 @pytest.mark.parametrize("name", algorithm_names())
