@@ -16,6 +16,7 @@ from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.fractional import Fraction
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.evaluate import Evaluations
 from klab.grid.schema.notify import Notify
 from klab.grid.schema.policy import automatic_dtype
 from klab.grid.schema.sections import AnalysisPlan, Launcher, Resources, load_section
@@ -41,6 +42,7 @@ KEYS = {
     "tune": "settings that every configuration chooses for itself: values by dotted key, `seeds` of the choice, and "
     "`untuned: false` where the configurations as written need not run beside",
     "analysis": "what the study will be asked: score, margin, contrasts, most seeds; recorded by the first launch",
+    "evaluate": "what finished policies are evaluated on besides their task: `{lm_eval: [gsm8k]}`",
     "resources": "what a job gets",
     "budget": "the most that the study may use: `{gpu_hours: 200}`",
     "notify": "whom the study tells of its end, of failures and of divergence: `{command: [...], webhook: ${NAME}}`",
@@ -83,6 +85,7 @@ class Grid:
         stated: the groups that the stated contrasts compare with the baseline.
         budget: the most that it may use; None: no limit.
         notify: whom it tells of its events; None: nobody.
+        evaluations: what finished policies are evaluated on besides their task; None: nothing.
         tuning: what every configuration chooses for itself before it runs; `cells` are the configurations as written.
         fraction: with design fractional, what was chosen, and from how many.
     """
@@ -105,6 +108,7 @@ class Grid:
     budget: Budget | None = None
     notify: Notify | None = None
     fraction: Fraction | None = None
+    evaluations: Evaluations | None = None
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -197,7 +201,23 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         budget=load_section("budget", data["budget"]) if "budget" in data else None,  # type: ignore[arg-type]
         notify=load_section("notify", data["notify"]) if "notify" in data else None,  # type: ignore[arg-type]
         fraction=expansion.fraction,
+        evaluations=_evaluations(data["evaluate"], Path(file)) if "evaluate" in data else None,
     )
+
+
+def _evaluations(given: object, file: Path) -> Evaluations:
+    """The section, with its files where they are: relative to the grid file."""
+    section: Evaluations = load_section("evaluate", given)  # type: ignore[assignment]
+    names = []
+    for name in section.lm_eval:
+        path = file.parent / Path(name).expanduser()
+        if not name.endswith((".yaml", ".yml")):
+            names.append(name)
+        elif path.is_file():
+            names.append(str(path.absolute()))
+        else:
+            raise UserError("no such file", key="evaluate.lm_eval", value=name, hint="It is relative to the grid file.")
+    return section.model_copy(update={"lm_eval": tuple(names)})
 
 
 def _resources(given: object, file: Path) -> Resources:

@@ -73,6 +73,7 @@ LIBRARIES: dict[str, Callable[[Settings], bool]] = {
     "flash-attn": lambda cell: str(_model_argument(cell, "attn_implementation") or "").startswith("flash_attention"),
     "math-verify": lambda cell: _has_reward(cell, "math"),
     "sympy": lambda cell: _has_reward(cell, "math"),
+    "reasoning-gym": lambda cell: _section(cell, "task").get("name") == "reasoning_gym",
 }
 """Distribution -> whether a cell with these settings (as `Cell.resolved` has them) uses it. A server's vLLM is the
 server's, and not known here."""

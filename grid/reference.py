@@ -21,12 +21,13 @@ from klab.grid.grid_file import KEYS
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.evaluate import Evaluations
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.notify import Notify
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sampler import Rejection, Sampler
 from klab.grid.schema.sections import Launcher, Resources
-from klab.grid.schema.task import TASKS, CustomTask, RewardTerm
+from klab.grid.schema.task import TASKS, CustomTask, ReasoningPart, RewardTerm
 from klab.grid.schema.training import (
     Critic,
     StopBounds,
@@ -80,12 +81,14 @@ def reference() -> str:
     parts += ["### `policy.lora`", "", *_section(Lora), "", "## `task`", ""]
     for name, model in TASKS.items():
         parts += [f"### `task: {{name: {name}}}`", "", *_section(model), ""]
+    parts += ["### `task.datasets`: one dataset of a composite", "", *_section(ReasoningPart), ""]
     parts += ["### A task of your own", "", *_section(CustomTask), ""]
     parts += ["### `task.reward`: one term", "", *_section(RewardTerm), ""]
     parts += ["## `resources`", "", *_section(Resources), ""]
     parts += ["### `resources.launcher`", "", *_section(Launcher), ""]
     parts += ["## `budget`", "", *_section(Budget), ""]
     parts += ["## `notify`", "", *_section(Notify), ""]
+    parts += ["## `evaluate`", "", *_section(Evaluations), ""]
     parts += ["## `analysis`", "", *_section(AnalysisPlan), "", "### `analysis.stop`", "", *_section(Stop), ""]
     parts += ["## Symbols", ""]
     symbols = [(each.symbol, f"`{each.code}`" if each.code else "", each.shape, each.meaning) for each in GLOSSARY]

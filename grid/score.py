@@ -101,6 +101,12 @@ SCORES = {**HELD_OUT, **RESULTS}
 PARTS = "parts."
 """`parts.NAME` is the mean of one part of the reward, as the task names it, over the same evaluations as `reward`."""
 
+LM_EVAL = "lm_eval."
+"""`lm_eval.TASK.METRIC` is a metric of the section `evaluate` at the end of training; `lm_eval.TASK` its first one."""
+
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "mse")
+"""Metrics of lm-evaluation-harness of which less is better."""
+
 TRAINING_REWARDS = ("reward_final", "reward_best", "gap")
 """Scores made of the rewards of rollouts."""
 
@@ -129,11 +135,11 @@ class Score:
 
     Attributes:
         name: its canonical spelling, as in ``reward_at_kl(0.5)``.
-        kind: the key in `SCORES`, or ``parts``.
+        kind: the key in `SCORES`, ``parts`` or ``lm_eval``.
         title, meaning: for people.
         higher: whether a higher one is better.
         argument: the number in parentheses; None without one.
-        part: the part of the reward, with ``parts``.
+        part: the part of the reward, with ``parts``; task and metric, with ``lm_eval``.
     """
 
     name: str
@@ -159,6 +165,12 @@ def parse_score(text: str, key: str = "score") -> Score:
         part = written.removeprefix(PARTS)
         meaning = f"mean of the part {part} of the reward, over the same completions as the held-out reward"
         return Score(written, "parts", f"{part} (part of the held-out reward)", meaning, part=part)
+    if written.startswith(LM_EVAL) and len(written) > len(LM_EVAL):
+        part = written.removeprefix(LM_EVAL)
+        higher = not any(word in LOWER_IS_BETTER for word in part.split("."))
+        return Score(
+            written, "lm_eval", part, f"{part} of lm-evaluation-harness, on the final policy", higher, part=part
+        )
     found = _FORM.fullmatch(written)
     name = found["name"] if found else written.partition("(")[0]
     name = _ALIASES.get(name, name)
@@ -192,7 +204,12 @@ def parse_scores(texts: Iterable[str], key: str = "score") -> tuple[Score, ...]:
 def spellings() -> tuple[str, ...]:
     """How scores are written."""
     forms = {"none": "{}", "optional": "{}", "required": "{}(0.5)"}
-    return (*(forms[kind.argument].format(name) for name, kind in SCORES.items()), *_ALIASES, f"{PARTS}NAME")
+    return (
+        *(forms[kind.argument].format(name) for name, kind in SCORES.items()),
+        *_ALIASES,
+        f"{PARTS}NAME",
+        f"{LM_EVAL}TASK.METRIC",
+    )
 
 
 def _number(text: str, key: str, value: str) -> float:
@@ -203,3 +220,10 @@ def _number(text: str, key: str, value: str) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise UserError("a number of at least 0 belongs in the parentheses", key=key, value=value)
     return number
+
+
+def chosen_metric(part: str, metrics: Iterable[str]) -> str | None:
+    """The metric of lm-evaluation-harness that ``lm_eval.PART`` names: the one of that name, else the first whose name
+    begins with it; None where there is none."""
+    known = list(metrics)
+    return part if part in known else next((name for name in known if name.startswith(f"{part}.")), None)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from klab.grid.score import DEFAULT_SCORE, Score, parse_score
+from klab.grid.score import DEFAULT_SCORE, LM_EVAL, Score, parse_score
 from klab.reports.axes import value_words
 from klab.reports.censored import Sensitivity, sensitivity
 from klab.reports.conduct import Conduct
@@ -264,8 +264,9 @@ def _table(
     censored: Sensitivity | None,
     score: Score,
 ) -> pd.DataFrame:
+    metrics = [str(name) for name in cells if str(name).startswith(LM_EVAL) and cells[name].notna().any()]
     means = (
-        cells.groupby("group", sort=False)[["accuracy_final", "reward_final", "reverse_kl_final"]]
+        cells.groupby("group", sort=False)[["accuracy_final", "reward_final", "reverse_kl_final", *metrics]]
         .mean()
         .reindex(list(groups))
     )
@@ -285,6 +286,7 @@ def _table(
             "accuracy_final": means["accuracy_final"].to_numpy(),
             "reward_final": means["reward_final"].to_numpy(),
             "reverse_kl_final": means["reverse_kl_final"].to_numpy(),
+            **{name: means[name].to_numpy() for name in metrics},
         }
     )
     compared = [i for i, group in enumerate(groups) if group != baseline]
@@ -315,4 +317,4 @@ def _table(
     table["stable"] = table[["diverged", "stopped", "failed"]].sum(axis=1) == 0
     table = table.sort_values("mean", ascending=not score.higher, na_position="last", kind="stable", ignore_index=True)
     table["rank"] = table["mean"].rank(method="min", ascending=not score.higher)
-    return table[["group", *SUMMARY]]
+    return table[["group", *SUMMARY, *metrics]]

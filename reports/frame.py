@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from klab.grid import UserError
-from klab.grid.score import PARTS, RESULTS
+from klab.grid.score import LM_EVAL, PARTS, RESULTS
 from klab.harness.store import CellFolder, Run, files
 from klab.harness.store.metrics_reader import MetricColumns, read_metric_columns
 from klab.reports.numeric_frame import Block, last_update, number
@@ -30,7 +30,7 @@ from klab.reports.software import encoded
 MOMENTS = 5
 """Evaluations of a cell whose completions are kept."""
 
-_VERSION = 7
+_VERSION = 8
 T = TypeVar("T")
 _QUIET = ("heartbeat", "claim")
 _SAMPLES = ("cell", "update", "prompt", "completion", "reward")
@@ -141,6 +141,7 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
             row.update(
                 {name: number(result.get(name)) for name in RESULTS}, state=result["state"], software=encoded(result)
             )
+            row.update(_metrics(result))
         elif error is not None:
             row.update(state="failed", error=error[-_ERROR_TAIL:])
         metrics.add(identity, measured)
@@ -148,8 +149,15 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         for evaluation in spread(evaluated, MOMENTS):
             samples += [_sample(identity, evaluation["update"], item) for item in evaluation.get("samples") or ()]
     columns = ["cell", "mark", "state", "error", "software", *RESULTS]
+    columns += sorted({name for row in cells for name in row if name.startswith(LM_EVAL)})
     table = pd.DataFrame(cells, columns=columns).astype({"error": "str"} if cells else {})
     return Frames(table, metrics.frame(), evaluations.frame(), pd.DataFrame(samples, columns=list(_SAMPLES)))
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of lm-evaluation-harness in a result, each as a number of its own, ``lm_eval.TASK.METRIC``."""
+    found = result.get("lm_eval")
+    return {f"{LM_EVAL}{name}": number(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _with_parts(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from klab.grid import Cell, UserError
-from klab.grid.score import PARTS, RESULTS, TRAINING_REWARD_SETTINGS, TRAINING_REWARDS, Score
+from klab.grid.score import (
+    LM_EVAL,
+    PARTS,
+    RESULTS,
+    TRAINING_REWARD_SETTINGS,
+    TRAINING_REWARDS,
+    Score,
+    chosen_metric,
+)
 from klab.reports.axes import VariedAxis
 
 Array = NDArray[np.float64]
@@ -40,6 +48,13 @@ def run_scores(study: ScoredStudy, score: Score) -> Array:
     """
     if score.kind in RESULTS:
         return study.cells[score.kind].to_numpy(dtype=np.float64)
+    if score.kind == "lm_eval":
+        known = [str(name).removeprefix(LM_EVAL) for name in study.cells if str(name).startswith(LM_EVAL)]
+        name = chosen_metric(score.part, known)
+        if name is None:
+            names = [f"{LM_EVAL}{each}" for each in known]
+            raise UserError("no cell has this metric", key="score", value=score.name, allowed=names)
+        return study.cells[f"{LM_EVAL}{name}"].to_numpy(dtype=np.float64)
     if score.kind == "reward_at_kl":
         assert score.argument is not None
         return _at_kl(study, score.argument)
@@ -89,7 +104,7 @@ def score_notes(study: ScoredStudy, score: Score) -> tuple[str, ...]:
         if any(cell.training.beta_control is not None for cell in study.configurations.values()):
             notes.append("β moves during training in some cells; the objective takes its first value.")
     prompts = {cell.training.evaluation_prompts for cell in study.configurations.values()}
-    if score.kind not in RESULTS and len(prompts) > 1:
+    if score.kind not in (*RESULTS, "lm_eval") and len(prompts) > 1:
         shown = ", ".join(str(count) for count in sorted(prompts))
         notes.append(f"Cells were evaluated on different numbers of prompts ({shown}): these are not the same prompts.")
     missing = np.isnan(run_scores(study, score)) & (study.cells["state"] == "finished").to_numpy()

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from klab.grid import Cell, UserError
+from klab.grid.score import LM_EVAL
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
@@ -30,7 +31,8 @@ class Study:
     Attributes:
         runs: the runs, in the order given.
         names: a distinct name for each.
-        cells: one row per cell and seed; columns are documented in `schema.CELLS`.
+        cells: one row per cell and seed; columns are documented in `schema.CELLS`, and `lm_eval.TASK.METRIC` of each
+            metric that some cell has.
         metrics: one row per (cell, update); `schema.METRICS`.
         evaluations: one row per (cell, evaluation); `schema.EVALUATIONS`.
         samples: stored completions of some evaluations of each cell, from the first to the last.
@@ -168,8 +170,19 @@ def load_runs(
     cells["label"] = [labels[group] for group in cells["group"]]
     used = software(cells["software"])
     notes += [*_warnings(cells, runs), *differences(used), *conduct(runs, names, staged).notes]
+    metrics = [str(name) for name in cells if str(name).startswith(LM_EVAL)]
     return Study(
-        runs, names, cells[list(CELLS)], *joined, axes, values, configurations, baselines, tuple(notes), staged, used
+        runs,
+        names,
+        cells[[*CELLS, *metrics]],
+        *joined,
+        axes,
+        values,
+        configurations,
+        baselines,
+        tuple(notes),
+        staged,
+        used,
     )
 
 

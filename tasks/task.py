@@ -23,6 +23,7 @@ TASKS = {
     "gsm8k": "klab.tasks.gsm8k:Gsm8k",
     "math": "klab.tasks.mathematics:Mathematics",
     "file": "klab.tasks.file:File",
+    "reasoning_gym": "klab.tasks.reasoning:Reasoning",
 }
 """Where the tasks are that a grid may name."""
 
@@ -75,6 +76,11 @@ class Task(Protocol):
     whose reward is a weighted sum of parts of its scores says so with `reward_weights`, the weight of each such part by
     its name: advantages like `term_norm` look at the parts.
 
+    A task that has an alphabet only where its texts are small says why it has none with `no_alphabet`, for the message.
+
+    A task with an alphabet is taken to make prompts without end, unless it sets `lists_prompts = True`: they are then
+    measured, all of them, where a pretrained policy reads them.
+
     A task may also set `interactive = False`: `respond` is then never called, which saves decoding text in between. And
     it may have `score_all(examples, completions)`, which yields the scores of many completions in order and may compute
     several at once, as a reward model does; they must be what `score` gives, up to rounding.
@@ -100,6 +106,30 @@ class Task(Protocol):
             transcript: everything after the prompt so far, both sides' turns, without end tokens.
         """
         ...
+
+
+def lists_prompts(task: Task) -> bool:
+    """Whether all prompts of a task may be gone through and measured."""
+    return bool(getattr(task, "lists_prompts", task.alphabet is None))
+
+
+def alphabet_of(task: Task) -> str:
+    """The alphabet of a tiny policy.
+
+    Raises:
+        UserError: the task has none, or no reference solutions.
+    """
+    if task.alphabet is None:
+        why = getattr(task, "no_alphabet", None)
+        raise UserError(
+            f"a tiny policy needs an alphabet, which task {task.name!r} does not have{f': {why}' if why else ''}",
+            key="policy.name",
+            value="tiny",
+            hint="Take a pretrained model: policy: {name: hf, model: …}.",
+        )
+    if not task.split("train")[0].solution:
+        raise UserError("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
+    return task.alphabet
 
 
 def load_task(section: Any) -> Task:

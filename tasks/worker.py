@@ -55,12 +55,21 @@ class Worker:
         seconds: limit of one call.
         memory_gb: limit of the memory that the process may write to; None for none.
         caller: `package.module:Class` whose instance, made from the function, is called instead of it.
+        plain: the function's values are plain data, which arrive as they are: `{"plain": …}`.
+        environment: variables of the process beside those of this one.
     """
 
     def __init__(
-        self, function: str, seconds: float, memory_gb: float | None = MEMORY_GB, caller: str | None = None
+        self,
+        function: str,
+        seconds: float,
+        memory_gb: float | None = MEMORY_GB,
+        caller: str | None = None,
+        plain: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.function, self.seconds, self.memory_gb, self.caller = function, seconds, memory_gb, caller
+        self.plain, self.environment = plain, dict(environment or {})
         self.batched = False
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
@@ -83,6 +92,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            env={**os.environ, **self.environment},
         )
         self._stopping = weakref.finalize(self, _kill, self._process)
         header = {
@@ -93,6 +103,7 @@ class Worker:
             "by_file": location.by_file,
             "memory_gb": self.memory_gb,
             "caller": self.caller,
+            "plain": self.plain,
         }
         reply = self._asked([sys.path, header], START_SECONDS)
         if "ready" not in reply:
@@ -192,7 +203,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def serve() -> None:
     """The other process: read requests, answer each, and end when the pipe is closed."""
-    _die_with_the_pipe()
+    die_with_the_pipe()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints goes to the log
     requests = map(json.loads, sys.stdin)
@@ -211,14 +222,19 @@ def serve() -> None:
             os._exit(0)
         try:
             value = called(*arguments)
-            reply = _described(value) if header["caller"] is None else {"values": [_described(each) for each in value]}
+            if header["plain"]:
+                reply = {"plain": value}
+            elif header["caller"] is None:
+                reply = _described(value)
+            else:
+                reply = {"values": [_described(each) for each in value]}
         except Unfit as error:
             reply = {"unfit": str(error)}
         except BaseException:
             reply = {"raised": traceback.format_exc()}
 
 
-def _die_with_the_pipe() -> None:
+def die_with_the_pipe() -> None:
     """Fork a process that kills this one, and what it has started, once the other end of standard input is gone.
 
     A thread could not: the function may hold the interpreter for as long as it likes.

@@ -11,6 +11,7 @@ from klab.grid.errors import UserError
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.evaluate import Evaluations
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.notify import Notify
 from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
@@ -25,6 +26,7 @@ from klab.grid.schema.task import (
     FileTask,
     Gsm8kTask,
     MathTask,
+    ReasoningTask,
     RewardTable,
     RewardTerm,
     TabularTask,
@@ -54,6 +56,7 @@ __all__ = [
     "CountdownTask",
     "Critic",
     "CustomTask",
+    "Evaluations",
     "FileTask",
     "Gsm8kTask",
     "HfPolicy",
@@ -62,6 +65,7 @@ __all__ = [
     "MathTask",
     "Notify",
     "PolicySection",
+    "ReasoningTask",
     "ReferencePolicy",
     "Rejection",
     "Resources",
@@ -193,7 +197,8 @@ def load_section(kind: str, given: object) -> Section:
     """A section from its mapping.
 
     Args:
-        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis``, ``budget`` or ``notify``.
+        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis``, ``budget``, ``notify`` or
+            ``evaluate``.
         given: what the grid file contains.
 
     Raises:
@@ -239,6 +244,7 @@ _UNNAMED: Mapping[str, type[Section]] = {
     "analysis": AnalysisPlan,
     "budget": Budget,
     "notify": Notify,
+    "evaluate": Evaluations,
 }
 """Sections of which there is one kind."""
 

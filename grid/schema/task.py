@@ -219,6 +219,97 @@ class FileTask(RewardedTask):
     """Completion budget."""
 
 
+class Named(Section):
+    """Values by names that a library decides on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is written, by name."""
+        return dict(self.model_extra or {})
+
+
+class ReasoningPart(Section):
+    """One dataset of a composite, in ``task.datasets``."""
+
+    dataset: str
+    """A dataset of reasoning-gym."""
+    weight: Positive = 1.0
+    """Share of the prompts, in proportion to the other weights."""
+    parameters: Named = Named()
+    """Fields of the dataset's configuration, by name."""
+    level: Annotated[int, Field(ge=0)] | Named | None = None
+    """As `level` of the task."""
+
+
+class ReasoningTask(Section):
+    """Generated problems of reasoning-gym (Stojanovski et al. 2025), each dataset with its own scorer (extra
+    `reasoning`).
+
+    Generators and scorers run in a process of their own. A completion that its scorer cannot read, or that takes more
+    than ``reward_seconds`` or ``reward_memory_gb``, is worth 0.
+    """
+
+    name: Literal["reasoning_gym"] = "reasoning_gym"
+    dataset: str | None = None
+    """A dataset of reasoning-gym: `chain_sum`, `countdown`, `zebra_puzzles`, …"""
+    datasets: tuple[ReasoningPart, ...] = ()
+    """Instead of `dataset`, several in one: `dataset`, `weight`, `parameters` and `level` of each."""
+    parameters: Named = Named()
+    """Fields of the dataset's configuration, by name: `{max_terms: 3, max_digits: 2}`."""
+    level: Annotated[int, Field(ge=0)] | Named | None = None
+    """Level of the dataset's curriculum: a number for all of its attributes, or a number for each, by name; every
+    level includes those below. `parameters` come second. Null: the dataset's defaults."""
+    prompt: str = "{question}\n"
+    """Template of the prompt: `{question}` and fields of the problem's metadata that are text or numbers."""
+    answer: Literal["plain", "tags"] = "plain"
+    """Where the answer is: the whole completion, or what stands between the last `<answer>` and `</answer>`."""
+    instruction: str | None = None
+    """Before every prompt: the name of a system prompt of reasoning-gym (`default`, `simple`, `direct`, …) or a text of
+    your own; null: `default` with `answer: tags`, else none."""
+    size: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    """Problems that are generated to train on; those whose prompts are held out are left out."""
+    held_out: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Problems that are generated to evaluate on; each prompt counts once."""
+    seed: Annotated[int, Field(ge=0, le=2047)] = 0
+    """Seed of the problems, the same for all cells; no two seeds, nor training and held-out problems, share a
+    generator's seed."""
+    max_new_tokens: Count | None = None
+    """Completion budget; null: one token per character of the longest answer and one for the end, with `answer: tags`
+    512."""
+    reward_seconds: Positive = 10.0
+    """Time limit of one score, in seconds."""
+    reward_memory_gb: Positive | None = 8.0
+    """Memory limit of the process of generators and scorers, in GB; null: none."""
+    label: str | None = None
+    """The task's name in reports."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ReasoningTask:
+        if (self.dataset is None) == (not self.datasets):
+            raise UserError("has either a dataset or a list of datasets", key="dataset", value=self.dataset)
+        names = [part.dataset for part in self.datasets]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise UserError("stands twice", key="datasets", value=repeated)
+        if self.datasets and (self.parameters.values or self.level is not None):
+            raise UserError(
+                "has no effect beside several datasets",
+                key="parameters" if self.parameters.values else "level",
+                value=self.parameters.values or self.level,
+                hint="Write it in the list's entries.",
+            )
+        return self
+
+    @property
+    def parts(self) -> tuple[ReasoningPart, ...]:
+        """The datasets, also where there is one."""
+        if self.dataset is None:
+            return self.datasets
+        return (ReasoningPart(dataset=self.dataset, parameters=self.parameters, level=self.level),)
+
+
 class CustomTask(Section):
     """A task of the user's own, ``package.module:Class``; ``label`` is its name in reports, every other key goes to its
     constructor."""
@@ -239,6 +330,7 @@ TaskSection = (
     | Gsm8kTask
     | MathTask
     | FileTask
+    | ReasoningTask
     | CustomTask
 )
 TASKS: dict[str, type[Section]] = {
@@ -250,6 +342,7 @@ TASKS: dict[str, type[Section]] = {
     "gsm8k": Gsm8kTask,
     "math": MathTask,
     "file": FileTask,
+    "reasoning_gym": ReasoningTask,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,8 @@ from klab.grid import Cell, Objective, UserError, user_code
 from klab.grid.catalogue import AXES
 from klab.grid.engines import engine_notes
 from klab.grid.kl_settings import reference_notes, refuse_late_logits
+from klab.grid.schema.evaluate import Evaluations
+from klab.grid.schema.sections import load_section
 from klab.grid.schema.training import TrainingSection
 from klab.grid.user_code import names_user_code
 from klab.harness.policy.footprint import Footprint, Workload
@@ -26,7 +28,7 @@ from klab.harness.preflight.memory import (
 )
 from klab.harness.preflight.process import Finding
 from klab.harness.training.data.notes import divergence_notes, sampling_notes, small_set_notes
-from klab.tasks.task import Score, SplitName, Task, load_task
+from klab.tasks.task import Score, SplitName, Task, alphabet_of, lists_prompts, load_task
 
 T = TypeVar("T")
 Model = tuple[Any, Any]
@@ -48,6 +50,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
         models: dict[str, Model | None] = {}
         sizes: dict[tuple[str, str], Sizes | None] = {}
         estimated: set[tuple[str, ...]] = set()
+        warmed: set[str] = set()
         engines: set[object] = set()
         for cell, memory_key in zip(cells, memory_keys(cells), strict=True):
             if cell.training.engine == "trl" and cell.training.trl not in engines:
@@ -58,16 +61,19 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             task_key, policy_key = cell.task.model_dump_json(), cell.policy.model_dump_json()
             if task_key not in tasks:
                 tasks[task_key] = yield from _tried(partial(load_and_score, cell.task), file, "task", cell.task.name)
+            if (task := tasks[task_key]) is not None and cell.policy.name == "tiny" and task_key not in warmed:
+                warmed.add(task_key)
+                yield from _tried(partial(alphabet_of, task), file, "policy")
             if policy_key not in models:
                 models[policy_key] = yield from _tried(partial(load_model, cell.policy), file, "policy")
-            task, model = tasks[task_key], models[policy_key]
+            model = models[policy_key]
             if task is None:
                 continue
             known = (*sampling_notes(cell.training), *divergence_notes(cell.objective), *engine_notes(cell.training))
             for note in (*small_sets(cell, task), *known, *reference_notes(cell.training)):
                 yield Finding(f"{file}: {note}", False)
             readable = True
-            if model is not None and task.alphabet is None:
+            if model is not None and lists_prompts(task):
                 readable = bool((yield from _tried(partial(check_prompts, cell, task, model), file, "policy")))
             size_key = (policy_key, task.alphabet or "")
             if size_key not in sizes:
@@ -76,6 +82,21 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             if size is not None and readable and memory_key not in estimated:
                 estimated.add(memory_key)
                 yield estimate_memory(cell, size, *passes(cell, task, model))
+
+
+def check_evaluations(section: Mapping[str, Any] | None, file: Path) -> Iterator[Finding]:
+    """Whether the tasks of the section `evaluate` exist; nothing without one."""
+    if section is not None:
+        yield from _tried(partial(_check_lm_eval, section), file, "evaluate")
+
+
+def _check_lm_eval(section: Mapping[str, Any]) -> None:
+    from klab.harness.training.final_evaluation import require_lm_eval
+    from klab.harness.training.lm_eval_process import check_tasks
+
+    evaluations: Evaluations = load_section("evaluate", section)  # type: ignore[assignment]
+    require_lm_eval(evaluations)
+    check_tasks(evaluations.lm_eval)
 
 
 def _check_trl(training: TrainingSection) -> None:

@@ -42,7 +42,8 @@ class Preflight:
 
     def __init__(self, grid: Grid) -> None:
         cells = representatives(grid.cells)
-        request = {"file": grid.file, "cells": [cell.resolved() for cell in cells]}
+        evaluate = None if grid.evaluations is None else grid.evaluations.model_dump(mode="json")
+        request = {"file": grid.file, "cells": [cell.resolved() for cell in cells], "evaluate": evaluate}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             python_command("-m", "klab.harness.preflight.worker"),

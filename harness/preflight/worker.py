@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from klab.grid import Cell
-from klab.harness.preflight.checks import check
+from klab.harness.preflight.checks import check, check_evaluations
 from klab.harness.preflight.memory import MemoryEstimate
 
 
@@ -19,7 +19,8 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     cells = [Cell.from_resolved(each) for each in request["cells"]]
-    for found in check(cells, Path(request["file"])):
+    file = Path(request["file"])
+    for found in (*check_evaluations(request.get("evaluate"), file), *check(cells, file)):
         kind = "memory" if isinstance(found, MemoryEstimate) else "finding"
         print(json.dumps({kind: asdict(found)}), file=answers, flush=True)
     answers.flush()

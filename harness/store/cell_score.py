@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from klab.grid.score import RESULTS, parse_score
+from klab.grid.score import RESULTS, chosen_metric, parse_score
 
 if TYPE_CHECKING:
     from klab.harness.store.cell_folder import CellFolder
@@ -31,6 +31,10 @@ def cell_score(folder: CellFolder, name: str) -> float | None:
         return None
     if score.kind in RESULTS:
         return _number(result.get(score.kind))
+    if score.kind == "lm_eval":
+        metrics = result.get("lm_eval") or {}
+        metric = chosen_metric(score.part, metrics)
+        return None if metric is None else _number(metrics[metric])
     rows = folder.evaluations()
     if score.kind == "reward_at_kl":
         return _at_kl(rows, score.argument or 0.0)

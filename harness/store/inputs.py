@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ _CHUNK = 1 << 22
 _MOST_FILES, _MOST_BYTES = 10_000, 1 << 28
 _PATHS = ("path", "held_out_path", "model")
 """Settings of klab's own tasks and policies that name files, folders, models and datasets; any of a user's task may."""
-_HUB_KEYS = {"policy.model": "models", "task.path": "datasets"}
+_HUB_KEYS = {"policy.model": "models", "task.path": "datasets", "task.name": "packages"}
+_PACKAGES = {"reasoning_gym": "reasoning-gym"}
+"""Tasks whose problems a package makes, by name: its version is recorded as their commit."""
 
 
 def record(cells: Iterable[Cell], run: Path) -> dict[str, Record]:
@@ -37,6 +40,10 @@ def record(cells: Iterable[Cell], run: Path) -> dict[str, Record]:
     digests, found = Digests(), {}
     around = {run, *run.parents}
     for label, key, name in _named(_sections(cells)):
+        if key == "task.name":
+            if version := _commit("packages", name):
+                found[label] = {"commit": version}
+            continue
         path = Path(name).expanduser()
         if path.exists() and path.resolve() in around:
             continue  # "/" as a separator, say: a folder that the run itself changes is no input of it
@@ -53,7 +60,8 @@ def labels(cells: Iterable[Cell]) -> list[str]:
     return [
         label
         for label, key, name in _named(_sections(cells))
-        if Path(name).expanduser().exists() or (key in _HUB_KEYS and _commit(_HUB_KEYS[key], name))
+        if (key != "task.name" and Path(name).expanduser().exists())
+        or (key in _HUB_KEYS and _commit(_HUB_KEYS[key], name))
     ]
 
 
@@ -206,6 +214,10 @@ def _named(sections: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[
     told: set[str] = set()
     for kind, section in sections:
         own = names_user_code(section.get("name"))
+        package = section.get("name") if kind == "task" else None
+        if package in _PACKAGES and f"task.name {package}" not in told:
+            told.add(f"task.name {package}")
+            yield f"task.name {package}", "task.name", package
         for key, name in _texts(kind, {key: value for key, value in section.items() if key != "name"}):
             if not own and key.rpartition(".")[2] not in _PATHS:
                 continue
@@ -232,7 +244,11 @@ def _hub_commit(label: str) -> str | None:
 
 
 def _commit(kind: str, name: str) -> str | None:
-    """The commit of a model or dataset of the hub that is in the cache of this machine."""
+    """The commit of a model or dataset of the hub that is in the cache of this machine; the version of a package."""
+    if kind == "packages":
+        with suppress(metadata.PackageNotFoundError, KeyError):
+            return metadata.version(_PACKAGES[name])
+        return None
     if name.count("/") > 1 or not name.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum():
         return None
     home = os.environ.get("HF_HUB_CACHE") or os.path.join(

@@ -129,6 +129,7 @@ def _manifest(
         ],
         "grid": grid.text,
         **({} if tuned is None else {"tuning": tuned}),
+        **({} if grid.evaluations is None else {"evaluate": grid.evaluations.model_dump(mode="json")}),
         **{key: existing[key] for key in KEPT if existing and key in existing},
         **made,
         "superseded": superseded,

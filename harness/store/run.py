@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from klab.grid import Cell, Grid
     from klab.grid.schema.base import Section
     from klab.grid.schema.budget import Budget
+    from klab.grid.schema.evaluate import Evaluations
     from klab.grid.schema.notify import Notify
     from klab.grid.schema.sections import Resources
     from klab.grid.user_code import Location
@@ -184,6 +185,18 @@ class Run:
     def libraries(self, identity: str) -> tuple[str, ...]:
         """The optional libraries that a cell uses."""
         return libraries(self.resolved(identity), launcher_kind(self.resources.launcher))
+
+    @property
+    def evaluations(self) -> Evaluations | None:
+        """What finished policies are evaluated on besides their task; None where the grid file asks for nothing."""
+        from klab.grid.schema.sections import load_section
+
+        if self.manifest.get("evaluate") is None:
+            return None
+        try:
+            return load_section("evaluate", self.manifest["evaluate"])  # type: ignore[return-value]
+        except UserError as error:
+            raise error.with_location(file=self.path / "manifest.json") from None
 
     def cell(self, identity: str) -> CellFolder:
         """The folder of the cell with this id, or of the only one whose id has this part.

@@ -315,8 +315,16 @@ class PackRunner:
         for position in positions:
             with self.isolate_failure(pack.members[position].id):
                 folder = self._run.cell(pack.members[position].id)
+                processes = self._channel.process_group.size
                 self.states[folder.id] = finalize_cell(
-                    folder, pack, position, self._channel.process_group.size, diverged, hopeless
+                    folder,
+                    pack,
+                    position,
+                    processes,
+                    diverged,
+                    hopeless,
+                    self._run.evaluations,
+                    self._stop,
                 )
 
     def _heartbeat(self, pack: Pack) -> None:

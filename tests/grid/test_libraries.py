@@ -37,6 +37,7 @@ def used(training: dict[str, Any] | None = None, policy: Any = "tiny", task: Any
         ({"training": {"sampler": {"engine": "vllm", "url": "http://host:8000"}}, "policy": HF}, ("trl",)),
         ({"task": "gsm8k", "policy": HF}, MATH),
         ({"task": {"name": "gsm8k", "reward": "exact"}, "policy": HF}, ()),
+        ({"task": {"name": "reasoning_gym", "dataset": "gcd"}}, ("reasoning-gym",)),
     ],
 )
 def test_libraries_of_klabs_engine(settings: dict[str, Any], expected: tuple[str, ...]) -> None:
@@ -74,12 +75,13 @@ def test_deepspeed_is_used_where_the_launcher_says_so() -> None:
 
 
 def test_every_extra_that_numbers_depend_on_is_known() -> None:
-    """Trackers and servers compute nothing, nor does a client of HTTP; verl trains outside of klab."""
+    """Trackers and servers compute nothing, nor does a client of HTTP; verl trains outside of klab.
+    lm_eval evaluates what is trained, and its version stands in its own record."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = {
         re.split(r"[\[<>=]", each)[0]
         for extra, needs in extras.items()
-        if extra not in ("dev", "track", "serve", "verl")
+        if extra not in ("dev", "track", "serve", "verl", "lm_eval")
         for each in needs
     }
     assert names - {"requests"} <= LIBRARIES.keys()

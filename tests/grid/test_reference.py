@@ -13,14 +13,15 @@ from klab.grid.grid_file import KEYS
 from klab.grid.reference import MARKER, attribute_docstrings, reference
 from klab.grid.schema.policy import POLICIES, Lora
 from klab.grid.schema.sections import AnalysisPlan, Resources, Stop
-from klab.grid.schema.task import TASKS, RewardTerm
+from klab.grid.schema.task import TASKS, ReasoningPart, RewardTerm
 from klab.grid.schema.training import BetaControl, Critic, Sampler, TrainingSection, TrustRegion
 
 README = Path(__file__).parents[2] / "grid/README.md"
 WRITTEN, _, GENERATED = README.read_text().partition(MARKER)
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", WRITTEN, re.DOTALL)
 SECTIONS = (
-    TrainingSection, Critic, BetaControl, TrustRegion, Sampler, Lora, Resources, RewardTerm, AnalysisPlan, Stop,
+    TrainingSection, Critic, BetaControl, TrustRegion, Sampler, Lora, Resources, RewardTerm, ReasoningPart,
+    AnalysisPlan, Stop,
     *POLICIES.values(), *TASKS.values(),
 )  # fmt: skip
 

@@ -12,7 +12,10 @@ from klab.grid.schema.sections import TASKS, load_section
 from klab.tasks.task import TASKS as LOADED
 
 GSM8K = {"name": "gsm8k", "reward": "math"}
-NEEDED: dict[str, dict[str, Any]] = {"file": {"path": "data.jsonl", "prompt": "q"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "file": {"path": "data.jsonl", "prompt": "q"},
+    "reasoning_gym": {"dataset": "chain_sum", "parameters": {"max_terms": 3}, "level": {"num_digits": 1}},
+}
 
 
 def cell(task: dict[str, Any]) -> Cell:

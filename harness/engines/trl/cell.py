@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig
 
+from klab.grid.schema.evaluate import Evaluations
 from klab.harness.engines.trl import checkpoints
 from klab.harness.engines.trl.recorder import Recorder
 from klab.harness.engines.trl.rollout_trainer import EXAMPLE, RolloutFunction
@@ -162,7 +163,8 @@ def train(
             trainer.train(resume_from_checkpoint=None if state is None else str(state.path))
         if recorder.state != "interrupted":
             libraries = run.libraries(folder.id)
-            finalize(folder, trainer, libraries, recorder.state == "diverged", recorder.hopeless)
+            ended, hopeless = recorder.state == "diverged", recorder.hopeless
+            return finalize(folder, trainer, libraries, ended, hopeless, run.evaluations, stop)
         return recorder.state
     finally:
         reset_accelerate()
@@ -185,13 +187,22 @@ def _resumed(folder: CellFolder, trainer: KlabTrainer) -> checkpoints.TrainerSta
 
 
 def finalize(
-    folder: CellFolder, trainer: KlabTrainer, libraries: Sequence[str], diverged: bool, hopeless: str | None = None
-) -> None:
-    """Save the policy and write the result. All processes call it, process 0 writes.
+    folder: CellFolder,
+    trainer: KlabTrainer,
+    libraries: Sequence[str],
+    diverged: bool,
+    hopeless: str | None = None,
+    evaluations: Evaluations | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Save the policy, evaluate it and write the result. All processes call it, process 0 writes.
 
     Args:
         libraries: optional ones that the cell uses.
-        diverged, hopeless: see `conclude`.
+        diverged, hopeless, evaluations, stop: see `conclude`.
+
+    Returns:
+        the cell's state, in all processes.
     """
     group = trainer.group
 
@@ -200,8 +211,9 @@ def finalize(
 
     partial = Path(group.all_gather_object("where the policy is saved", emptied)[0] or "")
     save_policy(trainer, partial)
+    state = ""
     if group.is_main:
-        conclude(
+        state = conclude(
             folder,
             partial,
             trainer.member.cell.training.updates,
@@ -210,8 +222,10 @@ def finalize(
             diverged,
             hopeless,
             libraries,
+            evaluations,
+            stop,
         )
-    group.all_gather_object("the end", lambda: None)
+    return group.all_gather_object("the end", lambda: state)[0]
 
 
 def save_policy(trainer: KlabTrainer, path: Path) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from klab.grid.errors import UserError
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import Progress, warm_up
 from klab.harness.policy.pretrained import model_folder
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store.files import share_folder
-from klab.tasks.task import Task
+from klab.tasks.task import Task, alphabet_of
 
 _TRAINING_FIELDS = ("lora", "gradient_checkpointing")
 """Fields of the policy section that say how it is trained, not where it starts."""
@@ -96,11 +95,7 @@ def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int)
 
 
 def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: Progress | None) -> None:
-    if task.alphabet is None:
-        raise UserError(
-            f"a tiny policy needs an alphabet, which task {task.name!r} does not have", key="policy.name", value="tiny"
-        )
-    tokenizer = character_tokenizer(task.alphabet)
+    tokenizer = character_tokenizer(alphabet_of(task))
     longest = max(len(example.prompt) for example in task.split("train")[:256])
     config = tiny_config(
         section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), max(256, 4 * longest)

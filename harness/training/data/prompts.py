@@ -13,7 +13,7 @@ from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.pretrained import read_config, read_tokenizer
 from klab.harness.policy.prompt import ChatTemplate, prompt_ids
-from klab.tasks.task import Example, SplitName, Task
+from klab.tasks.task import Example, SplitName, Task, lists_prompts
 
 if TYPE_CHECKING:
     from klab.harness.training.packed_cell import PackedCell
@@ -101,7 +101,7 @@ def prompts_that_fit(
         UserError: no prompt is left; or one that is left would exceed the context with its completion.
     """
     split, limit = task.split(name), cell.training.max_prompt_tokens
-    if limit is None and task.alphabet is not None:
+    if limit is None and not lists_prompts(task):
         return split
     known = lengths or PromptLengths()
     tokens = known.measure(split, name, cell, start, now)

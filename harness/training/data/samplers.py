@@ -16,6 +16,7 @@ from klab.harness.policy.sampling.vllm import require_vllm, vllm_sampler
 from klab.harness.training.distributed.process_group import ProcessGroup
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.packed_cell import PackedCell
+from klab.tasks.task import lists_prompts
 
 _copies: WeakKeyDictionary[Policy, Policy] = WeakKeyDictionary()
 """The copy of each policy that its sampler drew from last, on GPUs: recorded decoding steps belong to it."""
@@ -50,7 +51,7 @@ def sample_function(
 def longest_sequence(policy: Policy, members: Sequence[PackedCell]) -> int:
     """The longest prompt of some cells with their budget, in tokens; the context where a length cannot be known: the
     task answers within an episode, or makes prompts without end."""
-    if any(getattr(each.task, "interactive", True) or each.task.alphabet is not None for each in members):
+    if any(getattr(each.task, "interactive", True) or not lists_prompts(each.task) for each in members):
         return policy.context_length
     longest = max(each.longest_prompt + each.max_new_tokens for each in members)
     return min(policy.context_length, longest)

@@ -119,6 +119,8 @@ def test_all_mistakes_are_said_at_once(folder: Path) -> None:
 
 def test_sets_that_are_smaller_than_what_is_asked_are_noted(folder: Path) -> None:
     task = {"name": "file", "path": "sums.jsonl", "prompt": "question", "answer": "answer", "alphabet": "0123456789+"}
+    assert ["reference solutions" in line for line in mistakes(folder, task=task)] == [True]
+    task["solution"] = "answer"
     notes = found(folder, task=task, training={"prompts": 64, "evaluation_prompts": 640})
     assert [note.is_mistake for note in notes] == [False, False]
     assert "evaluation_prompts: 640, but" in notes[0].text
