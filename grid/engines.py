@@ -356,6 +356,24 @@ def refuse_launcher(trainings: Iterable[TrainingSection]) -> None:
             )
 
 
+def refuse_moving_references(trainings: Iterable[TrainingSection], kind: str | None) -> None:
+    """Raises UserError where TRL would have to move a reference whose weights processes share out.
+
+    Args:
+        kind: `distributed_type` of the configuration of accelerate; None without one.
+    """
+    if kind not in ("FSDP", "DEEPSPEED"):
+        return
+    for training in trainings:
+        if training.reference is not None and training.reference.follows == "policy":
+            raise UserError(
+                f"with training.engine: trl a reference moves where each process has the whole model, not with {kind}",
+                key="training.reference",
+                value="policy",
+                hint="Leave the reference fixed, or choose another configuration in resources.launcher.",
+            )
+
+
 def refuse_unequal_shares(trainings: Iterable[TrainingSection], processes: int) -> None:
     """Raises UserError where the trajectories of an update on TRL are no multiple of the processes that share them."""
     for training in trainings:

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from klab.grid.accelerate_file import check_accelerate_file
+from klab.grid.accelerate_file import check_accelerate_file, launcher_kind
 from klab.grid.cell import Cell
 from klab.grid.cell_builder import CellBuilder
-from klab.grid.engines import refuse_launcher, refuse_unequal_shares
+from klab.grid.engines import refuse_launcher, refuse_moving_references, refuse_unequal_shares
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
 from klab.grid.fractional import Fraction
@@ -176,6 +176,7 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         spellings.setdefault(cell.id, {}).update(dict.fromkeys(cell.spellings))
     if resources.launcher is not None:
         refuse_launcher(cell.training for cell in cells.values())
+        refuse_moving_references((cell.training for cell in cells.values()), launcher_kind(resources.launcher))
     refuse_unequal_shares((cell.training for cell in cells.values()), resources.nodes * resources.processes_per_node)
     cells = _with_seeds(cells, spellings, seeds)
     tuning = read_tuning(data["tune"], _seeds, seeds, axes, variants, builder) if "tune" in data else None

@@ -158,3 +158,22 @@ def test_a_launcher_starts_cells_of_trl_only(tmp_path: Any) -> None:
     ):
         with pytest.raises(UserError, match=message):
             parse_grid(json.dumps({**written, "training": training, "resources": resources}), tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_GPU"])
+def test_a_reference_moves_where_each_process_has_the_whole_model(tmp_path: Any, kind: str) -> None:
+    (tmp_path / "kind.yaml").write_text(f"distributed_type: {kind}\n")
+    resources = {"gpus": 2, "launcher": {"accelerate": "kind.yaml"}}
+
+    def cells(rule: Any) -> Any:
+        training = {"engine": "trl", "updates_per_rollout": 2, "reference": rule}
+        policy = {"name": "hf", "model": "some/model"}
+        written = {"name": "n", "task": "addition", "policy": policy, "training": training, "resources": resources}
+        return parse_grid(json.dumps(written), tmp_path / "study.yaml").cells
+
+    assert cells("rollout")
+    if kind == "MULTI_GPU":
+        assert cells({"ema": 0.9})
+    else:
+        with pytest.raises(UserError, match=rf"training\.reference: with training\.engine: trl .* not with {kind}"):
+            cells({"ema": 0.9})

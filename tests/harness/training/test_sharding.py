@@ -74,6 +74,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "fewer rows than processes": ({"prompts": 1, "group_size": 2, "evaluation_prompts": 1}, {}),
     "whole distributions": ({"micro_batch": 4}, {"estimator": "full", "placement": "loss"}),
+    "the policy that drew the rollout": (
+        {"reference": "rollout", "updates_per_rollout": 2, "micro_batch": 4},
+        {"beta": 0.5},
+    ),
     "another sampler, drawn again, greedy": (
         {"equal_groups": "refill", "sampler": {"temperature": 1.5, "dtype": "float32", "correction": "tis"}, "lag": 1},
         {"advantage": "greedy_baseline"},
