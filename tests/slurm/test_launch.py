@@ -154,7 +154,7 @@ def test_held_jobs_wait_until_they_are_released(lab: Lab) -> None:
     lab.until(run, lambda rows: [row.state for row in rows] == ["running", "queued", "queued"])
     second = run.cells[1]
     assert "1 waiting cells held" in lab.klab("hold", run.path, second)
-    assert "JobHeldUser" in lab.tell("squeue", "-h", "-r", "-o", "%i %r")
+    assert "JobHeld" in lab.tell("squeue", "-h", "-r", "-o", "%i %r")
     lab.until(run, lambda rows: [row.state for row in rows] == ["finished", "held", "finished"])
     assert not run.cell(second).metrics()
     lab.launch(grid)  # launching again does not release it
