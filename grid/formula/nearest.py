@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,7 +42,7 @@ def nearest(objective: Objective, on_policy: bool = False, training: TrainingSec
     """The named algorithm with the fewest differences: in values of axes, then in their parameters, then in training
     settings that belong to the algorithm.
 
-    What has no effect under the schedule is no difference. Among equally near ones the first in the alphabet.
+    What has no effect under the schedule is no difference. Among equally near ones the first that was published.
     """
     on_policy = on_policy if training is None else training.on_policy
     own = objective.canonical(on_policy)
@@ -49,7 +50,7 @@ def nearest(objective: Objective, on_policy: bool = False, training: TrainingSec
     for algorithm, theirs in _published(on_policy):
         differences = [*_differences(own, theirs), *_settings(algorithm.training, training)]
         found.append((sum(weight for weight, _ in differences), algorithm, differences))
-    _, algorithm, differences = min(found, key=lambda each: each[0])
+    _, algorithm, differences = min(found, key=lambda each: (each[0], _year(each[1])))
     return Nearest(algorithm, tuple(text for _, text in sorted(differences, key=lambda each: -each[0])))
 
 
@@ -58,6 +59,12 @@ def _published(on_policy: bool) -> tuple[tuple[Algorithm, dict[str, Any]], ...]:
     """The named algorithms with their canonical forms."""
     found = (load_algorithm(name) for name in algorithm_names())
     return tuple((each, Objective(**each.objective).canonical(on_policy)) for each in found)
+
+
+def _year(algorithm: Algorithm) -> str:
+    """The year of its source; those without one come last."""
+    found = re.search(r"\b(?:19|20)\d\d", algorithm.source)
+    return found[0] if found else "later"
 
 
 def _differences(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

@@ -102,6 +102,7 @@ def test_differences_from_the_nearest_algorithm_are_named() -> None:
     assert near.algorithm.name == "grpo"
     assert near.differences == ("estimator: k2 instead of k3", "beta: 0.5 instead of 0.04")
     assert formula(Objective(divergence="forward")).nearest.differences == ("divergence: forward instead of reverse",)
+    assert formula(Objective(placement="reward")).nearest.algorithm.name == "grpo"
     dapo = Objective(**load_algorithm("dapo").objective)
     without = formula(dapo, training=OFF_POLICY).nearest
     assert without.algorithm.name == "dapo"
