@@ -55,9 +55,10 @@ class LiveRun:
         self.curves = CurveShelf(self.run.path)
         self._manifest = stamp
         self._watcher = Watcher(self.run)
-        self._cells = [identity_of(self.run, identity, place) for place, identity in enumerate(self.run.cells)]
-        self._by_id = {cell.id: cell for cell in self._cells}
-        self._axes = axes_of(self.run.manifest, self._cells)
+        self._changed: dict[str, None] = dict.fromkeys(self.run.cells)
+        cells = [identity_of(self.run, identity, place) for place, identity in enumerate(self.run.cells)]
+        self._by_id = {cell.id: cell for cell in cells}
+        self._axes = axes_of(self.run.manifest, cells)
         self._jobs: dict[str, tuple[str, JobStatus]] = {}
         self._asked: dict[str, tuple[float, dict[str, JobStatus]]] = {}
         self._pace = Pace()
@@ -77,19 +78,18 @@ class LiveRun:
             return
         if self._stamp() != self._manifest:
             self._open()
-        changed = self._watcher.look()
+        self._changed.update(dict.fromkeys(self._watcher.look()))
         before, answers = self._jobs, self._ask()
+        moved = [name for name in {**before, **self._jobs} if before.get(name) != self._jobs.get(name)]
         cells = self.run.manifest["cells"]
-        if before != self._jobs or not self.rows:
-            moved = {name for name in before.keys() | self._jobs.keys() if before.get(name) != self._jobs.get(name)}
-            changed = list(dict.fromkeys([*changed, *(name for name in moved if name in cells)]))
-        if not self.rows:
-            changed = self.run.cells
+        self._changed.update(dict.fromkeys(name for name in moved if name in cells))
+        changed = list(self._changed)
         if changed:
             snapshots = {identity: self._watcher.snapshots[identity] for identity in changed}
             self._update(statuses(self.run, answers, changed, snapshots))
-        if self.run.tuned is not None and (changed or before != self._jobs):
+        if self.run.tuned is not None and (changed or moved):
             self._replace_pending(statuses(self.run, answers, None, {}))
+        self._changed = {}  # only now: what could not be told, because a file was damaged, is told by the next look
         rows = [row.status for row in self.rows.values()]
         self._left = self._pace.left(rows)
         self._problem = controller_problem(self.run, rows)

@@ -33,7 +33,7 @@ export function cell(root, parts) {
     if (found.job) words.push(`job ${found.job}`);
     if (found.left !== null) words.push(`${duration(found.left)} until the time limit`);
     if (found.state === "running" && found.detail) words.push(found.detail);
-    text(facts.firstChild, `${words.join(" · ")}${found.at ? " · heard of " : ""}`);
+    text(facts.firstChild, `${words.join(" · ")}${found.at ? " · last news " : ""}`);
     ago(facts.lastChild, found.at);
     const others = (found.seeds ?? []).filter((each) => each.id !== id);
     seeds.hidden = !others.length;

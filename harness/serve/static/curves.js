@@ -58,8 +58,8 @@ function draw(figure, panel, known, colours) {
   const values = known.flatMap((curve) => [...curve.line.y, ...(curve.line.low ?? []), ...(curve.line.high ?? [])]).filter((y) => y !== null);
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (low >= 0 && low < 0.6 * high) low = 0;
-  if (high - low < 1e-9) [low, high] = [low - 0.5, high + 0.5];
-  const ticks = nice(low, high, 4);
+  if (high - low < 1e-9) [low, high] = [low < 0 ? low - 0.5 : Math.max(0, low - 0.5), high + 0.5];
+  const ticks = nice(low, high, 5);
   const step = ticks.length > 1 ? ticks[1] - ticks[0] : high - low;
   if (low !== 0) low -= 0.05 * (high - low);
   high = ticks[ticks.length - 1] > high - 0.3 * step ? Math.max(high, ticks[ticks.length - 1]) : high + 0.05 * (high - low);

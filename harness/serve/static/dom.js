@@ -71,7 +71,7 @@ export function ago(node, at) {
 
 const passed = (at) => {
   const seconds = Date.now() / 1000 - at;
-  return seconds < 5 ? "now" : `${duration(seconds)} ago`;
+  return seconds < 5 ? "just now" : `${duration(seconds)} ago`;
 };
 
 export function tick(root) {

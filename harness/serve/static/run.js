@@ -73,7 +73,7 @@ export function run(root, parts, query) {
     const words = [`update ${count(found.update)} of ${count(found.updates)}`];
     if (found.left !== null) words.push(`about ${duration(found.left)} left`);
     if (found.reward !== null) words.push(`best reward ${number(found.reward)}`);
-    text(facts.firstChild, `${words.join(" · ")} · heard of `);
+    text(facts.firstChild, `${words.join(" · ")} · last news `);
     ago(facts.lastChild, found.at ?? found.created);
     lines.axes(found.axes);
     const states = Object.entries(found.states).map(([state, cells]) => `${cells} ${state}`).join(", ");

@@ -2,8 +2,8 @@
 import { ago, attribute, count, el, keyed, makeStateBar, number, stateBar, text } from "./dom.js";
 import { makeSpark, spark } from "./curves.js";
 
-const CELLS = [["", "draw"], ["label", "cell"], ["seed", "seed"], ["state", "state"], ["done", "updates"], ["reward", "reward", true], ["kl", "final KL", true], ["", "training reward"], ["at", "heard of"]];
-const CONFIGURATIONS = [["", "draw"], ["label", "configuration"], ["cells", "seeds"], ["done", "updates"], ["reward", "reward", true], ["kl", "final KL", true], ["at", "heard of"]];
+const CELLS = [["", "draw"], ["label", "cell"], ["seed", "seed"], ["state", "state"], ["done", "updates"], ["reward", "reward", true], ["kl", "final KL", true], ["", "training reward"], ["at", "last news"]];
+const CONFIGURATIONS = [["", "draw"], ["label", "configuration"], ["cells", "seeds"], ["done", "updates"], ["reward", "reward", true], ["kl", "final KL", true], ["at", "last news"]];
 
 export function table(query, does) {
   const view = { q: query.get("q") ?? "", state: query.get("state") ?? "", sort: query.get("sort") ?? "", order: query.get("order") ?? "", page: Number(query.get("page")) || 0 };

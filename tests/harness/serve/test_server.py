@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -19,6 +20,7 @@ from klab.harness.store import Run
 from klab.reports import render
 from tests.harness.serve.conftest import STUDY, Client
 from tests.reports.synthetic import write_run
+from tests.support import tuned_run
 
 Serve = Callable[..., Client]
 PATHS = (
@@ -93,6 +95,39 @@ def test_a_run_that_appears_or_grows_is_seen(run: Run, client: Client) -> None:
     assert {each["name"] for each in client.get("runs")["runs"]} == {"little", "second"}
     write_run(run.path, STUDY.replace("seeds: 2", "seeds: 3"), only=lambda cell: cell.seed == 2)
     assert client.get("runs/little")["states"] == {"finished": 18}
+
+
+def test_cells_that_wait_for_their_settings_stand_at_the_end_until_they_have_them(tmp_path: Path, serve: Serve) -> None:
+    run = tuned_run.create(tmp_path / "runs" / "tuned")
+    client = serve(run.path.parent)
+
+    def rows() -> list[Any]:
+        return list(client.get("runs/tuned/cells?size=100")["rows"])
+
+    before = rows()
+    assert [row["id"] for row in before] == [row.id for row in statuses(run)]
+    assert len(before) == len(run.cells) + 6
+    assert [row["detail"] for row in before[-6:]] == ["waits for tuning"] * 6
+    name = before[-1]["id"]
+    assert client.get(f"runs/tuned/cells/{quote(name, safe='')}")["state"] == "waiting"
+    assert client.get("runs/tuned/configurations")["total"] > 0
+    tuned_run.fill(
+        run, lambda cell: ("finished", 0.5 if cell.training.lr == 1e-3 else 0.25) if cell.seed > 100 else None
+    )
+    fresh = tuned_run.settled(run)
+    after = rows()
+    assert [row["id"] for row in after] == Run.open(run.path).cells
+    assert [row["state"] for row in after if row["id"] in fresh] == ["waiting"] * 6
+
+
+def test_held_and_stopped_cells_are_shown_as_such(run: Run, client: Client) -> None:
+    held, stopped = run.cell(run.cells[0]), run.cell(run.cells[1])
+    (held.path / "result.json").unlink()
+    held.append_attempt({"event": "held", "at": time.time(), "queue": "local"})
+    (stopped.path / "result.json").unlink()
+    stopped.write_result({"state": "stopped", "updates": 3, "reward_final": 0.1, "reason": "reward below 0.2"})
+    assert client.get("runs/little")["states"] == {"finished": 10, "stopped": 1, "held": 1}
+    assert client.get("runs/little/cells?state=stopped")["rows"][0]["detail"] == "reward below 0.2"
 
 
 def test_curves_grow_and_completions_come(tmp_path: Path, serve: Serve) -> None:
@@ -375,3 +410,16 @@ def test_an_overview_has_pages_and_finds_names(tmp_path: Path, serve: Serve) -> 
     assert shown("") + shown("page=1") == names[::-1]
     assert shown("q=study+1") == [name for name in names[::-1] if "1" in name]
     assert shown("q=nothing") == []
+
+
+def test_what_could_not_be_told_is_told_when_the_damage_is_mended(run: Run, client: Client) -> None:
+    client.get("runs/little")
+    cell = run.cell(run.cells[0])
+    (cell.path / "result.json").unlink()
+    cell.record_failure("ValueError: no")
+    record = run.jobs / "slurm" / "001" / "submission.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    assert "submission.json" in client.ask("/api/runs/little").data["problem"]
+    record.unlink()
+    assert client.get("runs/little")["states"] == {"finished": 11, "failed": 1}

@@ -232,6 +232,15 @@ def test_an_orphan_is_adopted_and_not_submitted_again(fake: Fake, run: Run) -> N
     assert [(each.job, len(each.cells)) for each in submissions(run)] == [("77", 4), ("101", 2)]
 
 
+def test_whoever_only_looks_sees_an_orphan_and_does_not_write_it_down(fake: Fake, run: Run) -> None:
+    intent = record_intent(run, packs(run)[:4], cluster="lab", threads=1)
+    fake.queue(*[("77", str(n), "PENDING", "Priority", "1:00:00", "0", "0", intent.name) for n in range(4)])
+    assert words(Run.open(run.path, read_only=True)) == ["queued"] * 4 + ["none"] * 2
+    assert [each.job for each in submissions(run)] == [None]
+    assert words(run) == ["queued"] * 4 + ["none"] * 2
+    assert [each.job for each in submissions(run)] == ["77"]
+
+
 def test_an_orphan_that_only_the_accounts_know_is_adopted(fake: Fake, run: Run) -> None:
     intent = record_intent(run, packs(run), cluster="lab", threads=1)
     fake.answers("sacct-by-name", f"{intent.name}|77_0\n{intent.name}|77_1\n")
