@@ -115,7 +115,7 @@ class LiveRun:
             "updates": min(updates, 2**53),
             "left": None if rests or self._left is None else round(self._left, -1),
             "at": max((round(row.at) for row in rows if row.at is not None), default=None),
-            "reward": max(rewards, default=None),
+            "reward": finite(sum(rewards) / len(rewards)) if rewards else None,
             "problem": self._problem,
             "report": self.report(),
         }

@@ -71,6 +71,6 @@ function update(node, each) {
   if (each.left !== null) words.push(`about ${duration(each.left)} left`);
   text(part(".run-facts"), words.join(" · "));
   const configurations = `${count(each.configurations)} configuration${each.configurations === 1 ? "" : "s"}`;
-  text(part(".size"), `${configurations}, ${count(each.cells)} cells${each.reward !== null ? `, best reward ${number(each.reward)}` : ""}, last news `);
+  text(part(".size"), `${configurations}, ${count(each.cells)} cells${each.reward !== null ? `, mean reward ${number(each.reward)}` : ""}, last news `);
   ago(part(".heard"), each.at ?? each.created);
 }

@@ -72,7 +72,7 @@ export function run(root, parts, query) {
       (chip, [, cells]) => text(chip.querySelector("b"), count(cells)));
     const words = [`update ${count(found.update)} of ${count(found.updates)}`];
     if (found.left !== null) words.push(`about ${duration(found.left)} left`);
-    if (found.reward !== null) words.push(`best reward ${number(found.reward)}`);
+    if (found.reward !== null) words.push(`mean reward ${number(found.reward)}`);
     text(facts.firstChild, `${words.join(" · ")} · last news `);
     ago(facts.lastChild, found.at ?? found.created);
     lines.axes(found.axes);
