@@ -115,6 +115,13 @@ _ALL = (
         "blog post without author or date",
     ),
     Source(
+        "Gao et al. 2024",
+        "Leo Gao et al.",
+        "2024",
+        "The Language Model Evaluation Harness",
+        "doi:10.5281/zenodo.12608602",
+    ),
+    Source(
         "Gao et al. 2025", "Chang Gao et al.", "2025", "Soft Adaptive Policy Optimization (SAPO)", "arXiv:2511.20347"
     ),
     Source(
@@ -361,6 +368,13 @@ _ALL = (
         "2026",
         "VESPO: Variational Sequence-Level Soft Policy Optimization for Off-Policy LLM Training",
         "arXiv:2602.10693",
+    ),
+    Source(
+        "Stojanovski et al. 2025",
+        "Zafir Stojanovski et al.",
+        "2025",
+        "REASONING GYM: Reasoning Environments for Reinforcement Learning with Verifiable Rewards",
+        "arXiv:2505.24760",
     ),
     Source(
         "Su et al. 2021",
