@@ -6,7 +6,7 @@ A term is one of
 * `math`: 1 where its final answer has the same mathematical value (see `klab.tasks.verification`);
 * `format`: 1 where the completion marks a final answer (`#### …` or `\boxed{…}`), right or wrong;
 * `package.module:function`: the user's, in a process of its own, called by the names of its parameters, one completion
-  at a time or all at once as in TRL (see `tasks.signature`);
+  at a time or all at once as in TRL, also asynchronous or of chat messages (see `tasks.signature`);
 * a sequence classifier (see `klab.tasks.reward_model`).
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from klab.grid.errors import UserError
 from klab.grid.schema.task import RewardTerm, reward_terms
 from klab.tasks.answers import final_answer
-from klab.tasks.signature import SIGNATURES, Calling
+from klab.tasks.signature import SIGNATURES, Calling, MessageCalling
 from klab.tasks.task import Example, Score
 from klab.tasks.verdict import Verdict
 from klab.tasks.worker import MEMORY_GB, CallFailed, CallOverdue, Worker
@@ -129,9 +129,10 @@ def marked(example: Example, completion: str) -> Verdict:
 class UserFunction:
     """A function of the user's in a worker of its own, started and imported at once so that a typo shows early."""
 
-    def __init__(self, path: str, seconds: float, memory_gb: float | None = MEMORY_GB) -> None:
+    def __init__(self, path: str, seconds: float, memory_gb: float | None = MEMORY_GB, messages: bool = False) -> None:
         self.path = path
-        self.worker = Worker(path, seconds, memory_gb, caller=f"{Calling.__module__}:{Calling.__qualname__}")
+        calling = MessageCalling if messages else Calling
+        self.worker = Worker(path, seconds, memory_gb, caller=f"{calling.__module__}:{calling.__qualname__}")
         self.worker.start()
 
     def __call__(self, example: Example, completion: str) -> Verdict:
@@ -195,7 +196,7 @@ def _reward(term: RewardTerm, seconds: float, memory_gb: float | None) -> Reward
 
         require_math_verify()
     known: dict[str, Reward] = {"exact": exact, "math": mathematical, "format": marked}
-    return known[term.name] if term.name in known else UserFunction(term.name, seconds, memory_gb)
+    return known[term.name] if term.name in known else UserFunction(term.name, seconds, memory_gb, term.messages)
 
 
 def _label(term: RewardTerm) -> str:

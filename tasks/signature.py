@@ -2,11 +2,13 @@
 
 Either one completion at a time, with any of `prompt, completion, answer, example` (a mapping of all columns) and
 columns by name, or all at once as TRL does, `f(prompts, completions, **columns)`, returning one value per completion,
-None for one that the function has nothing to say of.
+None for one that the function has nothing to say of. Either may be asynchronous; with `messages`, prompts and
+completions are lists of chat messages, as TRL gives them for conversational datasets.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +21,14 @@ SIGNATURES = (
 _ONE, _ALL = ("prompt", "completion", "answer", "example"), ("prompts", "completions", "answers")
 
 
+_OF_THE_TRAINER = ("completion_ids", "trainer_state", "environments")
+"""What TRL's trainer gives reward functions besides, and klab has not: it rewards texts."""
+
+
+def _unheard(*_: object) -> None:
+    """`log_extra` and `log_metric` of TRL: klab records the parts of a `tasks.Score` instead."""
+
+
 class Unfit(TypeError):
     """A function that cannot be called as a reward; the message says why, and how rewards are called."""
 
@@ -29,12 +39,15 @@ class Unfit(TypeError):
 class Calling:
     """A user's function and the arguments it takes.
 
+    Args:
+        messages: prompts and completions are given as lists of one chat message.
+
     Raises:
         Unfit: none of its parameters is one of a reward function's, or it has both kinds.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], messages: bool = False) -> None:
+        self.function, self.messages = function, messages
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # a builtin without a signature
@@ -65,12 +78,15 @@ class Calling:
         Raises:
             Unfit: it asks for something that there is not, or returns something else than a list of as many values.
         """
+        if self.messages:
+            prompts = [[{"role": "user", "content": text}] for text in prompts]  # type: ignore[misc]
+            completions = [[{"role": "assistant", "content": text}] for text in completions]  # type: ignore[misc]
         if not self.batched:
             each = zip(prompts, completions, answers, rows, strict=True)
             return [self._called({**row, **dict(zip(_ONE, (*texts, row), strict=True))}) for *texts, row in each]
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
-        given = {"answer": list(answers), **columns}
+        given = {"log_extra": _unheard, "log_metric": _unheard, "answer": list(answers), **columns}
         given.pop("prompt", None)
         given.pop("completion", None)
         found = self._called({**given, **dict(zip(_ALL, map(list, (prompts, completions, answers)), strict=True))})
@@ -93,8 +109,23 @@ class Calling:
                 else:
                     named[each.name] = available[each.name]
             elif each.default is inspect.Parameter.empty:
-                columns = sorted(name for name in available if name not in (*_ONE, *_ALL))
+                if each.name in _OF_THE_TRAINER:
+                    raise Unfit(f"asks for {each.name!r}, which only TRL's trainer has")
+                known = (*_ONE, *_ALL, "log_extra", "log_metric")
+                columns = sorted(name for name in available if name not in known)
                 raise Unfit(f"asks for {each.name!r}, and the columns are {', '.join(columns) or 'none'}")
             elif each.kind is inspect.Parameter.POSITIONAL_ONLY:
                 positional.append(each.default)
-        return self.function(*positional, **named)
+        found = self.function(*positional, **named)
+        return asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
+
+
+async def _awaited(found: Any) -> Any:
+    return await found
+
+
+class MessageCalling(Calling):
+    """As `Calling`, for functions that take chat messages."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function, messages=True)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, Positive, Section
@@ -98,11 +106,24 @@ class RewardTerm(Section):
     """Hub id or folder of a sequence classifier with one output."""
     weight: float = 1.0
     """Factor of the term; 0 reports it without rewarding it."""
+    messages: bool = False
+    """Whether a function of your own takes prompts and completions as lists of chat messages, as TRL gives them for
+    conversational datasets."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What came later is left out where it has its default, so that ids stay what they were."""
+        written: dict[str, Any] = handler(self)
+        if not self.messages:
+            written.pop("messages", None)
+        return written
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardTerm:
         if (self.name is None) == (self.model is None):
             raise UserError("a reward has either a name or a model", key="reward", value=self.model_dump())
+        if self.messages and not (self.name is not None and names_user_code(self.name)):
+            raise UserError("only functions of your own take messages", key="reward.messages", value=True)
         if self.name is not None and self.name not in REWARDS and not names_user_code(self.name):
             raise UserError(
                 "unknown reward",

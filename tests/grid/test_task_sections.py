@@ -67,3 +67,12 @@ def test_the_time_limit_is_no_part_of_a_cells_identity() -> None:
 def test_mistakes_are_named(task: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_section("task", task)
+
+
+def test_a_term_as_it_was_before_messages_keeps_its_id() -> None:
+    term = cell({"name": "gsm8k", "reward": "my.rewards:score"}).task.model_dump(mode="json")["reward"][0]
+    assert set(term) == {"name", "model", "weight"}
+    spoken = {"name": "my.rewards:score", "messages": True}
+    made = cell({"name": "gsm8k", "reward": spoken})
+    assert Cell.from_resolved(made.resolved()) == made
+    assert made.id != cell({"name": "gsm8k", "reward": "my.rewards:score"}).id

@@ -237,3 +237,31 @@ def test_a_signature_that_fits_nothing_is_named_at_the_start(name: str, message:
 def test_a_batch_has_a_value_for_each(name: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"task\.reward: {message}.*None where it does not apply"):
         list(Rewards(f"{MODULE}:{name}").score_all([EXAMPLE] * 2, ["", ""]))
+
+
+def test_functions_of_trl_may_be_asynchronous_and_take_messages() -> None:
+    spoken = {"name": f"{MODULE}:spoken", "weight": 2.0, "messages": True}
+    rewards = Rewards([f"{MODULE}:awaited", spoken, f"{MODULE}:graded"])
+    scores = list(rewards.score_all(GRADED, ["1", "2", "x"]))
+    assert [score.reward for score in scores] == [8.0, 2.0, 5.0]
+    assert [dict(score.parts) for score in scores] == [
+        {"awaited": 3.0, "spoken": 1.0, "graded": 3.0},
+        {"spoken": 1.0},
+        {"awaited": 5.0, "spoken": 0.0, "graded": 0.0},
+    ]
+
+
+def test_what_only_trls_trainer_has_is_said() -> None:
+    with pytest.raises(UserError, match="asks for 'trainer_state', which only TRL's trainer has"):
+        Rewards(f"{MODULE}:stateful").score(EXAMPLE, "")
+    with pytest.raises(UserError, match=r"task\.reward\.messages: only functions of your own"):
+        Rewards({"name": "exact", "messages": True})
+
+
+def test_a_reward_function_of_trl_itself() -> None:
+    from trl.rewards import think_format_reward
+
+    texts = ["<think>so</think>\n1", "1"]
+    own = think_format_reward([[{"role": "assistant", "content": text}] for text in texts])
+    rewards = Rewards({"name": "trl.rewards:think_format_reward", "messages": True}, seconds=60.0)
+    assert [score.reward for score in rewards.score_all([EXAMPLE] * 2, texts)] == own == [1.0, 0.0]

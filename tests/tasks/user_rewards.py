@@ -130,3 +130,21 @@ def backtracking(prompt: str) -> float:
     with open(prompt, "w") as pipe:
         pipe.write(str(os.getpid()))
     return float(bool(re.match(r"(a+)+b", "a" * 60)))
+
+
+async def awaited(prompts: list[str], completions: list[str], log_metric: Any, **columns: Any) -> list[float | None]:
+    """As TRL's asynchronous reward functions: all completions at once, None where it does not apply."""
+    log_metric("seen", float(len(prompts)))
+    return [None if level is None else float(level) for level in columns["difficulty"]]
+
+
+def spoken(prompts: Any, completions: Any, answer: list[str], **columns: Any) -> list[float]:
+    """As TRL's reward functions for conversational datasets."""
+    asked = [(len(prompt), prompt[0]["role"]) for prompt in prompts]
+    assert asked == [(1, "user")] * len(prompts)
+    told = [(message["role"], message["content"]) for (message,) in completions]
+    return [float(each == ("assistant", right)) for each, right in zip(told, answer, strict=True)]
+
+
+def stateful(prompts: list[str], completions: list[str], trainer_state: Any) -> list[float]:
+    return [0.0 for _ in prompts]
