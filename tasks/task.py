@@ -23,6 +23,7 @@ TASKS = {
     "gsm8k": "klab.tasks.gsm8k:Gsm8k",
     "math": "klab.tasks.mathematics:Mathematics",
     "file": "klab.tasks.file:File",
+    "trl_environment": "klab.tasks.trl_environment:TrlEnvironment",
     "reasoning_gym": "klab.tasks.reasoning:Reasoning",
 }
 """Where the tasks are that a grid may name."""

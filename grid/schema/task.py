@@ -240,6 +240,46 @@ class FileTask(RewardedTask):
     """Completion budget."""
 
 
+class TrlEnvironmentTask(FileTask):
+    """A dataset whose prompts are asked in an environment of your own, written as for TRL's `environment_factory`: a
+    class with `reset(**columns)`, tools as its public methods and, if it owns the reward, `get_reward()`.
+
+    Episodes are replayed from their transcripts, so that an environment must answer the same when asked the same.
+    """
+
+    name: Literal["trl_environment"] = "trl_environment"  # type: ignore[assignment]
+    environment: str
+    """`package.module:Class` or `./file.py:Class`."""
+    calls: Count = 8
+    """Calls per episode, at most."""
+    opens: Annotated[str, Field(min_length=1)] = "<tool_call>"
+    """What stands before a call, `{"name": …, "arguments": {…}}`."""
+    closes: Annotated[str, Field(min_length=1)] = "</tool_call>"
+    """What stands behind a call, at the end of a turn."""
+    response: str = "\n<tool_response>\n{response}\n</tool_response>\n"
+    """The answer to a call, with `{response}`, and whatever the model's chat format has between turns."""
+    describe: bool = True
+    """Whether prompts begin with the tools' signatures and docstrings."""
+    reward: tuple[RewardTerm, ...] | None = None  # type: ignore[assignment]
+    """Terms beside the environment's own reward; null: none."""
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _terms(cls, given: object) -> list[Any] | None:  # type: ignore[override]
+        return None if given is None else listed_terms(given)
+
+    @model_validator(mode="after")
+    def _named(self) -> TrlEnvironmentTask:
+        if not names_user_code(self.environment):
+            hint = "Write package.module:Class or ./file.py:Class."
+            raise UserError("names no class", key="environment", value=self.environment, hint=hint)
+        head, place, _ = self.response.partition("{response}")
+        if not place or not head.strip():
+            hint = "Something must stand before it, by which answers are told from what the policy writes."
+            raise UserError("needs a beginning and {response}", key="response", value=self.response, hint=hint)
+        return self
+
+
 class Named(Section):
     """Values by names that a library decides on."""
 
@@ -351,6 +391,7 @@ TaskSection = (
     | Gsm8kTask
     | MathTask
     | FileTask
+    | TrlEnvironmentTask
     | ReasoningTask
     | CustomTask
 )
@@ -363,6 +404,7 @@ TASKS: dict[str, type[Section]] = {
     "gsm8k": Gsm8kTask,
     "math": MathTask,
     "file": FileTask,
+    "trl_environment": TrlEnvironmentTask,
     "reasoning_gym": ReasoningTask,
 }
 

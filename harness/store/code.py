@@ -43,7 +43,7 @@ def names(cells: Iterable[Cell]) -> list[str]:
             seen.add(id(section))
             axes = (getattr(section, axis, None) for axis in AXES)
             rewards = (getattr(term, "name", None) for term in getattr(section, "reward", None) or ())
-            for name in (*axes, getattr(section, "name", None), *rewards):
+            for name in (*axes, getattr(section, "name", None), getattr(section, "environment", None), *rewards):
                 if names_user_code(name):
                     found.setdefault(str(name))
     return list(found)

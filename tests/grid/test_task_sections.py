@@ -14,6 +14,7 @@ from klab.tasks.task import TASKS as LOADED
 GSM8K = {"name": "gsm8k", "reward": "math"}
 NEEDED: dict[str, dict[str, Any]] = {
     "file": {"path": "data.jsonl", "prompt": "q"},
+    "trl_environment": {"path": "data.jsonl", "prompt": "q", "environment": "./counter.py:Counter"},
     "reasoning_gym": {"dataset": "chain_sum", "parameters": {"max_terms": 3}, "level": {"num_digits": 1}},
 }
 
