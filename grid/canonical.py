@@ -45,19 +45,26 @@ def reads_divergence(estimator: str) -> bool:
 
 
 def keeps_unit_ratio(weight: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether w = 1 where ρ = 1: true of every built-in weight except a mask that excludes 1."""
-    if names_user_code(weight):
+    """Whether w = 1 where ρ = 1: true of every built-in weight except a mask that excludes 1, and one that drops tokens
+    whatever their ratios are."""
+    if names_user_code(weight) or weight == "clip_cov":
         return False
     return weight != "mask" or arguments["low"] <= 1.0 <= arguments["high"]
 
 
-def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, Any]], on_policy: bool) -> CanonicalForm:
+def canonicalize(
+    axes: Mapping[str, str],
+    arguments: Mapping[str, Mapping[str, Any]],
+    on_policy: bool,
+    terms: Mapping[str, float] | None = None,
+) -> CanonicalForm:
     """The canonical form of a point on the axes.
 
     Args:
         axes: the chosen value of every axis.
         arguments: the resolved parameters of each chosen value, by axis.
         on_policy: whether the training schedule makes every ratio 1.
+        terms: parameters that belong to no axis, those that act.
     """
     value = dict(axes)
     kept = {axis: dict(parameters) for axis, parameters in arguments.items()}
@@ -91,7 +98,7 @@ def canonicalize(axes: Mapping[str, str], arguments: Mapping[str, Mapping[str, A
         canonical[axis] = name
         for key, item in kept[axis].items():
             canonical[f"{axis}.{key}"] = item
-    return CanonicalForm(canonical, idle)
+    return CanonicalForm({**canonical, **(terms or {})}, idle)
 
 
 def _drop_idle_placement(value: dict[str, str], kept: dict[str, dict[str, Any]], idle: dict[str, str]) -> None:
@@ -148,6 +155,9 @@ def _drop_idle_weight(
             idle.update(dict.fromkeys(kept["weight"], reason))
         value["weight"], kept["weight"] = "one", {}
     through_ratio = value["path"] == "ratio" and value["ratio"] not in ("token", "none")
+    if value["weight"] == "clip_cov" and on_policy and not through_ratio and value["placement"] not in _WITH_RATIO:
+        idle["ratio"] = "every ratio is 1: one update per rollout"
+        value["ratio"], kept["ratio"] = "none", {}
     if value["weight"] == "one" and not through_ratio and value["placement"] not in _WITH_RATIO:
         if value["ratio"] != "none":
             idle["ratio"] = "every ratio is 1: one update per rollout" if on_policy else "the weight is one"

@@ -181,6 +181,7 @@ def _readable(objective: Objective, on_policy: bool) -> str:
             default = PARAMETERS[key].default if key in PARAMETERS else None
             if f"{axis.name}.{key}" in canonical and value != default:
                 words.append(f"{key}{_number(value)}")
+    words += [f"{key}{_number(value)}" for key, value in objective.terms.items()]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:120]
 
 

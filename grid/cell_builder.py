@@ -13,6 +13,7 @@ from klab.grid.engines import refuse_unsupported
 from klab.grid.errors import UserError
 from klab.grid.kl_settings import idle_kl_settings, refuse_kl_settings
 from klab.grid.objective import Objective, split_value
+from klab.grid.parameters import TERMS
 from klab.grid.schema.sampler import check_sampled_policy
 from klab.grid.schema.sections import PolicySection, Section, TrainingSection, load_section
 from klab.grid.user_code import names_user_code
@@ -93,7 +94,8 @@ class CellBuilder:
             values = {
                 axis: {"name": getattr(chosen.objective, axis), **chosen.objective.arguments(axis)} for axis in AXES
             }
-            self._settings[chosen.objective] = {**chosen.objective.settings(), **values}
+            terms = {name: getattr(chosen.objective, name) for name in TERMS}
+            self._settings[chosen.objective] = {**chosen.objective.settings(), **terms, **values}
         return {**self._settings[chosen.objective], "algorithm": variant.sections["objective"].get("algorithm")}
 
     def refuse_idle(self) -> None:
@@ -165,7 +167,7 @@ class CellBuilder:
             return
         self._accounted.add((id(chosen.written), on_policy))
         objective = chosen.objective
-        used = {name for axis in AXES for name in objective.arguments(axis)}
+        used = {name for axis in AXES for name in objective.arguments(axis)}.union(TERMS)
         idle = objective.canonical_form(on_policy).idle
         for key, value in chosen.written.items():
             if key == "algorithm":
@@ -297,7 +299,7 @@ def _layers(section: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 def _applicable(written: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without the parameters that no chosen value uses; those are validated, too."""
     chosen = {axis: split_value(axis, written.get(axis, AXES[axis].default)) for axis in AXES}
-    used = {name for axis, (value, _) in chosen.items() for name in value_of(axis, value).parameters}
+    used = {name for axis, (value, _) in chosen.items() for name in value_of(axis, value).parameters}.union(TERMS)
     own = {name for _, extra in chosen.values() for name in extra}
     result: dict[str, Any] = {}
     for key, value in written.items():

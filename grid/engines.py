@@ -84,18 +84,17 @@ SET_BY_KLAB: dict[str, str] = {
     **dict.fromkeys(("reward_weights", "max_tool_calling_iterations"), "the task"),
     **dict.fromkeys(
         (
-            "entropy_coef",
-            "entropy_coef_min",
-            "entropy_coef_max",
-            "entropy_coef_delta",
-            "entropy_target",
-            "use_adaptive_entropy",
-            "top_entropy_quantile",
             "router_aux_loss_coef",
             "label_smoothing_factor",
         ),
         _NO_TERM,
     ),
+    "entropy_coef": "objective.entropy_bonus",
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target", "use_adaptive_entropy"),
+        "training.entropy_control",
+    ),
+    "top_entropy_quantile": "objective.entropy_share",
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), "training.reference"),
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "policy.dtype"),
     **dict.fromkeys(
@@ -219,6 +218,10 @@ def refuse_unsupported(training: TrainingSection, policy: PolicySection, objecti
     _refuse_fields(training)
     if not names_user_code(objective.advantage) and "logits" in value_of("advantage", objective.advantage).needs:
         raise _unsupported("objective.advantage", objective.advantage, "TRL keeps no logits of the whole update")
+    if objective.entropy_share < 1.0:
+        raise _unsupported(
+            "objective.entropy_share", objective.entropy_share, "TRL keeps no entropies of the whole update"
+        )
     if getattr(policy, "engine", "auto") == "stacked":
         raise UserError(
             "is klab's own engine for models, and training.engine: trl has its own",

@@ -129,6 +129,23 @@ GLOSSARY = (
     Symbol("a", "", "float [N, T]", "advantage before a KL term is subtracted from it", ("a",)),
     Symbol("ρ", "rho, ratio", "float [N, T]", "importance ratio", (r"\rho",)),
     Symbol("w", "weight", "float [N, T]", "weight on the score, w(ρ, A); without gradient", ("w",)),
+    Symbol("Q", "PENALTIES", "float [N, T]", "what a weight adds to the loss at each own token, beside w·A·s", ("Q",)),
+    Symbol("S", "entropy", "float [N, T]", "entropy of π at each own token, in nats", ("S",)),
+    Symbol(
+        "rank, draw",
+        "largest_tokens, drawn_tokens",
+        "int [N, T]",
+        "the place of a token among the update's own tokens, the largest value first; and in a random order of those "
+        "that meet a condition, infinite for the others",
+        ("rank", "draw"),
+    ),
+    Symbol(
+        "quantile",
+        "masked_quantile",
+        "",
+        "the quantile, linear between two values, over a trajectory's own tokens or the update's",
+        ("quantile",),
+    ),
     Symbol("ε_low, ε_high", "eps_low, eps_high", "", "clipping widths"),
     Symbol("agg", "aggregation", "", "from per-token terms x_j [N, T] to one number", ("x",)),
     Symbol("s", "", "float [N, T]", "what w·A multiplies in the loss: ℓ, κ or log ρ", ("s",)),

@@ -9,6 +9,7 @@ from typing import Any
 from klab.grid.canonical import CanonicalForm, canonicalize
 from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.errors import UserError
+from klab.grid.parameters import TERMS
 from klab.grid.user_code import names_user_code
 
 
@@ -66,6 +67,20 @@ class Objective:
     safety: float
     clip_low: float
     clip_high: float
+    cov_share: float
+    cov_low: float
+    cov_high: float
+    cov_penalty: float
+    log_low: float
+    log_high: float
+    log_ceiling: float
+    growth: float
+    tv_limit: float
+    least_weight: float
+    budget: float
+    tv_scale: float
+    band: float
+    band_penalty: float
     gamma: float
     lam: float
     whiten: str
@@ -74,8 +89,11 @@ class Objective:
     eps: float
     kl_scale: str
     kl_at: str
+    entropy_bonus: float
+    entropy_share: float
 
     _arguments: dict[str, dict[str, Any]]
+    _terms: dict[str, float]
     _key: str
     _forms: dict[bool, CanonicalForm]
     _texts: dict[bool, str]
@@ -106,7 +124,9 @@ class Objective:
                 arguments[axis] = {
                     parameter: PARAMETERS[parameter].default for parameter in value_of(axis, name).parameters
                 }
+        terms = {name: PARAMETERS[name].default for name in TERMS}
         users = {parameter: arguments[axis] for axis in AXES for parameter in value_of(axis, written[axis]).parameters}
+        users |= dict.fromkeys(TERMS, terms)
         for name, value in given.items():
             if name not in PARAMETERS:
                 raise UserError(
@@ -115,6 +135,8 @@ class Objective:
             if name not in users:
                 raise UserError("no chosen value uses this parameter", key=name, value=value, hint=_users(name))
             users[name][name] = PARAMETERS[name].validate(value)
+        if written["weight"] == "clip_cov" and not arguments["weight"]["cov_low"] < arguments["weight"]["cov_high"]:
+            raise UserError("cov_low must be below cov_high", key="cov_low", value=arguments["weight"]["cov_low"])
         if written["weight"] == "mask" and not arguments["weight"]["low"] <= arguments["weight"]["high"]:
             raise UserError("low must not exceed high", key="low", value=arguments["weight"]["low"])
         attributes = self.__dict__
@@ -122,14 +144,23 @@ class Objective:
         for axis, values in arguments.items():
             if not names_user_code(written[axis]):
                 attributes.update(values)
+        attributes.update(terms)
         attributes["_arguments"] = arguments
-        attributes["_key"] = repr([(written[axis], sorted(values.items())) for axis, values in arguments.items()])
+        attributes["_terms"] = {name: value for name, value in terms.items() if value != PARAMETERS[name].default}
+        attributes["_key"] = repr(
+            [(written[axis], sorted(values.items())) for axis, values in arguments.items()] + [attributes["_terms"]]
+        )
         attributes["_forms"] = {}
         attributes["_texts"] = {}
 
     def arguments(self, axis: str) -> dict[str, Any]:
         """Keyword arguments of the value chosen on ``axis``: its parameters, resolved."""
         return dict(self._arguments[axis])
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Those of `klab.grid.parameters.TERMS` that act: that have another value than their default."""
+        return dict(self._terms)
 
     def settings(self) -> dict[str, Any]:
         """All axes and the parameters in use; ``Objective(**settings)`` is this objective again."""
@@ -141,7 +172,7 @@ class Objective:
         for axis in AXES:
             if not names_user_code(getattr(self, axis)):
                 result.update(self._arguments[axis])
-        return result
+        return {**result, **self._terms}
 
     @property
     def is_custom(self) -> bool:
@@ -152,7 +183,7 @@ class Objective:
         """Which settings act, and why the others have no effect (see `klab.grid.canonical`)."""
         if on_policy not in self._forms:
             self._forms[on_policy] = canonicalize(
-                {axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy
+                {axis: getattr(self, axis) for axis in AXES}, self._arguments, on_policy, self._terms
             )
         return self._forms[on_policy]
 

@@ -159,6 +159,63 @@ _ALL = (
     Parameter(
         "clip_high", 0.4, "how far above 0 a log-ratio counts where A > 0", low=0.0, latex=r"\xi_{\mathrm{high}}"
     ),
+    Parameter(
+        "cov_share",
+        0.0002,
+        "share of the update's own tokens that Clip-Cov drops or KL-Cov penalises",
+        low=0.0,
+        high=1.0,
+        latex="q",
+    ),
+    Parameter(
+        "cov_low",
+        1.0,
+        "smallest (A − Ā)·(ℓ − ℓ̄) of a token that Clip-Cov may drop, exclusive",
+        latex=r"\omega_{\mathrm{low}}",
+    ),
+    Parameter(
+        "cov_high",
+        5.0,
+        "largest (A − Ā)·(ℓ − ℓ̄) of a token that Clip-Cov may drop, exclusive",
+        latex=r"\omega_{\mathrm{high}}",
+    ),
+    Parameter(
+        "cov_penalty", 1.0, "coefficient of |λ| at the tokens of the largest covariance", low=0.0, latex=r"\theta"
+    ),
+    Parameter(
+        "tv_limit",
+        0.15,
+        "largest move of a token's probability, times the weight of its position",
+        low=0.0,
+        latex=r"\delta",
+    ),
+    Parameter(
+        "least_weight",
+        0.8,
+        "weight of the last own token's position; that of the first is 1",
+        low=0.0,
+        high=1.0,
+        latex=r"v_{\mathrm{min}}",
+    ),
+    Parameter("budget", 0.02, "mean move of the probabilities that a prefix may have at least", low=0.0, latex="b"),
+    Parameter(
+        "tv_scale",
+        12.5,
+        "move of a token's probability in the direction of A at which its weight is 0",
+        low=0.0,
+        open_low=True,
+        latex=r"\delta",
+    ),
+    Parameter("band", 0.1, "how far a token's probability may move either way", low=0.0, latex=r"\delta"),
+    Parameter("band_penalty", 1e-3, "coefficient of λ² in the loss", low=0.0, latex=r"\tau"),
+    Parameter(
+        "log_low", 0.025, "how far log ρ may fall at the first own token", low=0.0, latex=r"\varepsilon_{\mathrm{low}}"
+    ),
+    Parameter(
+        "log_high", 0.05, "how far log ρ may rise at the first own token", low=0.0, latex=r"\varepsilon_{\mathrm{high}}"
+    ),
+    Parameter("log_ceiling", 0.05, "where A < 0, how far log ρ may rise at the first own token", low=0.0, latex="c"),
+    Parameter("growth", 0.5, "exponent of the position by which the bounds of log ρ grow", latex="p"),
     Parameter("std", "population", "divisor of the variance: n or n − 1", choices=("population", "sample")),
     Parameter(
         "eps", 1e-6, "added to the standard deviation before dividing by it", low=0.0, latex=r"\epsilon_{\mathrm{std}}"
@@ -168,6 +225,22 @@ _ALL = (
         "mean",
         "factor c of a KL inside the returns: 1/H (mean, Bai & Zhang 2026) or 1 (sum, Ouyang et al. 2022)",
         choices=("mean", "sum"),
+    ),
+    Parameter(
+        "entropy_bonus",
+        0.0,
+        "coefficient c of the entropy H of the policy at each own token: the loss is less by c·agg(H), with gradient",
+        low=0.0,
+        latex=r"c_{\mathrm{H}}",
+    ),
+    Parameter(
+        "entropy_share",
+        1.0,
+        "share of the update's own tokens, those of the highest entropy, that have a policy gradient: the others' "
+        "surrogate is left out, and counted in the denominators",
+        low=0.0,
+        high=1.0,
+        latex=r"q_{\mathrm{H}}",
     ),
     Parameter(
         "kl_at",
@@ -180,3 +253,7 @@ _ALL = (
 
 PARAMETERS: Mapping[str, Parameter] = MappingProxyType({parameter.name: parameter for parameter in _ALL})
 """Every parameter by its name."""
+
+TERMS = ("entropy_bonus", "entropy_share")
+"""Parameters that belong to the objective itself and to no value of an axis. At their defaults they do nothing, and are
+no part of what is written or hashed."""

@@ -18,6 +18,7 @@ from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.custom_values import SIGNATURES, SOLVER, VIEW, Signature
 from klab.grid.glossary import GLOSSARY
 from klab.grid.grid_file import KEYS
+from klab.grid.parameters import TERMS
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.budget import Budget
@@ -30,6 +31,7 @@ from klab.grid.schema.sections import Launcher, Resources
 from klab.grid.schema.task import TASKS, CustomTask, ReasoningPart, RewardTerm
 from klab.grid.schema.training import (
     Critic,
+    EntropyControl,
     StopBounds,
     StopRule,
     TrainingSection,
@@ -59,6 +61,7 @@ def reference() -> str:
     parts += ["### Parameters of the values", ""]
     used = [(f"`{each.name}`", f"`{each.default}`", each.range, each.meaning) for each in PARAMETERS.values()]
     parts += [*_table(("parameter", "default", "values", "meaning"), used), ""]
+    parts += [f"{' and '.join(f'`{name}`' for name in TERMS)} belong to the objective itself, beside every value.", ""]
     parts += ["### Values of your own", "", *_signatures()]
     parts += ["## Named algorithms", "", *_algorithms(), ""]
     parts += ["## `training`", "", *_section(TrainingSection), ""]
@@ -67,6 +70,7 @@ def reference() -> str:
         "beta_control": BetaControl,
         "reference": ReferencePolicy,
         "trust_region": TrustRegion,
+        "entropy_control": EntropyControl,
         "sampler": Sampler,
         "sampler.reject": Rejection,
         "stop": StopRule,

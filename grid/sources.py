@@ -87,6 +87,13 @@ _ALL = (
         "Journal of the Royal Statistical Society B 46(3)",
     ),
     Source(
+        "Cui et al. 2025",
+        "Ganqu Cui et al.",
+        "2025",
+        "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models (Clip-Cov, KL-Cov)",
+        "arXiv:2505.22617",
+    ),
+    Source(
         "Davis & Recht 2025",
         "Damek Davis, Benjamin Recht",
         "2025",
@@ -137,6 +144,13 @@ _ALL = (
         "2025",
         "On-Policy RL with Optimal Reward Baseline (OPO)",
         "arXiv:2505.23585",
+    ),
+    Source(
+        "He et al. 2025",
+        "Jujie He et al.",
+        "2025",
+        "Skywork Open Reasoner 1 Technical Report",
+        "arXiv:2505.22312",
     ),
     Source(
         "Henderson et al. 2018",
@@ -289,6 +303,13 @@ _ALL = (
         "arXiv:2603.19835",
     ),
     Source(
+        "Mao et al. 2026",
+        "Renjie Mao et al.",
+        "2026",
+        "Beyond Uniform Token-Level Trust Region in LLM Reinforcement Learning (CPPO)",
+        "arXiv:2606.10968; code: Tencent-Hunyuan/UniRL",
+    ),
+    Source(
         "MiniMax 2025",
         "MiniMax",
         "2025",
@@ -407,6 +428,13 @@ _ALL = (
     Source("TRL", "Leandro von Werra et al.", "", "TRL, version 1.16.0", "github.com/huggingface/trl"),
     Source("verl", "Guangming Sheng et al.", "", "verl, version 0.9.1", "arXiv:2409.19256; github.com/volcengine/verl"),
     Source(
+        "Wang et al. 2025",
+        "Shenzhi Wang et al.",
+        "2025",
+        "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning",
+        "arXiv:2506.01939",
+    ),
+    Source(
         "Why GRPO Uses r − log r − 1",
         "",
         "",
@@ -435,11 +463,18 @@ _ALL = (
         "blog post",
     ),
     Source(
-        "Yao et al. 2026",
+        "Yao et al. 2026a",
         "Jiarui Yao et al.",
         "2026",
         "Future-KL Regularized GRPO: Process-Level Credit Assignment from f-Divergence Regularization (FRPO)",
         "arXiv:2601.10201",
+    ),
+    Source(
+        "Yao et al. 2026b",
+        "Jiarui Yao et al.",
+        "2026",
+        "Rethinking the Divergence Regularization in LLM RL (DRPO)",
+        "arXiv:2606.09821; code: Tencent-Hunyuan/UniRL",
     ),
     Source(
         "Ye et al. 2020",
@@ -461,6 +496,13 @@ _ALL = (
         "2025",
         "On the Design of KL-Regularized Policy Gradient Algorithms for LLM Reasoning (RPG)",
         "arXiv:2505.17508",
+    ),
+    Source(
+        "Zhang et al. 2026",
+        "Yuheng Zhang et al.",
+        "2026",
+        "Rethinking Importance Sampling in LLM Policy Optimization: A Cumulative Token Perspective (CTPO)",
+        "arXiv:2605.07331",
     ),
     Source(
         "Zhao et al. 2025",

@@ -11,6 +11,7 @@ from typing import Any
 
 from klab.grid import Cell
 from klab.grid.catalogue import AXES, PARAMETERS
+from klab.grid.parameters import TERMS
 from klab.grid.schema.sections import NUMERICALLY_IDLE, Section
 from klab.grid.schema.task import RewardedTask, RewardTerm
 from klab.grid.user_code import names_user_code
@@ -201,6 +202,7 @@ def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
         axis, _, parameter = key.partition(".")
         if parameter:
             result[parameter if parameter in own or parameter == "beta" else (axis, parameter)] = value
+    result |= {name: getattr(cell.objective, name) for name in TERMS}
     result["task"] = task_label(cell)
     for section in ("policy", "training"):
         for name, value in getattr(cell, section):

@@ -29,6 +29,7 @@ _QUANTITIES = (
     ("metrics", "kl_behaviour", "KL to the behaviour policy"),
     ("metrics", "beta", "β"),
     ("metrics", "trust_coefficient", "coefficient of the trust region"),
+    ("metrics", "entropy_coefficient", "coefficient of the entropy bonus"),
     ("metrics", "explained_variance", "variance explained by the critic"),
 )
 """What is drawn per configuration, where some cell has it and it is not 0 everywhere."""

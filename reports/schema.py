@@ -56,6 +56,7 @@ METRICS = {
 METRICS_OF_SOME = {
     "beta": "coefficient of the KL term in this update (training.beta_control)",
     "trust_coefficient": "coefficient of the trust region in this update (training.trust_region)",
+    "entropy_coefficient": "coefficient of the entropy bonus in this update (training.entropy_control)",
     "value_loss": "loss of the critic (training.critic)",
     "explained_variance": "share of the variance of its targets that the critic explains",
     "value_clip_fraction": "share of tokens whose value is clipped",

@@ -328,4 +328,100 @@ WEIGHT = axis(
             )
         ),
     ),
+    Value(
+        "clip_cov",
+        "ppo_clip, and 0 at max(1, ⌊cov_share·n⌋) of the n own tokens, drawn from those with "
+        "cov_low < (A − Ā)·(ℓ − ℓ̄) < cov_high that PPO does not clip",
+        "Ā, ℓ̄: means over the update's own tokens; the draw is a function of the update's number and the token's",
+        "Cui et al. 2025 (Clip-Cov); verl",
+        (*_CLIP, "cov_share", "cov_low", "cov_high"),
+        needs=("advantage", "logp", "update"),
+        statistics="update",
+        in_family=False,
+        monotone=False,
+        latex=(
+            r"\rho_{j} "
+            + _UNCLIPPED
+            + (
+                r" \mathbf{1}[\operatorname{draw}(\omega_{\mathrm{low}} < g_{j} \land g_{j} < \omega_{\mathrm{high}} "
+                r"\land (\rho_{j} - \operatorname{clip}(\rho_{j}, 1 - \varepsilon_{\mathrm{low}}, 1 + "
+                r"\varepsilon_{\mathrm{high}})) A_{j} \le 0) > \max(1, q \sum_{n=1}^{N} H_{n})],\quad "
+                r"g_{j} = (A_{j} - \operatorname{mean}_{B, i}(A_{i})) (\ell_{j} - \operatorname{mean}_{B, i}(\ell_{i}))"
+            )
+        ),
+    ),
+    Value(
+        "kl_cov",
+        "ρ; and L += cov_penalty·agg(|λ|) over the max(1, ⌊cov_share·n⌋) own tokens of the largest (A − Ā)·(ℓ − ℓ̄)",
+        "Ā, ℓ̄: means over the update's n own tokens; |λ| ≤ 1e-5 is rounding and costs nothing",
+        "Cui et al. 2025 (KL-Cov); verl",
+        ("cov_share", "cov_penalty"),
+        needs=("advantage", "logp"),
+        statistics="update",
+        in_family=True,
+        monotone=True,
+        latex=(
+            r"\rho_{j},\quad Q_{j} = \theta \lvert \lambda_{j} \rvert \mathbf{1}[\operatorname{rank}(g_{j}) \le "
+            r"\max(1, q \sum_{n=1}^{N} H_{n})],\quad "
+            r"g_{j} = (A_{j} - \operatorname{mean}_{B, i}(A_{i})) (\ell_{j} - \operatorname{mean}_{B, i}(\ell_{i}))"
+        ),
+    ),
+    Value(
+        "log_clip",
+        "ρ, and 0 where A > 0 and log ρ > log_high·t^growth, or A < 0 and log ρ < −log_low·t^growth or "
+        "> log_ceiling·t^growth",
+        "t = 1 at the first own token; with the ratio prefix_product, whose log grows with √t",
+        "Zhang et al. 2026 (CTPO)",
+        ("log_low", "log_high", "log_ceiling", "growth"),
+        needs=("positions",),
+        in_family=False,
+        monotone=False,
+        latex=(
+            r"\rho_{j} \mathbf{1}[(A_{j} \le 0 \lor \log \rho_{j} \le \varepsilon_{\mathrm{high}} j^{p}) \land (A_{j} "
+            r"\ge 0 \lor (\log \rho_{j} \ge -\varepsilon_{\mathrm{low}} j^{p} \land \log \rho_{j} \le c j^{p}))]"
+        ),
+    ),
+    Value(
+        "cppo_tv",
+        "ρ, and 0 where A·(ρ − 1) > 0 and d_t > min(δ, δ + b·Σ_{i<t} v_i − Σ_{i<t} d_i), d_t = v_t·|π − π_old|",
+        "δ = tv_limit; v falls linearly from 1 to least_weight; b: the trajectory's 90% quantile of |π − π_old|, "
+        "within budget and 2·budget",
+        "Mao et al. 2026 (CPPO)",
+        ("tv_limit", "least_weight", "budget"),
+        needs=("logp", "logp_behaviour", "mask"),
+        in_family=False,
+        monotone=False,
+        latex=(
+            r"\rho_{j} \mathbf{1}[A_{j} (\rho_{j} - 1) \le 0 \lor d_{j} \le \min(\delta, \delta + \sum_{i=1}^{j-1} (1 "
+            r"- (1 - v_{\mathrm{min}}) \frac{i - 1}{\max(H - 1, 1)}) (C_{j} - \lvert \pi_{i} - \pi_{i}^{\mathrm{old}} "
+            r"\rvert))],\quad d_{j} = (1 - (1 - v_{\mathrm{min}}) \frac{j - 1}{\max(H - 1, 1)}) \lvert \pi_{j} - "
+            r"\pi_{j}^{\mathrm{old}} \rvert,\quad C_{j} = \operatorname{clip}(\operatorname{quantile}_{i}(\lvert "
+            r"\pi_{i} - \pi_{i}^{\mathrm{old}} \rvert, 0.9), b, 2 b)"
+        ),
+    ),
+    Value(
+        "drpo_tv",
+        "ρ·(1 − sign(A)·(π − π_old)/tv_scale)",
+        "the gradient of ρ·A − |A|·π_old·(ρ − 1)²/(2·tv_scale)",
+        "Yao et al. 2026b (DRPO)",
+        ("tv_scale",),
+        needs=("logp", "logp_behaviour"),
+        in_family=False,
+        monotone=False,
+        latex=r"\rho_{j} (1 - \operatorname{sign}(A_{j}) \frac{\pi_{j} - \pi_{j}^{\mathrm{old}}}{\delta})",
+    ),
+    Value(
+        "tv_band",
+        "ρ·1[|π − π_old| ≤ band]; and L += band_penalty·agg(λ²)",
+        "",
+        "prime-rl (its ipo)",
+        ("band", "band_penalty"),
+        needs=("logp", "logp_behaviour"),
+        in_family=False,
+        monotone=False,
+        latex=(
+            r"\rho_{j} \mathbf{1}[\lvert \pi_{j} - \pi_{j}^{\mathrm{old}} \rvert \le \delta],\quad Q_{j} = \tau "
+            r"\lambda_{j}^{2}"
+        ),
+    ),
 )

@@ -16,8 +16,10 @@ from klab.grid.catalogue import AXES, PARAMETERS, value_of
 from klab.grid.formula.custom import custom_divergence, custom_value
 from klab.grid.formula.notation import Atom, equations, parse
 from klab.grid.formula.symbols import names
+from klab.grid.formula.terms import BONUS, ENTROPY, HIGH_ENTROPY, PENALTIES
 from klab.grid.formula.training import loss_terms, outer_equations, surrogate_factor
 from klab.grid.objective import Objective
+from klab.grid.parameters import TERMS
 from klab.grid.schema.training import TrainingSection
 from klab.grid.user_code import names_user_code
 
@@ -74,6 +76,7 @@ def compose(objective: Objective, on_policy: bool = False, training: TrainingSec
         *_loss(active, parts, placed, training),
         *_advantage(active, parts, placed),
         *_importance(active, parts),
+        Equation(*ENTROPY),
         *_divergence(active, parts),
         *(Equation(*pair) for pair in outer_equations(training)),
     ]
@@ -81,7 +84,7 @@ def compose(objective: Objective, on_policy: bool = False, training: TrainingSec
     parameters = {
         PARAMETERS[name].latex: (name, value)
         for key, value in active.items()
-        if (name := key.partition(".")[2]) in PARAMETERS and PARAMETERS[name].latex
+        if (name := key if key in TERMS else key.partition(".")[2]) in PARAMETERS and PARAMETERS[name].latex
     }
     return Composition(_used(definitions, own | parameters.keys()), own, parameters, active)
 
@@ -109,12 +112,15 @@ def _loss(
     active: Mapping[str, Any], parts: Mapping[str, Part], placed: Mapping[str, str], training: TrainingSection | None
 ) -> list[Equation]:
     """The loss and its gradient."""
-    factors = [surrogate_factor(training), "w_{j}" if active.get("weight", "one") != "one" else "", "A_{j}"]
-    weighted = " ".join(filter(None, factors))
+    outer = " ".join(filter(None, (surrogate_factor(training), HIGH_ENTROPY if "entropy_share" in active else "")))
+    weighted = " ".join(filter(None, (outer, "w_{j}" if active.get("weight", "one") != "one" else "", "A_{j}")))
     path = dict(equations(parts["path"].latex))["s_{j}"]
     surrogate = path.replace(r"\ell_{j}", placed.get("s_{j}", r"\ell_{j}"))
     terms = [rf"\operatorname{{sg}}[{weighted}] {_factor(surrogate)}"]
     slopes = [f"{weighted} {_factor(_gradient(parts['path'].gradient, parts))}"]
+    if active.get("weight") in PENALTIES:
+        terms.append(rf"\operatorname{{sg}}[{outer}] Q_{{j}}" if outer else "Q_{j}")
+        slopes.append(f"{outer} {PENALTIES[active['weight']]}".strip())
     if placed.get("K_{j}", "0") != "0":
         terms.append(placed["K_{j}"])
         slopes.append(_gradient(parts["placement"].gradient, parts))
@@ -122,16 +128,17 @@ def _loss(
         terms.append(term)
         slopes.append(slope)
     average = parts["aggregation"].latex
+    bonus = BONUS if "entropy_bonus" in active else ("", "")
     drawn = r"\mathbb{E}_{\pi}" if training is not None and training.on_policy else rf"\mathbb{{E}}_{{\pi{OLD}}}"
     return [
-        Equation("L", f"-{_averaged(average, terms)}"),
-        Equation(r"\mathbb{E}[\nabla L]", f"-{drawn}[{_averaged(average, slopes)}]"),
+        Equation("L", f"-{_averaged(average, terms, bonus[0])}"),
+        Equation(r"\mathbb{E}[\nabla L]", f"-{drawn}[{_averaged(average, slopes, bonus[1])}]"),
     ]
 
 
-def _averaged(average: str, terms: list[str]) -> str:
-    """The aggregation of the first term less the others."""
-    joined = " - ".join(terms)
+def _averaged(average: str, terms: list[str], bonus: str) -> str:
+    """The aggregation of the first term less the others, with a bonus."""
+    joined = " - ".join(terms) + bonus
     return average.replace("x_{j}", joined if "(x_{j})" in average else _factor(joined))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from klab.grid.algorithms import Algorithm, algorithm_names, load_algorithm
 from klab.grid.catalogue import AXES
 from klab.grid.objective import Objective
+from klab.grid.parameters import TERMS
 from klab.grid.schema.training import TrainingSection
 
 _AXIS, _NUMBER, _SETTING = 100, 10, 1
@@ -48,7 +49,7 @@ def nearest(objective: Objective, on_policy: bool = False, training: TrainingSec
     own = objective.canonical(on_policy)
     found = []
     for algorithm, theirs in _published(on_policy):
-        differences = [*_differences(own, theirs), *_settings(algorithm.training, training)]
+        differences = [*_differences(own, theirs), *_terms(own, theirs), *_settings(algorithm.training, training)]
         found.append((sum(weight for weight, _ in differences), algorithm, differences))
     _, algorithm, differences = min(found, key=lambda each: (each[0], _year(each[1])))
     return Nearest(algorithm, tuple(text for _, text in sorted(differences, key=lambda each: -each[0])))
@@ -83,6 +84,13 @@ def _chosen(form: Mapping[str, Any], axis: str) -> str:
     """The value of an axis in a canonical form, from which reverse KL is left out."""
     default = AXES[axis].default if axis == "divergence" and "estimator" in form else "without effect"
     return str(form.get(axis, default))
+
+
+def _terms(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Differences of what belongs to no axis."""
+    for name in TERMS:
+        if own.get(name) != theirs.get(name):
+            yield _AXIS, f"{name}: {_plain(own.get(name))} instead of {_plain(theirs.get(name))}"
 
 
 def _settings(belonging: Mapping[str, Any], training: TrainingSection | None) -> Iterator[tuple[int, str]]:

@@ -36,6 +36,7 @@ from klab.grid.schema.task import (
 from klab.grid.schema.training import (
     NUMERICALLY_IDLE,
     Critic,
+    EntropyControl,
     StopBounds,
     StopRule,
     TrainingSection,
@@ -56,6 +57,7 @@ __all__ = [
     "CountdownTask",
     "Critic",
     "CustomTask",
+    "EntropyControl",
     "Evaluations",
     "FileTask",
     "Gsm8kTask",

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from klab.grid.errors import UserError
 from klab.grid.schema.base import Count, NonNegative, Positive, Section, Share
@@ -117,6 +124,29 @@ class StopRule(Section):
         return given
 
 
+class EntropyControl(Section):
+    """An adaptive entropy bonus (Skywork-OR1, He et al. 2025; TRL): the coefficient c, which begins at the objective's
+    `entropy_bonus`, rises by `step` after every update whose entropy was at or below `target` and falls by it
+    otherwise. The bonus is in the loss of the updates that follow one at or below the target.
+    """
+
+    target: Positive
+    """Mean entropy of the policy at its own tokens that is to be kept, in nats."""
+    step: Positive = 0.005
+    """By how much c changes."""
+    low: NonNegative = 0.0
+    """Smallest c."""
+    high: Positive = 1.0
+    """Largest c."""
+
+    @field_validator("high")
+    @classmethod
+    def _not_below_low(cls, given: float, info: ValidationInfo) -> float:
+        if given < info.data.get("low", 0.0):
+            raise UserError("must not be below low", key="high", value=given)
+        return given
+
+
 class TrlConfig(Section):
     """Further fields of `trl.GRPOConfig` by their names there, for cells with ``engine: trl``: `vllm_mode`, `optim`,
     `model_init_kwargs` and so on. A field that follows from other settings of the grid file is refused, naming them.
@@ -190,6 +220,8 @@ class TrainingSection(Section):
     `rollout` is the policy that drew the rollout; null, or `fixed`: the policy that the cell starts from."""
     trust_region: TrustRegion | None = None
     """A penalty on KL(π_old‖π) in the loss; null: none."""
+    entropy_control: EntropyControl | None = None
+    """Let the coefficient of the entropy bonus follow a target; null: it is the objective's `entropy_bonus`."""
     lr: NonNegative = 1e-4
     """Learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -297,7 +329,7 @@ class TrainingSection(Section):
         return self.updates_per_rollout * self.minibatches
 
 
-LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop", "reference")
+LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop", "reference", "entropy_control")
 """Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
 
 FINAL_SAMPLES = 32

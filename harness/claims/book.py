@@ -25,6 +25,7 @@ SUBJECTS = {
     "trust_regions": "Trust regions",
     "divergences": "Divergences beside reverse KL",
     "methods": "Methods of 2025 and 2026",
+    "entropy": "Entropy",
     "seeds": "Training seeds",
     "empirical": "Claims about training",
 }

@@ -93,7 +93,7 @@ def two_styles(evidence: Evidence) -> None:
 
 
 @claim(
-    "C72", "T", "Yao et al. 2026, theorem 4.1 and proposition 4.3",
+    "C72", "T", "Yao et al. 2026a, theorem 4.1 and proposition 4.3",
     "The gradient of E[sum_i f(delta_i)] weighs the score of token j by f(delta_j) - delta_j f'(delta_j) and f of all "
     "later tokens, for every f; a loss on each token lacks the latter, also on-policy.",
 )  # fmt: skip

@@ -333,7 +333,7 @@ def least_prefix(evidence: Evidence) -> None:
 @claim(
     "C7D",
     "T",
-    "Yao et al. 2026 (FRPO)",
+    "Yao et al. 2026a (FRPO)",
     "A reverse KL charged to-go after group normalisation leaves the reward's part of the gradient as it is and adds "
     "exactly the gradient of the KL, on-policy.",
 )

@@ -10,6 +10,7 @@ import typer
 from klab.grid import UserError, catalogue
 from klab.grid.custom_values import SIGNATURES, SOLVER, Signature
 from klab.grid.glossary import GLOSSARY
+from klab.grid.parameters import TERMS
 from klab.grid.sources import SOURCES
 from klab.harness.cli.arguments import JsonOption
 from klab.harness.cli.table import console, show
@@ -44,6 +45,7 @@ def axes(
     for axis in chosen:
         _show_axis(axis)
     used = {parameter for axis in chosen for value in axis.values.values() for parameter in value.parameters}
+    used |= set() if name else set(TERMS)
     rows_of = [
         (each.name, each.default, each.range, each.meaning)
         for each in catalogue.PARAMETERS.values()

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from klab.grid import Cell, Grid, UserError, catalogue, user_code
+from klab.grid.parameters import TERMS
 from klab.grid.yaml_document import dump_yaml, parse_value
 from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
 from klab.harness.cli.table import console
@@ -139,7 +140,7 @@ def _drop_unused(objective: dict[str, Any], named: set[str]) -> None:
         for axis in catalogue.AXES.values()
         if (value := axis.values.get(str(objective.get(axis.name)))) is not None
         for parameter in value.parameters
-    }
+    }.union(TERMS)
     for name in [name for name in objective if name in catalogue.PARAMETERS]:
         if name not in used and f"objective.{name}" not in named:
             del objective[name]

@@ -10,7 +10,7 @@ Two exceptions, in which equal gradients of the loss are not enough:
   returns, which may contain a KL penalty; a sampler's correction multiplies the surrogate and not the KL term.
 * Probes cannot tell apart two thresholds between which no probe ratio lies. Off-policy, objectives whose ratios or
   weights have different thresholds are never merged by measurement; but the bound of `dual_clip` does nothing where no
-  advantage is negative.
+  advantage is negative. Shares of tokens (`entropy_share`, those of Clip-Cov and KL-Cov) keep objectives apart always.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ _THRESHOLDS = frozenset(
     for axis in ("ratio", "weight")
     for name in (
         "eps_low", "eps_high", "c", "cap", "low", "high", "ess", "ceiling", "tv_low", "tv_high", "kl_low", "kl_high",
-        "truncation", "drift", "worst", "moment", "influence", "safety", "clip_low", "clip_high",
+        "truncation", "drift", "worst", "moment", "influence", "safety", "clip_low", "clip_high", "cov_share",
+        "log_low", "log_high", "log_ceiling", "growth", "tv_limit", "least_weight", "budget", "band",
     )
 )  # fmt: skip
 """Parameters at which a weight or a ratio changes its formula."""
+
+_SELECTION = ("entropy_share", "weight.cov_share", "weight.cov_low", "weight.cov_high")
+"""Parameters that choose tokens of an update whatever the ratios are."""
 
 ByKey = dict[tuple[str, bool, str], list[Cell]]
 """Cells by everything but the objective, whether they are on-policy, and canonical form."""
@@ -178,8 +182,8 @@ def _partition(forms: Sequence[str], on_policy: bool, marks: Mapping[tuple[str, 
         open_classes: list[list[str]] = []
         for form in sorted(run, key=place.__getitem__):
             for members in open_classes:
-                if _equal(marks[members[0], on_policy], marks[form, on_policy]) and (
-                    on_policy or all(_compatible(member, form) for member in members)
+                if _equal(marks[members[0], on_policy], marks[form, on_policy]) and all(
+                    _select_alike(member, form) and (on_policy or _compatible(member, form)) for member in members
                 ):
                     members.append(form)
                     break
@@ -217,6 +221,12 @@ def _equal(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(
         _near(first[start : start + step], second[start : start + step], whole) for start in range(0, len(first), step)
     )
+
+
+def _select_alike(first: str, second: str) -> bool:
+    """Whether two canonical forms choose the tokens of an update alike."""
+    here, there = json.loads(first), json.loads(second)
+    return all(here.get(name) == there.get(name) for name in _SELECTION)
 
 
 def _compatible(first: str, second: str) -> bool:

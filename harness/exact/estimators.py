@@ -26,6 +26,7 @@ def couples_groups(objective: Objective, fixed_length: bool) -> bool:
     return (
         objective.is_custom
         or "update" in (_statistics(objective, "advantage"), _statistics(objective, "weight"))
+        or objective.entropy_share < 1.0
         or (objective.aggregation == "token_mean" and not fixed_length)
     )
 
@@ -64,7 +65,7 @@ def update_gradients(objective: Objective, setting: Setting, updates: Updates) -
     over trajectories is undone afterwards. Objectives with statistics over the update are mapped over updates
     (`torch.func.vmap`); the user's own functions are called update by update.
     """
-    with_logits = "logits" in axis_functions(objective).needs
+    with_logits = "logits" in axis_functions(objective).needs or objective.entropy_bonus != 0.0
     if objective.is_custom:
         evaluate = _one_by_one
     elif couples_groups(objective, setting.fixed_length):

@@ -138,7 +138,9 @@ def probe_gradient(objective: Objective, on_policy: bool) -> Float64[Tensor, "N 
     """Gradient of the loss with respect to every logit of the probe update."""
     lab = probe(on_policy)
     batch = lab.batch
-    if "logits" not in axis_functions(objective).needs:
+    if objective.entropy_bonus:
+        batch = batch.replace(entropy=None)  # that of the logits, with gradient
+    elif "logits" not in axis_functions(objective).needs:
         batch = batch.replace(logits=None, logits_reference=None)
     logp_gradient, logits_gradient, _ = loss_gradients(objective, batch)
     total = logp_gradient[..., None] * lab.scores

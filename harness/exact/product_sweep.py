@@ -20,7 +20,7 @@ from klab.harness.exact.instance import Instance, SharedUpdates
 from klab.harness.exact.tabular_setting import Setting
 
 MAIN_AXES = ("estimator", "placement", "ratio", "weight", "advantage")
-"""The axes whose product is 6 x 10 x 9 x 20 x 18 = 194,400 combinations."""
+"""The axes whose product is 7 x 11 x 9 x 26 x 18 = 324,324 combinations."""
 
 _CHUNK = 40
 

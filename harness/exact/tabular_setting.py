@@ -11,7 +11,7 @@ from torch import Tensor
 
 from klab.grid import Objective
 from klab.harness.exact.divergences import Scale, token_divergence
-from klab.harness.exact.gradients import expected_reward, gradient_of
+from klab.harness.exact.gradients import exact_entropy, expected_reward, gradient_of
 from klab.harness.exact.tabular import Reward, TabularPolicy, Trajectories
 from klab.harness.objective import Divergence, TokenBatch
 from klab.harness.objective.functions import divergence_of
@@ -85,7 +85,8 @@ class Setting:
         Args:
             members: indices of trajectories.
             groups: the group of each.
-            with_logits: whether to include both logit tensors, which the estimator `full` reads.
+            with_logits: whether to include both logit tensors, which the estimator `full` and the gradient of an
+                entropy bonus read.
         """
         return TokenBatch(
             logp=self.logp[members],
@@ -98,7 +99,7 @@ class Setting:
             logits=self.logits[members] if with_logits else None,
             logits_reference=self.logits_reference[members] if with_logits else None,
             greedy_rewards=self._greedy_reward.expand(members.shape),
-            entropy=self._entropy[members],
+            entropy=None if with_logits else self._entropy[members],
         )
 
     def parameter_gradients(
@@ -130,17 +131,21 @@ class Setting:
     def truth(self, objective: Objective) -> Float64[Tensor, "contexts V"]:
         """The true gradient, with which the cell's is compared.
 
-        It is the gradient of E[R] - beta * D at the current policy, D being the cell's own divergence from the
-        reference (`token_divergence`): summed over tokens, or averaged over each trajectory's own tokens where the cell
-        divides its returns by the length (`kl_scale: mean` in use); without it where the cell has no KL term that acts.
-        It is multiplied by the factor that the aggregation puts
-        on every token: 1 for `sequence_sum`, 1/H_max for `constant`, 1/E[H] for `sequence_mean` and `token_mean`. Only
-        the canonical form counts, so that two spellings of one algorithm have one truth.
+        It is the gradient of E[R] - beta * D + c * H at the current policy. D is the cell's own divergence from the
+        reference (`token_divergence`), summed over tokens, or averaged over each trajectory's own tokens where the cell
+        divides its returns by the length (`kl_scale: mean` in use); it is left out where the cell has no KL term that
+        acts. H is the entropy of trajectories, c the coefficient of the cell's entropy bonus. All is multiplied by the
+        factor that the aggregation puts on every token: 1 for `sequence_sum`, 1/H_max for `constant`, 1/E[H] for
+        `sequence_mean` and `token_mean`. Only the canonical form counts, so that two spellings of one algorithm have
+        one truth.
         """
         active = objective.canonical()
         scale: Scale = "mean" if active.get("placement.kl_scale") == "mean" else "sum"
         beta = float(active.get("placement.beta", 0.0))
-        return self.true_gradient(beta, scale, divergence_of(objective)) * self.aggregation_factor(objective)
+        truth = self.true_gradient(beta, scale, divergence_of(objective))
+        if objective.entropy_bonus:
+            truth = truth + objective.entropy_bonus * self._entropy_gradient
+        return truth * self.aggregation_factor(objective)
 
     def aggregation_factor(self, objective: Objective) -> float:
         """What the aggregation multiplies a token's term by, on average: see `truth`."""
@@ -162,6 +167,11 @@ class Setting:
     @cached_property
     def _truths(self) -> dict[tuple[float, Scale, Divergence | None], Tensor]:
         return {}
+
+    @cached_property
+    def _entropy_gradient(self) -> Tensor:
+        """Of the entropy of trajectories with respect to the policy's logits, [contexts, V]."""
+        return gradient_of(self.policy, exact_entropy)
 
     @cached_property
     def _probabilities(self) -> Tensor:

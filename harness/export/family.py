@@ -13,6 +13,7 @@ from typing import Any
 
 from klab.grid import Objective, UserError
 from klab.grid.catalogue import AXES, PARAMETERS, value_of
+from klab.grid.parameters import TERMS
 from klab.harness.export.setting import Setting
 
 _UNWEIGHTED = {"ratio": "none", "weight": "one"}
@@ -47,6 +48,7 @@ class Family:
         conventions: parameters (`std`, `eps`) that the peer has its own way; what is exported differs by them, and the
             difference is said.
         conditions: what else must hold.
+        terms: those of `klab.grid.parameters.TERMS` that the peer has.
     """
 
     name: str
@@ -56,12 +58,14 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     conventions: Mapping[str, Any] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
+    terms: tuple[str, ...] = ()
 
     def points(self, **parameters: Any) -> Iterator[Objective]:
         """Every objective of the family, with these parameters where an axis value takes them."""
         for values in product(*(self.axes[axis] for axis in AXES)):
             chosen = dict(zip(AXES, values, strict=True))
-            objective = _objective(chosen, {**parameters, **self.conventions, **self.fixed})
+            had = {name: value for name, value in parameters.items() if name not in TERMS or name in self.terms}
+            objective = _objective(chosen, {**had, **self.conventions, **self.fixed})
             if all(condition.holds(objective) for condition in self.conditions):
                 yield objective
 
@@ -85,7 +89,10 @@ class Family:
                     value=getattr(objective, axis),
                 )
             chosen[axis] = asked
-        own = {name: getattr(objective, name) for name in _parameters(objective)}
+        for name, value in objective.terms.items():
+            if name not in self.terms:
+                raise UserError(f"{self.name} has no such term", key=name, value=value)
+        own = {name: getattr(objective, name) for name in _parameters(objective)} | objective.terms
         own |= {key.partition(".")[2]: value for key, value in canonical.items() if "." in key}
         found = _objective(chosen, {**own, **self.conventions, **self.fixed})
         for key, value in found.canonical(on_policy).items():
@@ -148,7 +155,7 @@ def _convention(peer: str, objective: Objective, name: str, theirs: Any) -> str:
 
 def _objective(values: Mapping[str, str], parameters: Mapping[str, Any]) -> Objective:
     """An objective, with the parameters that its values take."""
-    used = {name for axis, value in values.items() for name in value_of(axis, value).parameters}
+    used = {name for axis, value in values.items() for name in value_of(axis, value).parameters}.union(TERMS)
     return Objective(**values, **{name: value for name, value in parameters.items() if name in used})
 
 

@@ -38,7 +38,28 @@ def _grpo(objective: Objective) -> dict[str, Any]:
     if objective.placement != "none":
         kl = {"beta": objective.beta, "use_bias_correction_kl": objective.placement == "loss_corrected"}
     level = "sequence" if objective.ratio == "sequence_mean" else "token"
-    return {**kl, "scale_rewards": _SCALES[objective.advantage], "importance_sampling_level": level}
+    entropy: dict[str, Any] = {}
+    if objective.entropy_share < 1.0:
+        entropy = {"top_entropy_quantile": objective.entropy_share}
+    if objective.entropy_bonus:
+        entropy = {"entropy_coef": objective.entropy_bonus}
+    return {**kl, **entropy, "scale_rewards": _SCALES[objective.advantage], "importance_sampling_level": level}
+
+
+_TERMS = ("entropy_bonus", "entropy_share")
+_ENTROPY = (
+    # its bonus is a mean over tokens whatever its loss is, and over those of high entropy where there is a mask
+    Condition(
+        "entropy_bonus",
+        lambda objective: not objective.entropy_bonus or objective.aggregation == "token_mean",
+        "its entropy bonus is a mean over tokens",
+    ),
+    Condition(
+        "entropy_bonus",
+        lambda objective: not objective.entropy_bonus or objective.entropy_share == 1.0,
+        "its entropy bonus leaves out the tokens that the share leaves out",
+    ),
+)
 
 
 def _clipped(objective: Objective) -> dict[str, Any]:
@@ -93,7 +114,9 @@ FAMILIES = (
                 lambda objective: objective.weight != "dual_clip" or objective.c >= 1.0 + objective.eps_high,
                 "its delta caps ratios of positive advantages too, and must not be below 1 + eps_high",
             ),
+            *_ENTROPY,
         ),
+        terms=_TERMS,
     ),
     Family(
         "GRPOTrainer's CISPO",
@@ -107,6 +130,8 @@ FAMILIES = (
         },
         _cispo,
         conventions=_STD,
+        conditions=_ENTROPY,
+        terms=_TERMS,
     ),
     Family(
         "GRPOTrainer's SAPO",
@@ -114,6 +139,8 @@ FAMILIES = (
         {**_SHARED, "ratio": ("token",), "weight": ("sigmoid",), "aggregation": ("sequence_mean",)},
         _sapo,
         conventions=_STD,
+        conditions=_ENTROPY,
+        terms=_TERMS,
     ),
     Family(
         "GRPOTrainer's VESPO",
@@ -128,6 +155,8 @@ FAMILIES = (
         },
         _vespo,
         conventions=_STD,
+        conditions=_ENTROPY,
+        terms=_TERMS,
     ),
     Family(
         "RLOOTrainer",
@@ -160,6 +189,7 @@ def trl_arguments(setting: Setting) -> Export:
     training = setting.training
     if training is not None:
         require_own_fresh_rollouts(training, "TRL")
+        found |= _entropy_control(training, objective, family.target)
         chosen, more = _training(training, family.target, str(found.get("loss_type")))
         found |= chosen
         differences += more
@@ -168,6 +198,28 @@ def trl_arguments(setting: Setting) -> Export:
     if family.target == RLOO:
         differences.append("RLOOTrainer has no mask of environment tokens: tasks of one turn only")
     return Export(found, tuple(differences), family.target, objective)
+
+
+def _entropy_control(training: TrainingSection, objective: Objective, target: str) -> dict[str, Any]:
+    """Arguments of an adaptive entropy bonus.
+
+    Raises:
+        UserError: the trainer has none, or a bonus that is another mean than the cell's.
+    """
+    control = training.entropy_control
+    if control is None:
+        return {}
+    if target == RLOO or objective.aggregation != "token_mean" or objective.entropy_share < 1.0:
+        why = "RLOOTrainer has none" if target == RLOO else "its entropy bonus is a mean over all tokens of its loss"
+        raise UserError(f"TRL cannot express this cell: {why}", key="training.entropy_control")
+    return {
+        "use_adaptive_entropy": True,
+        "entropy_coef": objective.entropy_bonus,
+        "entropy_target": control.target,
+        "entropy_coef_delta": control.step,
+        "entropy_coef_min": control.low,
+        "entropy_coef_max": control.high,
+    }
 
 
 def _training(training: TrainingSection, target: str, loss_type: str) -> tuple[dict[str, Any], list[str]]:

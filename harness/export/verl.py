@@ -79,6 +79,7 @@ def _settings(objective: Objective) -> dict[str, Any]:
         **_kl(objective),
         **_advantage(objective),
         **_weight(objective),
+        **({f"{ACTOR}.entropy_coeff": objective.entropy_bonus} if objective.entropy_bonus else {}),
     }
 
 
@@ -161,6 +162,7 @@ def _families() -> tuple[Family, ...]:
                         fixed={"kl_scale": "sum", "kl_at": "rollout", "whiten": "batch"},
                         conventions=_CONVENTIONS.get(advantage, {}),
                         conditions=(_CLAMPED,),
+                        terms=("entropy_bonus",),
                     )
                 )
     return tuple(found)
@@ -226,6 +228,7 @@ def training_overrides(training: TrainingSection, objective: Objective) -> tuple
             "the KL that its adaptive coefficient follows is another one, and it has no schedule",
         ),
         ("reference", (None,), "its reference policy stays where it is"),
+        ("entropy_control", (None,), "the coefficient of its entropy bonus is constant"),
         ("schedule", ("constant", "cosine"), "its learning rate is constant or falls as a cosine"),
     ):
         if getattr(training, name) not in plain:

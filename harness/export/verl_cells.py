@@ -56,6 +56,7 @@ CONDITIONS = (
         lambda o: o.advantage != "gae" and not value_of("advantage", o.advantage).needs,
         "verl gives values and greedy rewards to estimators of its own only, and no parts of rewards",
     ),
+    Condition("entropy_share", lambda o: o.entropy_share == 1.0, "its quantile is found for a whole update at once"),
     Condition("aggregation", lambda o: o.aggregation in AGGREGATIONS, "its denominators are those of a whole update"),
     Condition("kl_scale", lambda o: not _is_charged(o) or o.kl_scale == "sum", "verl sums a KL in the reward"),
     Condition(
@@ -113,6 +114,8 @@ def plugin_overrides(setting: Setting) -> Export:
         f"{ACTOR}.use_kl_loss": needs_reference(objective),
         f"{ACTOR}.kl_loss_coef": 0.0,
     }
+    if objective.entropy_bonus:
+        found[f"{ACTOR}.entropy_coeff"] = objective.entropy_bonus  # verl's own term, beside klab's loss
     if charged:
         found |= {"algorithm.kl_penalty": ESTIMATORS[objective.estimator], "algorithm.kl_ctrl.kl_coef": objective.beta}
     differences = [f"needs klab in verl's environment, and {CELL} in that of its workers"]

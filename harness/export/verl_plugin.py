@@ -21,7 +21,7 @@ from torch import Tensor
 from klab.grid import Objective, UserError, user_code
 from klab.grid.algorithms import algorithm_names, load_algorithm
 from klab.harness.export.verl_cells import CELL, KNOWN, NAME, acting_placement, needs_reference, require_expressible
-from klab.harness.objective import TokenBatch, UpdateContext, objective_loss
+from klab.harness.objective import LossCoefficients, TokenBatch, UpdateContext, objective_loss
 from klab.harness.objective.advantage import Returns
 from klab.harness.objective.aggregate import Totals
 from klab.harness.objective.functions import axis_functions
@@ -132,7 +132,8 @@ def micro_batch_loss(
     penalty, phi = axis_functions(objective).placement.advantage, detached_kl(objective, batch)
     if penalty is not None and phi is not None:
         advantages = masked(advantages - penalty(phi, mask), mask)
-    out = objective_loss(objective, batch, UpdateContext(advantages, totals))
+    context = UpdateContext(advantages, totals, coefficients=LossCoefficients(entropy=0.0))  # verl adds the bonus
+    out = objective_loss(objective, batch, context)
     return out.policy_loss * ranks, out.kl_loss * ranks
 
 

@@ -1,9 +1,9 @@
 """The objective: every axis as pure functions of tensors, composed into the loss of an update.
 
-The axes: `kl` (estimators), `divergence`, `placement`, `ratio`, `weight` with `weight_masks` and `soft_weights`,
-`advantage` with `advantage_groups`, `aggregate`, and the gradient paths in `functions`; `loss` composes them. Symbols
-and shapes are those of `klab.grid.glossary`; a function of the user's own is called as `klab.grid.custom_values` says
-(`klab axes weight` prints it).
+The axes: `kl` (estimators), `divergence`, `placement`, `ratio`, `weight` with `weight_masks`, `soft_weights` and
+`covariance`, `advantage` with `advantage_groups`, `aggregate`, and the gradient paths in `functions`; `loss` composes
+them. Symbols and shapes are those of `klab.grid.glossary`; a function of the user's own is called as
+`klab.grid.custom_values` says (`klab axes weight` prints it).
 """
 
 from klab.harness.objective.advantage import Returns

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.harness.objective.groups import Groups
+from klab.harness.objective.kl import entropy
+from klab.harness.objective.masking import masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,8 @@ class TokenBatch:
             mapped by `torch.func.vmap`.
         correction: a constant factor of each token's surrogate: π_old/μ, truncated or masked, where a
             sampler μ other than π_old drew the tokens. As in TRL and verl the KL term of the loss is not multiplied.
-        entropy: of the current policy at each token, in nats, without gradient; for values that ask for it.
+        entropy: H, of the current policy at each token, in nats; carries the gradient where the loss has an entropy
+            bonus. Where it is absent, `logits` give it.
         reward_terms: the terms of the reward without their weights, NaN where a term has no value; for values that ask
             for them. None: the reward is one term.
         term_weights: the weight of each term in R.
@@ -102,6 +105,14 @@ class TokenBatch:
     def loss_mask(self) -> Bool[Tensor, "N T"]:
         """The own tokens that enter the loss."""
         return self.mask if self.excluded_from_loss is None else self.mask & ~self.excluded_from_loss[:, None]
+
+    def token_entropy(self, mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"] | None:
+        """H at the tokens of `mask`, 0 elsewhere: as given, else from the logits; None where there are neither."""
+        if self.entropy is not None:
+            return masked(self.entropy.to(self.logp.dtype), mask)
+        if self.logits is None:
+            return None
+        return masked(entropy(masked(self.logits, mask[..., None])), mask)
 
     def grouping(self) -> Groups:
         """The trajectories by prompt."""

@@ -21,7 +21,7 @@ from klab.harness.objective.kl import ESTIMATORS
 from klab.harness.objective.placement import PLACEMENTS, Placement
 from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
-from klab.harness.objective.values import ADVANTAGES, SOLVERS, WEIGHTS
+from klab.harness.objective.values import ADVANTAGES, PENALTIES, SOLVERS, WEIGHTS
 
 PATHS = Registry("path")
 
@@ -45,6 +45,8 @@ class AxisFunctions:
     Attributes:
         asks: by axis, and for the solver, what the function is given as keywords (see `View`).
         solver: finds the parameters of a weight that depend on the whole update; None where there are none.
+        penalty: of a weight that adds a term to the loss: that of each token, from λ and what the solver found.
+        entropy_bonus, entropy_share: the objective's.
         value_targets: R̂ of a critic.
     """
 
@@ -54,10 +56,13 @@ class AxisFunctions:
     ratio: Callable[..., Tensor]
     weight: Callable[..., Tensor]
     solver: Callable[..., dict[str, Tensor]] | None
+    penalty: Callable[..., Tensor] | None
     advantage: Callable[..., Tensor]
     value_targets: Callable[[Returns], Tensor]
     aggregation: Callable[..., Tensor]
     path: Callable[..., Tensor]
+    entropy_bonus: float = 0.0
+    entropy_share: float = 1.0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -77,7 +82,7 @@ def axis_functions(objective: Objective) -> AxisFunctions:
         registry.axis: registry.needs(getattr(objective, registry.axis))
         for registry in (ESTIMATORS, RATIOS, WEIGHTS, ADVANTAGES)
     }
-    weight, solver = _weight_and_solver(objective)
+    weight, solver, penalty = _weight_and_solver(objective)
     if solver is not None:
         asks["weight"] = optional_inputs(WEIGHTS.function(objective.weight), WEIGHTS.signature)
         asks["solver"] = optional_inputs(solver, SOLVER)
@@ -88,11 +93,14 @@ def axis_functions(objective: Objective) -> AxisFunctions:
         ratio=RATIOS.bound(objective.ratio, objective.arguments("ratio")),
         weight=weight,
         solver=solver,
+        penalty=penalty,
         advantage=ADVANTAGES.bound(objective.advantage, objective.arguments("advantage")),
         value_targets=_value_targets(objective),
         aggregation=AGGREGATIONS.bound(objective.aggregation, objective.arguments("aggregation")),
         # without a ratio log ρ is 0 and carries no gradient
         path=score_path if objective.ratio == "none" else PATHS.bound(objective.path, objective.arguments("path")),
+        entropy_bonus=objective.entropy_bonus,
+        entropy_share=objective.entropy_share,
     )
 
 
@@ -117,15 +125,19 @@ def _estimator(objective: Objective) -> Callable[..., Tensor]:
     return partial(estimator, divergence=divergence_of(objective))
 
 
-def _weight_and_solver(objective: Objective) -> tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]] | None]:
-    """The weight with its parameters filled in, and likewise the function that finds those of the whole update."""
+def _weight_and_solver(
+    objective: Objective,
+) -> tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]] | None, Callable[..., Tensor] | None]:
+    """The weight with its parameters filled in, and likewise the function that finds those of the whole update, and the
+    weight's penalty."""
     name, settings = objective.weight, objective.arguments("weight")
     function = WEIGHTS.function(name)
     solver: Callable[..., dict[str, Tensor]] | None = SOLVERS.get(name) or getattr(function, "solver", None)
+    own, found = (settings, {}) if solver is None else divide_parameters(function, solver, name, settings)
+    penalty = partial(PENALTIES[name], **own) if name in PENALTIES else None
     if solver is None:
-        return WEIGHTS.bound(name, settings), None
-    own, found = divide_parameters(function, solver, name, settings)
-    return WEIGHTS.bound(name, own, solved=True), partial(solver, **found)
+        return WEIGHTS.bound(name, settings), None, penalty
+    return WEIGHTS.bound(name, own, solved=True), partial(solver, **found), penalty
 
 
 def _value_targets(objective: Objective) -> Callable[[Returns], Tensor]:

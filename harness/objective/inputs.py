@@ -81,6 +81,11 @@ def _logits(name: str) -> Callable[[View], Tensor | None]:
     return read
 
 
+def _entropy(view: View) -> Tensor | None:
+    value = view.batch.token_entropy(view.mask)
+    return None if value is None else value.detach()
+
+
 def _log_ratio(view: View) -> Tensor:
     return masked((view.batch.logp - view.batch.logp_behaviour).detach(), view.mask)
 
@@ -101,7 +106,7 @@ _READERS: dict[str, Callable[[View], Any]] = {
     "logp": _column("logp"),
     "logp_behaviour": _column("logp_behaviour"),
     "logp_reference": _column("logp_reference"),
-    "entropy": _column("entropy"),
+    "entropy": _entropy,
     "values": _column("values"),
     "logits": _logits("logits"),
     "logits_reference": _logits("logits_reference"),

@@ -7,6 +7,7 @@ what they become for another divergence is the `Divergence` that is passed.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,6 +84,7 @@ def behaviour_kl(log_ratio: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"
 
 
 def entropy(logits: Float[Tensor, "*tokens V"]) -> Float[Tensor, "*tokens"]:
-    """−Σ_v π(v)·log π(v), in nats."""
+    """−Σ_v π(v)·log π(v), in nats, with gradient. A token that the policy excludes (logit −∞) contributes 0."""
     logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+    probability = logp.exp()
+    return -(probability * torch.where(probability > 0, logp, 0.0)).sum(-1)

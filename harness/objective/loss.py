@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.grid import Objective
@@ -29,7 +29,7 @@ from klab.harness.objective.functions import AxisFunctions, axis_functions
 from klab.harness.objective.groups import Groups
 from klab.harness.objective.inputs import View
 from klab.harness.objective.kl import behaviour_kl
-from klab.harness.objective.masking import last_token_mask, masked, suffix_sum
+from klab.harness.objective.masking import last_token_mask, masked, masked_quantile, suffix_sum
 from klab.harness.objective.metrics import TokenStats, update_metrics
 from klab.harness.objective.weight import zero_preserving_product
 
@@ -41,13 +41,31 @@ class LossCoefficients:
     Attributes:
         kl: multiplies whatever the placement penalises or adds to the loss, and so its β.
         trust: coefficient of the trust region, trust·agg(e^λ − 1 − λ) in the loss.
+        entropy: c of the entropy bonus, c·agg(H); None: the objective's own.
+        entropy_acts: whether the bonus is in the loss of this update.
     """
 
     kl: float = 1.0
     trust: float = 0.0
+    entropy: float | None = None
+    entropy_acts: bool = True
+
+    def entropy_bonus(self, constant: float) -> float:
+        """What agg(H) is multiplied by in this update.
+
+        Args:
+            constant: the objective's own c.
+        """
+        if not self.entropy_acts:
+            return 0.0
+        return constant if self.entropy is None else self.entropy
 
 
 CONSTANT_COEFFICIENTS = LossCoefficients()
+
+SAME_ENTROPY = 1e-6
+"""Entropies within this share of a bound count as equal to it: tokens of one state have one entropy, and rounding,
+which depends on how an update is cut up, shall not choose among them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,7 @@ class UpdateContext:
         coefficients: those of this update.
         value_targets: R̂ for the critic whose values the batch holds; None without one.
         update: number of the update, from 0.
+        high_entropy: the tokens whose surrogate is in the loss, with `entropy_share`; None: all.
     """
 
     advantages: Float[Tensor, "N T"]
@@ -70,6 +89,7 @@ class UpdateContext:
     coefficients: LossCoefficients = CONSTANT_COEFFICIENTS
     value_targets: Float[Tensor, "N T"] | None = None
     update: int = 0
+    high_entropy: Bool[Tensor, "N T"] | None = None
 
     def rows(self, index: Int[Tensor, " n"] | slice) -> UpdateContext:
         """The context of the micro-batch `batch.rows(index)`."""
@@ -80,6 +100,7 @@ class UpdateContext:
             totals=self.totals.rows(index),
             solved={name: value[index] if value.dim() else value for name, value in self.solved.items()},
             value_targets=targets,
+            high_entropy=None if self.high_entropy is None else self.high_entropy[index],
         )
 
 
@@ -88,8 +109,9 @@ class LossOutput:
     """The loss of an update or a micro-batch, with its terms and metrics.
 
     Attributes:
-        loss: to minimise, with gradient: policy_loss + kl_loss, and the trust region's term where there is one.
-        policy_loss: −agg(surrogate).
+        loss: to minimise, with gradient: policy_loss + kl_loss, and the terms of the trust region and of the entropy
+            where there are any.
+        policy_loss: −agg(surrogate), with the penalty of a weight that has one.
         kl_loss: the KL term of the loss placements, β included; 0 for the others.
         token_stats: the per-token quantities behind the metrics.
     """
@@ -116,8 +138,8 @@ def update_context(
 ) -> UpdateContext:
     """Advantages, denominators, solved parameters and a critic's targets of a whole update.
 
-    Reads the current policy (`logp`, `logits`) only for `kl_at: current`, estimators on logits, weights with a solver
-    and functions that ask for it.
+    Reads the current policy (`logp`, `logits`, `entropy`) only for `kl_at: current`, estimators on logits, weights with
+    a solver, `entropy_share` and functions that ask for it.
 
     Args:
         objective: the point on the axes.
@@ -154,6 +176,7 @@ def update_context(
         coefficients=coefficients,
         value_targets=None if returns.values is None else functions.value_targets(returns),
         update=update,
+        high_entropy=_high_entropy(functions, batch),
     )
     if functions.solver is None:
         return context
@@ -171,14 +194,16 @@ def detached_kl(objective: Objective, batch: TokenBatch) -> Float[Tensor, "N T"]
 
 def loss_terms(
     objective: Objective, batch: TokenBatch, context: UpdateContext
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The two terms of the loss, −agg(surrogate) and the KL term, with gradient.
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """The terms of the loss, −agg(surrogate), the KL term and −c·agg(H), with gradient.
 
     A pure function of tensors whose control flow does not depend on their values: it works under `torch.func.grad` and
     `vmap`, as do `update_context` and `objective_loss` (with `TokenBatch.n_groups` where the groups themselves are
     mapped).
     """
-    return _terms(axis_functions(objective), batch, context)[:2]
+    functions = axis_functions(objective)
+    policy_loss, kl_loss, _ = _terms(functions, batch, context)
+    return policy_loss, kl_loss, _entropy_loss(functions, batch, context)
 
 
 def objective_loss(objective: Objective, batch: TokenBatch, context: UpdateContext | None = None) -> LossOutput:
@@ -201,6 +226,8 @@ def objective_loss(objective: Objective, batch: TokenBatch, context: UpdateConte
     loss = policy_loss + kl_loss
     if context.coefficients.trust:
         loss = loss + context.coefficients.trust * _trust_region(functions, batch, context)
+    if context.coefficients.entropy_bonus(functions.entropy_bonus):
+        loss = loss + _entropy_loss(functions, batch, context)
     return LossOutput(loss, policy_loss, kl_loss, token_stats)
 
 
@@ -209,6 +236,33 @@ def _trust_region(functions: AxisFunctions, batch: TokenBatch, context: UpdateCo
     log_ratio = masked(batch.logp - batch.logp_behaviour, batch.loss_mask)
     estimate: Tensor = functions.aggregation(behaviour_kl(log_ratio), batch.loss_mask, context.totals)
     return estimate
+
+
+def _entropy_loss(functions: AxisFunctions, batch: TokenBatch, context: UpdateContext) -> Float[Tensor, ""]:
+    """−c·agg(H); 0 without an entropy bonus."""
+    bonus = context.coefficients.entropy_bonus(functions.entropy_bonus)
+    if not bonus:
+        return torch.zeros((), dtype=batch.logp.dtype, device=batch.logp.device)
+    mean: Tensor = functions.aggregation(_entropy(batch, batch.loss_mask), batch.loss_mask, context.totals)
+    return -bonus * mean
+
+
+def _high_entropy(functions: AxisFunctions, batch: TokenBatch) -> Bool[Tensor, "N T"] | None:
+    """The tokens of the loss whose entropy is at least the quantile 1 − entropy_share over the update's (Wang et al.
+    2025; TRL)."""
+    if functions.entropy_share >= 1.0:
+        return None
+    mask = batch.loss_mask
+    entropy = _entropy(batch, mask)
+    bound = masked_quantile(entropy.flatten(), mask.flatten(), 1.0 - functions.entropy_share)
+    return mask & (entropy >= bound * (1.0 - SAME_ENTROPY))
+
+
+def _entropy(batch: TokenBatch, mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    found = batch.token_entropy(mask)
+    if found is None:
+        raise ValueError("this objective needs entropy, which the batch does not have")
+    return found
 
 
 def _terms(
@@ -224,6 +278,12 @@ def _terms(
     factor = weight if batch.correction is None else zero_preserving_product(weight, batch.correction.detach())
     logp = kappa if functions.placement.log_ratio_surrogate else masked(batch.logp, mask)
     surrogate = masked(zero_preserving_product(factor, advantages) * functions.path(logp, log_rho), mask)
+    if functions.penalty is not None:
+        penalty = functions.penalty(log_ratio, **context.solved)
+        corrected = penalty if batch.correction is None else zero_preserving_product(batch.correction.detach(), penalty)
+        surrogate = surrogate - masked(corrected, mask)
+    if context.high_entropy is not None:
+        surrogate = torch.where(context.high_entropy, surrogate, 0.0)
     policy_loss = -functions.aggregation(surrogate, mask, context.totals)
     if functions.placement.loss is None or context.coefficients.kl == 0.0:
         kl_loss = torch.zeros_like(policy_loss)

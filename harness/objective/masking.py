@@ -51,3 +51,15 @@ def left_align(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float
 def undo_left_align(values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
     """The inverse of `left_align` at own tokens; entries elsewhere are arbitrary and must be masked."""
     return values.gather(1, (mask.cumsum(1) - 1).clamp(min=0))
+
+
+def masked_quantile(
+    values: Float[Tensor, "*batch K"], mask: Bool[Tensor, "*batch K"], share: float
+) -> Float[Tensor, "*batch 1"]:
+    """The quantile of the masked values along the last axis, linear between two of them as in `torch.quantile`;
+    infinite where there is none. Control flow does not depend on values, so that it can be mapped."""
+    ordered = torch.where(mask, values, torch.inf).sort(-1).values
+    place = share * (mask.sum(-1, keepdim=True) - 1).clamp(min=0).double()
+    low = place.floor().long()
+    below, above = ordered.gather(-1, low), ordered.gather(-1, place.ceil().long())
+    return torch.where(below == above, below, torch.lerp(below, above, (place - low).to(values.dtype)))

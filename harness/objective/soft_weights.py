@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from klab.harness.objective.masking import discounted_suffix_sum, left_align, undo_left_align
-from klab.harness.objective.weight import WEIGHTS, ppo_clip
+from klab.harness.objective.weight import WEIGHTS, ppo_clip, zero_preserving_product
 
 
 @WEIGHTS.register("gamma_kernel")
@@ -26,6 +26,21 @@ def gamma_kernel(
     rate = torch.where(positive, rate_pos, rate_neg).to(ratio.dtype)
     exponent = torch.where(positive, k_pos, k_neg).to(ratio.dtype)
     return torch.where(ratio.isinf(), 0.0, (torch.xlogy(exponent, ratio) + rate * (1 - ratio)).exp())
+
+
+@WEIGHTS.register("drpo_tv")
+def drpo_tv(
+    ratio: Float[Tensor, "N T"],
+    advantage: Float[Tensor, "N T"],
+    *,
+    logp: Float[Tensor, "N T"],
+    logp_behaviour: Float[Tensor, "N T"],
+    tv_scale: float,
+) -> Float[Tensor, "N T"]:
+    """ρ·(1 − sign(A)·(π − π_old)/tv_scale): the gradient of ρA − |A|·π_old·(ρ − 1)²/(2·tv_scale), negative where the
+    token has moved further in the direction of A than tv_scale (DRPO, Yao et al. 2026b)."""
+    moved = logp.exp().clamp(max=1) - logp_behaviour.exp().clamp(max=1)  # log-probabilities above 0 are rounding
+    return zero_preserving_product(ratio, 1 - advantage.sign() * moved / tv_scale)
 
 
 @WEIGHTS.register("tapered")

@@ -38,9 +38,10 @@ def plain_ratio(ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N T"]) ->
     return ratio
 
 
-def _unclipped(
+def unclipped(
     ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N T"], eps_low: float, eps_high: float
 ) -> Bool[Tensor, "N T"]:
+    """Where PPO's clipping leaves the gradient."""
     return (ratio - ratio.clamp(1 - eps_low, 1 + eps_high)) * advantage <= 0
 
 
@@ -49,7 +50,7 @@ def ppo_clip(
     ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N T"], *, eps_low: float, eps_high: float
 ) -> Float[Tensor, "N T"]:
     """ρ·1[(ρ − clip(ρ))·A ≤ 0]: the gradient of min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A) (Schulman et al. 2017)."""
-    return torch.where(_unclipped(ratio, advantage, eps_low, eps_high), ratio, 0.0)
+    return torch.where(unclipped(ratio, advantage, eps_low, eps_high), ratio, 0.0)
 
 
 @WEIGHTS.register("dual_clip")
@@ -57,7 +58,7 @@ def dual_clip(
     ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N T"], *, eps_low: float, eps_high: float, c: float
 ) -> Float[Tensor, "N T"]:
     """`ppo_clip`, and 0 where A < 0 and ρ > c (Ye et al. 2020)."""
-    kept = _unclipped(ratio, advantage, eps_low, eps_high) & ~((advantage < 0) & (ratio > c))
+    kept = unclipped(ratio, advantage, eps_low, eps_high) & ~((advantage < 0) & (ratio > c))
     return torch.where(kept, ratio, 0.0)
 
 
@@ -80,7 +81,7 @@ def truncate_clip(
     ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N T"], *, eps_low: float, eps_high: float
 ) -> Float[Tensor, "N T"]:
     """min(ρ, 1+ε_high) where PPO does not clip, else 0 (upper clipping as Bai & Zhang 2026 can also be read)."""
-    return torch.where(_unclipped(ratio, advantage, eps_low, eps_high), ratio.clamp(max=1 + eps_high), 0.0)
+    return torch.where(unclipped(ratio, advantage, eps_low, eps_high), ratio.clamp(max=1 + eps_high), 0.0)
 
 
 @WEIGHTS.register("power")

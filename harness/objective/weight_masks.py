@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from klab.harness.objective.kl import behaviour_kl
+from klab.harness.objective.masking import masked, masked_quantile
 from klab.harness.objective.weight import WEIGHTS, ppo_clip
 
 
@@ -127,3 +128,63 @@ def second_moment_tokens(
     within = square[order].cumsum(0) <= moment * number
     kept = torch.zeros_like(within).scatter(0, order, within).view_as(mask)
     return {"kept": kept | ~counted}
+
+
+@WEIGHTS.register("log_clip")
+def log_clip(
+    ratio: Float[Tensor, "N T"],
+    advantage: Float[Tensor, "N T"],
+    *,
+    positions: Int[Tensor, "N T"],
+    log_low: float,
+    log_high: float,
+    log_ceiling: float,
+    growth: float,
+) -> Float[Tensor, "N T"]:
+    """ρ, and 0 where A > 0 and log ρ > log_high·s, or A < 0 and log ρ is outside [−log_low·s, log_ceiling·s], with
+    s = t^growth at the t-th own token (CTPO, Zhang et al. 2026)."""
+    scale = (positions + 1).to(ratio.dtype) ** growth
+    log_rho = ratio.log()
+    above = log_rho > torch.where(advantage > 0, log_high, log_ceiling) * scale
+    below = (advantage < 0) & (log_rho < -log_low * scale)
+    return torch.where((above & (advantage != 0)) | below, 0.0, ratio)
+
+
+@WEIGHTS.register("cppo_tv")
+def cppo_tv(
+    ratio: Float[Tensor, "N T"],
+    advantage: Float[Tensor, "N T"],
+    *,
+    logp: Float[Tensor, "N T"],
+    logp_behaviour: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    tv_limit: float,
+    least_weight: float,
+    budget: float,
+) -> Float[Tensor, "N T"]:
+    """ρ, and 0 at tokens that move on (A·(ρ − 1) > 0) and have moved too far for their position or after their prefix
+    (CPPO, Mao et al. 2026, equations 8 to 11 and 22, in its form with the total variation of the sampled token)."""
+    moved = masked((logp.exp() - logp_behaviour.exp()).abs(), mask)
+    count = mask.sum(1, keepdim=True)
+    place = (mask.cumsum(1) - 1).to(moved.dtype)
+    share = masked(1 - (1 - least_weight) * place / (count - 1).clamp(min=1), mask)
+    weighed = share * moved
+    mean = masked_quantile(moved, mask, 0.9).clamp(min=budget, max=2 * budget)
+    before = mean * (share.cumsum(1) - share) - (weighed.cumsum(1) - weighed)
+    within = weighed <= (tv_limit + before).clamp(max=tv_limit)
+    return torch.where((advantage * (ratio - 1) <= 0) | within, ratio, 0.0)
+
+
+@WEIGHTS.register("tv_band")
+def tv_band(
+    ratio: Float[Tensor, "N T"],
+    advantage: Float[Tensor, "N T"],
+    *,
+    logp: Float[Tensor, "N T"],
+    logp_behaviour: Float[Tensor, "N T"],
+    band: float,
+    band_penalty: float,
+) -> Float[Tensor, "N T"]:
+    """ρ where the token's probability has moved by `band` at most, else 0 (prime-rl's ipo, whose penalty
+    band_penalty·λ² is in `covariance.PENALTIES`)."""
+    return torch.where((logp.exp() - logp_behaviour.exp()).abs() <= band, ratio, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ class ScoreOptions:
     entropy: bool = False
     states: bool = False
     plain: bool = False
+    entropy_gradient: bool = False
 
 
 @dataclass(slots=True)
@@ -32,7 +33,8 @@ class TokenScores:
 
     Attributes:
         logp: log-probability of each generated token; carries the gradient where gradients are enabled.
-        entropy: entropy in nats of the distribution that each was drawn from; without gradient.
+        entropy: entropy in nats of the distribution that each was drawn from; with gradient where it was
+            asked for.
         logits: divided by the temperature; carries the gradient.
         states: the final hidden state that predicts each; carries the gradient.
     """
@@ -67,6 +69,7 @@ def token_scores(
     entropy: bool = False,
     states: bool = False,
     plain: bool = False,
+    entropy_gradient: bool = False,
 ) -> list[TokenScores]:
     """Score every cell's rollout under its policy.
 
@@ -76,6 +79,7 @@ def token_scores(
         rollouts: one per cell of the policy.
         temperature: divides the logits, as when sampling.
         logits, entropy, states: which of the optional tensors are wanted.
+        entropy_gradient: the entropy carries the gradient where gradients are enabled.
         plain: the reference path: every trajectory forwarded in full, nothing shared.
 
     Raises:
@@ -83,7 +87,26 @@ def token_scores(
     """
     if len(rollouts) != policy.cells:
         raise ValueError(f"{len(rollouts)} rollouts for {policy.cells} cells")
-    return policy.score(rollouts, ScoreOptions(temperature, logits, entropy, states, plain))
+    return policy.score(rollouts, ScoreOptions(temperature, logits, entropy, states, plain, entropy_gradient))
+
+
+def entropy_of(logp: Float[Tensor, "*rows vocab_size"]) -> Float[Tensor, "*rows"]:
+    """−Σ_v π(v)·log π(v) in nats, from log-probabilities; its gradient −(1 + log π)·π keeps nothing but those."""
+    found: Tensor = _Entropy.apply(logp)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor) -> Tensor:
+        ctx.save_for_backward(logp)
+        return -(logp.exp() * logp).nan_to_num(0.0).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logp,) = ctx.saved_tensors
+        slope = -logp.exp().mul_(logp + 1)
+        return slope.nan_to_num_(0.0).mul_(grad.unsqueeze(-1))
 
 
 def gather_scores(
@@ -107,9 +130,12 @@ def gather_scores(
     chosen = take_rows(logp.view(-1), (logits_index * V + rollout.tokens).view(-1)).view(N, T)
     scores = TokenScores(torch.where(mask, chosen, 0.0))
     if options.entropy:
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)
-            scores.entropy = torch.where(mask, entropy[logits_index], 0.0)
+        if options.entropy_gradient:
+            by_row = take_rows(entropy_of(logp), logits_index.view(-1)).view(N, T)
+            scores.entropy = torch.where(mask, by_row, 0.0)
+        else:
+            with torch.no_grad():
+                scores.entropy = torch.where(mask, entropy_of(logp)[logits_index], 0.0)
     if options.logits:
         scores.logits = gather_rows(tempered, logits_index, mask)
     if options.states:

@@ -28,7 +28,8 @@ class Models:
 @message_type
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T], logits [n, T, V] for
+    """A forward pass over n rows of one cell: log-probabilities [n, T], entropy [n, T] (with gradient for
+    an entropy bonus), logits [n, T, V] for
     `full`, and its critic's values [n, T]."""
 
     logp: Tensor
@@ -49,7 +50,15 @@ def forward_pass(
     temperature, full = settings.temperature, settings.needs_logits
     critics, listed = models.critics, list(rollouts)
     shared = critics is not None and critics.shares_trunk
-    scores = token_scores(models.policy, listed, temperature=temperature, logits=full, entropy=True, states=shared)
+    scores = token_scores(
+        models.policy,
+        listed,
+        temperature=temperature,
+        logits=full,
+        entropy=True,
+        entropy_gradient=settings.needs_entropy_gradient,
+        states=shared,
+    )
     with torch.no_grad():
         other = token_scores(models.reference, listed, temperature=temperature, logits=True) if full else None
     states = [score.states.detach() if critic_only and score.states is not None else score.states for score in scores]

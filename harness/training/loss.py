@@ -220,7 +220,7 @@ def token_batch(
         values=None if experience.values is None else experience.values[rows],
         correction=None if correction is None else correction[rows],
         excluded_from_loss=None if excluded is None else excluded[rows],
-        entropy=computed.entropy.detach(),
+        entropy=computed.entropy if member.needs_entropy_gradient else computed.entropy.detach(),
         reward_terms=None if experience.reward_terms is None else experience.reward_terms[rows],
         term_weights=None if experience.reward_terms is None else tuple((member.reward_weights or {}).values()),
     )

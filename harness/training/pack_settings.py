@@ -29,6 +29,7 @@ class PackSettings:
         refills: dynamic sampling (`equal_groups: refill`).
         max_new_tokens: the completion budget, the task's where the cell sets none.
         needs_logits: objectives compare whole distributions (estimator `full`).
+        needs_entropy_gradient: losses may have an entropy bonus.
         needs_greedy: objectives need the reward of the greedy completion (`greedy_baseline`).
     """
 
@@ -54,6 +55,7 @@ class PackSettings:
     checkpoint_seconds: float
     max_new_tokens: int
     needs_logits: bool
+    needs_entropy_gradient: bool
     needs_greedy: bool
 
     @property
@@ -117,6 +119,7 @@ class PackSettings:
             checkpoint_seconds=training.checkpoint_seconds,
             max_new_tokens=member.max_new_tokens,
             needs_logits=member.needs_logits,
+            needs_entropy_gradient=member.needs_entropy_gradient,
             needs_greedy=member.needs_greedy,
         )
 

@@ -73,6 +73,11 @@ class PackedCell:
         return keeps_copy(self.cell.training, self.needs_reference_logits)
 
     @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether the loss may have an entropy bonus."""
+        return self.cell.objective.entropy_bonus != 0.0 or self.cell.training.entropy_control is not None
+
+    @property
     def needs_greedy(self) -> bool:
         """Whether the objective reads the reward of a greedy completion of each prompt."""
         return "greedy_rewards" in axis_functions(self.cell.objective).needs
@@ -112,7 +117,14 @@ class PackedCell:
         training["max_new_tokens"] = self.max_new_tokens
         examined = min(len(self.split("held_out")), self.cell.training.evaluation_prompts)
         policy = self.cell.policy
-        phases = [self.needs_logits, self.needs_greedy, examined, policy.dtype, policy.gradient_checkpointing]
+        phases = [
+            self.needs_logits,
+            self.needs_greedy,
+            self.needs_entropy_gradient,
+            examined,
+            policy.dtype,
+            policy.gradient_checkpointing,
+        ]
         phases.append(self.keeps_reference)
         engine = [getattr(policy, "engine", "stacked"), chat_template(self.cell)]
         adapters = None if policy.lora is None else [policy.lora.model_dump(mode="json"), str(self.start)]

@@ -25,7 +25,10 @@ def test_defaults_are_the_contract():
     expected |= dict(rejected=0.0, kl_scale="mean", kl_at="rollout", ceiling=4.0, tv_low=0.15, tv_high=0.15)
     expected |= dict(kl_low=0.05, kl_high=0.05, truncation=20.0, drift=0.2, worst=0.5, moment=0.04, k_pos=2.0)
     expected |= dict(rate_pos=3.0, k_neg=3.0, rate_neg=2.0, half_life=32.0, influence=0.2, safety=4.0)
-    expected |= dict(clip_low=0.4, clip_high=0.4, alpha=0.5)
+    expected |= dict(clip_low=0.4, clip_high=0.4, cov_share=0.0002, cov_low=1.0, cov_high=5.0, cov_penalty=1.0)
+    expected |= dict(log_low=0.025, log_high=0.05, log_ceiling=0.05, growth=0.5, tv_limit=0.15, least_weight=0.8)
+    expected |= dict(budget=0.02, tv_scale=12.5, band=0.1, band_penalty=1e-3, entropy_bonus=0.0, entropy_share=1.0)
+    expected |= dict(alpha=0.5)
     assert {name: getattr(objective, name) for name in PARAMETERS} == expected
 
 
@@ -135,7 +138,7 @@ def test_on_policy_the_ratio_the_weight_and_the_path_are_idle():
         for ratio in AXES["ratio"].values
         for weight in AXES["weight"].values
     }
-    assert len(forms) == 1
+    assert len(forms) == 2  # Clip-Cov drops tokens whatever their ratios are
     corrected = {
         str(Objective(ratio=ratio, placement="loss_corrected").canonical(on_policy=True))
         for ratio in AXES["ratio"].values
@@ -157,3 +160,19 @@ def test_beside_the_advantage_positive_a_kl_in_the_returns_is_idle_with_all_its_
     assert both.canonical["placement.beta"] == 0.3
     assert {"kl_scale", "kl_at"} <= set(both.idle)
     assert "beta" not in both.idle
+
+
+def test_terms_of_the_loss_belong_to_no_axis_and_are_left_out_where_they_do_nothing():
+    plain, bonus = Objective(), Objective(entropy_bonus=0.01, entropy_share=0.2)
+    assert Objective(entropy_bonus=0.0, entropy_share=1.0) == plain
+    assert "entropy_bonus" not in plain.settings()
+    assert plain.canonical_text() == Objective(entropy_bonus=0).canonical_text()
+    assert bonus.terms == {"entropy_bonus": 0.01, "entropy_share": 0.2}
+    assert bonus.canonical() == {**plain.canonical(), **bonus.terms}
+    assert Objective(**bonus.settings()) == bonus != plain
+    assert bonus == Objective(entropy_share=0.2, entropy_bonus=0.01)
+    for wrong in ({"entropy_bonus": -1.0}, {"entropy_share": 1.5}, {"entropy_share": "some"}):
+        with pytest.raises(UserError, match="entropy"):
+            Objective(**wrong)
+    with pytest.raises(UserError, match="cov_low must be below cov_high"):
+        Objective(weight="clip_cov", cov_low=6.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,60 @@ def test_geometric_mean_of_clipped_ratios(drift: float) -> None:
         data, verl_advantages(data, "grpo"), loss_mode="geo_mean", clip_ratio_low=0.3, clip_ratio_high=0.4
     )
     assert_same(f"verl geo_mean, drift {drift:g}", objective, data, theirs)
+
+
+COVARIANCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # every candidate is dropped, so that the draw does not matter
+    "clip_cov": (
+        {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.2, "clip_cov_ub": 1.0},
+        {"name": "clip_cov", "cov_share": 1.0, "cov_low": 0.2, "cov_high": 1.0, "eps_low": 0.1, "eps_high": 0.15},
+    ),
+    "kl_cov": (
+        {"kl_cov_ratio": 0.15, "ppo_kl_coef": 0.7},
+        {"name": "kl_cov", "cov_share": 0.15, "cov_penalty": 0.7},
+    ),
+}
+
+
+@pytest.mark.parametrize("drift", [0.05, 0.4])
+@pytest.mark.parametrize("name", COVARIANCES)
+def test_tokens_of_large_covariance(name: str, drift: float) -> None:
+    from verl.workers.config import PolicyLossConfig
+
+    settings, weight = COVARIANCES[name]
+    data = probe(drift=drift, binary=False)
+    objective = Objective(
+        placement="none", weight=weight, advantage={"name": "group_norm", **NORM}, aggregation="token_mean"
+    )
+    context = update_context(objective, data.batch(data.logp))
+    (chosen,) = context.solved.values()
+    assert 0 < int(chosen.sum()) < int(data.own.sum())
+    theirs = verl_gradient(
+        data,
+        verl_advantages(data, "grpo"),
+        loss_mode=name,
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.15,
+        policy_loss=PolicyLossConfig(loss_mode=name, **settings),
+    )
+    assert_same(f"verl {name}, drift {drift:g}", objective, data, theirs)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_trl_has_the_same_tokens_of_high_entropy(share: float) -> None:
+    """TRL takes the quantile in single precision."""
+    from trl import GRPOTrainer
+
+    data = probe()
+    entropy = torch.rand(*data.logp.shape, generator=torch.Generator().manual_seed(5)).double()
+    device = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    device.pad_across_processes = lambda value, **_: value
+    device.gather = lambda value: value
+    kept = GRPOTrainer.get_high_entropy_mask(SimpleNamespace(accelerator=device), entropy, data.own, 1 - share)
+    context = update_context(Objective(entropy_share=share), data.batch(data.logp).replace(entropy=entropy))
+    assert context.high_entropy is not None
+    assert torch.equal(context.high_entropy, kept)
+    assert 0 < int(kept.sum()) < int(data.own.sum())
 
 
 def _advantages(data: Probe, advantage: Any, **more: Any) -> Tensor:

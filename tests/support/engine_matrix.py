@@ -44,6 +44,7 @@ OWN = {
     "reference": "`sync_ref_model`, `ref_model_mixup_alpha` = 1 − `ema`, `ref_model_sync_steps`; refused beside "
     "adapters, FSDP and DeepSpeed; `rollout`: as klab's own engine, but for whole distributions off-policy",
     "trust_region": "as klab's own engine",
+    "entropy_control": "as klab's own engine, after every update",
     "max_prompt_tokens": "as klab's own engine",
     "reward_seconds": "as klab's own engine",
     "stop": "as klab's own engine: after evaluations; process 0 decides",

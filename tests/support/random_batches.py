@@ -10,6 +10,7 @@ from torch import Tensor
 
 from klab.grid import Objective
 from klab.grid.catalogue import AXES
+from klab.grid.parameters import TERMS
 from klab.harness.objective import TokenBatch, objective_loss
 from tests.harness.objective.oracle import Trajectory
 
@@ -44,6 +45,22 @@ PARAMETERS = {
     "safety": (1.0, 1.2, 4.0),
     "clip_low": (0.0, 0.1, 0.4),
     "clip_high": (0.0, 0.1, 0.4),
+    "cov_share": (0.0002, 0.2, 1.0),
+    "cov_low": (-2.0, 0.05, 0.5),
+    "cov_high": (0.6, 5.0),
+    "cov_penalty": (0.0, 0.5, 1.0),
+    "log_low": (0.0, 0.025, 0.2),
+    "log_high": (0.0, 0.05, 0.3),
+    "log_ceiling": (0.0, 0.05, 0.3),
+    "growth": (-0.5, 0.0, 0.5),
+    "tv_limit": (0.0, 0.05, 0.15),
+    "least_weight": (0.0, 0.5, 0.8, 1.0),
+    "budget": (0.0, 0.02, 0.1),
+    "tv_scale": (0.05, 1.0, 12.5),
+    "band": (0.0, 0.05, 0.1),
+    "band_penalty": (0.0, 1e-3, 0.5),
+    "entropy_bonus": (0.0, 0.01, 0.5),
+    "entropy_share": (0.0, 0.2, 0.5, 1.0, 1.0),
     "gamma": (0.0, 0.5, 0.99, 1.0),
     "lam": (0.0, 0.5, 0.95, 1.0),
     "whiten": ("none", "batch"),
@@ -60,6 +77,7 @@ def random_objective(source: random.Random, **fixed: str) -> Objective:
     """One value on every axis, and a setting for each parameter that the values have."""
     chosen = {name: fixed.get(name, source.choice(list(axis.values))) for name, axis in AXES.items()}
     names = {parameter for name, value in chosen.items() for parameter in AXES[name].values[value].parameters}
+    names |= set(TERMS) if source.random() < 0.4 else set()
     return Objective(**chosen, **{name: source.choice(PARAMETERS[name]) for name in sorted(names)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,13 @@ def _resumed(folder: CellFolder, trainer: KlabTrainer) -> checkpoints.TrainerSta
         state = checkpoints.resume(folder) if trainer.group.is_main else None
         if state is None:
             return None
-        return [str(state.path), state.update, state.streak, state.coefficients.kl, state.coefficients.trust]
+        return [str(state.path), state.update, state.streak, asdict(state.coefficients)]
 
     plain = trainer.group.all_gather_object("where to go on", found)[0]
     if plain is None:
         return None
-    path, update, streak, kl, trust = plain
-    return checkpoints.TrainerState(Path(path), update, streak, LossCoefficients(kl, trust))
+    path, update, streak, coefficients = plain
+    return checkpoints.TrainerState(Path(path), update, streak, LossCoefficients(**coefficients))
 
 
 def finalize(

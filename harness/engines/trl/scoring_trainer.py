@@ -25,6 +25,7 @@ from klab.harness.policy.hf.functional_model import FunctionalModel
 from klab.harness.policy.hf.policy import train_padding_token
 from klab.harness.policy.pretrained import read_generation_config
 from klab.harness.policy.prompt import PromptEncoder
+from klab.harness.policy.scores import entropy_of
 from klab.harness.policy.special_tokens import answer_tokens, eos_token_ids, trailing_special_tokens
 from klab.harness.training.data.prompts import chat_template
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -136,8 +137,8 @@ class ScoringTrainer(GRPOTrainer):  # type: ignore[misc]
             logits = model(input_ids=ids, attention_mask=attention, use_cache=False, **only).logits[:, -keep - 1 : -1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         logp = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.member.needs_entropy_gradient):
+            entropy = entropy_of(logp)
         return ForwardPass(logp.gather(-1, ids[:, -keep:, None]).squeeze(-1), entropy, logits)
 
     def scores_without_gradient(self, output: dict[str, Any]) -> Tensor:

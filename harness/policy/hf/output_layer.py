@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from klab.harness.policy.scores import max_logits
+from klab.harness.policy.scores import entropy_of, max_logits
 
 Finish = Callable[[Tensor], Tensor]
 """What a model makes of the products of its output embedding, element by element."""
@@ -65,8 +65,9 @@ def chunked_log_softmax(
     tokens: Int[Tensor, " K"],
     temperature: float,
     entropy: bool,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K_or_0"]]:
-    """Log-probability of one token per row, with gradient, and the entropy in nats of each row's distribution, without.
+    """Log-probability of one token per row, with gradient, and the entropy in nats of each row's distribution.
 
     Logits are computed chunk by chunk as the model computes them, rounded to its precision, and once more for the
     gradient, so that memory does not grow with K × vocab_size.
@@ -76,8 +77,9 @@ def chunked_log_softmax(
         weight, bias: the output embedding's.
         temperature: divides the logits.
         entropy: whether it is wanted.
+        entropy_gradient: whether it carries the gradient.
     """
-    given = (hidden, weight, bias, finish, tokens, temperature, entropy)
+    given = (hidden, weight, bias, finish, tokens, temperature, entropy, entropy_gradient)
     found: tuple[Tensor, Tensor] = _ChunkedLogSoftmax.apply(*given)  # type: ignore[no-untyped-call]
     return found
 
@@ -104,6 +106,7 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         entropy: bool,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         chosen = hidden.new_empty(len(hidden), dtype=wide)
@@ -114,12 +117,13 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
             if entropy:
                 entropies[rows] = -logp.exp().mul_(logp).nan_to_num_(0.0).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, tokens)
-        ctx.finish, ctx.temperature = finish, temperature
-        ctx.mark_non_differentiable(entropies)
+        ctx.finish, ctx.temperature, ctx.entropy_gradient = finish, temperature, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return chosen, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
@@ -127,8 +131,12 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         for rows in _chunks(hidden, weight):
             products = nn.functional.linear(hidden[rows], weight, bias).requires_grad_()
             with torch.enable_grad():
-                logp = _log_softmax(products, ctx.finish, ctx.temperature).gather(1, tokens[rows, None])
-            (d_products,) = torch.autograd.grad(logp, products, grad[rows, None])
+                logp = _log_softmax(products, ctx.finish, ctx.temperature)
+                found, given = [logp.gather(1, tokens[rows, None])], [grad[rows, None]]
+                if ctx.entropy_gradient:
+                    found.append(entropy_of(logp))
+                    given.append(grad_entropy[rows])
+            (d_products,) = torch.autograd.grad(found, products, given)
             if d_hidden is not None:
                 d_hidden[rows] = d_products @ weight
             if d_weight is not None:
@@ -136,4 +144,4 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_products.sum(0)
         narrow = None if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, narrow, None if d_bias is None else d_bias.to(bias.dtype), None, None, None, None
+        return d_hidden, narrow, None if d_bias is None else d_bias.to(bias.dtype), *[None] * 5

@@ -273,7 +273,14 @@ class TransformersPolicy:
         assert finish is not None
         weight, bias = self.model.output_embedding(weights)
         logp, entropy = chunked_log_softmax(
-            states, weight, bias, finish, rollout.tokens[mask], options.temperature, options.entropy
+            states,
+            weight,
+            bias,
+            finish,
+            rollout.tokens[mask],
+            options.temperature,
+            options.entropy,
+            options.entropy_gradient,
         )
         scores = TokenScores(logp.new_zeros(mask.shape).masked_scatter(mask, logp))
         if options.entropy:

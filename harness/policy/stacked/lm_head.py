@@ -3,8 +3,9 @@
 Logits are float32 or wider whatever the weights: products of 16-bit numbers are accumulated in float32 and stay there,
 where rounding them to 16 bits would move a logit of 20 by up to 0.04. Gradients are rounded like those of activations.
 
-With z = h·W/τ, log p(token) = z[token] − log Σ exp z, whose gradient is onehot(token) − softmax(z). Chunks of z are
-computed for the value and once more for its gradient, so that memory does not grow with rows × vocabulary.
+With z = h·W/τ, log p(token) = z[token] − log Σ exp z, whose gradient is onehot(token) − softmax(z), and the entropy
+H = −Σ p·log p has the gradient −p·(log p + H). Chunks of z are computed for the value and once more for its gradient,
+so that memory does not grow with rows × vocabulary.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def selective_log_softmax(
     tokens: Int[Tensor, " P"],
     temperature: float,
     entropy: bool,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " K_or_0"]]:
     """Log-probabilities of chosen tokens, and the entropy in nats of every row's distribution, chunk by chunk.
 
@@ -48,7 +50,8 @@ def selective_log_softmax(
         rows: the row that predicts each token, ascending, on the CPU.
         tokens: token ids.
         temperature: divides the logits.
-        entropy: whether it is wanted; it carries no gradient.
+        entropy: whether it is wanted.
+        entropy_gradient: whether it carries the gradient.
 
     Returns:
         log-probabilities, and the entropies of the K rows, or none; float32 or wider.
@@ -58,7 +61,16 @@ def selective_log_softmax(
     ends = [*range(step, K, step), K]
     bounds = [0, *torch.searchsorted(rows, torch.tensor(ends)).tolist()]
     chunks = list(zip([0, *ends], ends, bounds, bounds[1:], strict=False))
-    values = (hidden, head, rows.to(hidden.device, non_blocking=True), tokens, temperature, entropy, chunks)
+    values = (
+        hidden,
+        head,
+        rows.to(hidden.device, non_blocking=True),
+        tokens,
+        temperature,
+        entropy,
+        entropy_gradient,
+        chunks,
+    )
     found: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(*values)  # type: ignore[no-untyped-call]
     return found
 
@@ -73,6 +85,7 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         tokens: Tensor,
         temperature: float,
         entropy: bool,
+        entropy_gradient: bool,
         chunks: Chunks,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -84,25 +97,37 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
             if entropy:
                 entropies[first:last] = -logp.exp().mul_(logp).nan_to_num_(0.0).sum(-1)
         ctx.save_for_backward(hidden, head, rows, tokens)
-        ctx.temperature, ctx.chunks = temperature, chunks
-        ctx.mark_non_differentiable(entropies)
+        ctx.temperature, ctx.chunks, ctx.entropies = temperature, chunks, entropies if entropy_gradient else None
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return found, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, rows, tokens = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for first, last, low, high in ctx.chunks:
             row, given = rows[low:high] - first, grad[low:high] / ctx.temperature
             total = grad.new_zeros(last - first).index_put_((row,), given, accumulate=True)
-            d_logits = _tempered_logits(hidden[first:last], head, ctx.temperature).softmax(-1).mul_(-total[:, None])
-            d_logits = d_logits.index_put_((row, tokens[low:high]), given, accumulate=True).to(hidden.dtype)
+            logits = _tempered_logits(hidden[first:last], head, ctx.temperature)
+            d_logits = logits.softmax(-1).mul_(-total[:, None])
+            d_logits = d_logits.index_put_((row, tokens[low:high]), given, accumulate=True)
+            if ctx.entropies is not None:
+                d_logits += _entropy_slope(logits.log_softmax(-1), ctx.entropies[first:last]).mul_(
+                    grad_entropy[first:last, None] / ctx.temperature
+                )
+            d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[first:last] = d_logits @ head.t()
             if d_head is not None:
                 d_head += hidden[first:last].t() @ d_logits
-        return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None, None, None, None
+        return d_hidden, None if d_head is None else d_head.to(head.dtype), *[None] * 6
+
+
+def _entropy_slope(logp: Tensor, entropy: Tensor) -> Tensor:
+    """−p·(log p + H), the gradient of the entropy with respect to the logits."""
+    return (-logp.exp()).mul_(logp + entropy[:, None]).nan_to_num_(0.0)
 
 
 def _tempered_logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from klab.harness.policy.ordered_gather import take_rows
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores, max_logits
 from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
@@ -75,10 +76,12 @@ def _score_in_chunks(
     places = own[order].to(device, non_blocking=True)
     logits_index = logits_index.to(device, non_blocking=True)
     tokens = rollout.tokens.view(-1)[places]
-    logp, entropy = selective_log_softmax(hidden, head, rows, tokens, options.temperature, options.entropy)
+    logp, entropy = selective_log_softmax(
+        hidden, head, rows, tokens, options.temperature, options.entropy, options.entropy_gradient
+    )
     scores = TokenScores(logp.new_zeros(mask.numel()).index_put((places,), logp).view(mask.shape))
     if options.entropy:
-        scores.entropy = torch.where(mask, entropy[logits_index], 0.0)
+        scores.entropy = torch.where(mask, take_rows(entropy, logits_index.view(-1)).view(mask.shape), 0.0)
     if options.states:
         scores.states = gather_rows(hidden, logits_index, mask)
     return scores

@@ -1,5 +1,5 @@
-"""Coefficients that change: β of the KL term, adaptive (Ziegler et al. 2019) or on a schedule, and that of the
-trust-region penalty (Schulman et al. 2017).
+"""Coefficients that change: β of the KL term, adaptive (Ziegler et al. 2019) or on a schedule, and those of the
+trust-region penalty (Schulman et al. 2017) and of the entropy bonus (He et al. 2025).
 
 They are pure functions of the last coefficients and of the update's row of metrics, so that a resumed cell has the same
 ones.
@@ -27,8 +27,11 @@ MAX_TRUST_FACTOR = 2.0**10
 
 def initial_coefficients(cell: Cell) -> LossCoefficients:
     """The coefficients of the first update."""
-    trust = cell.training.trust_region
-    return LossCoefficients(kl=1.0, trust=0.0 if trust is None else trust.coefficient)
+    trust, control = cell.training.trust_region, cell.training.entropy_control
+    found = LossCoefficients(kl=1.0, trust=0.0 if trust is None else trust.coefficient)
+    if control is None:
+        return found
+    return replace(found, entropy=cell.objective.entropy_bonus, entropy_acts=False)
 
 
 def coefficient_metrics(cell: Cell, coefficients: LossCoefficients) -> Row:
@@ -38,6 +41,8 @@ def coefficient_metrics(cell: Cell, coefficients: LossCoefficients) -> Row:
         found["beta"] = coefficients.kl * first_beta(cell.objective)
     if cell.training.trust_region is not None:
         found["trust_coefficient"] = coefficients.trust
+    if cell.training.entropy_control is not None:
+        found["entropy_coefficient"] = coefficients.entropy_bonus(cell.objective.entropy_bonus)
     return found
 
 
@@ -67,4 +72,9 @@ def next_coefficients(cell: Cell, coefficients: LossCoefficients, row: Row) -> L
         factor = 0.5 if row["kl_behaviour"] < trust.target / KL_TOLERANCE else factor
         bounds = trust.coefficient / MAX_TRUST_FACTOR, trust.coefficient * MAX_TRUST_FACTOR
         coefficients = replace(coefficients, trust=min(bounds[1], max(bounds[0], coefficients.trust * factor)))
+    entropy = training.entropy_control
+    if entropy is not None and row["entropy"] is not None:
+        scarce, now = row["entropy"] <= entropy.target, coefficients.entropy or 0.0
+        moved = now + entropy.step if scarce else now - entropy.step
+        coefficients = replace(coefficients, entropy=min(entropy.high, max(entropy.low, moved)), entropy_acts=scarce)
     return coefficients

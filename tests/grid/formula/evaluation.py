@@ -15,7 +15,7 @@ import sympy
 
 from klab.grid.formula.notation import Atom, Cases, Fenced, Fraction, Node, Row, Scripts, Word, parse
 from klab.grid.formula.symbols import source
-from tests.harness.objective.oracle import Trajectory
+from tests.harness.objective.oracle import Trajectory, hashed
 
 Token = tuple[int, int]
 """A trajectory and an own position in it, from 0."""
@@ -333,6 +333,22 @@ class Evaluation:
             mean = sum(every) / len(every)
             variance = sum((value - mean) ** 2 for value in every) / max(len(every) - 1, 1)
             return (self.number(body, scope) - mean) / (variance + 1e-8) ** 0.5
+        if name == "quantile":
+            value, share = _split(body)
+            ordered = sorted(self.number(value, place) for place in self.places(sub, scope))
+            place = float(self.number(share, scope)) * (len(ordered) - 1)
+            low = int(place)
+            return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+        if name == "rank":
+            every = [(n, j) for n, t in enumerate(self.all) for j in range(t.length)]
+            values = {token: self.number(body, Scope(token[0], None, {"j": token})) for token in every}
+            return 1 + sorted(every, key=lambda token: (-round(values[token], 12), token)).index(scope.tokens["j"])
+        if name == "draw":
+            every = [(n, j) for n, t in enumerate(self.all) for j in range(t.length)]
+            drawn = {token: hashed(number) for number, token in enumerate(every, start=1)}
+            meet = [token for token in every if self.holds(body, Scope(token[0], None, {"j": token}))]
+            order = sorted(meet, key=drawn.__getitem__)
+            return order.index(scope.tokens["j"]) + 1 if scope.tokens["j"] in order else float("inf")
         if name == "max" and Atom(":") in body:
             return self.largest(body, scope)
         arguments = _split(body)

@@ -127,6 +127,21 @@ def weight_of(
         kl = old * math.log(old / new) + others[0] * math.log((others[0] + 1e-8) / (others[1] + 1e-8))
         far = abs(new - old) > 0.15 if kind == "dppo_tv" else kl > 0.05
         return 0.0 if far and (new > old) == (advantage > 0) else min(rho, 20.0)
+    if kind in ("cppo_tv", "drpo_tv", "tv_band"):
+        moved = probability_before * (math.exp(lam[at]) - 1)
+        sign = (advantage > 0) - (advantage < 0)
+        if kind == "drpo_tv":  # no probability is above 1
+            moved = min(1.0, probability_before * math.exp(lam[at])) - min(1.0, probability_before)
+            return rho * (1 - sign * moved / 12.5)
+        if kind == "tv_band":
+            return rho if abs(moved) <= 0.1 else 0.0
+        assert len(lam) == 1, "of trajectories of one token only"
+        return rho if sign * moved <= 0 or abs(moved) <= 0.15 else 0.0
+    if kind == "log_clip":
+        if advantage > 0:
+            return rho if math.log(rho) <= 0.05 * math.sqrt(at + 1) else 0.0
+        far = math.log(rho) < -0.025 * math.sqrt(at + 1) or math.log(rho) > 0.05 * math.sqrt(at + 1)
+        return 0.0 if advantage < 0 and far else rho
     if kind == "future_kl":
         factor = math.exp(sum(0.5 ** ((i - at) / 32) * lam[i] for i in range(at, len(lam))))
         factor = min(max(factor, 1.0), 1.2)

@@ -114,8 +114,8 @@ def test_on_policy_schedules_collapse_ratios_and_weights_and_off_policy_ones_do_
         Objective(ratio=ratio, weight=weight, placement="none")
         for ratio, weight in itertools.product(("token", "sequence_mean", "future_mean"), AXES["weight"].values)
     ]
-    assert count_classes(objectives, True, cache=tmp_path) == {"written": 60, "canonical": 1, "measured": 1}
-    assert count_classes(objectives, False, cache=tmp_path) == {"written": 60, "canonical": 58, "measured": 58}
+    assert count_classes(objectives, True, cache=tmp_path) == {"written": 78, "canonical": 2, "measured": 2}
+    assert count_classes(objectives, False, cache=tmp_path) == {"written": 78, "canonical": 76, "measured": 76}
 
 
 def test_a_mask_that_excludes_everything_on_policy_is_not_the_plain_algorithm(tmp_path: Path) -> None:

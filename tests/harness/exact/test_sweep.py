@@ -26,10 +26,10 @@ CELLS = [
 ]
 
 
-def test_the_product_of_the_main_axes_has_249480_combinations() -> None:
+def test_the_product_of_the_main_axes_has_324324_combinations() -> None:
     sizes = [len(AXES[axis].values) for axis in MAIN_AXES]
-    assert sizes == [7, 11, 9, 20, 18]
-    assert math.prod(sizes) == 249_480
+    assert sizes == [7, 11, 9, 26, 18]
+    assert math.prod(sizes) == 324_324
     assert list(islice(main_axes_product("token_mean"), 13)) == [
         Objective(
             estimator="k1", placement="none", ratio="none", weight=weight, advantage=advantage, aggregation="token_mean"

@@ -57,6 +57,7 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
     rho = [[math.exp(x) for x in row] for row in log_rho]
     weights = _weights(o, trajectories, rho, log_rho, advantages)
     share = _shares(o.aggregation, trajectories, max_new_tokens)
+    uncertain, penalised = _high_entropy(o, trajectories), _largest_covariances(o, trajectories, advantages)
     answer = Answer(0.0, advantages=advantages, weights=weights)
 
     def add(n: int, j: int, amount: float) -> None:
@@ -65,9 +66,23 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
 
     for n, t in enumerate(trajectories):
         for j in range(t.length):
-            strength = share[n] * weights[n][j] * advantages[n][j]
-            if t.correction is not None:
-                strength *= t.correction[j]
+            counted = share[n] * ((n, j) in uncertain) * (1.0 if t.correction is None else t.correction[j])
+            strength = counted * weights[n][j] * advantages[n][j]
+            lam = t.now[j] - t.old[j]
+            if (n, j) in penalised and abs(lam) > 1e-5:
+                answer.loss += counted * o.cov_penalty * abs(lam)
+                add(n, j, counted * o.cov_penalty * ((lam > 0) - (lam < 0)))
+            if o.weight == "tv_band":
+                answer.loss += counted * o.band_penalty * lam * lam
+                add(n, j, counted * o.band_penalty * 2 * lam)
+            if o.entropy_bonus:
+                assert t.logits is not None
+                p = _softmax(t.logits[j])
+                entropy = -sum(x * math.log(x) for x in p)
+                answer.loss -= share[n] * o.entropy_bonus * entropy
+                for v, x in enumerate(p):
+                    slope = share[n] * o.entropy_bonus * x * (math.log(x) + entropy)
+                    answer.logits[n, t.columns[j], v] = answer.logits.get((n, t.columns[j], v), 0.0) + slope
             if o.path == "ratio" and o.ratio != "none":
                 answer.loss -= strength * log_rho[n][j]
                 for i, slope in enumerate(slopes[n][j]):
@@ -88,11 +103,68 @@ def solve(objective: Any, trajectories: list[Trajectory], max_new_tokens: int) -
             answer.loss += share[n] * o.beta * factor * phi
             add(n, j, share[n] * o.beta * factor * slope_logp)
             for v, slope in enumerate(slope_logits):
-                answer.logits[n, t.columns[j], v] = share[n] * o.beta * factor * slope
+                key = (n, t.columns[j], v)
+                answer.logits[key] = answer.logits.get(key, 0.0) + share[n] * o.beta * factor * slope
             if o.placement == "loss_corrected":
                 for i, slope in enumerate(slopes[n][j]):
                     add(n, i, share[n] * o.beta * factor * phi * slope)
     return answer
+
+
+def _places(ts: list[Trajectory]) -> list[tuple[int, int]]:
+    return [(n, j) for n, t in enumerate(ts) for j in range(t.length)]
+
+
+def _high_entropy(o: Any, ts: list[Trajectory]) -> set[tuple[int, int]]:
+    """The tokens that keep their surrogate: those whose entropy reaches the quantile, linear between two."""
+    places = _places(ts)
+    if o.entropy_share >= 1 or not places:
+        return set(places)
+    found = {(n, j): -sum(x * math.log(x) for x in _softmax(ts[n].logits[j])) for n, j in places}  # type: ignore[index]
+    bound = _quantile(list(found.values()), 1 - o.entropy_share)
+    return {place for place, entropy in found.items() if entropy >= bound * (1 - 1e-6)}
+
+
+def _quantile(values: list[float], share: float) -> float:
+    ordered, place = sorted(values), share * (len(values) - 1)
+    below = math.floor(place)
+    return ordered[below] + (place - below) * (ordered[min(below + 1, len(values) - 1)] - ordered[below])
+
+
+def _covariances(ts: list[Trajectory], advantages: list[list[float]]) -> dict[tuple[int, int], float]:
+    """(A − Ā)·(ℓ − ℓ̄) of every own token."""
+    places = _places(ts)
+    mean_a = math.fsum(advantages[n][j] for n, j in places) / max(1, len(places))
+    mean_l = math.fsum(ts[n].now[j] for n, j in places) / max(1, len(places))
+    return {(n, j): (advantages[n][j] - mean_a) * (ts[n].now[j] - mean_l) for n, j in places}
+
+
+def _largest_covariances(o: Any, ts: list[Trajectory], advantages: list[list[float]]) -> set[tuple[int, int]]:
+    if o.weight != "kl_cov":
+        return set()
+    parts = _covariances(ts, advantages)
+    ordered = sorted(parts, key=lambda place: (-round(parts[place], 13), place))
+    return set(ordered[: max(1, math.floor(o.cov_share * len(parts)))])
+
+
+def hashed(number: int) -> int:
+    """The random number of an own token in the first update."""
+    mixed = (number * 0x9E3779B1 + 0x85EBCA6B) % 2**32
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        mixed = (mixed ^ mixed >> shift) * factor % 2**32
+    return mixed ^ mixed >> 15
+
+
+def _drawn(o: Any, ts: list[Trajectory], rho: list[list[float]], advantages: list[list[float]]) -> set[tuple[int, int]]:
+    """The tokens that Clip-Cov drops in the first update."""
+    parts, numbers = _covariances(ts, advantages), {}
+    for number, (n, j) in enumerate(_places(ts), start=1):
+        r, a = rho[n][j], advantages[n][j]
+        free = not (a > 0 and r > 1 + o.eps_high) and not (a < 0 and r < 1 - o.eps_low)
+        if free and o.cov_low < parts[n, j] < o.cov_high:
+            numbers[n, j] = hashed(number)
+    count = max(1, math.floor(o.cov_share * len(parts)))
+    return set(sorted(numbers, key=numbers.__getitem__)[:count])
 
 
 def _phi(o: Any, t: Trajectory, j: int, policy: list[float]) -> tuple[float, float, list[float]]:
@@ -349,6 +421,16 @@ def _weights(
     if o.weight == "adaptive":
         q = largest_exponent([x for row in log_rho for x in row], o.ess)
         return [[math.exp(q * x) for x in row] for row in log_rho]
+    if o.weight == "clip_cov":
+        dropped = _drawn(o, ts, rho, advantages)
+        low, high = 1 - o.eps_low, 1 + o.eps_high
+        return [
+            [
+                0.0 if (n, j) in dropped or (a > 0 and r > high) or (a < 0 and r < low) else r
+                for j, (r, a) in enumerate(zip(row, signs, strict=True))
+            ]
+            for n, (row, signs) in enumerate(zip(rho, advantages, strict=True))
+        ]
     if o.weight == "second_moment_mask":
         dropped = _second_moment_dropped(log_rho, advantages, o.moment)
         return [[0.0 if (n, j) in dropped else r for j, r in enumerate(row)] for n, row in enumerate(rho)]
@@ -430,12 +512,37 @@ def weight(o: Any, t: Trajectory, j: int, rho: float, a: float) -> float:
             if a < 0 and rho > o.safety:
                 factor = min(max(factor, 0.8), 1.0)
             return factor * rho if kept else 0.0
+        case "kl_cov":
+            return rho
+        case "log_clip":
+            scale, log_rho = (j + 1) ** o.growth, math.log(rho)
+            if a > 0:
+                return 0.0 if log_rho > o.log_high * scale else rho
+            outside = log_rho < -o.log_low * scale or log_rho > o.log_ceiling * scale
+            return 0.0 if a < 0 and outside else rho
+        case "cppo_tv":
+            return _within_budget(o, t, j, rho, a)
+        case "drpo_tv":
+            sign = (a > 0) - (a < 0)
+            return rho * (1 - sign * (min(1.0, math.exp(t.now[j])) - min(1.0, math.exp(t.old[j]))) / o.tv_scale)
+        case "tv_band":
+            return rho if abs(math.exp(t.now[j]) - math.exp(t.old[j])) <= o.band else 0.0
     raise AssertionError(o.weight)
+
+
+def _within_budget(o: Any, t: Trajectory, j: int, rho: float, a: float) -> float:
+    """CPPO's mask, token by token."""
+    moved = [abs(math.exp(x) - math.exp(y)) for x, y in zip(t.now, t.old, strict=True)]
+    shares = [1 - (1 - o.least_weight) * i / max(1, t.length - 1) for i in range(t.length)]
+    mean = min(max(_quantile(moved, 0.9), o.budget), 2 * o.budget)
+    spent = sum(v * d for v, d in zip(shares[:j], moved[:j], strict=True))
+    limit = min(o.tv_limit, o.tv_limit + mean * sum(shares[:j]) - spent)
+    return rho if a * (rho - 1) <= 0 or shares[j] * moved[j] <= limit + 1e-15 else 0.0
 
 
 _UNCLIPPED = {
     "one", "ratio", "truncate", "power", "mask", "sigmoid", "dppo_tv", "dppo_kl", "sequence_max_mask", "gamma_kernel",
-    "tapered",
+    "tapered", "kl_cov", "log_clip", "cppo_tv", "drpo_tv", "tv_band",
 }  # fmt: skip
 
 

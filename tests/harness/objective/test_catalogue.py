@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from klab.harness.objective.kl import ESTIMATORS
 from klab.harness.objective.placement import PLACEMENTS
 from klab.harness.objective.ratio import RATIOS
 from klab.harness.objective.registry import Registry
-from klab.harness.objective.values import SOLVERS, WEIGHTS
+from klab.harness.objective.values import PENALTIES, SOLVERS, WEIGHTS
 
 REGISTRIES = (ESTIMATORS, DIVERGENCES, PLACEMENTS, RATIOS, WEIGHTS, ADVANTAGES, AGGREGATIONS, PATHS)
 
@@ -27,9 +29,15 @@ def test_every_axis_has_the_values_and_parameters_of_the_catalogue(registry: Reg
     values = AXES[registry.axis].values
     assert set(registry) == set(values)
     for name, function in registry.items():
-        taken = inspect.signature(SOLVERS.get(name, function)).parameters.values()
-        keywords = [parameter.name for parameter in taken if parameter.kind is parameter.KEYWORD_ONLY]
+        keywords = _keywords(SOLVERS.get(name, function))
+        if registry is WEIGHTS and name in PENALTIES:
+            keywords |= _keywords(PENALTIES[name]) - (_keywords(function) - set(values[name].parameters))
         assert sorted(keywords) == sorted((*values[name].parameters, *values[name].needs)), name
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    taken = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in taken if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def test_an_unknown_value_names_the_nearest() -> None:

@@ -101,7 +101,7 @@ def test_mistakes_are_named(weight: dict[str, Any], message: str) -> None:
 
 
 def test_what_the_batch_lacks_is_named() -> None:
-    batch = random_batch(random.Random(3)).replace(entropy=None)
+    batch = random_batch(random.Random(3)).replace(logits=None, logits_reference=None)
     with pytest.raises(ValueError, match="needs entropy, which the batch does not have"):
         objective_loss(Objective(weight=f"{HERE}:everything"), batch)
 

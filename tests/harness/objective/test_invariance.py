@@ -56,8 +56,11 @@ def test_extra_padding_does_not_matter(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_order_of_trajectories_does_not_matter(seed: int) -> None:
+    """Except to Clip-Cov, which draws tokens by their numbers, and to which of equal covariances KL-Cov penalises."""
     source = random.Random(seed)
-    objective, batch = random_objective(source), random_batch(source)
+    drawn = (random_objective(source) for _ in range(100))
+    objective = next(each for each in drawn if each.weight not in ("clip_cov", "kl_cov"))
+    batch = random_batch(source)
     order = torch.tensor(source.sample(range(len(batch.rewards)), len(batch.rewards)))
     for before, after in zip(_gradients(objective, batch), _gradients(objective, batch.rows(order)), strict=True):
         torch.testing.assert_close(after, before[order], rtol=1e-11, atol=1e-13)
@@ -117,8 +120,8 @@ def test_updates_mapped_at_once_equal_a_loop(axis: str, value: str) -> None:
 
     def loss(fields: dict[str, Tensor], groups: Tensor, n_groups: int | None) -> Tensor:
         batch = TokenBatch(**fields, groups=groups, max_new_tokens=9, n_groups=n_groups)  # type: ignore[arg-type]
-        policy_loss, kl_loss = loss_terms(objective, batch, update_context(objective, batch))
-        return policy_loss + kl_loss
+        terms = loss_terms(objective, batch, update_context(objective, batch))
+        return torch.stack(terms).sum()
 
     def derivative(fields: dict[str, Tensor], groups: Tensor, n_groups: int | None) -> Any:
         leaves = {name: fields[name] for name in ("logp", "logits")}

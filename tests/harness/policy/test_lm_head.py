@@ -47,7 +47,10 @@ def scored(
     scores = token_scores(policy, rollouts, entropy=True, states=True, **options)
     for value in policy.parameters.values():
         value.grad = None
-    loss = sum((torch.linspace(-1, 2, s.logp.numel()).view_as(s.logp) * s.logp).sum() for s in scores)
+    factors = torch.linspace(-1, 2, scores[0].logp.numel()).view_as(scores[0].logp)
+    loss = sum((factors * s.logp).sum() for s in scores)
+    if options.get("entropy_gradient"):
+        loss = loss + sum((factors.flip(1) * s.entropy).sum() for s in scores if s.entropy is not None)
     torch.autograd.backward(loss)
     return scores, [value.grad for value in policy.parameters.values() if value.grad is not None]
 
@@ -61,11 +64,11 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPa
         with torch.no_grad():
             for value in policy.parameters.values():
                 value.add_(0.1)
-    for temperature in (1.0, 0.7):
+    for temperature, entropy in ((1.0, False), (0.7, True)):
         rollouts = [some(), some()]
-        whole, gradients = scored(policy, rollouts, temperature=temperature)
+        whole, gradients = scored(policy, rollouts, temperature=temperature, entropy_gradient=entropy)
         monkeypatch.setitem(MAX_LOGITS, "cpu", chunk)
-        chunked, same = scored(policy, rollouts, temperature=temperature)
+        chunked, same = scored(policy, rollouts, temperature=temperature, entropy_gradient=entropy)
         monkeypatch.undo()
         for mine, other in zip(chunked, whole, strict=True):
             for name in ("logp", "entropy", "states"):

@@ -75,11 +75,13 @@ def test_the_gradient_is_right(bias: bool, monkeypatch: pytest.MonkeyPatch) -> N
     tokens = torch.randint(0, 11, (7,), generator=draw)
     wanted = (hidden, weight, shift) if bias else (hidden, weight)
 
-    def scored(*given: Tensor) -> Tensor:
+    def scored(*given: Tensor) -> tuple[Tensor, Tensor]:
         h, w, *b = given
-        return chunked_log_softmax(h, w, b[0] if b else None, lambda z: torch.tanh(z / 3) * 3, tokens, 0.7, False)[0]
+        shift = b[0] if b else None
+        return chunked_log_softmax(h, w, shift, lambda z: torch.tanh(z / 3) * 3, tokens, 0.7, True, True)
 
     assert torch.autograd.gradcheck(scored, wanted)
+    assert torch.autograd.gradcheck(lambda *given: scored(*given)[0], wanted)
 
 
 def test_what_a_model_makes_of_its_logits_is_recognized_or_left_whole() -> None:

@@ -34,19 +34,24 @@ def gradients(policy: StackedPolicy, scores: list[TokenScores]) -> dict[str, Ten
     for score in scores:
         weight = torch.linspace(-1, 2, score.logp.numel(), dtype=torch.float64).view(score.logp.shape)
         loss = loss + (weight * score.logp).sum()
+        if score.entropy is not None and score.entropy.requires_grad:
+            loss = loss + (weight.flip(1) * score.entropy).sum()
     names = list(policy.parameters)
     return dict(zip(names, torch.autograd.grad(loss, [policy.parameters[n] for n in names]), strict=True))
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("shape", ["row_per_group", "row_per_trajectory"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_merging_changes_neither_values_nor_gradients(shape: str, family: str) -> None:
+def test_merging_changes_neither_values_nor_gradients(shape: str, family: str, entropy: bool) -> None:
     size = {"row_per_group": {}, "row_per_trajectory": {"group_size": 12, "longest": 20, "alphabet": 5}}[shape]
     rollout = ragged(0, **size)
     assert (rollout.prefix_tree(MAX_EXPLICIT_KEYS).attn_bias is None) == (shape == "row_per_trajectory")
     policy = decoder(1, family, torch.float64, num_key_value_heads=2)
-    merged = token_scores(policy, [rollout], entropy=True, logits=True)
-    plain = token_scores(policy, [rollout], entropy=True, logits=True, plain=True)
+    merged = token_scores(policy, [rollout], entropy=True, logits=True, entropy_gradient=entropy)
+    plain = token_scores(policy, [rollout], entropy=True, logits=True, plain=True, entropy_gradient=entropy)
+    assert merged[0].entropy is not None
+    assert merged[0].entropy.requires_grad == entropy
     for name in ("logp", "entropy", "logits"):
         torch.testing.assert_close(getattr(merged[0], name), getattr(plain[0], name), rtol=0, atol=1e-10)
     expected = gradients(policy, plain)

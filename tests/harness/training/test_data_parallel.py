@@ -43,6 +43,10 @@ CELLS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"reference": {"ema": 0.5}, "updates_per_rollout": 2, "beta_control": {"schedule": "linear"}},
         [{"beta": 0.3}, {"beta": 0.1}],
     ),
+    "entropies of the whole update": (
+        {"updates_per_rollout": 2, "entropy_control": {"target": 5.0, "step": 0.1}},
+        [{"entropy_bonus": 0.1, "entropy_share": 0.4}, {"weight": "kl_cov", "cov_share": 0.2}],
+    ),
     "a critic": ({"critic": {"kind": "model"}, "updates_per_rollout": 2}, [{"advantage": "gae"}]),
     "groups that leave the update": (
         {"equal_groups": "drop", "truncated": "mask", "prompts": 5, "group_size": 2, "overlong_buffer": 2},

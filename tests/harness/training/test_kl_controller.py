@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klab.grid import Cell, Objective
-from klab.grid.schema.sections import AdditionTask, BetaControl, Critic, TinyPolicy, TrainingSection, TrustRegion
+from klab.grid.schema.sections import (
+    AdditionTask,
+    BetaControl,
+    Critic,
+    EntropyControl,
+    TinyPolicy,
+    TrainingSection,
+    TrustRegion,
+)
 from klab.harness.objective import LossCoefficients
 from klab.harness.training import run_cells
 from klab.harness.training.optim.kl_controller import coefficient_metrics, initial_coefficients, next_coefficients
@@ -24,6 +32,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "trust": {"trust_region": {"target": 1e-4}, "updates_per_rollout": 2},
     "linear": {"beta_control": {"schedule": "linear", "end": 0.01, "updates": 4}},
     "cosine to 0": {"beta_control": {"schedule": "cosine"}, "updates_per_rollout": 2},
+    "entropy": {"entropy_control": {"target": 5.0, "step": 0.02}, "updates_per_rollout": 2},
     "both, lagged": {"beta_control": {"target": 0.5}, "trust_region": {"coefficient": 0.3, "target": 0.1}, "lag": 2},
 }
 
@@ -109,6 +118,20 @@ def test_scheduled_betas_by_hand(control: dict[str, Any], expected: list[float])
     assert betas[-1] == expected[-1]
 
 
+def test_the_entropy_bonus_follows_skywork_by_hand() -> None:
+    """Target 0.2, step 0.1 within [0, 0.25]: up at or below the target, down above; in the loss after an update that
+    was at or below it."""
+    control = EntropyControl(target=0.2, step=0.1, high=0.25)
+    controlled = cell(Objective(entropy_bonus=0.05), entropy_control=control)
+    at, applied, found = initial_coefficients(controlled), [], []
+    for update, entropy in enumerate((0.3, 0.2, 0.1, 0.1, 0.5, None, 0.1), start=1):
+        applied.append(coefficient_metrics(controlled, at)["entropy_coefficient"])
+        at = next_coefficients(controlled, at, {**row(update), "entropy": entropy})
+        found.append(at.entropy)
+    assert found == pytest.approx([0.0, 0.1, 0.2, 0.25, 0.15, 0.15, 0.25], rel=1e-12)
+    assert applied == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.25, 0.0, 0.0], rel=1e-12)
+
+
 @pytest.mark.parametrize("place", [{"nonfinite": True}, {"update": 2}], ids=["skipped", "the critic alone"])
 def test_updates_that_did_not_move_the_policy_move_no_coefficient(place: dict[str, Any]) -> None:
     controlled = cell(
@@ -144,7 +167,8 @@ def test_resumed_is_undisturbed_and_packed_is_alone(make_run: MakeRun, training:
         assert run_cells(broken.path, [identity]) == {identity: "finished"}
         assert_same(packed, broken, identity)
     moving = numbers(packed, packed.cells[0])["metrics"]
-    for column, section in (("beta", "beta_control"), ("trust_coefficient", "trust_region")):
+    sections = {"beta": "beta_control", "trust_coefficient": "trust_region", "entropy_coefficient": "entropy_control"}
+    for column, section in sections.items():
         values = [each[column] for each in moving if column in each]
         assert len(values) == (6 if section in training else 0)
         assert not values or len(set(values)) > 1

@@ -96,7 +96,13 @@ EXACT: dict[str, Any] = {"dtype": "float64"}
 
 @pytest.mark.parametrize("more", [{"token_budget": 23}, {"token_budget": 9, "micro_batch": 3}, {"token_budget": 1}])
 @pytest.mark.parametrize(
-    "objective", [{"placement": "loss", "weight": "ppo_clip"}, {"estimator": "full", "placement": "loss"}]
+    "objective",
+    [
+        {"placement": "loss", "weight": "ppo_clip"},
+        {"estimator": "full", "placement": "loss"},
+        {"weight": "kl_cov", "cov_share": 0.2, "entropy_bonus": 0.3, "entropy_share": 0.4},
+        {"weight": "clip_cov", "cov_low": -1.0, "cov_share": 0.2, "entropy_share": 0.7},
+    ],
 )
 def test_the_gradient_is_that_of_the_whole(make_run: MakeRun, more: dict[str, Any], objective: dict[str, Any]) -> None:
     # a large adam_eps makes a small step proportional to its gradient

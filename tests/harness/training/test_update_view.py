@@ -17,6 +17,8 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"weight": "dppo_tv", "tv_low": 0.01, "tv_high": 0.01},
     {"weight": "second_moment_mask", "moment": 0.0001, "aggregation": "prompt_mean"},
     {"weight": f"{HERE}:everything", "advantage": "group_center"},
+    {"weight": "clip_cov", "cov_low": -1.0, "cov_share": 0.1, "entropy_share": 0.3},
+    {"weight": "kl_cov", "cov_share": 0.2, "entropy_bonus": 0.1, "entropy_share": 0.5},
 ]
 TRAINING = {"updates": 4, "updates_per_rollout": 2, "micro_batch": 8}
 
