@@ -246,7 +246,7 @@ PLACEMENT = axis(
         "advantage_and_loss",
         "advantage_to_go with sg(φ), plus loss",
         "exact gradient of E[φ] beside any normalisation of the reward, for every divergence",
-        "Yao et al. 2026 (theorem 4.1)",
+        "Yao et al. 2026a (theorem 4.1)",
         _DETACHED,
         latex=r"A_{j} = a_{j} - \beta \sum_{i=j}^{H} \varphi_{i},\quad K_{j} = \beta \varphi_{j}",
         gradient=r"\beta \nabla \varphi_{j}",

@@ -122,7 +122,7 @@ def kl_in_reward_and_loss(*, beta: float, kl_scale: str, kl_at: KlAt) -> Placeme
 @PLACEMENTS.register("advantage_and_loss")
 def kl_in_advantage_and_loss(*, beta: float, kl_at: KlAt) -> Placement:
     """`advantage_to_go` with sg(φ), plus `loss`: the gradient of E[φ] that no normalisation of the reward rescales
-    (Yao et al. 2026, theorem 4.1)."""
+    (Yao et al. 2026a, theorem 4.1)."""
     after = kl_in_advantage_to_go(beta=beta, kl_at=kl_at)
     return Placement(advantage=after.advantage, loss=kl_in_loss(beta=beta).loss, kl_at=kl_at)
 

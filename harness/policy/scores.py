@@ -105,7 +105,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (logp,) = ctx.saved_tensors
-        slope = -logp.exp().mul_(logp + 1)
+        slope: Tensor = -logp.exp().mul_(logp + 1)
         return slope.nan_to_num_(0.0).mul_(grad.unsqueeze(-1))
 
 
