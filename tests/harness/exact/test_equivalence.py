@@ -236,7 +236,13 @@ def test_no_weight_is_zero_or_one_on_all_probes_and_each_threshold_is_straddled(
         assert float((ratios / threshold).log().abs().min()) < 0.04
     for weight in AXES["weight"].values:
         gradient = probe_gradient(
-            Objective(weight=weight, advantage="raw", placement="none", aggregation="sequence_sum"), False
+            Objective(
+                weight={"name": weight, **({"band_penalty": 0.0} if weight == "tv_band" else {})},
+                advantage="raw",
+                placement="none",
+                aggregation="sequence_sum",
+            ),
+            False,
         )[comb, 0]
         scores = probe(False).scores[comb, 0]
         weights = (-gradient * scores).sum(-1) / scores.square().sum(-1) / batch.rewards[comb] * 168
