@@ -114,7 +114,7 @@ seeds: 2
     assert found.count("<figcaption>KL to the behaviour policy ") == 2
     assert found.count("<figcaption>β ") == 1
     assert "coefficient of the trust region" not in found
-    assert "beta_control target=0.1" in found
+    assert "beta_control adaptive(target=0.1)" in found
     assert "training.beta_control.horizon" in found
 
 
