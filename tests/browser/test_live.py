@@ -147,7 +147,7 @@ def test_a_run_that_is_going_on_is_seen_from_its_beginning_to_its_report(
     folder, process = _launched(tmp_path)
     try:
         page.click("a:text-is('going_on')")
-        assert page.inner_text(".description") == "Does k1 hold the policy closer?"
+        page.wait_for_selector(".description:text-is('Does k1 hold the policy closer?')")
         page.wait_for_selector(".chip[data-state=running]")
         page.wait_for_selector(".chip[data-state=waiting], .chip[data-state=queued]")
         line = "document.querySelector('[data-key=reward_mean] .lines path')?.getAttribute('d')?.length ?? 0"
@@ -224,7 +224,7 @@ def test_every_view_is_quiet_legible_and_as_wide_as_the_screen(
     assert seen.messages == []
     assert all(request.startswith((url, "data:")) for request in seen.requests)
     page.evaluate("location.hash = '#/mixed'")
-    page.wait_for_selector(".description")
+    page.wait_for_selector(".completion")
     assert page.inner_text(".description") == HOSTILE
     assert HOSTILE in page.inner_text(".completion .answer-text")
 
