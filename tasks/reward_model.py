@@ -72,7 +72,10 @@ class RewardModel:
 
     def verdicts(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Verdict]:
         """The verdict on each completion, in order; a batch is computed when the first of its completions is due."""
-        texts = [self._encoded(example, completion) for example, completion in zip(examples, completions, strict=True)]
+        texts = [
+            encoded(self.tokenizer, self.longest, example.prompt, completion)
+            for example, completion in zip(examples, completions, strict=True)
+        ]
         rows = ROWS if self.model.config.pad_token_id is not None else 1  # transformers would not know where texts end
         batch_of = {text: batch for batch in batches([len(text) for text in texts], rows) for text in batch}
         known: dict[int, float] = {}
@@ -81,14 +84,6 @@ class RewardModel:
                 batch = batch_of[place]
                 known.update(zip(batch, self._logits([texts[text] for text in batch]), strict=True))
             yield Verdict(known[place])
-
-    def _encoded(self, example: Example, completion: str) -> list[int]:
-        text, special = example.prompt + completion, True
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": completion}]
-            text, special = self.tokenizer.apply_chat_template(turns, tokenize=False), False
-        encoded = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=self.longest)
-        return list(encoded["input_ids"])
 
     def _logits(self, texts: Sequence[list[int]]) -> list[float]:
         import torch
@@ -102,6 +97,15 @@ class RewardModel:
                 attention_mask=torch.tensor(attended, device=self.device),
             ).logits
         return [float(value) for value in logits[:, 0].float().tolist()]
+
+
+def encoded(tokenizer: Any, longest: int, prompt: str, completion: str) -> list[int]:
+    """The tokens that a reward model reads of a completion."""
+    text, special = prompt + completion, True
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        text, special = tokenizer.apply_chat_template(turns, tokenize=False), False
+    return list(tokenizer(text, add_special_tokens=special, truncation=True, max_length=longest)["input_ids"])
 
 
 def batches(lengths: Sequence[int], rows: int) -> list[list[int]]:

@@ -97,6 +97,56 @@ class TabularTask(RewardTable):
         return int(self.symbols**self.horizon)
 
 
+GoldTask = AdditionTask | CountdownTask | CalculatorTask | BanditTask | TabularTask
+_GOLD: dict[str, type[Section]] = {
+    "addition": AdditionTask,
+    "countdown": CountdownTask,
+    "calculator": CalculatorTask,
+    "bandit": BanditTask,
+    "tabular": TabularTask,
+}
+
+
+class ProxyTask(Section):
+    """A task whose reward is a proxy: a small reward model, trained on pairs of completions of the starting policy that
+    the ``gold`` task's own reward ranks. Its logit is scaled to mean 0 and standard deviation 1 over completions of the
+    starting policy. The gold reward is recorded as a part, and judges what is correct."""
+
+    name: Literal["proxy"] = "proxy"
+    gold: GoldTask
+    """The task whose reward is the truth: a name, or a mapping with `name` and its settings."""
+    pairs: Count = 256
+    """Pairs of completions with different gold rewards that the reward model learns from."""
+    layers: Count = 1
+    """Layers of the reward model."""
+    hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 32
+    """Width of the reward model."""
+    epochs: Count = 20
+    """Passes over the pairs."""
+    proxy_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the reward model: its first weights, its pairs and their order."""
+
+    @field_validator("gold", mode="before")
+    @classmethod
+    def _gold(cls, given: object) -> object:
+        section = {"name": given} if isinstance(given, str) else given
+        name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", None)
+        if name not in _GOLD:
+            raise UserError(
+                "not a task whose reward is known exactly",
+                key="gold",
+                value=name,
+                allowed=_GOLD,
+                hint="With a dataset of yours, name a reward model of yours: reward: [{model: FOLDER}, ...].",
+            )
+        if isinstance(section, Mapping):
+            for key in section:
+                if key not in _GOLD[name].model_fields:
+                    raise UserError("unknown key", key="gold", value=str(key), allowed=_GOLD[name].model_fields)
+            return _GOLD[str(name)].model_validate(section)
+        return section
+
+
 class RewardTerm(Section):
     """One term of a reward: a function by its ``name`` or a sequence classifier as ``model``, and its weight."""
 
@@ -388,6 +438,7 @@ TaskSection = (
     | CalculatorTask
     | BanditTask
     | TabularTask
+    | ProxyTask
     | Gsm8kTask
     | MathTask
     | FileTask
@@ -401,6 +452,7 @@ TASKS: dict[str, type[Section]] = {
     "calculator": CalculatorTask,
     "bandit": BanditTask,
     "tabular": TabularTask,
+    "proxy": ProxyTask,
     "gsm8k": Gsm8kTask,
     "math": MathTask,
     "file": FileTask,

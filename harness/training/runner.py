@@ -22,6 +22,7 @@ from pathlib import Path
 from klab.grid.errors import UserError
 from klab.grid.kl_settings import reference_notes
 from klab.harness.policy.init.initial_policy import initial_policy
+from klab.harness.policy.preferences import attach_reward_model
 from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
@@ -150,6 +151,7 @@ def prepare_cell(
     cell = folder.cell()
     task = load_task(cell.task)
     start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
+    attach_reward_model(task, cell.task, cell.policy, start, run.policies)
     member = PackedCell(cell, task, start, run.created, lengths or PromptLengths())
     check_overlong_buffer(member)
     check_sampler(member)

@@ -12,6 +12,7 @@ from klab.reports.figures.curves import axis_curves, cell_curves, training_curve
 from klab.reports.figures.effects import main_effect_plot
 from klab.reports.figures.effort import UPDATES
 from klab.reports.figures.interactions import interaction_maps
+from klab.reports.figures.overoptimisation import over_optimisation
 from klab.reports.figures.paths import reward_paths
 from klab.reports.figures.plane import bias_variance_plane
 from klab.reports.figures.prediction import prediction
@@ -37,6 +38,7 @@ def draw(
     curves = training_curves(study, comparison)
     found = [
         tradeoff(study, comparison),
+        over_optimisation(study, comparison, curves),
         ranking(comparison),
         main_effect_plot(study, comparison),
         interaction_maps(study, comparison),

@@ -15,6 +15,7 @@ GSM8K = {"name": "gsm8k", "reward": "math"}
 NEEDED: dict[str, dict[str, Any]] = {
     "file": {"path": "data.jsonl", "prompt": "q"},
     "trl_environment": {"path": "data.jsonl", "prompt": "q", "environment": "./counter.py:Counter"},
+    "proxy": {"gold": "addition"},
     "reasoning_gym": {"dataset": "chain_sum", "parameters": {"max_terms": 3}, "level": {"num_digits": 1}},
 }
 

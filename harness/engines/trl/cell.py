@@ -27,6 +27,7 @@ from klab.harness.engines.trl.update import check_inputs
 from klab.harness.objective import LossCoefficients
 from klab.harness.policy.hf import peft
 from klab.harness.policy.init.initial_policy import initial_policy
+from klab.harness.policy.preferences import attach_reward_model
 from klab.harness.policy.pretrained import (
     ADAPTER_CONFIG,
     GENERATION_CONFIG,
@@ -64,6 +65,7 @@ def prepare_member(run: Run, folder: CellFolder, stop: Callable[[], bool] = lamb
             raise StopRequested
 
     start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
+    attach_reward_model(task, cell.task, cell.policy, start, run.policies)
     member = PackedCell(cell, task, start, run.created)
     check_overlong_buffer(member)
     return member

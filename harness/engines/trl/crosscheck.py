@@ -29,6 +29,7 @@ from klab.harness.engines.trl.trainer import KlabTrainer
 from klab.harness.engines.trl.turns import complete_turns
 from klab.harness.policy.hf import peft
 from klab.harness.policy.init.initial_policy import initial_policy
+from klab.harness.policy.preferences import attach_reward_model
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.data.group_filtering import drop_zero_variance
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS
@@ -91,6 +92,7 @@ def crosscheck(cell: Cell, updates: int, dtype: str, processes: int = 1) -> list
         folder = Path(scratch)
         task = load_task(cell.task)
         start = initial_policy(policy, task, cell.task, cache=folder / "policies")
+        attach_reward_model(task, cell.task, policy, start, folder / "policies")
         ours, theirs = (PackedCell(replace(cell, policy=policy, training=section), task, start) for section in sections)
         initial, rollouts, mine = _train_on_klab(ours, folder / "klab")
         other = _train_on_trl(theirs, initial, rollouts, folder / "trl", processes)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from klab.grid.schema.task import ProxyTask
 from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import Progress, warm_up
+from klab.harness.policy.init.shared_folder import made_once
 from klab.harness.policy.pretrained import model_folder
 from klab.harness.policy.stacked.policy import StackedPolicy
-from klab.harness.store.files import share_folder
 from klab.tasks.task import Task, alphabet_of
 
 _TRAINING_FIELDS = ("lora", "gradient_checkpointing")
@@ -28,6 +23,7 @@ _TRAINING_FIELDS = ("lora", "gradient_checkpointing")
 _OTHER_FORMATS = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.tflite", "*.ot", "original/*"]
 """Files of a model on the hub that PyTorch does not read."""
 
+RECORD = "warmup.json"
 WARMUP_VERSION = 1
 """Version of the warm-up procedure, part of every digest."""
 
@@ -50,15 +46,11 @@ def initial_policy(section: Any, task: Task, task_section: Any, cache: Path, pro
     """
     if section.name != "tiny":
         return model_folder(section.model, section.revision, ignore_patterns=_OTHER_FORMATS)
-    cache, digest = Path(cache), policy_digest(section, task_section)
-    folder = cache / digest
-    if _complete(folder):
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{digest}.lock"):
-        if not _complete(folder):
-            _build(folder, section, task, task_section, progress)
-    return folder
+    return made_once(
+        Path(cache) / policy_digest(section, task_section),
+        RECORD,
+        lambda scratch: _build(scratch, section, task, task_section, progress),
+    )
 
 
 def policy_digest(section: Any, task_section: Any) -> str:
@@ -68,7 +60,9 @@ def policy_digest(section: Any, task_section: Any) -> str:
 
 def _identity(section: Any, task_section: Any) -> dict[str, Any]:
     policy = {name: value for name, value in _fields(section).items() if name not in _TRAINING_FIELDS}
-    return {"version": WARMUP_VERSION, "policy": policy, "task": _fields(task_section)}
+    # Proxies of one task start from one policy, which was warmed up on that task.
+    warmed_up_on = task_section.gold if isinstance(task_section, ProxyTask) else task_section
+    return {"version": WARMUP_VERSION, "policy": policy, "task": _fields(warmed_up_on)}
 
 
 def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> Any:
@@ -102,30 +96,9 @@ def _build(folder: Path, section: Any, task: Task, task_section: Any, progress: 
     )
     policy = StackedPolicy.random(config, tokenizer, [section.warmup_seed], dtype=getattr(torch, section.dtype))
     record = warm_up(policy, task, section.warmup_accuracy, section.warmup_updates_max, section.warmup_seed, progress)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        policy.save(scratch)
-        (scratch / "warmup.json").write_text(
-            json.dumps({"schema": 1, **_identity(section, task_section), **record}, indent=1)
-        )
-        share_folder(scratch)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / "warmup.json").exists()
+    policy.save(folder)
+    (folder / RECORD).write_text(json.dumps({"schema": 1, **_identity(section, task_section), **record}, indent=1))
 
 
 def _fields(section: Any) -> dict[str, Any]:
     return dict(section.model_dump(mode="json")) if hasattr(section, "model_dump") else dict(vars(section))
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the system releases it when the process ends, however it ends."""
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from klab.harness.policy.preferences import attach_reward_model
 from klab.harness.store import Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
@@ -71,7 +72,9 @@ def _start_copy(channel: CommandChannel, run: Run, members: Sequence[tuple[str, 
         built, lengths = [], PromptLengths()
         for identity, start in members:
             cell = run.cell(identity).cell()
-            built.append(PackedCell(cell, load_task(cell.task), Path(start), run.created, lengths))
+            task = load_task(cell.task)
+            attach_reward_model(task, cell.task, cell.policy, start, run.policies)
+            built.append(PackedCell(cell, task, Path(start), run.created, lengths))
         if update is None:
             return Pack(built, channel)
         states = [checkpoint.read(run.cell(m.id).checkpoint / checkpoint.FILE, m.id, device()) for m in built]
