@@ -13,7 +13,7 @@ from klab.grid import Cell
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.parameters import TERMS
 from klab.grid.schema.sections import NUMERICALLY_IDLE, Section
-from klab.grid.schema.task import RewardedTask, RewardTerm
+from klab.grid.schema.task import ProxyTask, RewardedTask, RewardTerm
 from klab.grid.user_code import names_user_code
 
 _NEUTRAL = ("none", "one")
@@ -71,6 +71,13 @@ def task_label(cell: Cell) -> str:
         path = str(data.get("path") or "")
         known = path == type(task).model_fields["path"].default
         return name if known or not path else f"{name}({PurePath(path).name or path})"
+    if isinstance(task, ProxyTask):
+        return f"{name}({_with_parameters(data['gold'])})"
+    return _with_parameters(data)
+
+
+def _with_parameters(data: Mapping[str, Any]) -> str:
+    name = shown(data["name"])
     rest = ", ".join(f"{key}={shown(value)}" for key, value in data.items() if key not in ("name", "label"))
     return f"{name}({rest})" if rest else name
 

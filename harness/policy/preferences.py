@@ -133,14 +133,14 @@ def _train(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=policy.config.max_position_embeddings,
-        num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
+    config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.proxy_seed)
-        model = Qwen2ForSequenceClassification(config)
+        model: Any = Qwen2ForSequenceClassification(config)  # type: ignore[no-untyped-call]
         loss = _fit(model, tokenizer, train, section.epochs, section.proxy_seed, progress)
     model.eval().save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
@@ -229,8 +229,9 @@ def _fit(model: Any, tokenizer: Any, pairs: Sequence[Pair], epochs: int, seed: i
     mean = 0.0
     for epoch in range(epochs):
         losses = []
-        for batch in torch.randperm(len(pairs), generator=generator).split(BATCH_SIZE):
-            chosen = [pairs[row] for row in batch.tolist()]
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        for first in range(0, len(pairs), BATCH_SIZE):
+            chosen = [pairs[row] for row in order[first : first + BATCH_SIZE]]
             texts = [(p.example.prompt, p.better) for p in chosen] + [(p.example.prompt, p.worse) for p in chosen]
             better, worse = _forward(model, tokenizer, texts).chunk(2)
             loss = torch.nn.functional.softplus(worse - better).mean()
@@ -254,4 +255,5 @@ def _forward(model: Any, tokenizer: Any, texts: Sequence[Text]) -> Tensor:
     width, padding = max(map(len, rows)), model.config.pad_token_id
     ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
     attended = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return model(input_ids=ids, attention_mask=attended).logits[:, 0]
+    logits: Tensor = model(input_ids=ids, attention_mask=attended).logits
+    return logits[:, 0]
