@@ -17,7 +17,7 @@ from klab.grid.formula.custom import custom_divergence, custom_value
 from klab.grid.formula.notation import Atom, equations, parse
 from klab.grid.formula.symbols import names
 from klab.grid.formula.terms import BONUS, ENTROPY, HIGH_ENTROPY, PENALTIES
-from klab.grid.formula.training import loss_terms, outer_equations, surrogate_factor
+from klab.grid.formula.training import follows_entropy, loss_terms, outer_equations, surrogate_factor
 from klab.grid.objective import Objective
 from klab.grid.parameters import TERMS
 from klab.grid.schema.training import TrainingSection
@@ -128,7 +128,7 @@ def _loss(
         terms.append(term)
         slopes.append(slope)
     average = parts["aggregation"].latex
-    bonus = BONUS if "entropy_bonus" in active else ("", "")
+    bonus = BONUS if "entropy_bonus" in active or follows_entropy(training) else ("", "")
     drawn = r"\mathbb{E}_{\pi}" if training is not None and training.on_policy else rf"\mathbb{{E}}_{{\pi{OLD}}}"
     return [
         Equation("L", f"-{_averaged(average, terms, bonus[0])}"),

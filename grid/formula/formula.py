@@ -93,7 +93,7 @@ def _explanations(objective: Objective, made: Composition, training: TrainingSec
         if latex in used:
             yield Explanation(latex, to_text(latex), PARAMETERS[name].meaning, value)
     for latex, (value, meaning) in settings.items():
-        if latex in used:
+        if latex in used and latex not in made.parameters:
             yield Explanation(latex, to_text(latex), meaning, value)
     functions = _functions(objective, made)
     for name, meaning in functions.items():

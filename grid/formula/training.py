@@ -52,6 +52,11 @@ def surrogate_factor(training: TrainingSection | None) -> str:
     return r"\zeta_{j}" if training is not None and training.sampler is not None and training.sampler.multiplies else ""
 
 
+def follows_entropy(training: TrainingSection | None) -> bool:
+    """Whether the coefficient of an entropy bonus follows a target."""
+    return training is not None and training.entropy_control is not None
+
+
 def loss_terms(training: TrainingSection | None) -> list[tuple[str, str]]:
     """What is added to the loss of each own token, and its gradient."""
     return [TRUST_REGION] if training is not None and training.trust_region is not None else []
@@ -76,6 +81,8 @@ def numbers(training: TrainingSection | None) -> dict[str, tuple[float, str]]:
     found: dict[str, tuple[float, str]] = {}
     if training is None:
         return found
+    if training.entropy_control is not None:
+        found[r"c_{\mathrm{H}}"] = (0.0, "coefficient of the entropy bonus in the first update")
     if training.trust_region is not None:
         found[r"\beta_{\mathrm{tr}}"] = (training.trust_region.coefficient, "coefficient of the trust region")
     if training.overlong_buffer is not None:
@@ -97,6 +104,11 @@ def remarks(training: TrainingSection | None) -> Iterator[str]:
         return
     if training.beta_control is not None:
         yield _coefficient(training.beta_control)
+    if (control := training.entropy_control) is not None:
+        yield (
+            f"c_H rises by {control.step:g} after every update whose entropy was at or below {control.target:g} nats "
+            f"and falls by it otherwise, within {control.low:g} and {control.high:g}; it acts after the former only"
+        )
     if training.reference is not None:
         yield _reference(training.reference)
     if training.trust_region is not None and training.trust_region.target is not None:

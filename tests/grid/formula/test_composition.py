@@ -75,8 +75,8 @@ def check(
     printed_path = Objective(**(objective.settings() | {"path": made.active["path"]}))
     loss = float(_loss(printed_path, trained, coefficients).detach())
 
-    values = {symbol: float(value) for symbol, (_, value) in made.parameters.items()}
-    values |= {symbol: float(value) for symbol, (value, _) in numbers(training).items()}
+    values = {symbol: float(value) for symbol, (value, _) in numbers(training).items()}
+    values |= {symbol: float(value) for symbol, (_, value) in made.parameters.items()}
     values["sample"] = 1.0 if made.active.get("advantage.std") == "sample" else 0.0
     own = trajectories(batch)
     drawn = None if sampled is None else [sampled[n, t.columns].exp().tolist() for n, t in enumerate(own)]
@@ -197,6 +197,14 @@ def test_the_corrections_of_a_sampler_are_printed_as_they_are_computed(sampler: 
 )
 def test_what_training_adds_is_printed_as_it_is_computed(more: dict[str, object]) -> None:
     check(Objective(ratio="future_mean", path="ratio"), toy(4), training=TrainingSection(updates_per_rollout=2, **more))
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+def test_an_entropy_bonus_whose_coefficient_moves_is_printed_as_in_the_first_update(bonus: float) -> None:
+    training = TrainingSection(updates_per_rollout=2, entropy_control={"target": 0.2})
+    made = compose(Objective(entropy_bonus=bonus), training=training)
+    assert "S_{j}" in [equation.left for equation in made.equations]
+    check(Objective(entropy_bonus=bonus), toy(6), training=training)
 
 
 def test_every_correction_of_a_sampler_has_latex() -> None:

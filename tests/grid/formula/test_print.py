@@ -150,6 +150,10 @@ def test_functions_of_the_users_own_are_named_with_their_import_paths() -> None:
         ),
         ({"trust_region": {"target": 0.5}}, "β_tr follows a KL target of 0.5"),
         ({"sampler": {"correction": "ratio"}}, "π_old is the sampler"),
+        (
+            {"entropy_control": {"target": 0.2}},
+            "c_H rises by 0.005 after every update whose entropy was at or below 0.2",
+        ),
         ({"behaviour": "reference"}, "π_old is the reference policy"),
         ({"truncated": "mask"}, "truncated trajectories"),
         ({"equal_groups": "drop"}, "groups of equal rewards are left out"),
