@@ -111,7 +111,9 @@ def plain_gradient(trainer: KlabTrainer, policy: Path) -> Tensor:
     experience, member = trainer.experience, trainer.member
     assert experience is not None
     full = member.needs_logits
-    scores = token_scores(own, [experience.rollout], temperature=trainer.temperature, logits=full, entropy=True)[0]
+    bonus = member.needs_entropy_gradient
+    asked = {"temperature": trainer.temperature, "logits": full, "entropy": True, "entropy_gradient": bonus}
+    scores = token_scores(own, [experience.rollout], **asked)[0]
     with torch.no_grad():
         other = token_scores(reference, [experience.rollout], temperature=trainer.temperature, logits=full)[0]
     assert scores.entropy is not None

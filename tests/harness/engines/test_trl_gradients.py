@@ -77,8 +77,19 @@ def test_random_combinations_have_the_gradient_of_the_objective(make: MakeTraine
     supported = [name for name, value in AXES["advantage"].values.items() if "logits" not in value.needs]
     for _ in range(COMBINATIONS // 2):
         objective = random_objective(source, advantage=source.choice(supported))
+        while objective.entropy_share < 1.0:  # refused: TRL keeps no entropies of the whole update
+            objective = random_objective(source, advantage=source.choice(supported))
         with_objective(trainer, objective)
         assert_same_gradient(trainer, policy, objective)
+
+
+def test_an_entropy_bonus_has_its_gradient_through_trls_own_head(tmp_path: Path, policy: Path) -> None:
+    """In float32, where log-probabilities and entropies are TRL's."""
+    cell = trl_cell(policy, {"placement": "none", "advantage": "raw", "entropy_bonus": 0.5}, dtype="float32")
+    trainer = trainer_of(cell, policy, tmp_path)
+    draw_rollout(trainer)
+    assert_same_gradient(trainer, policy, "entropy bonus", 1e-5)
+    reset_accelerate()
 
 
 def test_an_advantage_on_logits_of_the_whole_update_is_refused(policy: Path) -> None:
