@@ -92,6 +92,11 @@ def test_an_entropy_bonus_has_its_gradient_through_trls_own_head(tmp_path: Path,
     reset_accelerate()
 
 
+def test_a_share_of_the_tokens_of_the_whole_update_is_refused(policy: Path) -> None:
+    with pytest.raises(UserError, match="TRL keeps no entropies of the whole update"):
+        trl_cell(policy, {"entropy_share": 0.2})
+
+
 def test_an_advantage_on_logits_of_the_whole_update_is_refused(policy: Path) -> None:
     with pytest.raises(UserError, match="TRL keeps no logits of the whole update"):
         trl_cell(policy, {"advantage": "optimal_token_baseline"})
