@@ -74,6 +74,7 @@ LIBRARIES: dict[str, Callable[[Settings], bool]] = {
     "math-verify": lambda cell: _has_reward(cell, "math"),
     "sympy": lambda cell: _has_reward(cell, "math"),
     "reasoning-gym": lambda cell: _section(cell, "task").get("name") == "reasoning_gym",
+    "verifiers": lambda cell: _section(cell, "task").get("name") == "verifiers",
 }
 """Distribution -> whether a cell with these settings (as `Cell.resolved` has them) uses it. A server's vLLM is the
 server's, and not known here."""

@@ -116,7 +116,7 @@ class File:
             apart = chosen_split(others, None, "train", path)
         learnt, asked = self._read(tables, train, self.path)
         if apart is None or (others is tables and apart == train):
-            rows = _held_out_rows(asked, self.path)
+            rows = held_out_rows(asked, self.path, "task.path")
             kept = [i for i in range(len(asked)) if i not in rows]
             return {"train": learnt.rows(kept), "held_out": learnt.rows(sorted(rows))}
         examined, held = self._read(others, apart, path)
@@ -208,11 +208,16 @@ class Examples(Sequence[Example]):
         return self._make(self._table[row], row)
 
 
-def _held_out_rows(digests: Sequence[bytes], path: str) -> set[int]:
-    """Rows whose prompts are held out by their hash: about one prompt in ten, at least one, never all."""
+def held_out_rows(digests: Sequence[bytes], path: str, key: str) -> set[int]:
+    """Rows whose prompts are held out by their hash: about one prompt in ten, at least one, never all.
+
+    Args:
+        digests: of each row's prompt.
+        path, key: where they come from, and the setting that says so, for the message.
+    """
     prompts = sorted(set(digests))
     if len(prompts) < 2:
-        raise UserError("needs at least two different prompts, one to hold out", file=path, key="task.path")
+        raise UserError("needs at least two different prompts, one to hold out", file=path, key=key)
     apart = {prompt for prompt in prompts if split_of(prompt.hex()) == "held_out"} or {prompts[0]}
     if len(apart) == len(prompts):
         apart.remove(prompts[0])

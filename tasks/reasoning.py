@@ -15,6 +15,7 @@ from typing import Any
 
 from klab.grid.errors import UserError
 from klab.grid.schema.task import ReasoningTask
+from klab.tasks.answered import found_in
 from klab.tasks.file import Template
 from klab.tasks.packages import require_package
 from klab.tasks.task import Example, Score, SplitName
@@ -202,13 +203,8 @@ class Reasoning:
             return Score(0.0, False, timeouts=1)
 
     def _asked(self, request: Mapping[str, Any], seconds: float) -> Any:
-        reply = _worker(os.getpid(), self.section.reward_memory_gb)({**self._request, **request}, seconds=seconds)[
-            "plain"
-        ]
-        if "mistake" in reply:
-            mistake = dict(reply["mistake"])
-            raise UserError(mistake.pop("problem"), **mistake).with_location(prefix="task")
-        return reply["found"]
+        worker = _worker(os.getpid(), self.section.reward_memory_gb)
+        return found_in(worker({**self._request, **request}, seconds=seconds))
 
 
 _KEPT = 8

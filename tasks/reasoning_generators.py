@@ -10,10 +10,11 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from klab.grid.errors import UserError
+from klab.tasks.answered import answered
 
 GENERATED = ("seed", "size")
 """Fields of every configuration that are klab's to set."""
@@ -31,18 +32,18 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `{"found": …}`, or `{"mistake": …}`, the fields of a UserError about the parts.
     """
-    try:
-        if "entries" in request:
-            seed, first, count = request["entries"]
-            return {"found": [_entry(request, seed, index) for index in range(first, first + count)]}
-        if "scores" in request:
-            return {"found": [_score(request, *row) for row in request["scores"]]}
-        from reasoning_gym.utils import SYSTEM_PROMPTS
+    return answered(partial(_found, request))
 
-        return {"found": dict(SYSTEM_PROMPTS)}
-    except UserError as error:
-        about = {"problem": error.problem, "key": error.key, "allowed": list(error.allowed), "hint": error.hint}
-        return {"mistake": {**about, **({"value": error.value} if error.has_value else {})}}
+
+def _found(request: Mapping[str, Any]) -> Any:
+    if "entries" in request:
+        seed, first, count = request["entries"]
+        return [_entry(request, seed, index) for index in range(first, first + count)]
+    if "scores" in request:
+        return [_score(request, *row) for row in request["scores"]]
+    from reasoning_gym.utils import SYSTEM_PROMPTS
+
+    return dict(SYSTEM_PROMPTS)
 
 
 def dataset_names() -> list[str]:

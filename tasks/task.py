@@ -26,6 +26,7 @@ TASKS = {
     "file": "klab.tasks.file:File",
     "trl_environment": "klab.tasks.trl_environment:TrlEnvironment",
     "reasoning_gym": "klab.tasks.reasoning:Reasoning",
+    "verifiers": "klab.tasks.verifiers_environment:VerifiersEnvironment",
 }
 """Where the tasks are that a grid may name."""
 

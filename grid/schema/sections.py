@@ -32,6 +32,7 @@ from klab.grid.schema.task import (
     RewardTerm,
     TabularTask,
     TaskSection,
+    VerifiersTask,
     check_table,
 )
 from klab.grid.schema.training import (
@@ -84,6 +85,7 @@ __all__ = [
     "TinyPolicy",
     "TrainingSection",
     "TrustRegion",
+    "VerifiersTask",
     "default_of",
     "load_section",
     "parse_gpus",

@@ -421,6 +421,54 @@ class ReasoningTask(Section):
         return (ReasoningPart(dataset=self.dataset, parameters=self.parameters, level=self.level),)
 
 
+class VerifiersTask(Section):
+    """A single-turn environment written for Prime Intellect's `verifiers` (extra `verifiers`): its dataset, its system
+    prompt and its rubric.
+
+    The environment runs in a process of its own, through the library's own rollout, in which the policy's completion is
+    the model's response: no server takes part. A completion whose scoring takes more than ``reward_seconds`` or
+    ``reward_memory_gb`` is worth 0.
+    """
+
+    name: Literal["verifiers"] = "verifiers"
+    environment: str
+    """The name of an installed environment (`gsm8k`, `owner/my-env`), or `package.module:function` or
+    `./env.py:load_environment`, a function that returns one."""
+    arguments: Named = Named()
+    """Arguments of `load_environment`, by name."""
+    prompt: str = "{messages}"
+    """Template of the prompt: `{messages}`, and columns of the dataset that are text or numbers."""
+    message: str = "{content}"
+    """Template of each chat message in `{messages}`: `{role}` and `{content}`."""
+    separator: str = "\n\n"
+    """What stands between the chat messages."""
+    solution: str | None = None
+    """Template of a reference completion, on which the tiny policy is warmed up, made of the dataset's columns:
+    `{answer}`; null: none."""
+    correct: str | None = None
+    """The reward function that says what is right, by giving at least 1; null: right is what earns at least 1."""
+    max_new_tokens: Count = 512
+    """Completion budget."""
+    reward_seconds: Positive = 10.0
+    """Time limit of one score, in seconds."""
+    reward_memory_gb: Positive | None = 8.0
+    """Memory limit of the environment's process, in GB; null: none."""
+    label: str | None = None
+    """The task's name in reports."""
+
+    @field_validator("environment")
+    @classmethod
+    def _function(cls, given: str) -> str:
+        """The function, also of an environment that goes by its name, which the library turns into a module's so."""
+        if names_user_code(given):
+            return given
+        module = given.replace("-", "_").rpartition("/")[2]
+        if not module.isidentifier():
+            hint = "Write an environment's name, package.module:function or ./file.py:function."
+            raise UserError("names no environment", key="environment", value=given, hint=hint)
+        return f"{module}:load_environment"
+
+
 class CustomTask(Section):
     """A task of the user's own, ``package.module:Class``; ``label`` is its name in reports, every other key goes to its
     constructor."""
@@ -444,6 +492,7 @@ TaskSection = (
     | FileTask
     | TrlEnvironmentTask
     | ReasoningTask
+    | VerifiersTask
     | CustomTask
 )
 TASKS: dict[str, type[Section]] = {
@@ -458,6 +507,7 @@ TASKS: dict[str, type[Section]] = {
     "file": FileTask,
     "trl_environment": TrlEnvironmentTask,
     "reasoning_gym": ReasoningTask,
+    "verifiers": VerifiersTask,
 }
 
 

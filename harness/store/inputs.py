@@ -31,8 +31,8 @@ _MOST_FILES, _MOST_BYTES = 10_000, 1 << 28
 _PATHS = ("path", "held_out_path", "model")
 """Settings of klab's own tasks and policies that name files, folders, models and datasets; any of a user's task may."""
 _HUB_KEYS = {"policy.model": "models", "task.path": "datasets", "task.name": "packages"}
-_PACKAGES = {"reasoning_gym": "reasoning-gym"}
-"""Tasks whose problems a package makes, by name: its version is recorded as their commit."""
+_PACKAGES = {"reasoning_gym": "reasoning-gym", "verifiers": "verifiers"}
+"""Tasks whose problems or scores a package makes, by name: its version is recorded as their commit."""
 
 
 def record(cells: Iterable[Cell], run: Path) -> dict[str, Record]:

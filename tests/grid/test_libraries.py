@@ -38,6 +38,7 @@ def used(training: dict[str, Any] | None = None, policy: Any = "tiny", task: Any
         ({"task": "gsm8k", "policy": HF}, MATH),
         ({"task": {"name": "gsm8k", "reward": "exact"}, "policy": HF}, ()),
         ({"task": {"name": "reasoning_gym", "dataset": "gcd"}}, ("reasoning-gym",)),
+        ({"task": {"name": "verifiers", "environment": "my-sums"}}, ("verifiers",)),
     ],
 )
 def test_libraries_of_klabs_engine(settings: dict[str, Any], expected: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "trl_environment": {"path": "data.jsonl", "prompt": "q", "environment": "./counter.py:Counter"},
     "proxy": {"gold": "addition"},
     "reasoning_gym": {"dataset": "chain_sum", "parameters": {"max_terms": 3}, "level": {"num_digits": 1}},
+    "verifiers": {"environment": "my-sums", "arguments": {"count": 3}},
 }
 
 
@@ -63,12 +64,23 @@ def test_the_time_limit_is_no_part_of_a_cells_identity() -> None:
         ({"name": "gsm8k", "reward_seconds": 0}, r"task\.reward_seconds"),
         ({"name": "file", "path": "data.jsonl"}, r"task\.prompt: missing"),
         ({"name": "calculator", "digits": 1}, r"task\.digits"),
+        ({"name": "verifiers", "environment": "my sums"}, r"task\.environment: names no environment"),
+        ({"name": "verifiers", "environment": "sums", "argument": {}}, "did you mean 'arguments'"),
         ({"name": "gsm"}, "did you mean 'gsm8k'"),
     ],
 )
 def test_mistakes_are_named(task: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_section("task", task)
+
+
+def test_spellings_of_one_environment_are_one_cell() -> None:
+    spellings = ["someone/my-sums", "my-sums", "my_sums", "my_sums:load_environment"]
+    assert len({cell({"name": "verifiers", "environment": each}).id for each in spellings}) == 1
+    assert (
+        cell({"name": "verifiers", "environment": "./my_sums.py:load_environment"}).id
+        != cell({"name": "verifiers", "environment": "my_sums"}).id
+    )
 
 
 def test_a_term_as_it_was_before_messages_keeps_its_id() -> None:
