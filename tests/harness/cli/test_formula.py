@@ -18,6 +18,12 @@ Ask = Callable[..., Any]
 README = Path(__file__).parents[3] / "grid/README.md"
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal as wide as one is taken to be that does not say."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def test_an_algorithm_for_a_terminal(ask: Ask) -> None:
     text = ask("formula", "grpo")
     assert text.splitlines()[0] == "GRPO (DeepSeekMath), Shao et al. 2024"

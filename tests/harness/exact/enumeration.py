@@ -111,10 +111,22 @@ def log_rho_and_slopes(kind: str, lam: list[float], advantages: list[float]) -> 
     return [sum(s * x for s, x in zip(row, lam, strict=True)) for row in slopes], slopes
 
 
-def weight_of(
-    kind: str, rho: float, advantage: float, lam: list[float], at: int = 0, probability_before: float = 0.0
-) -> float:
-    """The weight of token `at` of a trajectory with the log-ratios `lam`, at the catalogue's defaults."""
+def _within_budget(lam: list[float], before: list[float], at: int) -> bool:
+    """Whether CPPO's budget leaves room for a token: position weights from 1 to 0.8, limit 0.15, budget 0.02."""
+    moved = [p * abs(math.exp(each) - 1) for p, each in zip(before, lam, strict=True)]
+    shares = [1 - 0.2 * place / max(1, len(lam) - 1) for place in range(len(lam))]
+    ordered, point = sorted(moved), 0.9 * (len(moved) - 1)
+    below = math.floor(point)
+    quantile = ordered[below] + (point - below) * (ordered[min(below + 1, len(moved) - 1)] - ordered[below])
+    mean = min(max(quantile, 0.02), 0.04)
+    left = sum(share * (mean - each) for share, each in zip(shares[:at], moved[:at], strict=True))
+    return shares[at] * moved[at] <= min(0.15, 0.15 + left)
+
+
+def weight_of(kind: str, rho: float, advantage: float, lam: list[float], at: int, before: list[float]) -> float:
+    """The weight of token `at` of a trajectory with the log-ratios `lam` and the probabilities `before` under the
+    behaviour policy, at the catalogue's defaults."""
+    probability_before = before[at]
     low, high = 0.8, 1.2
     clipped = min(max(rho, low), high)
     inside = (rho - clipped) * advantage <= 0
@@ -135,8 +147,7 @@ def weight_of(
             return rho * (1 - sign * moved / 12.5)
         if kind == "tv_band":
             return rho if abs(moved) <= 0.1 else 0.0
-        assert len(lam) == 1, "of trajectories of one token only"
-        return rho if sign * moved <= 0 or abs(moved) <= 0.15 else 0.0
+        return rho if advantage * (rho - 1) <= 0 or _within_budget(lam, before, at) else 0.0
     if kind == "log_clip":
         if advantage > 0:
             return rho if math.log(rho) <= 0.05 * math.sqrt(at + 1) else 0.0
@@ -188,8 +199,11 @@ def coefficients(
         returns = [r - beta * sum(rollout[j:]) for j, r in enumerate(returns)]
     log_rho, shares = log_rho_and_slopes(ratio, lam, returns)
     rho = [math.exp(x) for x in log_rho]
-    found = [weight_of(weight, rho[j], returns[j], lam, j, math.exp(old[j])) * returns[j] for j in range(length)]
+    before = [math.exp(each) for each in old]
+    found = [weight_of(weight, rho[j], returns[j], lam, j, before) * returns[j] for j in range(length)]
     for j in range(length):
+        if weight == "tv_band":  # its penalty, 0.001·λ²
+            found[j] -= 0.002 * lam[j]
         slope = SLOPE[estimator](kappa[j])
         if placement in ("loss", "reward_and_loss", "advantage_and_loss"):
             found[j] -= beta * slope

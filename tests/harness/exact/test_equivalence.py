@@ -251,7 +251,7 @@ def test_no_weight_is_zero_or_one_on_all_probes_and_each_threshold_is_straddled(
             continue
         before = batch.logp_behaviour[comb, 0].exp().tolist()
         expected = [
-            weight_of(weight, ratio, reward, [math.log(ratio)], 0, probability)
+            weight_of(weight, ratio, reward, [math.log(ratio)], 0, [probability])
             for ratio, reward, probability in zip(ratios.tolist(), batch.rewards[comb].tolist(), before, strict=True)
         ]
         assert weights.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12), weight

@@ -61,7 +61,8 @@ def test_on_policy_every_ratio_and_weight_gives_the_same_bits(seed: int) -> None
     setting = Instance(3, 3, seed).perturbed(0.0)
     batch = setting.batch(torch.arange(27), torch.arange(27) // 3, with_logits=False)
     expected, _, _ = loss_gradients(Objective(weight="one"), batch)
-    for ratio, weight in itertools.product(RATIOS, AXES["weight"].values):
+    # Clip-Cov drops tokens by their covariance, whatever the ratio.
+    for ratio, weight in itertools.product(RATIOS, AXES["weight"].values.keys() - {"clip_cov"}):
         found, _, _ = loss_gradients(Objective(ratio=ratio, weight=weight), batch)
         assert torch.equal(found, expected), (ratio, weight)
 

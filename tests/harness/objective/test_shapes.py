@@ -65,7 +65,8 @@ def _inputs(batch: TokenBatch) -> Mapping[str, Any]:
         "log_ratio": log_ratio, "mask": mask, "ratio": log_ratio.exp(), "advantage": returns.returns,
         "returns": returns, "terms": log_ratio, "totals": Totals.of(mask, groups, batch.max_new_tokens),
         "logp": log_ratio, "log_rho": log_ratio, "logits": batch.logits, "logits_reference": batch.logits_reference,
-        "greedy_rewards": batch.greedy_rewards, "kept": mask, "q": torch.tensor(0.5, dtype=torch.float64),
+        "greedy_rewards": batch.greedy_rewards, "kept": mask, "dropped": mask, "penalised": mask,
+        "q": torch.tensor(0.5, dtype=torch.float64),
         "divergence": FORWARD,
         **{name: values[0] for name, values in PARAMETERS.items() if name != "q"},
     }  # fmt: skip

@@ -199,6 +199,7 @@ def test_rows_of_some_cells_have_more_columns_that_the_report_knows(make_run: Ma
         {"equal_groups": "refill", "sampler": {"temperature": 1.1}, "updates": 1},
         {"sampler": {"temperature": 1.1, "reject": {"high": 2.0}}, "updates": 1},
         {"equal_groups": "drop", "truncated": "mask", "overlong_buffer": 2, "updates": 1},
+        {"entropy_control": {"target": 0.5}, "updates": 1},
     ]
     more: set[str] = set()
     for number, settings in enumerate(training):
