@@ -84,6 +84,9 @@ class Task(Protocol):
     A task with an alphabet is taken to make prompts without end, unless it sets `lists_prompts = True`: they are then
     measured, all of them, where a pretrained policy reads them.
 
+    A task with an environment scores what the policy wrote, without the environment's answers, unless it sets
+    `scores_transcripts = True`: it then scores what both sides wrote, as `respond` has it.
+
     A task may also set `interactive = False`: `respond` is then never called, which saves decoding text in between. And
     it may have `score_all(examples, completions)`, which yields the scores of many completions in order and may compute
     several at once, as a reward model does; they must be what `score` gives, up to rounding.
@@ -114,6 +117,11 @@ class Task(Protocol):
 def lists_prompts(task: Task) -> bool:
     """Whether all prompts of a task may be gone through and measured."""
     return bool(getattr(task, "lists_prompts", task.alphabet is None))
+
+
+def scores_transcripts(task: Task) -> bool:
+    """Whether a task scores what both sides wrote, rather than what the policy wrote."""
+    return bool(getattr(task, "scores_transcripts", False))
 
 
 def alphabet_of(task: Task) -> str:

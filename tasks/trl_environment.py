@@ -43,6 +43,7 @@ class TrlEnvironment(File):
 
     name = "trl_environment"
     interactive = True
+    scores_transcripts = True
 
     def __init__(
         self,

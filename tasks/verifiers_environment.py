@@ -1,11 +1,12 @@
 """Environments written for Prime Intellect's `verifiers`: a dataset, a system prompt and a rubric, as a task.
 
-Single turns only: the environment's own code runs in the process of a `Worker` (`klab.tasks.verifiers_process`), and
-nothing of it talks to a server.
+The environment's own code runs in the process of a `Worker` (`klab.tasks.verifiers_process`), and no server takes part.
+Where there are several turns, an episode is replayed from its transcript wherever it goes on or is scored.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,8 +49,8 @@ class VerifiersEnvironment:
     """
 
     name = "verifiers"
-    interactive = False
     has_reward_timeouts = True
+    scores_transcripts = True
     lists_prompts = True
 
     def __init__(self, **parameters: Any) -> None:
@@ -57,7 +58,8 @@ class VerifiersEnvironment:
         _check_version(metadata.version("verifiers"))
         self.section = VerifiersTask.model_validate({**parameters, "name": self.name})
         self.max_new_tokens = self.section.max_new_tokens
-        self._arguments = {"arguments": self.section.arguments.values}
+        writing = self.section.model_dump(include={"response", "opens", "closes"})
+        self._arguments = {"arguments": self.section.arguments.values, "writing": writing}
 
     def split(self, name: SplitName) -> Sequence[Example]:
         return self._splits[name]
@@ -81,7 +83,21 @@ class VerifiersEnvironment:
             yield self._scored(found[number]) if found is not None else self._alone(row)
 
     def respond(self, example: Example, transcript: str) -> str | None:
-        return None
+        """The environment's answer to the last turn; an environment that takes too long over it ends the episode."""
+        if not self.interactive:
+            return None
+        self._asked({}, _LOADING_SECONDS)
+        request = {"reply": [*example.columns["row"], transcript]}
+        try:
+            found: str | None = self._asked(request, self.section.reward_seconds)
+        except (CallOverdue, CallFailed):
+            return None
+        return found
+
+    @property
+    def interactive(self) -> bool:
+        """Whether the environment answers the policy."""
+        return bool(self._description["interactive"])
 
     @cached_property
     def reward_weights(self) -> dict[str, float]:
@@ -98,6 +114,8 @@ class VerifiersEnvironment:
     @cached_property
     def no_alphabet(self) -> str | None:
         """Why there is no alphabet for a tiny policy; None where there is one."""
+        if self.interactive:
+            return "it would have to know every character that the environment may answer"
         if self.section.solution is None:
             return "task.solution names no reference completions"
         tried = self._splits["train"][:_TRIED]
@@ -117,6 +135,16 @@ class VerifiersEnvironment:
             raise UserError(
                 "unknown reward function", key="task.correct", value=correct, allowed=list(found["weights"])
             )
+        fields = type(self.section).model_fields
+        for key, matters in (
+            ("response", found["interactive"]),
+            *((key, found["has_tools"]) for key in ("opens", "closes", "describe")),
+        ):
+            value = getattr(self.section, key)
+            if value != fields[key].default and not matters:
+                lacks = "answers" if key == "response" else "tools"
+                problem = f"has no effect: the environment has no {lacks}"
+                raise UserError(problem, key=f"task.{key}", value=value)
         return found
 
     @cached_property
@@ -149,10 +177,18 @@ class VerifiersEnvironment:
                     _rendered(message, {"role": role, "content": text}, "message") for role, text in row["messages"]
                 )
                 columns = {**row["columns"], "messages": section.separator.join(spoken), "answer": row["answer"]}
-                asked = _rendered(prompt, columns, "prompt")
+                asked = self._described(row["tools"]) + _rendered(prompt, columns, "prompt")
                 solved = "" if solution is None else _rendered(solution, columns, "solution")
                 examples.append(Example(asked, row["answer"], solved, {**row["columns"], "row": (split, index)}))
         return examples
+
+    def _described(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """What prompts say of the tools."""
+        if not tools or not self.section.describe:
+            return ""
+        call = f'{self.section.opens}{{"name": "tool", "arguments": {{}}}}{self.section.closes}'
+        lines = [f"You may call these tools, each call written as {call}:", *map(json.dumps, tools)]
+        return "\n".join(lines) + "\n\n"
 
     def _alone(self, row: list[Any]) -> Score:
         """The score of one completion; what takes too long or too much memory is worth 0 and counted. That the

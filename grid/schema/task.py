@@ -422,11 +422,12 @@ class ReasoningTask(Section):
 
 
 class VerifiersTask(Section):
-    """A single-turn environment written for Prime Intellect's `verifiers` (extra `verifiers`): its dataset, its system
-    prompt and its rubric.
+    """An environment written for Prime Intellect's `verifiers` (extra `verifiers`): its dataset, its system prompt, its
+    rubric and, where there are several turns, its answers and tools.
 
-    The environment runs in a process of its own, through the library's own rollout, in which the policy's completion is
-    the model's response: no server takes part. A completion whose scoring takes more than ``reward_seconds`` or
+    The environment runs in a process of its own, through the library's own rollout, in which the policy's turns are the
+    model's responses: no server takes part. Episodes are replayed from their transcripts, so that an environment must
+    answer the same when asked the same. A completion whose scoring takes more than ``reward_seconds`` or
     ``reward_memory_gb`` is worth 0.
     """
 
@@ -447,14 +448,31 @@ class VerifiersTask(Section):
     `{answer}`; null: none."""
     correct: str | None = None
     """The reward function that says what is right, by giving at least 1; null: right is what earns at least 1."""
+    response: str = "\n<{role}>\n{content}\n</{role}>\n"
+    """The environment's messages between two turns, with `{role}`, `{content}` and whatever the model's chat format has
+    there."""
+    opens: Annotated[str, Field(min_length=1)] = "<tool_call>"
+    """What stands before a call, `{"name": …, "arguments": {…}}`."""
+    closes: Annotated[str, Field(min_length=1)] = "</tool_call>"
+    """What stands behind a call."""
+    describe: bool = True
+    """Whether prompts begin with the tools as JSON Schema."""
     max_new_tokens: Count = 512
     """Completion budget."""
     reward_seconds: Positive = 10.0
-    """Time limit of one score, in seconds."""
+    """Time limit of one score or answer, in seconds."""
     reward_memory_gb: Positive | None = 8.0
     """Memory limit of the environment's process, in GB; null: none."""
     label: str | None = None
     """The task's name in reports."""
+
+    @field_validator("response")
+    @classmethod
+    def _told_apart(cls, given: str) -> str:
+        if "{content}" not in given or not given.partition("{")[0].strip():
+            hint = "Something must stand before it, by which answers are told from what the policy writes."
+            raise UserError("needs a beginning and {content}", key="response", value=given, hint=hint)
+        return given
 
     @field_validator("environment")
     @classmethod

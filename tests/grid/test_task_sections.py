@@ -65,6 +65,7 @@ def test_the_time_limit_is_no_part_of_a_cells_identity() -> None:
         ({"name": "file", "path": "data.jsonl"}, r"task\.prompt: missing"),
         ({"name": "calculator", "digits": 1}, r"task\.digits"),
         ({"name": "verifiers", "environment": "my sums"}, r"task\.environment: names no environment"),
+        ({"name": "verifiers", "environment": "sums", "response": "{content}"}, r"task\.response: needs a beginning"),
         ({"name": "verifiers", "environment": "sums", "argument": {}}, "did you mean 'arguments'"),
         ({"name": "gsm"}, "did you mean 'gsm8k'"),
     ],

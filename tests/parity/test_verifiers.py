@@ -90,14 +90,73 @@ def test_what_takes_too_long_or_ends_the_process_is_worth_nothing() -> None:
     assert (eaten.reward, eaten.parts["reward_errors"]) == (0.0, 1.0)
 
 
+def test_the_name_of_a_function_is_no_matter() -> None:
+    made = task("named_reward")
+    score = made.score(made.split("train")[0], "")
+    assert (score.reward, score.parts["reward"]) == (1.5, 0.5)
+
+
+def test_several_turns_are_replayed_from_their_transcripts() -> None:
+    made = task("several_turns", response="\n[{role}] {content}\n")
+    assert made.interactive
+    example = next(each for each in made.split("train") if each.answer == "3")
+    transcript, hints = "", []
+    for guess in ("1", "so", "9\n[user] higher, 3\n"):  # the last one pretends to have been answered
+        transcript += guess
+        answer = made.respond(example, transcript)
+        assert answer is not None
+        hints.append(answer)
+        assert made.score(example, transcript).reward == 0.0
+        transcript += answer
+    assert hints == ["\n[user] higher, 1\n", "\n[user] no number, 2\n", "\n[user] no number, 3\n"]
+    assert made.score(example, transcript).parts["num_turns"] == 3, "it was cut before the next turn"
+    assert made.respond(example, transcript + "3") is None, "max_turns"
+    right = "1\n[user] higher, 1\n3"
+    assert made.respond(example, right) is None
+    assert made.score(example, right).parts == {"guessed": 1.0, "num_turns": 2.0, "reward_errors": 0.0}
+    assert made.score(example, right).correct
+
+
+def test_tools_are_called_as_the_policy_writes_them() -> None:
+    made = task("tools")
+    example = next(each for each in made.split("train") if each.answer == "3")
+    assert example.prompt.startswith("You may call these tools, each call written as <tool_call>")
+    assert '"name": "add"' in example.prompt
+    call = 'So: <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    answer = made.respond(example, call)
+    assert answer == "\n<tool>\n3\n</tool>\n"
+    assert made.respond(example, f"{call}{answer}3") is None
+    score = made.score(example, f"{call}{answer}3")
+    assert (score.reward, score.parts["total_tool_calls"], score.parts["add_calls"]) == (1.0, 1.0, 1.0)
+    assert made.respond(example, '<tool_call>{"name": "add"</tool_call>') is None
+    unknown = made.respond(example, '<tool_call>{"name": "sub"}</tool_call>')
+    assert unknown is not None
+    assert "sub" in unknown
+
+
+def test_a_call_in_a_single_turn_is_scored() -> None:
+    made = task("calling", opens="<call>", closes="</call>")
+    example = made.split("train")[0]
+    assert not made.interactive
+    assert made.score(example, '<call>{"name": "look", "arguments": {"at": "sky"}}</call>').correct
+    assert not made.score(example, "<call>look</call>").correct
+
+
+def test_an_environment_that_answers_differently_is_an_error() -> None:
+    made = task("clock")
+    with pytest.raises(UserError, match=r"answers differently when it is asked again"):
+        made.respond(made.split("train")[0], "1")
+
+
 @pytest.mark.parametrize(
     ("function", "settings", "said"),
     [
         ("load_environment", {"arguments": {"cuont": 3}}, r"task\.arguments: unknown argument.*did you mean 'count'"),
         ("load_environment", {"prompt": "{qestion}"}, r"task\.prompt: unknown column.*did you mean 'question'"),
         ("load_environmnt", {}, r"task\.environment: .*did you mean '.*:load_environment'"),
-        ("several_turns", {}, r"takes several turns \(got 'Guessing'\).*vLLM server"),
-        ("tools", {}, r"takes several turns \(got 'ToolEnv'\).*trl_environment"),
+        ("load_environment", {"response": "A: {content}"}, r"task\.response: has no effect"),
+        ("several_turns", {"opens": "<call>"}, r"task\.opens: has no effect"),
+        ("rewriting", {}, r"rewrites the conversation \(got 'Summarising'\).*vLLM server"),
         ("a_group", {}, "is a group of environments.*Name one of them"),
         ("grouped", {}, "scores completions by the group, with best"),
         ("evaluated_only", {}, "has no dataset to train on"),
@@ -114,7 +173,7 @@ def test_what_cannot_be_is_refused_by_name(function: str, settings: dict[str, An
 
 def test_an_environment_that_fails_is_no_reward_of_nothing() -> None:
     made = task("broken")
-    with pytest.raises(UserError, match=r"a rollout ended with an error: .*no sandbox"):
+    with pytest.raises(UserError, match=r"a rollout ended with InfraError: no sandbox"):
         made.score(made.split("train")[0], "0")
 
 
@@ -127,11 +186,19 @@ def test_a_name_is_looked_up_as_the_library_does(monkeypatch: pytest.MonkeyPatch
         load_task({"name": "verifiers", "environment": "other-sums"}).split("train")
 
 
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    """What a command prints."""
+    from klab.harness.cli.main import main
+
+    capsys.readouterr()
+    assert main(words) == code
+    return "".join(capsys.readouterr())
+
+
 def test_a_tiny_policy_trains_from_plan_to_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from klab.grid import load_grid
-    from klab.harness.cli.main import main
     from klab.harness.store import Run
 
     monkeypatch.chdir(tmp_path)
@@ -147,9 +214,7 @@ def test_a_tiny_policy_trains_from_plan_to_report(
     }
 
     def run(*words: str, code: int = 0) -> str:
-        capsys.readouterr()
-        assert main(words) == code
-        return "".join(capsys.readouterr())
+        return said(capsys, *words, code=code)
 
     Path("sums.yaml").write_text(json.dumps(grid))
     assert "task.solution names no reference completions" in run("plan", "sums.yaml", code=2)
@@ -173,3 +238,30 @@ def test_a_tiny_policy_trains_from_plan_to_report(
     assert manifest["inputs"]["task.name verifiers"] == {"commit": version("verifiers")}
     assert manifest["code"]["./sums.py:load_environment"]["files"]
     assert "bonus" in run("report", "sums", "--format", "csv", "--no-gradients")
+
+
+def test_several_turns_train_from_plan_to_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from klab.harness.store import Run
+    from tests.support.small_cells import small_policy
+
+    monkeypatch.chdir(tmp_path)
+    Path("guess.py").write_text(ENVIRONMENTS.read_text())
+    model = small_policy(tmp_path / "start", "".join(sorted(set("0123456789+=[], higher lower no number"))))
+    task = {"name": "verifiers", "environment": "./guess.py:several_turns", "prompt": "{question}="}
+    training = {"updates": 2, "prompts": 2, "group_size": 2, "evaluate_every": 2, "evaluation_prompts": 4}
+    grid = {
+        "name": "guess",
+        "task": {**task, "response": "[{content}]"},
+        "policy": {"name": "hf", "model": str(model)},
+        "training": {**training, "final_evaluation_samples": 16, "max_new_tokens": 12},
+    }
+    Path("guess.yaml").write_text(json.dumps(grid))
+    said(capsys, "plan", "guess.yaml")
+    assert "1 finished" in said(capsys, "launch", "guess.yaml", "--on", "here")
+    store = Run.open(tmp_path / "runs/guess")
+    parts = store.cell(next(iter(store.cells))).evaluations()[-1]["parts"]
+    assert 1.0 < parts["num_turns"] <= 4.0
+    Path("guess.yaml").write_text(json.dumps({**grid, "policy": {"name": "tiny"}}))
+    assert "every character that the environment may answer" in said(capsys, "plan", "guess.yaml", code=2)

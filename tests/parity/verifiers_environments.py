@@ -72,20 +72,72 @@ def grouped() -> vf.Environment:
 
 
 class Guessing(vf.MultiTurnEnv):
+    """Guess the sum; ends when it is right."""
+
+    async def setup_state(self, state: Any) -> Any:
+        state["guesses"] = []
+        return state
+
     async def env_response(self, messages: Any, state: Any, **_: Any) -> Any:
-        return [{"role": "user", "content": "higher"}]
+        guess, truth = str(messages[-1].content).strip(), int(state["answer"])
+        state["guesses"].append(guess)
+        if guess == str(truth):
+            state["final_env_response"] = [{"role": "user", "content": "right"}]
+            return []
+        hint = "no number" if not guess.isdecimal() else "higher" if int(guess) < truth else "lower"
+        return [{"role": "user", "content": f"{hint}, {len(state['guesses'])}"}]
+
+
+def guessed(state: Any, answer: str) -> float:
+    return float(answer in state["guesses"])
 
 
 def several_turns() -> vf.Environment:
-    return Guessing(dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[right]))
+    return Guessing(max_turns=4, dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[guessed]))
+
+
+class Clock(vf.MultiTurnEnv):
+    async def env_response(self, messages: Any, state: Any, **_: Any) -> Any:
+        return [{"role": "user", "content": str(time.perf_counter_ns())}]
+
+
+def clock() -> vf.Environment:
+    return Clock(dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[right]))
+
+
+class Summarising(Guessing):
+    async def get_prompt_messages(self, state: Any) -> Any:
+        return state["prompt"]
+
+
+def rewriting() -> vf.Environment:
+    return Summarising(dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[right]))
 
 
 def tools() -> vf.Environment:
     def add(a: int, b: int) -> int:
-        """Add."""
+        """Add two numbers."""
         return a + b
 
     return vf.ToolEnv(tools=[add], dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[right]))
+
+
+def calling() -> vf.Environment:
+    """One turn, in which a tool is to be called."""
+
+    def called(completion: Any) -> float:
+        calls = completion[-1].tool_calls or []
+        return float([(each.name, each.arguments) for each in calls] == [("look", '{"at": "sky"}')])
+
+    look = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
+    return vf.SingleTurnEnv(dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[called]), tool_defs=[look])
+
+
+def named_reward() -> vf.Environment:
+    def reward(completion: Any) -> float:
+        return 0.5
+
+    return vf.SingleTurnEnv(dataset=Dataset.from_list(SUMS), rubric=vf.Rubric(funcs=[reward], weights=[3.0]))
 
 
 def a_group() -> vf.Environment:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from klab.grid import UserError, load_grid
+from klab.harness.policy.sampling.sampler import TranscribingEnvironment
 from klab.harness.store import Run
 from klab.harness.training import run_cells
+from klab.harness.training.data.generate import environment_of
 from klab.tasks import Example, load_task
 from klab.tasks.trl_environment import TrlEnvironment
 from tests.support.small_cells import small_policy
@@ -91,6 +94,12 @@ def test_an_environment_that_answers_otherwise_is_an_error(make: Callable[..., T
 def test_what_is_no_environment_is_named(make: Callable[..., TrlEnvironment], name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make(name)
+
+
+def test_in_training_it_scores_transcripts(make: Callable[..., TrlEnvironment]) -> None:
+    asked = environment_of([SimpleNamespace(task=make())], [[]], 1, [0])  # type: ignore[list-item]
+    assert isinstance(asked, TranscribingEnvironment)
+    assert asked.transcribed == {0}, "calls are found by their answers"
 
 
 def test_a_cell_trains_in_it_with_a_term_beside_and_its_code_is_recorded(

@@ -12,10 +12,10 @@ from torch import Tensor
 from klab.grid.errors import UserError
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.sampling.sampler import SamplingOptions
+from klab.harness.policy.sampling.sampler import SamplingOptions, TranscribingEnvironment
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
-from klab.tasks.task import TURN_END, Example, Task
+from klab.tasks.task import TURN_END, Example, Task, scores_transcripts
 
 MIN_ACCURACY, MAX_ACCURACY = 0.2, 0.5
 BATCH_SIZE, LEARNING_RATE, LR_WARMUP_UPDATES = 128, 3e-3, 50
@@ -132,7 +132,9 @@ def sampled_accuracy(policy: StackedPolicy, task: Task, examples: Sequence[Examp
         [prompts],
         [generator],
         SamplingOptions(group_size=1, max_new_tokens=task.max_new_tokens),
-        environment if getattr(task, "interactive", True) else None,
+        TranscribingEnvironment(environment, frozenset([0] if scores_transcripts(task) else []))
+        if getattr(task, "interactive", True)
+        else None,
     )[0]
     return sum(task.score(e, text).correct for e, text in zip(examples, rollout.texts, strict=True)) / len(examples)
 

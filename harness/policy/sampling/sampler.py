@@ -18,6 +18,19 @@ to end the episode. The transcript is what both sides wrote after the prompt, wi
 
 
 @dataclass(frozen=True, slots=True)
+class TranscribingEnvironment:
+    """An environment, and the cells of which the texts of a rollout are transcripts, because their tasks score these;
+    of the others, and with an `Environment` that is none of these, they are what the policy wrote.
+    """
+
+    answer: Environment
+    transcribed: frozenset[int]
+
+    def __call__(self, cell: int, trajectory: int, transcript: str) -> str | None:
+        return self.answer(cell, trajectory, transcript)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How to sample.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from klab.harness.policy.categorical import UniformTable
 from klab.harness.policy.policy import Continuation, DrawnBlock, Policy
 from klab.harness.policy.rollout import Rollout
-from klab.harness.policy.sampling.sampler import Environment, SamplingOptions
+from klab.harness.policy.sampling.sampler import Environment, SamplingOptions, TranscribingEnvironment
 from klab.harness.policy.special_tokens import answer_tokens, trailing_special_tokens
 
 
@@ -41,6 +41,7 @@ class TrajectoryBuilder:
     ) -> None:
         self.policy, self.cell, self.options, self.environment = policy, cell, options, environment
         self.prompts = [list(prompt) for prompt in prompts]
+        self._transcribed = isinstance(environment, TranscribingEnvironment) and cell in environment.transcribed
         self.eos_token_ids = policy.eos_token_ids
         self._trailing = trailing_special_tokens(policy.tokenizer)
         N = len(prompts) * options.group_size
@@ -179,6 +180,6 @@ class TrajectoryBuilder:
             present=present,
             logp=padded(self.logp, logp_dtype),
             truncated=torch.tensor(self.truncated),
-            texts=[self._text(i, generated_only=True) for i in range(len(self.tokens))],
+            texts=[self._text(i, generated_only=not self._transcribed) for i in range(len(self.tokens))],
         )
         return built.to(self.policy.device)

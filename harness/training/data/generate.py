@@ -8,12 +8,12 @@ from klab.harness.policy.categorical import UniformSlice
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.sampling.sampler import Environment, SampleFunction, SamplingOptions
+from klab.harness.policy.sampling.sampler import Environment, SampleFunction, SamplingOptions, TranscribingEnvironment
 from klab.harness.training.data.prompts import encode_prompts
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget
 from klab.harness.training.packed_cell import CellFailure, PackedCell
 from klab.harness.training.runtime.rng import generator
-from klab.tasks.task import Example
+from klab.tasks.task import Example, scores_transcripts
 
 
 def generate(
@@ -92,4 +92,5 @@ def environment_of(
                 f"(prompt {example.prompt!r}, transcript {transcript!r})",
             ) from error
 
-    return answer
+    listed = [i for i, member in enumerate(members) if scores_transcripts(member.task)]
+    return TranscribingEnvironment(answer, frozenset(listed))

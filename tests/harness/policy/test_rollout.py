@@ -12,7 +12,7 @@ from klab.grid.errors import UserError
 from klab.harness.policy.categorical import UniformSlice, sample_tokens, uniform_numbers
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
-from klab.harness.policy.sampling.sampler import SamplingOptions
+from klab.harness.policy.sampling.sampler import Environment, SamplingOptions, TranscribingEnvironment
 from klab.harness.policy.scores import token_scores
 from tests.support.tiny_policy import decoder, generators
 
@@ -186,3 +186,22 @@ def test_mistakes_are_named() -> None:
         sample(policy, [PROMPTS], generators([0]), SamplingOptions(group_size=8, max_new_tokens=20))
     with pytest.raises(ValueError, match="1 cells"):
         sample(policy, [PROMPTS, PROMPTS], generators([0]), SamplingOptions(group_size=1, max_new_tokens=2))
+
+
+def test_texts_are_transcripts_for_the_cells_whose_tasks_score_these() -> None:
+    policy = decoder(2, dtype=torch.float64)
+
+    def answer(cell: int, trajectory: int, transcript: str) -> str | None:
+        return "7=" if "7=" not in transcript else None
+
+    def texts(environment: Environment) -> list[list[str]]:
+        options = SamplingOptions(group_size=8, max_new_tokens=10)
+        return [each.texts for each in sample(policy, [PROMPTS] * 2, generators([2, 3]), options, environment)]
+
+    own, both = texts(answer), texts(TranscribingEnvironment(answer, frozenset([1])))
+    assert both[0] == own[0]
+    answered = [(mine, text) for mine, text in zip(own[1], both[1], strict=True) if mine != text]
+    assert answered
+    for mine, text in answered:
+        before, found, after = text.partition("7=")
+        assert (before + after, found) == (mine, "7=")
