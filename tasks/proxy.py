@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from klab.tasks.reward_model import RewardModel
+from klab.tasks.reward_model import RewardModel, reward_model
 from klab.tasks.task import Example, Score, SplitName, load_task
 
 PROXY, GOLD = "proxy", "gold"
@@ -45,7 +45,7 @@ class Proxy:
         Args:
             mean, deviation: of its logits over completions of the starting policy.
         """
-        self._model, self._mean, self._deviation = RewardModel(str(folder)), mean, deviation
+        self._model, self._mean, self._deviation = reward_model(str(folder)), mean, deviation
 
     def split(self, name: SplitName) -> Sequence[Example]:
         return self.gold.split(name)

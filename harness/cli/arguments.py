@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +22,9 @@ STUDIES = Path(klab.grid.__file__).parent / "studies"
 
 GridArgument = Annotated[str, typer.Argument(metavar="GRID", help="A grid file, or the name of a ready study.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under --runs.")]
+CellsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[CELL]...", help="Ids, or parts of them; default: all.")
+]
 RunsOption = Annotated[Path, typer.Option("--runs", help="The folder that holds run folders.")]
 
 
@@ -78,6 +81,15 @@ def run_of(name: str, runs: Path = RUNS) -> Run:
         raise UserError("is a grid file; this command wants a run", file=name, hint=f"Runs lie in {runs}/.")
     known = sorted(path.parent.name for path in runs.glob("*/manifest.json")) if runs.is_dir() else []
     raise UserError("there is no such run", key="RUN", value=name, allowed=known, hint="`klab launch GRID` makes one.")
+
+
+def cells_of(run: Run, names: Sequence[str] | None) -> list[str]:
+    """The ids of the cells that are named by ids or parts of them; without names, of all cells.
+
+    Raises:
+        UserError: when a name fits no cell, or more than one.
+    """
+    return [run.cell(name).id for name in names] if names else list(run.cells)
 
 
 def cell_folder_of(name: str, runs: Path, others: Iterable[str]) -> CellFolder:

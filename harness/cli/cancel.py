@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from klab.grid import UserError
-from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.arguments import RUNS, CellsArgument, JsonOption, RunArgument, RunsOption, cells_of, run_of
 from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.cancel import cancel as stop
 from klab.harness.dispatch.status import FINAL_STATES, statuses
@@ -16,17 +16,14 @@ from klab.harness.dispatch.status import FINAL_STATES, statuses
 
 def cancel(
     run: RunArgument,
-    cells: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[CELL]...", help="Ids, or parts of them; default: all."),
-    ] = None,
+    cells: CellsArgument = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
     """Stop cells and take them out of the queue. What they measured stays; launching again takes them up."""
     opened = run_of(run, runs)
-    named = {opened.cell(cell).id for cell in cells or []}
+    named = set(cells_of(opened, cells)) if cells else set()
     chosen = [row for row in statuses(opened) if row.state not in FINAL_STATES and (not named or row.id in named)]
     running = [row for row in chosen if row.state == "running"]
     if len(running) > 1 and not yes:

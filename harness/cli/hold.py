@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.arguments import RUNS, CellsArgument, JsonOption, RunArgument, RunsOption, cells_of, run_of
 from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.hold import hold as keep
 from klab.harness.dispatch.status import statuses
-
-CellsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[CELL]...", help="Ids, or parts of them; default: all.")
-]
 
 
 def hold(
@@ -24,7 +16,7 @@ def hold(
 ) -> None:
     """Keep waiting cells from starting, here and on Slurm, until `klab release`. Running cells go on."""
     opened = run_of(run, runs)
-    chosen = [opened.cell(cell).id for cell in cells or []] or opened.cells
+    chosen = cells_of(opened, cells)
     held = keep(opened, chosen)
     going = [row.id for row in statuses(opened, cells=chosen) if row.state == "running"]
     if as_json:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
-from klab.harness.cli.hold import CellsArgument
+from klab.harness.cli.arguments import RUNS, CellsArgument, JsonOption, RunArgument, RunsOption, cells_of, run_of
 from klab.harness.cli.text import say, show_json
 from klab.harness.dispatch.hold import release as let_go
 
@@ -16,7 +15,7 @@ def release(
 ) -> None:
     """Let cells start that were held. Those that were in a queue start by themselves, others with the next launch."""
     opened = run_of(run, runs)
-    found = let_go(opened, [opened.cell(cell).id for cell in cells or []] or opened.cells)
+    found = let_go(opened, cells_of(opened, cells))
     if as_json:
         show_json({"run": str(opened.path), "starting": list(found.starting), "waiting": list(found.waiting)})
         return

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from klab.grid.errors import UserError
+from klab.harness.policy.init.initial_policy import initial_policy
+from klab.harness.policy.init.sft_warmup import Progress as Warming
 from klab.harness.policy.init.shared_folder import made_once
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.policy import Policy
@@ -24,7 +26,7 @@ from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.tasks.proxy import Proxy
 from klab.tasks.reward_model import encoded
-from klab.tasks.task import Example, SplitName, Task
+from klab.tasks.task import Example, SplitName, Task, load_task
 
 VERSION = 1
 """Version of the procedure, part of every digest."""
@@ -68,6 +70,27 @@ class PreferenceModel:
     mean: float
     deviation: float
     agreement: float | None
+
+
+def starting_point(
+    section: Any, policy_section: Any, cache: Path, progress: Warming | None = None
+) -> tuple[Task, Path]:
+    """A cell's task, ready to score, and the folder of the policy that it starts from; both are made unless the cache
+    has them.
+
+    Args:
+        section: the grid's task section.
+        policy_section: its policy section.
+        cache: the folder of shared policies.
+        progress: of a warm-up, as `initial_policy` takes it.
+
+    Raises:
+        UserError: as `load_task`, `initial_policy` and `attach_reward_model`.
+    """
+    task = load_task(section)
+    start = initial_policy(policy_section, task, section, cache=cache, progress=progress)
+    attach_reward_model(task, section, policy_section, start, cache)
+    return task, start
 
 
 def attach_reward_model(

@@ -21,8 +21,7 @@ from pathlib import Path
 
 from klab.grid.errors import UserError
 from klab.grid.kl_settings import reference_notes
-from klab.harness.policy.init.initial_policy import initial_policy
-from klab.harness.policy.preferences import attach_reward_model
+from klab.harness.policy.preferences import starting_point
 from klab.harness.store import CellFolder, ClaimRevoked, Run
 from klab.harness.training import checkpoint
 from klab.harness.training.checkpoint import CellState
@@ -43,7 +42,6 @@ from klab.harness.training.runtime.oom import explain_oom, free_memory, is_out_o
 from klab.harness.training.runtime.pack_invariance import pack_invariant
 from klab.harness.training.runtime.torch_settings import configure_torch
 from klab.harness.training.stop_rule import why_hopeless
-from klab.tasks import load_task
 
 HEARTBEAT_SECONDS = 2.0
 """Least time between two heartbeats of a cell."""
@@ -149,9 +147,7 @@ def prepare_cell(
 ) -> tuple[PackedCell, CellState | None]:
     """Load a cell's task, make its initial policy unless the run has it, and read its checkpoint if there is one."""
     cell = folder.cell()
-    task = load_task(cell.task)
-    start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
-    attach_reward_model(task, cell.task, cell.policy, start, run.policies)
+    task, start = starting_point(cell.task, cell.policy, run.policies, watch)
     member = PackedCell(cell, task, start, run.created, lengths or PromptLengths())
     check_overlong_buffer(member)
     check_sampler(member)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from klab.grid.score import PARTS
 from klab.reports.comparison import Comparison
 from klab.reports.figures.curves import TrainingCurves
-from klab.reports.figures.series import Cube, Curve, cube, mean_curve
+from klab.reports.figures.paths import at_common_updates, root_kl
+from klab.reports.figures.series import Curve, cube, mean_curve
 from klab.reports.figures.style import COLUMN, Drawing, canvas, legend_below, look, shortened, styled
 from klab.reports.study import Study
 
@@ -80,20 +79,6 @@ def _shown(comparison: Comparison) -> list[str]:
 
 def _paths(study: Study, comparison: Comparison, data: TrainingCurves, group: int) -> tuple[Curve, Curve, Curve] | None:
     """√KL, proxy and gold of one configuration, at the same updates."""
-    kl = data.cubes["reverse_kl"]
-    cubes = [
-        Cube(kl.updates, np.sqrt(np.maximum(kl.values, 0.0))),
-        *(cube(study, comparison, study.evaluations, column) for column in (PROXY, GOLD)),
-    ]
-    curves = [mean_curve(each, data.states, [group]) for each in cubes]
-    known = [curve for curve in curves if curve is not None]
-    if len(known) < len(cubes):
-        return None
-    common = np.intersect1d(np.intersect1d(known[0].updates, known[1].updates), known[2].updates)
-    if not common.size:
-        return None
-    places = [np.searchsorted(curve.updates, common) for curve in known]
-    distance, proxy, gold = (
-        curve._replace(updates=common, mean=curve.mean[at]) for curve, at in zip(known, places, strict=True)
-    )
-    return distance, proxy, gold
+    rewards = [cube(study, comparison, study.evaluations, column) for column in (PROXY, GOLD)]
+    found = at_common_updates(*(mean_curve(each, data.states, [group]) for each in (root_kl(data), *rewards)))
+    return (found[0], found[1], found[2]) if found else None

@@ -6,6 +6,7 @@ close to the reference KL grows with the square of the step.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,23 @@ def reward_paths(
 
 def root_kl_and_reward(data: TrainingCurves, groups: list[int]) -> tuple[Curve, Curve] | None:
     """The mean curves of √KL and of held-out reward, at the same updates."""
+    found = at_common_updates(mean_curve(root_kl(data), data.states, groups), data.mean("reward", groups))
+    return (found[0], found[1]) if found else None
+
+
+def root_kl(data: TrainingCurves) -> Cube:
+    """√KL to the starting policy, of every run at its evaluations."""
     kl = data.cubes["reverse_kl"]
-    distance = mean_curve(Cube(kl.updates, np.sqrt(np.maximum(kl.values, 0.0))), data.states, groups)
-    reward = data.mean("reward", groups)
-    if distance is None or reward is None:
-        return None
-    common = np.intersect1d(distance.updates, reward.updates)
-    return (_at(distance, common), _at(reward, common)) if common.size else None
+    return Cube(kl.updates, np.sqrt(np.maximum(kl.values, 0.0)))
+
+
+def at_common_updates(*curves: Curve | None) -> list[Curve]:
+    """The curves at the updates that all of them have; none where one is missing, or they share no update."""
+    known = [curve for curve in curves if curve is not None]
+    if len(known) < len(curves):
+        return []
+    common = reduce(np.intersect1d, [curve.updates for curve in known])
+    return [_at(curve, common) for curve in known] if common.size else []
 
 
 def _at(curve: Curve, updates: Any) -> Curve:

@@ -26,8 +26,7 @@ from klab.harness.engines.trl.turns import complete_turns
 from klab.harness.engines.trl.update import check_inputs
 from klab.harness.objective import LossCoefficients
 from klab.harness.policy.hf import peft
-from klab.harness.policy.init.initial_policy import initial_policy
-from klab.harness.policy.preferences import attach_reward_model
+from klab.harness.policy.preferences import starting_point
 from klab.harness.policy.pretrained import (
     ADAPTER_CONFIG,
     GENERATION_CONFIG,
@@ -46,7 +45,6 @@ from klab.harness.training.finalize import conclude, partial_policy
 from klab.harness.training.pack import device
 from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runner import Progress
-from klab.tasks import load_task
 
 
 class StopRequested(Exception):
@@ -58,14 +56,12 @@ def prepare_member(run: Run, folder: CellFolder, stop: Callable[[], bool] = lamb
     cell = folder.cell()
     check_fields(cell.training)
     check_inputs(cell.objective)
-    task = load_task(cell.task)
 
     def watch(update: int, at_most: int, accuracy: float) -> None:
         if stop():
             raise StopRequested
 
-    start = initial_policy(cell.policy, task, cell.task, cache=run.policies, progress=watch)
-    attach_reward_model(task, cell.task, cell.policy, start, run.policies)
+    task, start = starting_point(cell.task, cell.policy, run.policies, watch)
     member = PackedCell(cell, task, start, run.created)
     check_overlong_buffer(member)
     return member

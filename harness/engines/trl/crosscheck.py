@@ -28,8 +28,7 @@ from klab.harness.engines.trl.settings import check_fields
 from klab.harness.engines.trl.trainer import KlabTrainer
 from klab.harness.engines.trl.turns import complete_turns
 from klab.harness.policy.hf import peft
-from klab.harness.policy.init.initial_policy import initial_policy
-from klab.harness.policy.preferences import attach_reward_model
+from klab.harness.policy.preferences import starting_point
 from klab.harness.policy.rollout import Rollout
 from klab.harness.training.data.group_filtering import drop_zero_variance
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS
@@ -39,7 +38,6 @@ from klab.harness.training.optim.optimizer import norm
 from klab.harness.training.pack import Pack
 from klab.harness.training.packed_cell import PackedCell
 from klab.harness.training.runtime.timer import PhaseTimer
-from klab.tasks import load_task
 
 Weights = dict[str, Tensor]
 
@@ -90,9 +88,7 @@ def crosscheck(cell: Cell, updates: int, dtype: str, processes: int = 1) -> list
     check_fields(sections[1])
     with tempfile.TemporaryDirectory(prefix="klab-crosscheck-") as scratch:
         folder = Path(scratch)
-        task = load_task(cell.task)
-        start = initial_policy(policy, task, cell.task, cache=folder / "policies")
-        attach_reward_model(task, cell.task, policy, start, folder / "policies")
+        task, start = starting_point(cell.task, policy, folder / "policies")
         ours, theirs = (PackedCell(replace(cell, policy=policy, training=section), task, start) for section in sections)
         initial, rollouts, mine = _train_on_klab(ours, folder / "klab")
         other = _train_on_trl(theirs, initial, rollouts, folder / "trl", processes)
