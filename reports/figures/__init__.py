@@ -60,10 +60,25 @@ def draw(
 
 def freeze(drawing: Drawing) -> None:
     """Computes the layout once; saving in four formats would compute it four times."""
-    if drawing.figure.get_layout_engine() is not None:
-        with styled():
+    with styled():
+        if drawing.figure.get_layout_engine() is not None:
             drawing.figure.draw_without_rendering()
             drawing.figure.set_layout_engine("none")
+        _hold_labels_inside(drawing)
+
+
+def _hold_labels_inside(drawing: Drawing) -> None:
+    """Moves the label of a horizontal axis that is wider than its panel, and would leave the figure on one side.
+
+    No layout does: a panel gets narrow where the labels of the other axis are long.
+    """
+    width = drawing.figure.bbox.width
+    for axes in drawing.figure.axes:
+        label = axes.xaxis.label
+        extent = label.get_window_extent()
+        beyond = max(extent.x1 - width, 0.0) or min(extent.x0, 0.0)
+        if beyond and label.get_text():
+            label.set_x(label.get_position()[0] - beyond / axes.bbox.width)
 
 
 def save(drawing: Drawing, svg: str, folder: Path) -> None:

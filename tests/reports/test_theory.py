@@ -9,9 +9,10 @@ from scipy import stats
 
 from klab.reports import Study, render
 from klab.reports.comparison import Comparison, compare
+from klab.reports.figures import draw
 from klab.reports.figures.theory import theory_plot
 from klab.reports.gradients import own_drift
-from klab.reports.theory import predictors, theory_words
+from klab.reports.theory import PREDICTORS, predictors, theory_words
 
 
 @pytest.fixture
@@ -61,6 +62,18 @@ def test_the_drift_of_training_comes_before_fixed_numbers_of_updates(comparison:
     own = own_drift(lab(comparison))
     assert set(own["drift"]) == {"as trained"}
     assert own.index.is_unique
+
+
+@pytest.mark.parametrize("names", [*([name] for name in PREDICTORS), list(PREDICTORS)])
+def test_every_word_of_the_figure_is_inside_it(study: Study, comparison: Comparison, names: list[str]) -> None:
+    order = np.random.default_rng(1).permutation(len(comparison.table)).astype(float)
+    drawings = draw(study, comparison, lab(comparison, **({"bias": 1.0} | dict.fromkeys(names, order))))
+    (drawing,) = (each for each in drawings if each.name == "theory")
+    words = drawing.figure.get_tightbbox()
+    width, height = drawing.figure.get_size_inches()
+    assert min(words.x0, words.y0) > -0.02
+    assert words.x1 < width + 0.02
+    assert words.y1 < height + 0.02
 
 
 def test_the_page_has_the_sentence_and_the_figure(study: Study, comparison: Comparison, tmp_path) -> None:
