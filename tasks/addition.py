@@ -15,7 +15,7 @@ from klab.grid.errors import UserError
 from klab.tasks.splits import Drawn, split_of
 from klab.tasks.task import Example, Score, SplitName
 
-LISTED_DIGITS = 2
+LISTED_DIGITS, LARGEST = 2, 40
 TRAIN_LENGTH, HELD_OUT_LENGTH = 1_000_000, 4_096
 
 
@@ -33,8 +33,8 @@ class Addition:
     interactive = False
 
     def __init__(self, digits: int = 2) -> None:
-        if not 1 <= digits <= 9:
-            raise UserError("must be between 1 and 9", key="task.digits", value=digits)
+        if not 1 <= digits <= LARGEST:
+            raise UserError(f"must be between 1 and {LARGEST}", key="task.digits", value=digits)
         self.name = "addition"
         self.digits = digits
         self.max_new_tokens = digits + 2

@@ -30,7 +30,7 @@ class AdditionTask(Section):
     """Sums of two n-digit numbers; the answer is written with the least significant digit first."""
 
     name: Literal["addition"] = "addition"
-    digits: Annotated[int, Field(ge=1, le=9)] = 2
+    digits: Annotated[int, Field(ge=1, le=40)] = 2
     """Digits of each number."""
 
 

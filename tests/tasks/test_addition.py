@@ -8,7 +8,7 @@ from klab.grid.errors import UserError
 from klab.tasks.addition import Addition
 
 
-@pytest.mark.parametrize("digits", [1, 2, 5])
+@pytest.mark.parametrize("digits", [1, 2, 5, 40])
 def test_prompts_answers_and_budget(digits: int) -> None:
     task = Addition(digits)
     for example in [*task.split("train")[:200], *task.split("held_out")[:5]]:
@@ -60,7 +60,7 @@ def test_large_splits_are_lazy_and_disjoint() -> None:
         train[1_000_000]
 
 
-@pytest.mark.parametrize("digits", [0, 10])
+@pytest.mark.parametrize("digits", [0, 41])
 def test_a_size_that_cannot_work_is_a_mistake(digits: int) -> None:
     with pytest.raises(UserError, match=r"task\.digits"):
         Addition(digits)
