@@ -16,6 +16,7 @@ from klab.tasks.splits import Drawn, split_of
 from klab.tasks.task import Example, Score, SplitName
 
 LISTED_DIGITS, LARGEST = 2, 40
+ORDERS = ("most", "least")
 TRAIN_LENGTH, HELD_OUT_LENGTH = 1_000_000, 4_096
 
 
@@ -27,16 +28,20 @@ class Addition:
 
     Args:
         digits: number of digits of both summands, without leading zeros; 0 counts as a one-digit number.
+        prompt_order: the digit that summands begin with, `most` or `least` significant. With `least` each digit of the
+            answer depends on two digits at fixed distances before it, so that a tiny policy learns long sums.
     """
 
     alphabet = "0123456789+="
     interactive = False
 
-    def __init__(self, digits: int = 2) -> None:
+    def __init__(self, digits: int = 2, prompt_order: str = "most") -> None:
         if not 1 <= digits <= LARGEST:
             raise UserError(f"must be between 1 and {LARGEST}", key="task.digits", value=digits)
+        if prompt_order not in ORDERS:
+            raise UserError("no such order", key="task.prompt_order", value=prompt_order, allowed=ORDERS)
         self.name = "addition"
-        self.digits = digits
+        self.digits, self.prompt_order = digits, prompt_order
         self.max_new_tokens = digits + 2
         self._low, self._high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
 
@@ -59,12 +64,16 @@ class Addition:
         pairs = sorted(((a, b) for a in numbers for b in numbers), key=_shuffled)
         found: dict[SplitName, list[Example]] = {"train": [], "held_out": []}
         for a, b in pairs:
-            found[split_of(_key(a, b))].append(_example(a, b))
+            found[split_of(_key(a, b))].append(self._example(a, b))
         return {name: tuple(examples) for name, examples in found.items()}
 
     def _draw(self, generator: random.Random) -> tuple[str, Example]:
         a, b = generator.randrange(self._low, self._high), generator.randrange(self._low, self._high)
-        return _key(a, b), _example(a, b)
+        return _key(a, b), self._example(a, b)
+
+    def _example(self, a: int, b: int) -> Example:
+        answer, step = str(a + b)[::-1], -1 if self.prompt_order == "least" else 1
+        return Example(f"{str(a)[::step]}+{str(b)[::step]}=", answer, answer)
 
 
 def _key(a: int, b: int) -> str:
@@ -73,8 +82,3 @@ def _key(a: int, b: int) -> str:
 
 def _shuffled(pair: tuple[int, int]) -> bytes:
     return sha256(f"order {pair[0]} {pair[1]}".encode()).digest()
-
-
-def _example(a: int, b: int) -> Example:
-    answer = str(a + b)[::-1]
-    return Example(f"{a}+{b}=", answer, answer)

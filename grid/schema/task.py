@@ -32,6 +32,8 @@ class AdditionTask(Section):
     name: Literal["addition"] = "addition"
     digits: Annotated[int, Field(ge=1, le=40)] = 2
     """Digits of each number."""
+    prompt_order: Literal["most", "least"] = "most"
+    """The digit that the summands begin with: `least` lets a tiny policy learn sums of many digits."""
 
 
 class CountdownTask(Section):

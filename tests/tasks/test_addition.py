@@ -20,6 +20,17 @@ def test_prompts_answers_and_budget(digits: int) -> None:
         assert set(example.prompt + example.solution) <= set(task.alphabet)
 
 
+@pytest.mark.parametrize("digits", [2, 15])
+def test_summands_may_begin_with_their_least_significant_digit_too(digits: int) -> None:
+    usual, least = Addition(digits), Addition(digits, prompt_order="least")
+    for place in range(50):
+        one, other = usual.split("held_out")[place], least.split("held_out")[place]
+        assert other.prompt == "+".join(number[::-1] for number in one.prompt.rstrip("=").split("+")) + "="
+        assert (other.answer, other.solution) == (one.answer, one.solution)
+    with pytest.raises(UserError, match=r"task\.prompt_order"):
+        Addition(2, prompt_order="middle")
+
+
 def test_reward_is_exact_match() -> None:
     task = Addition(2)
     example = next(e for e in task.split("train") if e.prompt == "41+48=")
