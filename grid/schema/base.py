@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from klab.grid.errors import UserError
 
@@ -49,6 +58,21 @@ class Section(BaseModel):
             if not _admits_booleans(annotation):
                 raise UserError("true and false are not numbers or names", key=info.field_name, value=given)
         return given
+
+
+class GrownSection(Section):
+    """A section with settings that came after ids were given."""
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """They are left out of what is written and hashed where they have their default, so that ids stay what they were."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        for name in self.LATER:
+            if name in written and getattr(self, name) == type(self).model_fields[name].default:
+                del written[name]
+        return written
 
 
 def _admits_booleans(annotation: Any) -> bool:

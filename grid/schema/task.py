@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from klab.grid.errors import UserError
-from klab.grid.schema.base import Count, Positive, Section
+from klab.grid.schema.base import Count, GrownSection, Positive, Section
 from klab.grid.user_code import names_user_code
 
 REWARDS = ("exact", "math", "format")
@@ -26,8 +26,10 @@ LARGEST_TABLE = 2**16
 """Most entries of a reward table."""
 
 
-class AdditionTask(Section):
+class AdditionTask(GrownSection):
     """Sums of two n-digit numbers; the answer is written with the least significant digit first."""
+
+    LATER = ("prompt_order",)
 
     name: Literal["addition"] = "addition"
     digits: Annotated[int, Field(ge=1, le=40)] = 2

@@ -37,6 +37,12 @@ def test_sections_survive_the_manifest(name: str) -> None:
     assert Cell.from_resolved(made.resolved()) == made
 
 
+def test_a_later_setting_at_its_default_leaves_ids_as_they_were() -> None:
+    assert cell({"name": "addition"}).group == "k3-loss-group_norm-dd817104"
+    assert cell({"name": "addition", "prompt_order": "most"}).group == "k3-loss-group_norm-dd817104"
+    assert cell({"name": "addition", "prompt_order": "least"}).group != "k3-loss-group_norm-dd817104"
+
+
 def test_spellings_of_one_reward_are_one_cell() -> None:
     spellings: list[Any] = [
         "math",
