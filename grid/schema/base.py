@@ -64,7 +64,7 @@ class GrownSection(Section):
     """A section with settings that came after ids were given."""
 
     LATER: ClassVar[tuple[str, ...]] = ()
-    """They are left out of what is written and hashed where they have their default, so that ids stay what they were."""
+    """They are left out of what is written and hashed where they have their default: ids stay what they were."""
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
