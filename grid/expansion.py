@@ -9,11 +9,8 @@ from typing import Any
 
 from klab.grid.errors import UserError
 from klab.grid.fractional import Fraction, FractionalDesign, choose, read_design
-from klab.grid.schema.sections import default_of
+from klab.grid.matching import Settings, is_same, setting_of
 from klab.grid.variant import SECTIONS, Change, Variant, VariantFactory, as_mapping, split_key
-
-Settings = Callable[[Variant, str], Mapping[str, Any]]
-"""A variant's settings in one section, as exclude rules see them."""
 
 DESIGNS = ("product", "one_at_a_time", "zip", "list", "fractional")
 MAX_VARIANTS = 1_000_000
@@ -177,31 +174,12 @@ def _excluded(variants: list[Variant], rules: object, settings: Settings) -> lis
         wanted = [(split_key(name), value) for name, value in as_mapping(key, rule).items()]
         if not wanted:
             raise UserError("an empty rule would exclude everything", key=key, value=rule)
-        kept = [variant for variant in variants if not all(_matches(variant, settings, *item) for item in wanted)]
+        kept = [
+            variant
+            for variant in variants
+            if not all(is_same(setting_of(variant, settings, where), value) for where, value in wanted)
+        ]
         if len(kept) == len(variants):
             raise UserError("this rule matches no cell", key=key, value=rule)
         variants = kept
     return variants
-
-
-def _matches(variant: Variant, settings: Settings, where: tuple[str, str | None], wanted: Any) -> bool:
-    section, field = where
-    present: Any = settings(variant, section)
-    if field is not None:
-        first, *inner = field.split(".")
-        present = present[first] if first in present else default_of(section, present, first)
-        for part in inner:
-            present = present.get(part) if isinstance(present, Mapping) else None
-    return _same(present, wanted)
-
-
-def _same(present: Any, wanted: Any) -> bool:
-    """Whether a setting is what a rule asks for: a list asks for any of its entries, a mapping for some of the keys."""
-    if isinstance(wanted, list):
-        return any(_same(present, option) for option in wanted)
-    if isinstance(wanted, Mapping):
-        present = present if isinstance(present, Mapping) else {"name": present}
-        return all(_same(present.get(key), value) for key, value in wanted.items())
-    if isinstance(present, Mapping):
-        return bool(present.get("name") == wanted)
-    return bool(present == wanted)

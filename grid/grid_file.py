@@ -11,6 +11,8 @@ from typing import Any
 from klab.grid.accelerate_file import check_accelerate_file, launcher_kind
 from klab.grid.cell import Cell
 from klab.grid.cell_builder import CellBuilder
+from klab.grid.claim_cells import read_claims
+from klab.grid.claims import StatedClaim
 from klab.grid.engines import refuse_launcher, refuse_moving_references, refuse_unequal_shares
 from klab.grid.errors import UserError
 from klab.grid.expansion import expand
@@ -42,6 +44,7 @@ KEYS = {
     "tune": "settings that every configuration chooses for itself: values by dotted key, `seeds` of the choice, and "
     "`untuned: false` where the configurations as written need not run beside",
     "analysis": "what the study will be asked: score, margin, contrasts, most seeds; recorded by the first launch",
+    "claims": "sentences about cells, each of which the report says to hold here, to be contradicted, or to be open",
     "evaluate": "what finished policies are evaluated on besides their task: `{lm_eval: [gsm8k]}`",
     "resources": "what a job gets",
     "budget": "the most that the study may use: `{gpu_hours: 200}`",
@@ -83,6 +86,7 @@ class Grid:
         equalities: cells that were merged because their gradients are equal (`klab.harness.dispatch.merging`).
         analysis: the analysis as stated in the file; None where it states none.
         stated: the groups that the stated contrasts compare with the baseline.
+        claims: what is claimed of the cells, and which of them each claim compares.
         budget: the most that it may use; None: no limit.
         notify: whom it tells of its events; None: nobody.
         evaluations: what finished policies are evaluated on besides their task; None: nothing.
@@ -109,6 +113,7 @@ class Grid:
     notify: Notify | None = None
     fraction: Fraction | None = None
     evaluations: Evaluations | None = None
+    claims: tuple[StatedClaim, ...] = ()
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -168,8 +173,8 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
     variants, axes = expansion.variants, expansion.axes
     cells: dict[str, Cell] = {}
     spellings: dict[str, dict[str, None]] = {}
-    for variant in variants:
-        cell = builder.cell(variant, seeds[0])
+    first = [builder.cell(variant, seeds[0]) for variant in variants]
+    for cell in first:
         known = cells.setdefault(cell.id, cell)
         if known is not cell and known.identity != cell.identity:
             raise UserError("two different cells have the same id; change a value slightly", value=cell.id)
@@ -203,6 +208,9 @@ def _grid(data: dict[str, Any], file: str, text: str) -> Grid:
         notify=load_section("notify", data["notify"]) if "notify" in data else None,  # type: ignore[arg-type]
         fraction=expansion.fraction,
         evaluations=_evaluations(data["evaluate"], Path(file)) if "evaluate" in data else None,
+        claims=read_claims(data["claims"], variants, first, axes, builder.settings, baseline, analysis)
+        if "claims" in data
+        else (),
     )
 
 

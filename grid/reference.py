@@ -22,6 +22,7 @@ from klab.grid.parameters import TERMS
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Section
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.claim import Claim
 from klab.grid.schema.evaluate import Evaluations
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.notify import Notify
@@ -94,6 +95,7 @@ def reference() -> str:
     parts += ["## `notify`", "", *_section(Notify), ""]
     parts += ["## `evaluate`", "", *_section(Evaluations), ""]
     parts += ["## `analysis`", "", *_section(AnalysisPlan), "", "### `analysis.stop`", "", *_section(Stop), ""]
+    parts += ["## `claims`: one claim", "", *_section(Claim), ""]
     parts += ["## Symbols", ""]
     symbols = [(each.symbol, f"`{each.code}`" if each.code else "", each.shape, each.meaning) for each in GLOSSARY]
     parts += [*_table(("symbol", "in the code", "shape", "meaning"), symbols), "", "## Sources", ""]

@@ -107,6 +107,22 @@ LM_EVAL = "lm_eval."
 LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "mse")
 """Metrics of lm-evaluation-harness of which less is better."""
 
+FROM_0_TO_1 = (
+    "reward",
+    "accuracy",
+    "pass_at_k",
+    "reward_at_kl",
+    "reward_final",
+    "reward_best",
+    "gap",
+    "accuracy_final",
+    "accuracy_best",
+    "collapsed",
+    "zero_gradient",
+    "parts",
+)
+"""Kinds of scores that are rewards, or shares: five points of them mean the same in every study."""
+
 TRAINING_REWARDS = ("reward_final", "reward_best", "gap")
 """Scores made of the rewards of rollouts."""
 
@@ -149,6 +165,11 @@ class Score:
     higher: bool = True
     argument: float | None = None
     part: str = ""
+
+    @property
+    def from_0_to_1(self) -> bool:
+        """Whether a margin of equivalence in points of a reward has a meaning for it."""
+        return self.kind in FROM_0_TO_1 or (self.kind == "lm_eval" and self.higher)
 
 
 def parse_score(text: str, key: str = "score") -> Score:

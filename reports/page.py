@@ -19,6 +19,8 @@ from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.score import parse_scores
 from klab.reports.across import Across, across_all
 from klab.reports.axis_legend import AxisLegend, formula, legend
+from klab.reports.claim_tables import FAMILY_WORDS, claim_notes, claim_records, write_claims
+from klab.reports.claims import Judged, judged
 from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
@@ -106,8 +108,9 @@ def render(
     tell("comparing")
     parsed = parse_scores(scores) if scores else None
     comparisons, across = compare_all(study, parsed, delta), across_all(study, parsed, delta)
+    claims = judged(study, delta)
     return write_report(
-        study, comparisons, across, out, figures=figures, over=over, gradients=gradients, progress=progress
+        study, comparisons, across, out, claims, figures=figures, over=over, gradients=gradients, progress=progress
     )
 
 
@@ -116,6 +119,7 @@ def write_report(
     comparisons: Sequence[Comparison],
     across: Sequence[Across] = (),
     out: str | Path | None = None,
+    claims: Sequence[Judged] = (),
     *,
     figures: bool = True,
     over: Sequence[str] = (UPDATES,),
@@ -126,6 +130,7 @@ def write_report(
 
     Args:
         out: folder for the report; by default the first run's own ``report``.
+        claims: the verdicts on the study's claims, by `judged`.
         figures: also write each figure as PDF, SVG and PNG.
         over: what stands on the horizontal axis of curves: ``updates``, ``tokens``, ``samples``; of several the page
             has a choice.
@@ -147,7 +152,8 @@ def write_report(
     others = list(comparisons[len(main) :])
     _make_folders(folder)
     tell("tables")
-    write_tables(study, comparisons, across, folder / "tables")
+    write_tables(study, comparisons, across, folder / "tables", claim_records(claims))
+    write_claims(claims, folder / "tables")
     if len(exact := gradient_table(main, gradients)):
         (folder / "tables" / "gradients.csv").write_text(csv(exact), encoding="utf-8", errors="replace")
     sections = []
@@ -180,6 +186,9 @@ def write_report(
             methods=methods(study, main),
             formulas=of_baselines(study, main),
             stated=_stated(study, main),
+            claims=claims,
+            claim_notes=claim_notes(study),
+            family_words=FAMILY_WORDS,
             confirmed=confirmed_rows(study, main),
             tuned=tuned,
             tuned_figures=tuned_figures,

@@ -7,7 +7,7 @@ and `Styler.to_latex` escapes neither a row that begins with a bracket nor the c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,13 @@ _LATEX = {
 }
 
 
-def formatted(comparisons: Sequence[Comparison], form: str, across: Sequence[Across] = ()) -> str:
-    """The summary of all tasks in one of `FORMATS`; JSON also has what was found over all tasks.
+def formatted(
+    comparisons: Sequence[Comparison],
+    form: str,
+    across: Sequence[Across] = (),
+    claims: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The summary of all tasks in one of `FORMATS`; JSON also has what was found over all tasks, and the claims.
 
     Raises:
         UserError: for another format.
@@ -63,7 +68,7 @@ def formatted(comparisons: Sequence[Comparison], form: str, across: Sequence[Acr
     if form == "csv":
         return csv(summary(comparisons))
     if form == "json":
-        return to_json(comparisons, across)
+        return to_json(comparisons, across, claims)
     return "\n\n".join(markdown(c) if form == "md" else latex(c) for c in comparisons) + "\n"
 
 
@@ -82,7 +87,8 @@ def _as_text(value: Any) -> Any:
     return marked.replace("\r\n", "\n").replace("\r", "\n")  # pandas puts line feeds in quotes, and nothing else
 
 
-def _write_csv(frame: pd.DataFrame, path: Path) -> None:
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """A frame as a CSV file; see `csv`."""
     path.write_text(csv(frame), encoding="utf-8", errors="replace")
 
 
@@ -93,12 +99,15 @@ def summary(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     return pd.concat([comparison.table for comparison in comparisons], ignore_index=True)
 
 
-def to_json(comparisons: Sequence[Comparison], across: Sequence[Across] = ()) -> str:
+def to_json(
+    comparisons: Sequence[Comparison], across: Sequence[Across] = (), claims: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """What was run and the whole analysis, for every score and task, with null for what is not a number."""
     found = {
         "schema": 2,
         "comparisons": [comparison_data(comparison) for comparison in comparisons],
         "across": [across_data(one) for one in across],
+        "claims": [_plain(dict(one)) for one in claims],
     }
     return json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -164,28 +173,31 @@ def _plain(value: Any) -> Any:
 def markdown(comparison: Comparison) -> str:
     """A table for a README or a pull request."""
     head = _heads(comparison)
-    lines = [f"**{_md(comparison.task)}**, {_md(comparison.score.title)}, simultaneous 95% intervals over seeds", ""]
+    lines = [
+        f"**{md_text(comparison.task)}**, {md_text(comparison.score.title)}, simultaneous 95% intervals over seeds",
+        "",
+    ]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
     for record in records(comparison.table):
         label, *numbers = _texts(record)
-        lines.append("| " + " | ".join([_md(label), *numbers]) + " |")
+        lines.append("| " + " | ".join([md_text(label), *numbers]) + " |")
     return "\n".join(lines)
 
 
 def latex(comparison: Comparison) -> str:
     """A `table` for a paper, a `longtable` over several pages where it is long; needs booktabs, and longtable then."""
-    head = [_tex(text) for text in _heads(comparison)]
+    head = [tex_text(text) for text in _heads(comparison)]
     body = []
     for record in records(comparison.table):
-        texts = [_tex(text) for text in _texts(record)]
+        texts = [tex_text(text) for text in _texts(record)]
         if record["verdict"] == DIFFERS:
             texts[2] = rf"\textbf{{{texts[2]}}}"
         body.append(" & ".join(texts) + r" \\")
     caption = (
-        f"{_tex(_capital(comparison.score.title))} on {_tex(comparison.task)}: mean over seeds and difference to the "
-        "baseline seed by seed, with simultaneous 95\\% intervals; $p$ adjusted for all cells. Diverged runs count as "
-        "the worst one with a score, failed runs are missing. Bold: differs from the baseline"
-        f"{_tex(f' ({words})') if (words := comparison.baseline_words) else ''}. Equivalent: within "
+        f"{tex_text(_capital(comparison.score.title))} on {tex_text(comparison.task)}: mean over seeds and difference "
+        "to the baseline seed by seed, with simultaneous 95\\% intervals; $p$ adjusted for all cells. Diverged runs "
+        "count as the worst one with a score, failed runs are missing. Bold: differs from the baseline"
+        f"{tex_text(f' ({words})') if (words := comparison.baseline_words) else ''}. Equivalent: within "
         f"$\\pm{comparison.analysis.delta:g}$."
     )
     columns, heads = f"l{'r' * (len(head) - 1)}", [r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
@@ -220,35 +232,43 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _md(text: str) -> str:
+def md_text(text: str) -> str:
+    """Text in a cell of a Markdown table."""
     for letter in "\\|<>`*_[]":
         text = text.replace(letter, "\\" + letter)
     return text.replace("\n", " ")
 
 
-def _tex(text: str) -> str:
+def tex_text(text: str) -> str:
+    """Text in a cell of a LaTeX table."""
     text = "".join(_LATEX.get(letter, letter) for letter in text.replace("\n", " ")).replace("–", "--")
     return "{[}" + text[1:] if text.startswith("[") else text  # a row that begins with [ would be an argument of \\
 
 
-def write_tables(study: Study, comparisons: Sequence[Comparison], across: Sequence[Across], folder: Path) -> None:
+def write_tables(
+    study: Study,
+    comparisons: Sequence[Comparison],
+    across: Sequence[Across],
+    folder: Path,
+    claims: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Summary in every format, one row per cell and seed, and the frames of the analyses."""
     folder.mkdir(parents=True, exist_ok=True)
     for form in FORMATS:
         suffix = {"latex": "tex"}.get(form, form)
         (folder / f"summary.{suffix}").write_text(
-            formatted(comparisons, form, across), encoding="utf-8", errors="replace"
+            formatted(comparisons, form, across, claims), encoding="utf-8", errors="replace"
         )
-    _write_csv(study.cells, folder / "cells.csv")
+    write_csv(study.cells, folder / "cells.csv")
     if across:
         frames = [one.table.assign(score=one.score.name)[["score", *one.table.columns]] for one in across]
-        _write_csv(pd.concat(frames, ignore_index=True), folder / "across.csv")
+        write_csv(pd.concat(frames, ignore_index=True), folder / "across.csv")
     for name in ("levels", "effects", "interactions"):
-        _write_csv(_joined(comparisons, [getattr(each.analysis, name) for each in comparisons]), folder / f"{name}.csv")
+        write_csv(_joined(comparisons, [getattr(each.analysis, name) for each in comparisons]), folder / f"{name}.csv")
     fits = [each.analysis.fit for each in comparisons if each.analysis.fit is not None]
     if len(fits) == len(comparisons):
         for name in ("terms", "predictions"):
-            _write_csv(_joined(comparisons, [getattr(fit, name) for fit in fits]), folder / f"{name}.csv")
+            write_csv(_joined(comparisons, [getattr(fit, name) for fit in fits]), folder / f"{name}.csv")
 
 
 def _joined(comparisons: Sequence[Comparison], frames: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from klab.grid.errors import UserError
 from klab.grid.schema.analysis import AnalysisPlan, Stop
 from klab.grid.schema.base import Count, Minutes, Positive, Section
 from klab.grid.schema.budget import Budget
+from klab.grid.schema.claim import Claim
 from klab.grid.schema.evaluate import Evaluations
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.notify import Notify
@@ -56,6 +57,7 @@ __all__ = [
     "BetaControl",
     "Budget",
     "CalculatorTask",
+    "Claim",
     "CountdownTask",
     "Critic",
     "CustomTask",
@@ -203,8 +205,8 @@ def load_section(kind: str, given: object) -> Section:
     """A section from its mapping.
 
     Args:
-        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis``, ``budget``, ``notify`` or
-            ``evaluate``.
+        kind: ``task``, ``policy``, ``training``, ``resources``, ``analysis``, ``budget``, ``notify``, ``evaluate``, or
+            ``claims.0``, the first entry of `claims`.
         given: what the grid file contains.
 
     Raises:
@@ -251,13 +253,14 @@ _UNNAMED: Mapping[str, type[Section]] = {
     "budget": Budget,
     "notify": Notify,
     "evaluate": Evaluations,
+    "claims": Claim,
 }
 """Sections of which there is one kind."""
 
 
 def _model(kind: str, given: Mapping[str, Any]) -> type[Section]:
-    if kind in _UNNAMED:
-        return _UNNAMED[kind]
+    if (section := kind.partition(".")[0]) in _UNNAMED:
+        return _UNNAMED[section]
     models = TASKS if kind == "task" else POLICIES
     name = given.get("name")
     if name is None:

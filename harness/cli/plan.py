@@ -130,6 +130,8 @@ def plan(
     lines = [line for need in found.memory for line in (need.line(), need.passes_line()) if line is not None]
     for line in dict.fromkeys(lines):
         say(line)
+    for number, claim in enumerate(study.claims, 1):
+        say(f"claim {number}: {claim.claim.claim} ({claim.compared})")
     for line in seen.lines():
         say(line)
     for line in verdict.lines(planned=True) if verdict is not None else ():
@@ -264,6 +266,10 @@ def _record(
             for cell in study.cells
         ],
         "equalities": [{"runs": each.runs, "merged": list(each.merged)} for each in study.equalities],
+        "claims": [
+            {"claim": each.claim.claim, "cells": list(each.cells), "against": list(each.against)}
+            for each in study.claims
+        ],
         "packs": [list(pack.cells) for pack in planned.packs],
         "sizes_from": planned.sizes_from,
         "workers": workers,

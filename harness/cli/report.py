@@ -75,6 +75,8 @@ def report(
     scores = parse_scores(score, "--score") if score else None
     opened = [run_of(name, runs) for name in runs_given]
     from klab.reports.across import across_all
+    from klab.reports.claim_tables import claim_notes, claim_records
+    from klab.reports.claims import judged
     from klab.reports.comparison import compare_all
     from klab.reports.study import load_runs
     from klab.reports.tables import formatted
@@ -84,7 +86,8 @@ def report(
     if form is not None:
         study = load_runs(paths, baseline=baseline, only=only)
         across = across_all(study, scores, delta)
-        say(formatted(compare_all(study, scores, delta), form, across).rstrip("\n"))
+        claims = claim_records(judged(study, delta)) if form == "json" else ()
+        say(formatted(compare_all(study, scores, delta), form, across, claims).rstrip("\n"))
         return
     from klab.reports.figures.effort import parse_units
     from klab.reports.page import write_report
@@ -102,11 +105,13 @@ def report(
         status.update("report: comparing")
         comparisons = compare_all(study, scores, delta)
         across = across_all(study, scores, delta)
+        answers = judged(study, delta)
         page = write_report(
             study,
             comparisons,
             across,
             out,
+            answers,
             figures=figures,
             over=units,
             progress=lambda text: status.update(f"report: {text}"),
@@ -123,7 +128,9 @@ def report(
         _show(comparison)
     for over_tasks in across:
         _show_across(over_tasks)
-    for note in study.notes:
+    for answer in answers:
+        say(f"claim: {answer.claim}: {answer.words}")
+    for note in (*claim_notes(study), *study.notes):
         say(f"note: {note}")
     say(str(page))
 

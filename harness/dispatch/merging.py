@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from klab.grid import Cell, Grid, Objective
+from klab.grid import Cell, Grid, Objective, UserError
+from klab.grid.claims import merged_claims
 from klab.grid.grid_file import Equality
 from klab.grid.user_code import python_command
 from klab.harness.exact.equivalence import contested_fingerprints, equivalence_classes
@@ -77,7 +78,11 @@ def _with_one_of_each(grid: Grid, classes: Sequence[Sequence[Cell]], keep: Colle
     )
     stated = dict.fromkeys(runs_as.get(group, group) for group in grid.stated)
     stated.pop(str(grid.baseline), None)  # what is the baseline's own algorithm differs in nothing from it
-    return replace(grid, cells=cells, equalities=tuple(equalities), stated=tuple(stated))
+    try:
+        claims = merged_claims(grid.claims, runs_as)
+    except UserError as error:
+        raise error.with_location(file=grid.file) from None
+    return replace(grid, cells=cells, equalities=tuple(equalities), stated=tuple(stated), claims=claims)
 
 
 def _measure(unknown: Mapping[tuple[str, bool], Objective], cache: Path, progress: Progress | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from klab.grid import UserError
 from klab.grid.accelerate_file import launcher_kind
 from klab.grid.libraries import libraries
-from klab.harness.store import files, looks, machine, provenance, stated_analysis, tuning
+from klab.harness.store import files, looks, machine, provenance, stated_analysis, stated_claims, tuning
 from klab.harness.store.record_table import encode_table, read_table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _CUTS = ("objective", "task", "policy", "training", "seed")
 """Consecutive entries of a cell; most cells share the values of all but the last."""
-KEPT = ("analysis", "looks", "most_seeds", "extended", "confirms", GROWN)
+KEPT = ("analysis", "claims", "looks", "most_seeds", "extended", "confirms", GROWN)
 """What the manifest keeps from launch to launch beside its cells."""
 
 
@@ -61,7 +61,8 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The manifest of `grid` in the run folder `path`: `existing` itself where the grid changes nothing in it.
 
-    The stated analysis is recorded with every change that it ever has, and so is every number of seeds per cell.
+    The stated analysis and claims are recorded with every change that they ever have, and so is every number of seeds
+    per cell.
 
     Args:
         created: the time of the creation in seconds since 1970; None: that of `existing`, else now.
@@ -76,6 +77,7 @@ def build_manifest(
         return 0 if existing is None else sum(_is_finished(path, identity) for identity in existing["cells"])
 
     manifest = looks.recorded(manifest, existing, results)
+    manifest = stated_claims.recorded(manifest, existing, grid, results)
     return stated_analysis.recorded(manifest, existing, grid, results)
 
 

@@ -101,14 +101,20 @@ class Estimates:
         return judged(estimate, error, freedom, n, bound, alpha, delta)
 
 
-def independent_family(estimate: Array, error: Array, freedom: Array, n: Indices, alpha: float, delta: float) -> Family:
-    """A family of estimates whose dependence is not known, with a critical value by Šidák's inequality."""
+def independent_family(
+    estimate: Array, error: Array, freedom: Array, n: Indices, alpha: float, delta: float | Array
+) -> Family:
+    """A family of estimates whose dependence is not known, with a critical value by Šidák's inequality.
+
+    Args:
+        delta: the margin of all, or of each; 0: none is small enough to count as none.
+    """
     bound = quantile(-np.expm1(np.log1p(-alpha) / max(estimate.size, 1)), freedom)
     return judged(estimate, error, freedom, n, bound, alpha, delta)
 
 
 def judged(
-    estimate: Array, error: Array, freedom: Array, n: Indices, bound: Array, alpha: float, delta: float
+    estimate: Array, error: Array, freedom: Array, n: Indices, bound: Array, alpha: float, delta: float | Array
 ) -> Family:
     """Intervals, p and verdicts of estimates with the critical values `bound` of |t|.
 
@@ -116,7 +122,7 @@ def judged(
         estimate, error, freedom: ``[M]``; where the error is NaN, nothing is said.
         n: seeds behind each estimate.
         alpha: the error rate of the whole family.
-        delta: differences smaller than this count as none.
+        delta: differences smaller than this count as none; of all, or of each.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = np.where(error > 0, estimate / error, np.where(estimate == 0, 0.0, np.inf))
@@ -145,7 +151,7 @@ def _without_lost(alpha: float, known: int, count: int) -> float:
     return float(-np.expm1(np.log1p(-alpha) * known / count))
 
 
-def _more_seeds(estimate: Array, error: Array, freedom: Array, n: Indices, level: Array, delta: float) -> Array:
+def _more_seeds(estimate: Array, error: Array, freedom: Array, n: Indices, level: Array, delta: float | Array) -> Array:
     """Further seeds until the interval, at the present estimate, variance and family, excludes 0 or fits ±delta."""
     size = np.abs(estimate)
     target = np.maximum(size, delta - size)

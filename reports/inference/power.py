@@ -22,7 +22,8 @@ from klab.reports.inference.shrinkage import prior_freedom
 
 POWER = 0.8
 _NODES = 24
-_MOST_SEEDS = 2000
+MOST_SEEDS = 2000
+"""More seeds per cell than these count as hopeless."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def seeds_needed(seen: Callable[[int], float], difference: float) -> int | None:
     low, high = 1, 2
     while not seen(high) <= difference:
         low, high = high, high * 2
-        if high > _MOST_SEEDS:
+        if high > MOST_SEEDS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
