@@ -145,7 +145,7 @@ def _read(run: Run, identities: list[str], marks: Mapping[str, str]) -> Frames:
         elif error is not None:
             row.update(state="failed", error=error[-_ERROR_TAIL:])
         metrics.add(identity, measured)
-        evaluations.add(identity, [_with_parts(row) for row in evaluated])
+        evaluations.add(identity, [evaluation_numbers(row) for row in evaluated])
         for evaluation in spread(evaluated, MOMENTS):
             samples += [_sample(identity, evaluation["update"], item) for item in evaluation.get("samples") or ()]
     columns = ["cell", "mark", "state", "error", "software", *RESULTS]
@@ -160,7 +160,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
     return {f"{LM_EVAL}{name}": number(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
-def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
+def evaluation_numbers(row: dict[str, Any]) -> dict[str, Any]:
     """An evaluation with every part of the reward as a number of its own, ``parts.NAME``."""
     parts = row.get("parts")
     return row | {f"{PARTS}{name}": value for name, value in parts.items()} if isinstance(parts, dict) else row

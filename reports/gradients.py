@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from klab.grid import UserError
 from klab.harness.exact.drift_names import AS_TRAINED, ON_POLICY, is_own
-from klab.harness.store import files
+from klab.harness.store import Run
 from klab.reports.comparison import Comparison
 from klab.reports.frame import records
 from klab.reports.study import Study
@@ -38,8 +38,8 @@ class GradientRow:
 
 
 def load_gradients(study: Study) -> pd.DataFrame | None:
-    """The rows that the exact lab left in the runs' report folders, the first run's first; None without any."""
-    found = [frame for run in study.runs if (frame := _read(run.report / "gradients.json")) is not None]
+    """The rows that the exact lab left in the runs, the first run's first; None without any."""
+    found = [frame for run in study.runs if (frame := _read(run)) is not None]
     return pd.concat(found, ignore_index=True) if found else None
 
 
@@ -102,11 +102,10 @@ def _numbers(row: pd.DataFrame) -> dict[str, float]:
     return {name: float(np.nan if value is None else value) for name, value in values.items()}
 
 
-def _read(file: Path) -> pd.DataFrame | None:
+def _read(run: Run) -> pd.DataFrame | None:
     try:
-        with files.open_file(file) as stream:
-            data = json.loads(stream.read(files.RECORD_BYTES) or b"")
-        frame = pd.DataFrame(data["rows"] if isinstance(data, dict) else data)
-    except (OSError, ValueError, KeyError):
+        data = json.loads(run.gradients_text() or b"")
+        frame = pd.DataFrame(data["rows"])
+    except (OSError, ValueError, KeyError, UserError):
         return None
     return frame if set(COLUMNS) <= set(frame.columns) else None

@@ -87,7 +87,7 @@ def render(
     """Writes the report of one or several runs.
 
     Args:
-        paths: run folders.
+        paths: run folders and archives.
         scores: what cells are compared by, the first is the main one; see `klab.grid.score`. None: as the study states.
         delta: differences smaller than this count as none; None: as the study states, or 0.05.
         baseline: id of the cell to compare with, instead of the grid file's.

@@ -15,10 +15,12 @@ from klab.grid import Cell, UserError
 from klab.grid.score import LM_EVAL
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
+from klab.harness.store.archive import open_run
+from klab.reports.archive import frames_of, left_out_words
 from klab.reports.axes import VariedAxis, axis_table, group_labels, task_labels
 from klab.reports.comparison import compare
 from klab.reports.conduct import Conduct, conduct
-from klab.reports.frame import Frames, read_frames
+from klab.reports.frame import Frames
 from klab.reports.schema import CELLS, SUMMARY
 from klab.reports.software import Software, are_alike, differences, software
 from klab.reports.stages import Arms, Stage, arms
@@ -113,7 +115,7 @@ class Study:
 
 
 def load_run(path: str | Path, *, baseline: str | None = None, cache: bool = True) -> Study:
-    """The study of one run folder: ``load_run("runs/a").summary()``."""
+    """The study of one run folder, or of an archive: ``load_run("runs/a").summary()``."""
     return load_runs([path], baseline=baseline, cache=cache)
 
 
@@ -125,8 +127,8 @@ def load_runs(
     cache: bool = True,
     stage: Stage = "chosen",
 ) -> Study:
-    """The study of several run folders together; a cell that stands in two of them is taken from the first that
-    finished it.
+    """The study of several run folders or archives together; a cell that stands in two of them is taken from the first
+    that finished it.
 
     Args:
         baseline: id (or a part of it) of a cell or configuration to compare with, instead of the grid file's.
@@ -134,14 +136,14 @@ def load_runs(
         stage: of tuned runs, the configurations with the settings that they chose, or those as written.
 
     Raises:
-        UserError: when a folder is not a run, is of another schema, or the baseline or every cell of ``only`` is not in
-            it.
+        UserError: when a folder is neither a run nor an archive, is of another schema, or the baseline or every cell of
+            ``only`` is not in it.
     """
     if not paths:
         raise UserError("nothing to report: name at least one run folder")
-    runs = tuple(Run.open(path) for path in dict.fromkeys(Path(path).resolve() for path in paths))
+    runs = tuple(open_run(path) for path in dict.fromkeys(Path(path).resolve() for path in paths))
     names = _distinct([run.name for run in runs])
-    parts = [read_frames(run, cache) for run in runs]
+    parts = [frames_of(run, cache) for run in runs]
     staged = tuple(arms(run, stage) for run in runs)
     tuned = {key for each in staged if each.tuned is not None for key in each.tuned.keys}
     configurations: dict[str, Cell] = {}
@@ -170,6 +172,7 @@ def load_runs(
     cells["label"] = [labels[group] for group in cells["group"]]
     used = software(cells["software"])
     notes += [*_warnings(cells, runs), *differences(used), *conduct(runs, names, staged).notes]
+    notes += left_out_words(runs, names)
     metrics = [str(name) for name in cells if str(name).startswith(LM_EVAL)]
     return Study(
         runs,

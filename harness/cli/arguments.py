@@ -13,6 +13,7 @@ import klab.grid
 from klab.grid import UserError
 from klab.grid.short_ids import matching_ids
 from klab.harness.store import Run
+from klab.harness.store.archive import Archive, is_archive
 from klab.harness.store.cell_folder import CellFolder
 
 if TYPE_CHECKING:
@@ -81,6 +82,18 @@ def run_of(name: str, runs: Path = RUNS) -> Run:
         raise UserError("is a grid file; this command wants a run", file=name, hint=f"Runs lie in {runs}/.")
     known = sorted(path.parent.name for path in runs.glob("*/manifest.json")) if runs.is_dir() else []
     raise UserError("there is no such run", key="RUN", value=name, allowed=known, hint="`klab launch GRID` makes one.")
+
+
+def study_of(name: str, runs: Path = RUNS) -> Run:
+    """The run or the archive in a folder, or of that name under `runs`.
+
+    Raises:
+        UserError: when there is neither.
+    """
+    for path in (Path(name), runs / name):
+        if is_archive(path):
+            return Archive.open(path)
+    return run_of(name, runs)
 
 
 def cells_of(run: Run, names: Sequence[str] | None) -> list[str]:

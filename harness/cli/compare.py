@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from klab.grid import UserError
-from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, run_of
+from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, study_of
 from klab.harness.cli.table import show
 from klab.harness.cli.text import say, show_json
 
@@ -19,7 +19,8 @@ ScoreOption = Annotated[
 CellArgument = Annotated[
     str,
     typer.Argument(
-        metavar="RUN:CELL", help="A run, a colon, and a cell's id, any part of it, or its name in the report."
+        metavar="RUN:CELL",
+        help="A run or an archive, a colon, and a cell's id, any part of it, or its name in the report.",
     ),
 ]
 
@@ -89,4 +90,4 @@ def _split(text: str, runs: Path) -> tuple[Path, str]:
         raise UserError(
             "is not RUN:CELL", value=text, hint="For example runs/quickstart:k1-loss or quickstart:baseline."
         )
-    return run_of(name, runs).path, cell
+    return study_of(name, runs).path, cell

@@ -18,6 +18,7 @@ from klab.harness.cli.table import show
 from klab.harness.cli.text import say, show_json
 from klab.harness.exact.drift_names import AS_TRAINED, ON_POLICY, is_own
 from klab.harness.store import Run, files
+from klab.harness.store.archive import Archive
 
 if TYPE_CHECKING:
     from klab.harness.exact.gradient_table import Observed
@@ -131,12 +132,13 @@ def gradients(
 
 
 def measure_run(run: Run, most: int, own_code: bool = False) -> None:
-    """Measure a run's configurations for its report, unless that was done before or they are more than ``most``.
+    """Measure a run's configurations for its report, unless that was done before or they are more than ``most``. An
+    archive has what was measured before.
 
     Args:
         own_code: measure those with the user's own functions too, which are imported and called.
     """
-    if (run.report / "gradients.json").exists() and not own_code:
+    if isinstance(run, Archive) or ((run.report / "gradients.json").exists() and not own_code):
         return
     cells = _by_group([Cell.from_resolved(run.resolved(identity)) for identity in run.cells])
     cells = {name: each for name, each in cells.items() if own_code or not each.objective.is_custom}

@@ -30,6 +30,7 @@ COMMANDS = {
     "extend": "Add seeds to a run, or to its open comparisons, without losing the error rate.",
     "confirm": "Run a run's best cells and its baseline again on fresh seeds, as a run of its own.",
     "report": "Write tables, figures and one page about one run or several.",
+    "archive": "Keep a run's results in one small folder, for reports and reruns without the run.",
     "compare": "Compare two cells over their seeds.",
     "watch": "Watch a run live: every open cell with its curves.",
     "serve": "Show a live page of all runs in a browser: states, curves, completions, reports.",

@@ -10,10 +10,11 @@ import typer
 
 from klab.grid import UserError
 from klab.grid.score import parse_scores
-from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, grid_of, run_of
+from klab.harness.cli.arguments import RUNS, DeltaOption, JsonOption, RunsOption, grid_of, study_of
 from klab.harness.cli.gradients import measure_run
 from klab.harness.cli.table import console, show
 from klab.harness.cli.text import say, show_json
+from klab.harness.store.archive import Archive
 
 if TYPE_CHECKING:
     from klab.reports.across import Across
@@ -27,7 +28,9 @@ _LINES = 20
 
 
 def report(
-    runs_given: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names under --runs.")],
+    runs_given: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders or archives, or names under --runs.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the page, figures and tables; default: RUN/report.")
     ] = None,
@@ -73,7 +76,9 @@ def report(
     if form is not None and form not in FORMATS:
         raise UserError("unknown format", key="--format", value=form, allowed=FORMATS)
     scores = parse_scores(score, "--score") if score else None
-    opened = [run_of(name, runs) for name in runs_given]
+    opened = [study_of(name, runs) for name in runs_given]
+    if track and (kept := [run.path for run in opened if isinstance(run, Archive)]):
+        raise UserError("an archive does not keep what trackers get", key="--track", file=kept[0])
     from klab.reports.across import across_all
     from klab.reports.claim_tables import claim_notes, claim_records
     from klab.reports.claims import judged

@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from klab.grid import Cell, Grid, UserError, catalogue, user_code
+from klab.grid import Cell, UserError, catalogue, user_code
 from klab.grid.parameters import TERMS
-from klab.grid.yaml_document import dump_yaml, parse_value
-from klab.harness.cli.arguments import RUNS, Device, DeviceOption, JsonOption, RunArgument, RunsOption, run_of
+from klab.grid.yaml_document import parse_value
+from klab.harness.cli.arguments import RUNS, DeviceOption, JsonOption, RunArgument, RunsOption, study_of
+from klab.harness.cli.repetition import repeat
+from klab.harness.cli.rerun_archived import rerun_archived
 from klab.harness.cli.table import console
 from klab.harness.cli.text import show_json
-from klab.harness.store import CellFolder, Run, machine
-
-if TYPE_CHECKING:
-    from klab.harness.training.runner import Progress as Told
+from klab.harness.store import CellFolder, Run
+from klab.harness.store.archive import Archive
 
 _SECTIONS = ("objective", "task", "policy", "training")
 _SHOWN = ("reward_final", "accuracy_final", "reverse_kl_final", "updates")
@@ -44,17 +42,22 @@ def rerun(
 ) -> None:
     """Repeat one cell in the foreground, and say whether its numbers are those that were stored, bit for bit.
 
-    Timings are not compared. With --set it is another cell: its main numbers are shown beside the stored ones. Exit
+    Timings are not compared. With --set it is another cell: its main numbers are shown beside the stored ones. Of an
+    archive the digests of the cell's numbers are compared, and where they differ, how far the numbers are apart. Exit
     code 1: the cell failed or the numbers differ.
     """
-    opened = run_of(run, runs)
+    opened = study_of(run, runs)
+    if isinstance(opened, Archive):
+        rerun_archived(opened, cell, settings or [], keep, device, as_json)
+        return
     stored = opened.cell(cell)
     repeated = changed(stored, settings or [])
     with (
         tempfile.TemporaryDirectory(prefix="klab-rerun-") as scratch,
         user_code.searching(known=opened.user_code(stored.id)),
     ):
-        folder = _repeat(opened, repeated, keep or Path(scratch) / "run", device, quiet=as_json)
+        place = keep or Path(scratch) / "run"
+        folder = repeat(opened, repeated, place, device, _hardware(opened, repeated), quiet=as_json)
         error = folder.error()
         difference = None if settings else compare(stored, folder)
         results = {"stored": _main_numbers(stored), "repeated": _main_numbers(folder)}
@@ -241,74 +244,11 @@ def _same_bits(old: object, new: object) -> bool:
     return type(old) is type(new) and old == new
 
 
-def _repeat(origin: Run, cell: Cell, place: Path, device: Device | None, quiet: bool) -> CellFolder:
-    """Train the cell in a run folder of its own, with the original's starting policies."""
-    from klab.harness.dispatch import gpus
-    from klab.harness.dispatch.job import run_job
-    from klab.harness.dispatch.local.backend import LocalExecutor
-    from klab.harness.dispatch.threads import limit_threads
-
-    if device is Device.cuda:
-        gpus.require_gpu("--device", device.value)
-    choice = device.value if device else gpus.default_device([cell.policy.name], origin.resources.gpus)
-    if choice == "cpu":
-        gpus.hide_gpus()
-    place.mkdir(parents=True, exist_ok=True)
-    policies = place / "policies"
-    if origin.policies.is_dir() and not policies.exists():
-        policies.symlink_to(origin.policies)
-    scratch = Run.create(place, _alone(origin, cell), origin.created)
-    processes, threads = _recorded(origin, cell, "processes"), min(_recorded(origin, cell, "threads"), machine.cores())
-    limit_threads(threads)
-    with _bar(cell, quiet) as tell:
-        devices = LocalExecutor(device=choice).gpus()[:processes]
-        run_job(
-            scratch.path,
-            (cell.id,),
-            executor="here",
-            threads=threads,
-            progress=tell,
-            processes=processes,
-            devices=devices,
-        )
-    return scratch.cell(cell.id)
-
-
-def _recorded(origin: Run, cell: Cell, what: Literal["processes", "threads"]) -> int:
-    """How many processes trained the cell, or threads of each: as many give the same bits."""
+def _hardware(origin: Run, cell: Cell) -> Mapping[str, Any]:
+    """What trained the cell, as its result says; empty where the run has none of it."""
     result = origin.cell(cell.id).result() if cell.id in origin.cells else None
-    hardware = (result or {}).get("hardware")
-    found = hardware.get(what) if isinstance(hardware, Mapping) else None
-    return found if isinstance(found, int) and found > 0 else 1
-
-
-def _alone(origin: Run, cell: Cell) -> Grid:
-    return Grid(
-        name=f"{origin.name}-rerun",
-        description=f"one cell of {origin.name}, repeated",
-        cells=(cell,),
-        axes={},
-        design="list",
-        seeds=(cell.seed,),
-        baseline=None,
-        resources=origin.resources,
-        track=(),
-        file="rerun.yaml",  # a file of user code given with --set is relative to the working folder
-        text=dump_yaml(cell.resolved()),
-    )
-
-
-@contextmanager
-def _bar(cell: Cell, quiet: bool) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), disable=quiet) as bar:
-        task = bar.add_task("starting", total=cell.training.updates)
-
-        def tell(told: Told) -> None:
-            reward = "" if told.reward is None else f"reward {told.reward:.3f}"
-            bar.update(task, completed=told.update, description=reward or "starting")
-
-        yield tell
+    found = (result or {}).get("hardware")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _main_numbers(folder: CellFolder) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from klab.harness.store import files
+from klab.harness.store.archive import is_archive
 from klab.harness.store.run import Run
 
 KEY = "confirms"
@@ -34,6 +35,6 @@ def default_name(run: Run) -> str:
 
 
 def confirmation_of(run: Run) -> Path | None:
-    """The folder of the confirmation of this run that lies beside it; None where there is none."""
+    """The folder or the archive of the confirmation of this run that lies beside it; None where there is none."""
     path = run.path.parent / default_name(run)
-    return path if (path / "manifest.json").is_file() else None
+    return path if (path / "manifest.json").is_file() or is_archive(path) else None

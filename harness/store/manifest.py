@@ -12,7 +12,7 @@ from klab.grid import UserError
 from klab.grid.accelerate_file import launcher_kind
 from klab.grid.libraries import libraries
 from klab.harness.store import files, looks, machine, provenance, stated_analysis, stated_claims, tuning
-from klab.harness.store.record_table import encode_table, read_table
+from klab.harness.store.record_table import decode_table, encode_table, read_table
 
 if TYPE_CHECKING:
     from klab.grid import Grid
@@ -48,6 +48,17 @@ def read_manifest(file: Path) -> dict[str, Any] | None:
     manifest = read_table(file, "cells", _CUTS)
     if manifest is not None:
         _check(manifest, file)
+    return manifest
+
+
+def decode_manifest(data: bytes, file: Path) -> dict[str, Any]:
+    """The manifest in this text, which stood in `file`.
+
+    Raises:
+        UserError: it is damaged or of another schema.
+    """
+    manifest = decode_table(data, "cells", _CUTS, file)
+    _check(manifest, file)
     return manifest
 
 

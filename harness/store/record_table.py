@@ -115,8 +115,15 @@ def read_table(path: Path, key: str, cuts: tuple[str, ...]) -> dict[str, Any] | 
         UserError: as `files.decode_record` does.
     """
     data = files.read_bytes(path, files.TABLE_BYTES)
-    if data is None:
-        return None
+    return None if data is None else decode_table(data, key, cuts, path)
+
+
+def decode_table(data: bytes, key: str, cuts: tuple[str, ...], path: Path) -> dict[str, Any]:
+    """The record in this text, which `path` had, with `LazyRows` for its entry `key`.
+
+    Raises:
+        UserError: as `files.decode_record` does.
+    """
     try:
         return _split(data, key, cuts, path)
     except ValueError:  # not as `encode_table` writes it: another layout, or damaged

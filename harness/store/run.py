@@ -106,7 +106,10 @@ class Run:
             problem = (
                 "is not a run folder (it has no manifest.json)" if path.is_dir() else "there is no such run folder"
             )
-            raise UserError(problem, file=path, hint="`klab launch GRID` makes one under runs/.")
+            hint = "`klab launch GRID` makes one under runs/."
+            if (path / "archive.json").is_file():
+                hint = "It is an archive of results, for `klab report`, `compare`, `rerun` and `results`."
+            raise UserError(problem, file=path, hint=hint)
         return cls(path, manifest, read_only)
 
     def refresh(self) -> None:
@@ -285,6 +288,14 @@ class Run:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    def gradients_text(self) -> bytes | None:
+        """What the exact lab measured of the run's configurations, as JSON; None where it has not.
+
+        Raises:
+            UserError: the file is no ordinary one, or too large.
+        """
+        return files.read_bytes(self.report / "gradients.json")
 
     def lock(self, purpose: str = "launching", wait: float = _LOCK_WAIT) -> Lock:
         """The lock for whoever submits jobs; a context manager."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,20 @@ def used(run: Run, now: float | None = None) -> Usage:
         sum(hours * key[3] for key, hours in lengths.items()),
         _length(span for found in jobs.values() for span in found) / 3600,
     )
+
+
+def span(run: Run, now: float | None = None) -> _Span | None:
+    """When the first attempt of a cell began and the last one ended, in seconds since 1970; None where none was made.
+
+    Args:
+        now: as in `used`.
+    """
+    moment = time.time() if now is None else now
+    found = []
+    for identity in run.cells:
+        with suppress(UserError):
+            found += [(float(start["at"]), end) for start, end in spans(run.cell(identity), moment)]
+    return (min(begin for begin, _ in found), max(end for _, end in found)) if found else None
 
 
 def spans(folder: CellFolder, now: float) -> list[tuple[Mapping[str, Any], float]]:
