@@ -20,6 +20,7 @@ TASKS = {
     "calculator": "klab.tasks.calculator:Calculator",
     "bandit": "klab.tasks.bandit:Bandit",
     "tabular": "klab.tasks.tabular:Tabular",
+    "strings": "klab.tasks.strings:Strings",
     "proxy": "klab.tasks.proxy:Proxy",
     "gsm8k": "klab.tasks.gsm8k:Gsm8k",
     "math": "klab.tasks.mathematics:Mathematics",

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from klab.grid.errors import UserError
-from klab.grid.schema.base import Count, GrownSection, Positive, Section
+from klab.grid.schema.base import Count, GrownSection, NonNegative, Positive, Section
 from klab.grid.user_code import names_user_code
 
 REWARDS = ("exact", "math", "format")
@@ -101,13 +101,29 @@ class TabularTask(RewardTable):
         return int(self.symbols**self.horizon)
 
 
-GoldTask = AdditionTask | CountdownTask | CalculatorTask | BanditTask | TabularTask
+class StringsTask(Section):
+    """Strings of a small alphabet with a graded reward in 0..1: weights of symbols and of pairs of neighbours, drawn
+    from ``seed``, less the cost of repetition. The starting policy writes strings at random."""
+
+    name: Literal["strings"] = "strings"
+    symbols: Annotated[int, Field(ge=2, le=26)] = 8
+    """Letters of the alphabet."""
+    length: Annotated[int, Field(ge=2, le=128)] = 16
+    """Symbols of a string."""
+    repetition: NonNegative = 20.0
+    """Cost of repetition: it is taken off the logit of the reward, times the square of the string's concentration."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the weights."""
+
+
+GoldTask = AdditionTask | CountdownTask | CalculatorTask | BanditTask | TabularTask | StringsTask
 _GOLD: dict[str, type[Section]] = {
     "addition": AdditionTask,
     "countdown": CountdownTask,
     "calculator": CalculatorTask,
     "bandit": BanditTask,
     "tabular": TabularTask,
+    "strings": StringsTask,
 }
 
 
@@ -508,6 +524,7 @@ TaskSection = (
     | CalculatorTask
     | BanditTask
     | TabularTask
+    | StringsTask
     | ProxyTask
     | Gsm8kTask
     | MathTask
@@ -523,6 +540,7 @@ TASKS: dict[str, type[Section]] = {
     "calculator": CalculatorTask,
     "bandit": BanditTask,
     "tabular": TabularTask,
+    "strings": StringsTask,
     "proxy": ProxyTask,
     "gsm8k": Gsm8kTask,
     "math": MathTask,
