@@ -18,6 +18,7 @@ TASKS = {
     "addition": "klab.tasks.addition:Addition",
     "countdown": "klab.tasks.countdown:Countdown",
     "calculator": "klab.tasks.calculator:Calculator",
+    "word_problems": "klab.tasks.word_problems:WordProblems",
     "bandit": "klab.tasks.bandit:Bandit",
     "tabular": "klab.tasks.tabular:Tabular",
     "strings": "klab.tasks.strings:Strings",
@@ -139,9 +140,16 @@ def alphabet_of(task: Task) -> str:
             value="tiny",
             hint="Take a pretrained model: policy: {name: hf, model: …}.",
         )
-    if not task.split("train")[0].solution:
-        raise UserError("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
+    require_solutions(task)
     return task.alphabet
+
+
+def require_solutions(task: Task) -> None:
+    """Raises UserError for a task without reference solutions, on which tiny and small policies are trained."""
+    if not task.split("train")[0].solution:
+        raise UserError(
+            "a tiny or small policy needs reference solutions to warm up on", key="task.name", value=task.name
+        )
 
 
 def load_task(section: Any) -> Task:

@@ -26,10 +26,9 @@ class Lora(Section):
     layer."""
 
 
-class TinyPolicy(Section):
-    """A small transformer from scratch, warmed up on the task's solutions; it is also the reference policy."""
+class ScratchPolicy(Section):
+    """A transformer from scratch, trained on the task before the first cell starts; it is also the reference policy."""
 
-    name: Literal["tiny"] = "tiny"
     family: Literal["llama", "qwen2", "qwen3"] = "llama"
     """Architecture of the decoder."""
     hidden: Annotated[int, Field(ge=4, le=4096)] = 64
@@ -54,6 +53,39 @@ class TinyPolicy(Section):
     """Train low-rank adapters instead of all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same gradient."""
+
+
+class TinyPolicy(ScratchPolicy):
+    """A small transformer from scratch that reads characters, warmed up on the task's solutions; it is also the
+    reference policy."""
+
+    name: Literal["tiny"] = "tiny"
+
+
+class SmallPolicy(ScratchPolicy):
+    """A transformer of a few million parameters that reads byte-level BPE tokens. Tokenizer and weights are made here
+    from the text of the task's training split: prompts with their solutions, the weights by next-token prediction until
+    `warmup_accuracy` is reached. It is also the reference policy."""
+
+    name: Literal["small"] = "small"
+    family: Literal["llama", "qwen2", "qwen3"] = "qwen2"
+    """Architecture of the decoder."""
+    hidden: Annotated[int, Field(ge=4, le=4096)] = 192
+    """Width of the residual stream; an even multiple of `heads`."""
+    layers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Number of layers."""
+    heads: Count = 6
+    """Attention heads."""
+    kv_heads: Count | None = 2
+    """Key and value heads (grouped-query attention), a divisor of `heads`; null: as many as `heads`."""
+    intermediate: Count = 640
+    """Width of the feed-forward layers."""
+    vocabulary: Annotated[int, Field(ge=300, le=65536)] = 1024
+    """Most tokens of the tokenizer: 256 bytes, two special tokens, and merges, of which plain text may have fewer."""
+    warmup_accuracy: Annotated[float, Field(ge=0.2, le=0.5)] = 0.3
+    """Pretraining stops at this accuracy on the task; the result is the starting and the reference policy."""
+    warmup_updates_max: Count = 2000
+    """Most updates of pretraining."""
 
 
 class HfPolicy(Section):
@@ -104,8 +136,8 @@ class HfPolicy(Section):
         return "float32" if chosen == "auto" else chosen
 
 
-PolicySection = TinyPolicy | HfPolicy
-POLICIES: dict[str, type[Section]] = {"tiny": TinyPolicy, "hf": HfPolicy}
+PolicySection = TinyPolicy | SmallPolicy | HfPolicy
+POLICIES: dict[str, type[Section]] = {"tiny": TinyPolicy, "small": SmallPolicy, "hf": HfPolicy}
 
 _WITHOUT_BFLOAT16 = re.compile(
     r"(?<![a-z0-9])(v100|t4|p100|p40|p4|k80|m40|m60|titan|gtx|rtx_?20|rtx_?[4568]000$|20[678]0)", re.IGNORECASE

@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from klab.grid.errors import UserError
 from klab.grid.schema.base import NonNegative, Positive, Section
-from klab.grid.schema.policy import HfPolicy, TinyPolicy
+from klab.grid.schema.policy import PolicySection
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -181,7 +181,7 @@ def check_processes(sampler: Sampler, count: int) -> None:
         )
 
 
-def check_sampled_policy(sampler: Sampler, policy: TinyPolicy | HfPolicy) -> None:
+def check_sampled_policy(sampler: Sampler, policy: PolicySection) -> None:
     """Raises UserError where a sampler cannot run a policy."""
     if sampler.engine != "vllm":
         return

@@ -15,7 +15,7 @@ from klab.grid.schema.claim import Claim
 from klab.grid.schema.evaluate import Evaluations
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy
 from klab.grid.schema.notify import Notify
-from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, TinyPolicy
+from klab.grid.schema.policy import POLICIES, HfPolicy, Lora, PolicySection, ScratchPolicy, SmallPolicy, TinyPolicy
 from klab.grid.schema.sampler import Rejection, Sampler, check_sampler
 from klab.grid.schema.task import (
     TASKS,
@@ -34,6 +34,7 @@ from klab.grid.schema.task import (
     TabularTask,
     TaskSection,
     VerifiersTask,
+    WordProblemsTask,
     check_table,
 )
 from klab.grid.schema.training import (
@@ -79,6 +80,7 @@ __all__ = [
     "RewardTerm",
     "Sampler",
     "Section",
+    "SmallPolicy",
     "Stop",
     "StopBounds",
     "StopRule",
@@ -88,6 +90,7 @@ __all__ = [
     "TrainingSection",
     "TrustRegion",
     "VerifiersTask",
+    "WordProblemsTask",
     "default_of",
     "load_section",
     "parse_gpus",
@@ -221,8 +224,8 @@ def load_section(kind: str, given: object) -> Section:
         raise _user_error(kind, model, error) from None
     if isinstance(section, TrainingSection):
         _check_training(section)
-    if isinstance(section, TinyPolicy):
-        _check_tiny(section)
+    if isinstance(section, ScratchPolicy):
+        _check_heads(section)
     if isinstance(section, HfPolicy):
         _check_sharding(section)
     if isinstance(section, Resources) and section.gpus and section.processes_per_node > section.gpus:
@@ -398,7 +401,7 @@ def _check_sharding(section: HfPolicy) -> None:
         )
 
 
-def _check_tiny(section: TinyPolicy) -> None:
+def _check_heads(section: ScratchPolicy) -> None:
     if section.hidden % section.heads or (section.hidden // section.heads) % 2:
         raise UserError(
             "must be an even multiple of policy.heads",

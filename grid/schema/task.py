@@ -60,6 +60,16 @@ class CalculatorTask(Section):
     """Calculator calls per episode, at most."""
 
 
+class WordProblemsTask(Section):
+    """Short stories with one sentence of working per step and a marked answer, in GSM8K's manner."""
+
+    name: Literal["word_problems"] = "word_problems"
+    steps: Annotated[int, Field(ge=1, le=6)] = 1
+    """How often something is added or taken away."""
+    largest: Annotated[int, Field(ge=5, le=99)] = 20
+    """Largest number that a problem names."""
+
+
 class RewardTable(Section):
     """A reward table, drawn from ``seed`` or listed."""
 
@@ -522,6 +532,7 @@ TaskSection = (
     AdditionTask
     | CountdownTask
     | CalculatorTask
+    | WordProblemsTask
     | BanditTask
     | TabularTask
     | StringsTask
@@ -538,6 +549,7 @@ TASKS: dict[str, type[Section]] = {
     "addition": AdditionTask,
     "countdown": CountdownTask,
     "calculator": CalculatorTask,
+    "word_problems": WordProblemsTask,
     "bandit": BanditTask,
     "tabular": TabularTask,
     "strings": StringsTask,

@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": "Show a live page of all runs in a browser: states, curves, completions, reports.",
     "gradients": "Measure bias, variance and cosine of cells' gradient estimators by enumeration.",
     "claims": "Check the book of claims.",
+    "pretrain": "Train the policy that a grid's cells start from, as a model of its own.",
     "crosscheck": "Train a cell for a few updates on klab's engine and on TRL from the same rollouts, and compare.",
     "axes": "List the axes and values of the objective, with formulas and sources.",
     "formula": "Print loss and gradient of an algorithm, a cell or a grid's configurations, as a paper would.",

@@ -159,7 +159,7 @@ class MemoryNeed:
         policy: Any = self.cell.policy
         count = self.estimate.parameters
         size = f"{count / 1e9:.2g} billion" if count >= 1e8 else f"{count:,}"
-        model = policy.model if policy.name == "hf" else "a tiny policy"
+        model = policy.model if policy.name == "hf" else f"a {policy.name} policy"
         cells = "a cell" if self.cells == 1 else f"{self.cells} cells at once"
         times = f" in {self.job.processes} processes" if self.job.processes > 1 and not self.job.on_gpu else ""
         return f"{cells} of {model} with {size} parameters{times}"

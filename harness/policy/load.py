@@ -31,7 +31,7 @@ def load_policy(
     """`cells` policies with the weights of one checkpoint.
 
     Args:
-        section: the grid's policy section, `tiny` or `hf`.
+        section: the grid's policy section.
         start: the folder that `initial_policy` returned.
         seeds: of each cell's new adapters; 0, 1, … unless given.
         group: torch's process group in which a section with `sharding: full` shares out its weights; None: all
@@ -55,7 +55,7 @@ def load_policy(
         policy = StackedPolicy.from_pretrained(start, cells=1 if lora else cells, dtype=dtype, device=device)
         policy = policy if lora is None else policy.with_lora(lora, seeds)
         policy.gradient_checkpointing = section.gradient_checkpointing
-    local = section.name == "tiny" or Path(section.model).expanduser().is_dir()
+    local = section.name != "hf" or Path(section.model).expanduser().is_dir()
     policy.origin = str(Path(start).absolute()) if local else section.model
     policy.revision = None if local else section.revision
     return policy

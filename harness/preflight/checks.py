@@ -23,12 +23,14 @@ from klab.harness.preflight.memory import (
     estimate_memory,
     memory_keys,
     pretrained_sizes,
+    stacked_sizes,
+    tiny_architecture,
     tiny_sizes,
     workload,
 )
 from klab.harness.preflight.process import Finding
 from klab.harness.training.data.notes import divergence_notes, sampling_notes, small_set_notes
-from klab.tasks.task import Score, SplitName, Task, alphabet_of, lists_prompts, load_task
+from klab.tasks.task import Score, SplitName, Task, alphabet_of, lists_prompts, load_task, require_solutions
 
 T = TypeVar("T")
 Model = tuple[Any, Any]
@@ -50,7 +52,7 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
         models: dict[str, Model | None] = {}
         sizes: dict[tuple[str, str], Sizes | None] = {}
         estimated: set[tuple[str, ...]] = set()
-        warmed: set[str] = set()
+        warmed: set[tuple[str, str]] = set()
         engines: set[object] = set()
         for cell, memory_key in zip(cells, memory_keys(cells), strict=True):
             if cell.training.engine == "trl" and cell.training.trl not in engines:
@@ -61,9 +63,14 @@ def check(cells: Sequence[Cell], file: Path) -> Iterator[Finding | MemoryEstimat
             task_key, policy_key = cell.task.model_dump_json(), cell.policy.model_dump_json()
             if task_key not in tasks:
                 tasks[task_key] = yield from _tried(partial(load_and_score, cell.task), file, "task", cell.task.name)
-            if (task := tasks[task_key]) is not None and cell.policy.name == "tiny" and task_key not in warmed:
-                warmed.add(task_key)
-                yield from _tried(partial(alphabet_of, task), file, "policy")
+            if (
+                (task := tasks[task_key]) is not None
+                and cell.policy.name != "hf"
+                and (task_key, cell.policy.name) not in warmed
+            ):
+                warmed.add((task_key, cell.policy.name))
+                ready = alphabet_of if cell.policy.name == "tiny" else require_solutions
+                yield from _tried(partial(ready, task), file, "policy")
             if policy_key not in models:
                 models[policy_key] = yield from _tried(partial(load_model, cell.policy), file, "policy")
             model = models[policy_key]
@@ -195,6 +202,8 @@ def model_sizes(policy: Any, model: Model | None, task: Task) -> Sizes | None:
     Raises:
         UserError: an engine or adapters that the model cannot have.
     """
+    if policy.name == "small":
+        return stacked_sizes(policy, tiny_architecture(policy, policy.vocabulary))
     if policy.name == "tiny":
         return tiny_sizes(policy, task.alphabet) if task.alphabet else None
     return pretrained_sizes(policy, model[1]) if model is not None else None
@@ -221,7 +230,7 @@ def small_sets(cell: Cell, task: Task) -> Iterator[str]:
 
 
 def load_model(policy: Any) -> Model | None:
-    """Tokenizer and configuration of a pretrained model, whose weights are not looked at; None for a tiny policy.
+    """Tokenizer and configuration of a pretrained model, whose weights are not looked at; None where it is made here.
 
     Raises:
         UserError: there is no such model, or no tokenizer and end token that belong to it.

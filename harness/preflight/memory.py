@@ -135,9 +135,9 @@ def memory_keys(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
 
     keys: list[tuple[str, ...]] = []
     for cell in cells:
-        task = text(cell.task) if cell.policy.name == "tiny" else ""  # a tiny policy's vocabulary is the task's
+        task = text(cell.task) if cell.policy.name != "hf" else ""  # a tiny policy's vocabulary is the task's
         critic = cell.training.critic
-        work = "" if cell.policy.name == "tiny" else f"{text(cell.task)}{workload_settings(cell)}"
+        work = "" if cell.policy.name != "hf" else f"{text(cell.task)}{workload_settings(cell)}"
         kind = critic.kind if critic is not None else ""
         keys.append((text(cell.policy), task, kind, work, cell.training.engine, _moving_reference(cell)))
     return keys

@@ -1,9 +1,13 @@
-"""Supervised warm-up: train on reference solutions until the accuracy suits reinforcement learning, neither 0 nor 1."""
+"""Supervised warm-up: train on reference solutions until the accuracy suits reinforcement learning, neither 0 nor 1.
+
+A tiny policy learns the solutions given their prompts; a small one the whole texts, as in pretraining.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,23 +19,51 @@ from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions, TranscribingEnvironment
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
-from klab.tasks.task import TURN_END, Example, Task, scores_transcripts
+from klab.tasks.task import TURN_END, Example, Task, require_solutions, scores_transcripts
 
 MIN_ACCURACY, MAX_ACCURACY = 0.2, 0.5
-BATCH_SIZE, LEARNING_RATE, LR_WARMUP_UPDATES = 128, 3e-3, 50
-EVALUATE_EVERY, EVALUATION_EXAMPLES, PATIENCE = 10, 256, 40
+PATIENCE = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a policy is warmed up.
+
+    Attributes:
+        batch_size: examples per update.
+        learning_rate: Adam's, after `lr_warmup_updates` of linear warm-up.
+        evaluate_every: updates between evaluations on `evaluation_examples` held-out examples.
+        prompts_too: next-token prediction on prompts and solutions, rather than on solutions given prompts.
+    """
+
+    batch_size: int
+    learning_rate: float
+    lr_warmup_updates: int
+    evaluate_every: int
+    evaluation_examples: int
+    prompts_too: bool
+
+
+TINY = Recipe(128, 3e-3, 50, 10, 256, prompts_too=False)
+SMALL = Recipe(24, 2e-3, 50, 20, 128, prompts_too=True)
 
 Progress = Callable[[int, int, float], None]
 """`progress(update, updates_max, accuracy)`."""
 
 
 def warm_up(
-    policy: StackedPolicy, task: Task, target: float, updates_max: int, seed: int, progress: Progress | None = None
+    policy: StackedPolicy,
+    task: Task,
+    target: float,
+    updates_max: int,
+    seed: int,
+    progress: Progress | None = None,
+    recipe: Recipe = TINY,
 ) -> dict[str, Any]:
     """Train a policy of one cell in place until its accuracy first reaches `target`.
 
-    Adam on the mean log-likelihood of the solutions' tokens. Every few updates one sample (temperature 1) is drawn
-    for each of 256 held-out examples. Where the accuracy exceeds the upper limit, the updates since the evaluation
+    Adam on the mean log-likelihood of the tokens. Every few updates one sample (temperature 1) is drawn for each of
+    some held-out examples. Where the accuracy exceeds the upper limit, the updates since the evaluation
     before are undone and repeated at a quarter of the learning rate. An accuracy inside 0.2..0.5 that has not improved
     for 40 evaluations is accepted.
 
@@ -41,23 +73,24 @@ def warm_up(
     Raises:
         UserError: no reference solutions, or an accuracy outside 0.2..0.5 after `updates_max` updates.
     """
+    require_solutions(task)
     train, held_out = task.split("train"), task.split("held_out")
-    if not train[0].solution:
-        raise UserError("a tiny policy needs reference solutions to warm up on", key="task.name", value=task.name)
     chooser = random.Random(f"warm-up {seed}")
-    examples = [held_out[i] for i in range(min(EVALUATION_EXAMPLES, len(held_out)))]
-    optimizer = torch.optim.Adam(list(policy.parameters.values()), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
-    rate, update, accuracy = LEARNING_RATE, 0, 0.0
+    examples = [held_out[i] for i in range(min(recipe.evaluation_examples, len(held_out)))]
+    rate, update, accuracy = recipe.learning_rate, 0, 0.0
+    optimizer = torch.optim.Adam(list(policy.parameters.values()), lr=rate, betas=(0.9, 0.99), fused=True)
     best, waited = 0.0, 0
     kept = _snapshot(policy)
     while accuracy < target and update < updates_max and not (waited >= PATIENCE and accuracy >= MIN_ACCURACY):
-        for _ in range(min(EVALUATE_EVERY, updates_max - update)):
+        for _ in range(min(recipe.evaluate_every, updates_max - update)):
             update += 1
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, update / LR_WARMUP_UPDATES)
-            batch = [train[chooser.randrange(len(train))] for _ in range(BATCH_SIZE)]
+                group["lr"] = rate * min(1.0, update / recipe.lr_warmup_updates)
+            batch = [train[chooser.randrange(len(train))] for _ in range(recipe.batch_size)]
             optimizer.zero_grad()
             rollout = solution_rollout(policy, task, batch)
+            if recipe.prompts_too:
+                rollout = with_prompts(rollout)
             torch.autograd.backward(-token_scores(policy, [rollout])[0].logp.sum() / rollout.mask.sum())
             optimizer.step()
         accuracy = sampled_accuracy(policy, task, examples, seed)
@@ -77,7 +110,7 @@ def warm_up(
             value=updates_max,
             hint="Allow more updates, enlarge the policy, or choose an easier task.",
         )
-    return {"updates": update, "accuracy": accuracy, "examples": update * BATCH_SIZE}
+    return {"updates": update, "accuracy": accuracy, "examples": update * recipe.batch_size}
 
 
 def solution_rollout(policy: StackedPolicy, task: Task, examples: Sequence[Example]) -> Rollout:
@@ -108,6 +141,23 @@ def solution_rollout(policy: StackedPolicy, task: Task, examples: Sequence[Examp
         truncated=torch.zeros(len(rows), dtype=torch.bool, device=device),
         texts=[e.solution.replace(TURN_END, "") for e in examples],
     )
+
+
+def with_prompts(rollout: Rollout) -> Rollout:
+    """The same texts, scored whole: of each prompt only its first token is given, the others belong to the mask."""
+    moved = [torch.tensor(prompt[1:], dtype=torch.long) for prompt in rollout.prompts]
+    width = max(len(each) for each in moved) + rollout.tokens.shape[1]
+    count, device = len(moved), rollout.tokens.device
+    tokens = torch.zeros(count, width, dtype=torch.long, device=device)
+    mask, present = (torch.zeros(count, width, dtype=torch.bool, device=device) for _ in range(2))
+    for row, each in enumerate(moved):
+        own = slice(len(each), len(each) + rollout.tokens.shape[1])
+        tokens[row, : len(each)], tokens[row, own] = each, rollout.tokens[row]
+        mask[row, : len(each)], mask[row, own] = True, rollout.mask[row]
+        present[row, : len(each)], present[row, own] = True, rollout.present[row]
+    first = [prompt[:1] for prompt in rollout.prompts]
+    logp = torch.zeros(count, width, device=device)
+    return replace(rollout, prompts=first, tokens=tokens, mask=mask, present=present, logp=logp)
 
 
 def _turns(task: Task, example: Example) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from klab.harness.store.files import share_folder
 
 
-def made_once(folder: Path, marker: str, build: Callable[[Path], None]) -> Path:
+def made_once(folder: Path, marker: str, build: Callable[[Path], object]) -> Path:
     """The folder, made by `build` in a scratch folder beside it unless it is there, and renamed into place.
 
     Args:
@@ -25,11 +25,16 @@ def made_once(folder: Path, marker: str, build: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f"{folder.name}.lock"):
         if not (folder / marker).exists():
-            _make(folder, build)
+            make_whole(folder, build)
     return folder
 
 
-def _make(folder: Path, build: Callable[[Path], None]) -> None:
+def make_whole(folder: Path, build: Callable[[Path], object]) -> None:
+    """Have `build` fill a scratch folder beside `folder`, which then takes that name: complete, or not at all.
+
+    Raises:
+        OSError: with ENOTEMPTY or EEXIST, where something else has taken the name meanwhile.
+    """
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         build(scratch)

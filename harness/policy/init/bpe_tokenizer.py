@@ -1,0 +1,41 @@
+"""A byte-level BPE tokenizer (Sennrich et al. 2016; bytes as in GPT-2) trained here, split into words as Qwen2's is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from klab.harness.policy.init.char_tokenizer import EOS, PAD
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2's tokenizer splits text before merging: a word with the space before it, every digit by itself."""
+
+
+def bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """At most `size` tokens: `<pad>` (0), `<end>` (1), the 256 bytes, and the merges that these texts ask for most.
+
+    Every text can be encoded, and decoding gives it back; no token marks its beginning.
+    """
+    backend = Tokenizer(BPE())
+    words = Split(Regex(QWEN2_WORDS), behavior="isolated")
+    backend.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
