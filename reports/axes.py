@@ -18,7 +18,16 @@ from klab.grid.user_code import names_user_code
 
 _NEUTRAL = ("none", "one")
 _OUTSIDE = ("task",)
-_TITLES = {"training.lr": "learning rate", "policy.name": "policy", "beta": "KL coefficient β"}
+_REWARD_MODEL = tuple(name for name in ProxyTask.model_fields if name not in ("name", "gold"))
+"""How a proxy's reward model is made: settings of a task that do not make it another one."""
+_TITLES = {
+    "training.lr": "learning rate",
+    "policy.name": "policy",
+    "beta": "KL coefficient β",
+    "task.pairs": "preference pairs",
+}
+_TITLES |= {"task.hidden": "reward model's width", "task.layers": "reward model's layers"}
+_TITLES |= {"task.epochs": "reward model's epochs", "task.proxy_seed": "reward model's seed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,7 @@ class VariedAxis:
     @property
     def short(self) -> str:
         """The key without its section, for labels: ``lr`` for ``training.lr``."""
-        return self.key.removeprefix("training.").removeprefix("objective.")
+        return self.key.removeprefix("training.").removeprefix("objective.").removeprefix("task.")
 
 
 def shown(value: Any) -> str:
@@ -83,10 +92,13 @@ def _with_parameters(data: Mapping[str, Any]) -> str:
 
 
 def task_labels(cells: Mapping[str, Cell]) -> dict[str, str]:
-    """By group, the label of its task; where several tasks would have the same one, with the settings that differ."""
+    """By group, the label of its task; where several tasks would have the same one, with the settings that differ.
+
+    Proxies of one gold reward are one task, however their reward models were made: that is an axis.
+    """
     plain = {group: task_label(cell) for group, cell in cells.items()}
     settings = {
-        group: {key: _setting(value) for key, value in cell.task if key not in ("name", *NUMERICALLY_IDLE)}
+        group: {key: _setting(value) for key, value in cell.task if key not in _untold(cell.task)}
         | {key: _setting(value) for key, value in (cell.task.model_extra or {}).items()}
         for group, cell in cells.items()
     }
@@ -100,6 +112,10 @@ def task_labels(cells: Mapping[str, Cell]) -> dict[str, str]:
             rest = ", ".join(f"{key}={settings[group].get(key, 'none')}" for key in differing)
             plain[group] = f"{label[:-1]}, {rest})" if label.endswith(")") else f"{label}({rest})"
     return plain
+
+
+def _untold(task: Section) -> tuple[str, ...]:
+    return ("name", *NUMERICALLY_IDLE, *(_REWARD_MODEL if isinstance(task, ProxyTask) else ()))
 
 
 def _setting(value: Any) -> str:
@@ -211,11 +227,18 @@ def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
             result[parameter if parameter in own or parameter == "beta" else (axis, parameter)] = value
     result |= {name: getattr(cell.objective, name) for name in TERMS}
     result["task"] = task_label(cell)
+    if isinstance(cell.task, ProxyTask):
+        result |= {f"task.{name}": _reward_model_setting(cell, name) for name in _REWARD_MODEL}
     for section in ("policy", "training"):
         for name, value in getattr(cell, section):
             if not name.startswith("checkpoint_") and name != "micro_batch":
                 result[f"{section}.{name}"] = shown(value)
     return result
+
+
+def _reward_model_setting(cell: Cell, name: str) -> str:
+    value = getattr(cell.task, name)
+    return "the cell's" if name == "proxy_seed" and value is None else shown(value)
 
 
 def _without(fields: Mapping[Any, Any], tuned: Collection[str]) -> dict[Any, Any]:

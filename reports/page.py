@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.score import parse_scores
+from klab.reports import over_optimisation
 from klab.reports.across import Across, across_all
 from klab.reports.axis_legend import AxisLegend, formula, legend
 from klab.reports.claim_tables import FAMILY_WORDS, claim_notes, claim_records, write_claims
@@ -32,6 +33,7 @@ from klab.reports.figures.sensitivity import sensitivity
 from klab.reports.findings import Findings, find
 from klab.reports.formulas import of_baselines
 from klab.reports.frame import records
+from klab.reports.gold_tables import write_over_optimisation
 from klab.reports.gradients import GradientRow, gradient_rows, gradient_table, load_gradients
 from klab.reports.methods import methods
 from klab.reports.provenance import cost_unit, provenance
@@ -54,6 +56,7 @@ class TaskSection:
         baseline: what the baseline is on the varied axes.
         unit: what hours are counted of, core or GPU.
         plots: by name, a drawing with its inline SVG; several where it is there once per unit of effort.
+        gold: what the gold reward did, where one was recorded.
     """
 
     key: str
@@ -69,6 +72,16 @@ class TaskSection:
     details: list[Detail]
     gradients: list[GradientRow]
     theory: str
+    gold: Gold | None
+
+
+class Gold(NamedTuple):
+    """What the page says of over-optimisation: a sentence, and the printed table with its caption."""
+
+    sentence: str
+    heads: list[str]
+    rows: list[tuple[str, list[str]]]
+    caption: str
 
 
 def render(
@@ -153,6 +166,7 @@ def write_report(
     _make_folders(folder)
     tell("tables")
     write_tables(study, comparisons, across, folder / "tables", claim_records(claims))
+    write_over_optimisation(study, comparisons, folder / "tables")
     write_claims(claims, folder / "tables")
     if len(exact := gradient_table(main, gradients)):
         (folder / "tables" / "gradients.csv").write_text(csv(exact), encoding="utf-8", errors="replace")
@@ -254,7 +268,17 @@ def _section(
         details=details(study, comparison),
         gradients=gradient_rows(comparison, gradients),
         theory=theory_words(predictors(comparison, gradients)),
+        gold=_gold(study, comparison),
     )
+
+
+def _gold(study: Study, comparison: Comparison) -> Gold | None:
+    frame = over_optimisation.table(study, comparison)
+    if frame.empty:
+        return None
+    rows = [(row["group"], over_optimisation.texts(row)) for row in records(frame)]
+    words = over_optimisation.sentence(frame, comparison.baseline)
+    return Gold(words, over_optimisation.heads(frame), rows, over_optimisation.CAPTION)
 
 
 def _figure(drawing: Drawing, folder: Path | None) -> Markup:

@@ -48,6 +48,7 @@ _LATEX = {
     "·": r"$\cdot$",
     "×": r"$\times$",
     "β": r"$\beta$",
+    "√": r"$\surd$",
     "…": r"\ldots{}",
 }
 
@@ -172,16 +173,15 @@ def _plain(value: Any) -> Any:
 
 def markdown(comparison: Comparison) -> str:
     """A table for a README or a pull request."""
-    head = _heads(comparison)
-    lines = [
-        f"**{md_text(comparison.task)}**, {md_text(comparison.score.title)}, simultaneous 95% intervals over seeds",
-        "",
-    ]
-    lines += ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
-    for record in records(comparison.table):
-        label, *numbers = _texts(record)
-        lines.append("| " + " | ".join([md_text(label), *numbers]) + " |")
-    return "\n".join(lines)
+    title = f"**{md_text(comparison.task)}**, {md_text(comparison.score.title)}, simultaneous 95% intervals over seeds"
+    rows = [_texts(record) for record in records(comparison.table)]
+    return "\n".join([title, "", *md_rows(_heads(comparison), rows)])
+
+
+def md_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table whose first column is text."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
+    return lines + ["| " + " | ".join([md_text(label), *numbers]) + " |" for label, *numbers in rows]
 
 
 def latex(comparison: Comparison) -> str:
@@ -200,6 +200,11 @@ def latex(comparison: Comparison) -> str:
         f"{tex_text(f' ({words})') if (words := comparison.baseline_words) else ''}. Equivalent: within "
         f"$\\pm{comparison.analysis.delta:g}$."
     )
+    return tex_table(head, body, caption)
+
+
+def tex_table(head: Sequence[str], body: Sequence[str], caption: str) -> str:
+    """A `table`, or a `longtable` where it is long, of rows that are LaTeX and end in a double backslash."""
     columns, heads = f"l{'r' * (len(head) - 1)}", [r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
     if len(body) <= _PAGE:
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}", *heads]

@@ -7,14 +7,26 @@ Reward Model Overoptimization"): the proxy rises, and the gold reward turns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from klab.tasks.reward_model import RewardModel, reward_model
 from klab.tasks.task import Example, Score, SplitName, load_task
 
-PROXY, GOLD = "proxy", "gold"
+PROXY, GOLD, GAP = "proxy", "gold", "gap"
 """Names of the parts of a score."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of a reward over completions of the starting policy."""
+
+    mean: float
+    deviation: float
+
+    def standardised(self, reward: float) -> float:
+        return (reward - self.mean) / self.deviation
 
 
 class Proxy:
@@ -37,15 +49,11 @@ class Proxy:
         self.interactive = getattr(self.gold, "interactive", True)
         self.settings = settings
         self._model: RewardModel | None = None
-        self._mean, self._deviation = 0.0, 1.0
+        self._logits = self._gold = Scale(0.0, 1.0)
 
-    def attach(self, folder: str | Path, mean: float, deviation: float) -> None:
-        """Rewards with the reward model in this folder from now on.
-
-        Args:
-            mean, deviation: of its logits over completions of the starting policy.
-        """
-        self._model, self._mean, self._deviation = reward_model(str(folder)), mean, deviation
+    def attach(self, folder: str | Path, logits: Scale, gold: Scale) -> None:
+        """Rewards with the reward model in this folder from now on; `logits` and `gold` say how both rewards scale."""
+        self._model, self._logits, self._gold = reward_model(str(folder)), logits, gold
 
     def split(self, name: SplitName) -> Sequence[Example]:
         return self.gold.split(name)
@@ -54,7 +62,8 @@ class Proxy:
         return self.gold.respond(example, transcript)
 
     def score(self, example: Example, completion: str) -> Score:
-        """The proxy's reward; parts: `proxy`, `gold`, and the parts of the gold score as `gold.NAME`."""
+        """The proxy's reward, its logit standardised; parts: `proxy`, `gold`, `gap`, and those of the gold score as
+        `gold.NAME`. The gap is the proxy less the standardised gold reward."""
         return next(self.score_all([example], [completion]))
 
     def score_all(self, examples: Sequence[Example], completions: Sequence[str]) -> Iterator[Score]:
@@ -68,5 +77,6 @@ class Proxy:
                 continue
             logit = next(verdicts).value
             assert logit is not None
-            reward = (logit - self._mean) / self._deviation
-            yield Score(reward, gold.correct, {PROXY: reward, **parts})
+            reward = self._logits.standardised(logit)
+            gap = reward - self._gold.standardised(gold.reward)
+            yield Score(reward, gold.correct, {PROXY: reward, GAP: gap, **parts})

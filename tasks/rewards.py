@@ -200,6 +200,8 @@ def _reward(term: RewardTerm, seconds: float, memory_gb: float | None) -> Reward
 
 
 def _label(term: RewardTerm) -> str:
+    if term.part is not None:
+        return term.part
     return "model" if term.name is None else term.name.rpartition(":")[2].rpartition(".")[2]
 
 

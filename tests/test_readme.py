@@ -105,7 +105,7 @@ def test_the_sorting_task_scores_letters_at_their_place() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_that_is_named_exists(page: str) -> None:
-    named = re.findall(r"^klab ([a-z]+)|`klab ([a-z]+)", (ROOT / page).read_text(), flags=re.MULTILINE)
+    named = re.findall(r"^klab ([a-z][a-z-]*)|`klab ([a-z][a-z-]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
     assert {name for pair in named for name in pair if name} <= set(COMMANDS)
 
 

@@ -8,10 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -153,8 +151,13 @@ class ProxyTask(Section):
     """Width of the reward model."""
     epochs: Count = 20
     """Passes over the pairs."""
-    proxy_seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the reward model: its first weights, its pairs and their order."""
+    proxy_seed: Annotated[int, Field(ge=0)] | None = 0
+    """Seed of the reward model: its first weights, its pairs and their order; null: the cell's own, so that every seed
+    has a reward model of its own and differences between seeds include those between reward models."""
+
+    def of_cell(self, seed: int) -> ProxyTask:
+        """This section with the reward model's seed, for a cell of the given seed."""
+        return self if self.proxy_seed is not None else self.model_copy(update={"proxy_seed": seed})
 
     @field_validator("gold", mode="before")
     @classmethod
@@ -177,8 +180,10 @@ class ProxyTask(Section):
         return section
 
 
-class RewardTerm(Section):
+class RewardTerm(GrownSection):
     """One term of a reward: a function by its ``name`` or a sequence classifier as ``model``, and its weight."""
+
+    LATER = ("messages", "part")
 
     name: str | None = None
     """`exact`, `math`, `format`, or a function of your own (`my_package.rewards:score`, `./rewards.py:score`)."""
@@ -186,17 +191,12 @@ class RewardTerm(Section):
     """Hub id or folder of a sequence classifier with one output."""
     weight: float = 1.0
     """Factor of the term; 0 reports it without rewarding it."""
+    part: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Name of the term in the records; null: the function's, or `model`. What is called `gold` is taken for the truth
+    behind the reward, and drawn against it."""
     messages: bool = False
     """Whether a function of your own takes prompts and completions as lists of chat messages, as TRL gives them for
     conversational datasets."""
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What came later is left out where it has its default, so that ids stay what they were."""
-        written: dict[str, Any] = handler(self)
-        if not self.messages:
-            written.pop("messages", None)
-        return written
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardTerm:

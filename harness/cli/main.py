@@ -37,13 +37,14 @@ COMMANDS = {
     "gradients": "Measure bias, variance and cosine of cells' gradient estimators by enumeration.",
     "claims": "Check the book of claims.",
     "pretrain": "Train the policy that a grid's cells start from, as a model of its own.",
+    "reward-model": "Train or find the reward models of a grid's proxy tasks, and say how good they are.",
     "crosscheck": "Train a cell for a few updates on klab's engine and on TRL from the same rollouts, and compare.",
     "axes": "List the axes and values of the objective, with formulas and sources.",
     "formula": "Print loss and gradient of an algorithm, a cell or a grid's configurations, as a paper would.",
     "export": "Print a cell's settings for another trainer, or say why it has none.",
     "doctor": "Check versions, devices, Slurm, folders and disk space.",
 }
-"""Name -> one line of help. The module `klab.harness.cli.<name>` holds a function of that name."""
+"""Name -> one line of help. The module `klab.harness.cli.<name>` holds a function of that name, `_` for `-`."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -106,7 +107,8 @@ def _version(on: bool) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(importlib.import_module(f"klab.harness.cli.{name}"), name)
+    word = name.replace("-", "_")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"klab.harness.cli.{word}"), word)
     return function
 
 

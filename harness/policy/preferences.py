@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,15 @@ from klab.harness.policy.load import load_policy
 from klab.harness.policy.policy import Policy
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
-from klab.tasks.proxy import Proxy
+from klab.tasks.proxy import Proxy, Scale
 from klab.tasks.reward_model import encoded
 from klab.tasks.task import Example, SplitName, Task, load_task
 
-VERSION = 1
+VERSION = 2
 """Version of the procedure, part of every digest."""
 
 RECORD = "preferences.json"
+_MEASURED = ("agreement", "parameters", "pairs", "accuracy", "seconds")
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 32, 1e-3, 1e-2
 PROMPTS_AT_ONCE, SAMPLES = 64, 4
 """Prompts, and completions of each, that are drawn in one call while pairs are looked for."""
@@ -62,18 +64,26 @@ class PreferenceModel:
 
     Attributes:
         folder: a checkpoint of transformers.
-        mean, deviation: of its logits over completions of the starting policy.
-        agreement: share of pairs of held-out prompts that it ranks as the gold reward does; None where it found none.
+        logits, gold: how its logits and the gold reward scale over completions of the starting policy.
+        agreement: share of fresh pairs, of held-out prompts, that it ranks as the gold reward does; None where the
+            starting policy's completions hardly ever differ.
+        parameters: how many numbers were trained.
+        pairs, accuracy: it learnt from so many pairs, and ranks this share of them as the gold reward does.
+        seconds: that its making took.
     """
 
     folder: Path
-    mean: float
-    deviation: float
+    logits: Scale
+    gold: Scale
     agreement: float | None
+    parameters: int
+    pairs: int
+    accuracy: float
+    seconds: float
 
 
 def starting_point(
-    section: Any, policy_section: Any, cache: Path, progress: Warming | None = None
+    section: Any, policy_section: Any, seed: int, cache: Path, progress: Warming | None = None
 ) -> tuple[Task, Path]:
     """A cell's task, ready to score, and the folder of the policy that it starts from; both are made unless the cache
     has them.
@@ -81,6 +91,7 @@ def starting_point(
     Args:
         section: the grid's task section.
         policy_section: its policy section.
+        seed: the cell's.
         cache: the folder of shared policies.
         progress: of a warm-up, as `initial_policy` takes it.
 
@@ -89,12 +100,18 @@ def starting_point(
     """
     task = load_task(section)
     start = initial_policy(policy_section, task, section, cache=cache, progress=progress)
-    attach_reward_model(task, section, policy_section, start, cache)
+    attach_reward_model(task, section, policy_section, start, seed, cache)
     return task, start
 
 
 def attach_reward_model(
-    task: Task, section: Any, policy_section: Any, start: str | Path, cache: Path, progress: Progress | None = None
+    task: Task,
+    section: Any,
+    policy_section: Any,
+    start: str | Path,
+    seed: int,
+    cache: Path,
+    progress: Progress | None = None,
 ) -> PreferenceModel | None:
     """Gives a proxy task its reward model, which is trained unless the cache has it; other tasks have none.
 
@@ -102,6 +119,7 @@ def attach_reward_model(
         section: the grid's task section.
         policy_section: its policy section.
         start: the folder of the starting policy.
+        seed: the cell's, which is the reward model's where `proxy_seed` is null.
         cache: the folder of shared policies, where the reward model is kept too.
 
     Raises:
@@ -109,15 +127,15 @@ def attach_reward_model(
     """
     if not isinstance(task, Proxy):
         return None
-    found = preference_model(task, section, policy_section, Path(start), cache, progress)
-    task.attach(found.folder, found.mean, found.deviation)
+    found = preference_model(task, section.of_cell(seed), policy_section, Path(start), cache, progress)
+    task.attach(found.folder, found.logits, found.gold)
     return found
 
 
 def preference_model(
     task: Proxy, section: Any, policy_section: Any, start: Path, cache: Path, progress: Progress | None = None
 ) -> PreferenceModel:
-    """The reward model of a proxy task; any number of processes may ask for it at once."""
+    """The reward model of a proxy task whose `proxy_seed` is a number; any number of processes may ask at once."""
     identity = {
         "version": VERSION,
         "task": section.model_dump(mode="json"),
@@ -130,7 +148,8 @@ def preference_model(
         lambda scratch: _train(scratch, task, section, policy_section, start, identity, progress),
     )
     record = json.loads((folder / RECORD).read_text())
-    return PreferenceModel(folder, record["mean"], record["deviation"], record["agreement"])
+    measured = {name: record[name] for name in _MEASURED}
+    return PreferenceModel(folder, Scale(**record["logits"]), Scale(**record["gold"]), **measured)
 
 
 def _train(
@@ -144,6 +163,7 @@ def _train(
 ) -> None:
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+    begun = time.monotonic()
     policy = load_policy(policy_section.model_copy(update={"lora": None}), start, 1, "cpu")
     train = _training_pairs(task, policy, section.pairs, section.proxy_seed)
     tokenizer = policy.tokenizer
@@ -170,16 +190,24 @@ def _train(
     fresh = _pairs(task, policy, "held_out", CHECKED_PAIRS, section.proxy_seed, CHECKED_DRAWS)
     drawn, texts = _completions(task, policy, "held_out", section.proxy_seed, 0)
     logits = _logits(model, tokenizer, [(example.prompt, text) for example, text in zip(drawn, texts, strict=True)])
-    deviation = float(logits.std(correction=0))
+    gold = torch.tensor([task.gold.score(*each).reward for each in zip(drawn, texts, strict=True)]).double()
     record = {
         **identity,
         "pairs": len(train),
         "loss": loss,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "accuracy": _agreement(model, tokenizer, train),
         "agreement": _agreement(model, tokenizer, fresh),
-        "mean": float(logits.mean()),
-        "deviation": deviation if deviation > 0 else 1.0,
+        "logits": _scale(logits),
+        "gold": _scale(gold),
+        "seconds": time.monotonic() - begun,
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def _scale(rewards: Tensor) -> dict[str, float]:
+    deviation = float(rewards.std(correction=0))
+    return {"mean": float(rewards.mean()), "deviation": deviation if deviation > 0 else 1.0}
 
 
 def _training_pairs(task: Proxy, policy: Policy, count: int, seed: int) -> list[Pair]:

@@ -147,7 +147,7 @@ def prepare_cell(
 ) -> tuple[PackedCell, CellState | None]:
     """Load a cell's task, make its initial policy unless the run has it, and read its checkpoint if there is one."""
     cell = folder.cell()
-    task, start = starting_point(cell.task, cell.policy, run.policies, watch)
+    task, start = starting_point(cell.task, cell.policy, cell.seed, run.policies, watch)
     member = PackedCell(cell, task, start, run.created, lengths or PromptLengths())
     check_overlong_buffer(member)
     check_sampler(member)

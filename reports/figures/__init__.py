@@ -38,7 +38,7 @@ def draw(
     curves = training_curves(study, comparison)
     found = [
         tradeoff(study, comparison),
-        over_optimisation(study, comparison, curves),
+        over_optimisation(study, comparison),
         ranking(comparison),
         main_effect_plot(study, comparison),
         interaction_maps(study, comparison),

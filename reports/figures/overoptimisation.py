@@ -7,28 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from klab.grid.score import PARTS
 from klab.reports.comparison import Comparison
-from klab.reports.figures.curves import TrainingCurves
-from klab.reports.figures.paths import at_common_updates, root_kl
-from klab.reports.figures.series import Curve, cube, mean_curve
+from klab.reports.figures.gold_paths import paths
 from klab.reports.figures.style import COLUMN, Drawing, canvas, legend_below, look, shortened, styled
 from klab.reports.study import Study
 
-PROXY, GOLD = f"{PARTS}proxy", f"{PARTS}gold"
 _MOST = 8
 """Configurations that are drawn: the best by the score, and the baseline."""
 
 
-def over_optimisation(study: Study, comparison: Comparison, data: TrainingCurves) -> Drawing | None:
-    """Proxy above, gold below, a line per configuration; None where the task has no proxy, or nothing was evaluated."""
-    if not {PROXY, GOLD} <= set(study.evaluations.columns) or "reverse_kl" not in data.cubes:
-        return None
-    lines = []
-    for group in _shown(comparison):
-        found = _paths(study, comparison, data, comparison.groups.index(group))
-        if found is not None:
-            lines.append((comparison.table.set_index("group")["label"][group], found))
+def over_optimisation(study: Study, comparison: Comparison) -> Drawing | None:
+    """Proxy above, gold below, a line per configuration; None where no gold was recorded, or nothing was evaluated."""
+    found = {path.group: path for path in paths(study, comparison)}
+    shown = [found[group] for group in _shown(comparison) if group in found]
+    lines = [(path.label, (path.distance, path.proxy, path.gold)) for path in shown]
     if not lines:
         return None
     with styled():
@@ -37,8 +29,9 @@ def over_optimisation(study: Study, comparison: Comparison, data: TrainingCurves
             "over-optimisation",
             "Proxy and gold reward along training",
             "Held-out rewards at every evaluation against √KL to the reference, means over runs. Above: the proxy that "
-            "training maximises, in standard deviations of the starting policy's completions. Below: the gold reward "
-            "that it stands for. Large mark: the most gold; small mark at the end: where training stopped.",
+            "training maximises; a reward model's is in standard deviations of the starting policy's completions. "
+            "Below: the gold reward that it stands for. Large mark: the most gold; small mark at the end: where "
+            "training stopped.",
             "; ".join(
                 f"{label}: most gold {gold.mean.max():.3f} at √KL {distance.mean[gold.mean.argmax()]:.2f}, last "
                 f"{gold.mean[-1]:.3f} at {distance.mean[-1]:.2f}"
@@ -75,10 +68,3 @@ def _shown(comparison: Comparison) -> list[str]:
     known = [group for group in comparison.table["group"] if group != comparison.baseline]
     base = [] if comparison.baseline is None else [comparison.baseline]
     return [*base, *known[: _MOST - len(base)]]
-
-
-def _paths(study: Study, comparison: Comparison, data: TrainingCurves, group: int) -> tuple[Curve, Curve, Curve] | None:
-    """√KL, proxy and gold of one configuration, at the same updates."""
-    rewards = [cube(study, comparison, study.evaluations, column) for column in (PROXY, GOLD)]
-    found = at_common_updates(*(mean_curve(each, data.states, [group]) for each in (root_kl(data), *rewards)))
-    return (found[0], found[1], found[2]) if found else None

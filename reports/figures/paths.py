@@ -6,7 +6,6 @@ close to the reference KL grows with the square of the step.
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from klab.reports.axes import VariedAxis
 from klab.reports.comparison import Comparison
 from klab.reports.figures.curves import MOST_VALUES, TrainingCurves
-from klab.reports.figures.series import Cube, Curve, mean_curve, representatives
+from klab.reports.figures.series import Cube, Curve, at_common_updates, mean_curve, representatives, root
 from klab.reports.figures.style import COLUMN, Drawing, canvas, legend_below, look, shortened, styled
 from klab.reports.study import Study
 
@@ -71,22 +70,7 @@ def root_kl_and_reward(data: TrainingCurves, groups: list[int]) -> tuple[Curve, 
 
 def root_kl(data: TrainingCurves) -> Cube:
     """√KL to the starting policy, of every run at its evaluations."""
-    kl = data.cubes["reverse_kl"]
-    return Cube(kl.updates, np.sqrt(np.maximum(kl.values, 0.0)))
-
-
-def at_common_updates(*curves: Curve | None) -> list[Curve]:
-    """The curves at the updates that all of them have; none where one is missing, or they share no update."""
-    known = [curve for curve in curves if curve is not None]
-    if len(known) < len(curves):
-        return []
-    common = reduce(np.intersect1d, [curve.updates for curve in known])
-    return [_at(curve, common) for curve in known] if common.size else []
-
-
-def _at(curve: Curve, updates: Any) -> Curve:
-    chosen = np.searchsorted(curve.updates, updates)
-    return curve._replace(updates=updates, mean=curve.mean[chosen], low=curve.low[chosen], high=curve.high[chosen])
+    return root(data.cubes["reverse_kl"])
 
 
 def _path(axes: Any, distance: Curve, reward: Curve, style: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ where no run has ended, the curve ends with the run that is behind.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -155,6 +155,25 @@ def mean_curve(data: Cube, states: RunStates, groups: list[int], level: float = 
     spread = np.zeros((len(data.values), shape[1]), dtype=np.bool_)
     spread[groups] = kept
     return Curve(updates, mean, mean - half, mean + half, spread, last[last < updates[-1]])
+
+
+def root(data: Cube) -> Cube:
+    """The square root of every measurement, 0 where an estimate of what is positive fell below."""
+    return Cube(data.updates, np.sqrt(np.maximum(data.values, 0.0)))
+
+
+def at_common_updates(*curves: Curve | None) -> list[Curve]:
+    """The curves at the updates that all of them have; none where one is missing, or they share no update."""
+    known = [curve for curve in curves if curve is not None]
+    if len(known) < len(curves):
+        return []
+    common = reduce(np.intersect1d, [curve.updates for curve in known])
+    return [_at(curve, common) for curve in known] if common.size else []
+
+
+def _at(curve: Curve, updates: NDArray[np.int64]) -> Curve:
+    chosen = np.searchsorted(curve.updates, updates)
+    return curve._replace(updates=updates, mean=curve.mean[chosen], low=curve.low[chosen], high=curve.high[chosen])
 
 
 def _interval(by_seed: Array, level: float) -> tuple[Array, Array]:

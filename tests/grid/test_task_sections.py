@@ -97,3 +97,17 @@ def test_a_term_as_it_was_before_messages_keeps_its_id() -> None:
     made = cell({"name": "gsm8k", "reward": spoken})
     assert Cell.from_resolved(made.resolved()) == made
     assert made.id != cell({"name": "gsm8k", "reward": "my.rewards:score"}).id
+
+
+def test_the_name_of_a_terms_part_is_written_only_where_it_is_given() -> None:
+    named = cell({"name": "gsm8k", "reward": ["math", {"name": "exact", "weight": 0.0, "part": "gold"}]})
+    written = named.task.model_dump(mode="json")["reward"]
+    assert ["part" in term for term in written] == [False, True]
+    assert Cell.from_resolved(named.resolved()) == named
+    with pytest.raises(UserError, match=r"task\.reward\.0\.part"):
+        cell({"name": "gsm8k", "reward": {"name": "math", "part": "a b"}})
+
+
+def test_a_reward_model_takes_the_cells_seed_where_none_is_given() -> None:
+    given, own = (cell({"name": "proxy", "gold": "strings", "proxy_seed": seed}).task for seed in (3, None))
+    assert [task.of_cell(7).proxy_seed for task in (given, own)] == [3, 7]

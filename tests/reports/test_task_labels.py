@@ -8,7 +8,7 @@ import pytest
 
 from klab.grid import Cell, Objective
 from klab.grid.schema.sections import load_section
-from klab.reports.axes import task_label, task_labels
+from klab.reports.axes import axis_table, group_labels, task_label, task_labels
 
 SUMS = {"name": "file", "path": "/data/of/mine/sums.parquet", "prompt": "q", "answer": "a"}
 
@@ -57,3 +57,25 @@ def test_tasks_of_one_name_are_told_apart_by_what_differs() -> None:
 
 def test_a_label_is_no_part_of_a_cells_identity() -> None:
     assert cell({**SUMS, "label": "my sums"}).id == cell(SUMS).id
+
+
+def test_reward_models_of_one_gold_reward_are_an_axis_and_not_tasks() -> None:
+    gold = {"name": "strings", "length": 12}
+    cells = {
+        name: cell({"name": "proxy", "gold": gold, **settings})
+        for name, settings in {
+            "base": {"pairs": 512, "proxy_seed": None},
+            "few": {"pairs": 128, "proxy_seed": None},
+            "wide": {"pairs": 512, "hidden": 128},
+        }.items()
+    }
+    assert len(set(task_labels(cells).values())) == 1
+    axes, values = axis_table(cells)
+    assert {axis.key: axis.values for axis in axes} == {
+        "task.pairs": ("128", "512"),
+        "task.hidden": ("32", "128"),
+        "task.proxy_seed": ("0", "the cell's"),
+    }
+    assert group_labels(axes, values, "base")["few"] == "pairs 128"
+    cells["other"] = cell({"name": "proxy", "gold": {**gold, "seed": 1}})
+    assert len(set(task_labels(cells).values())) == 2, "another gold reward is another task"

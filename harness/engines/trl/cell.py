@@ -61,7 +61,7 @@ def prepare_member(run: Run, folder: CellFolder, stop: Callable[[], bool] = lamb
         if stop():
             raise StopRequested
 
-    task, start = starting_point(cell.task, cell.policy, run.policies, watch)
+    task, start = starting_point(cell.task, cell.policy, cell.seed, run.policies, watch)
     member = PackedCell(cell, task, start, run.created)
     check_overlong_buffer(member)
     return member

@@ -88,7 +88,7 @@ def crosscheck(cell: Cell, updates: int, dtype: str, processes: int = 1) -> list
     check_fields(sections[1])
     with tempfile.TemporaryDirectory(prefix="klab-crosscheck-") as scratch:
         folder = Path(scratch)
-        task, start = starting_point(cell.task, policy, folder / "policies")
+        task, start = starting_point(cell.task, policy, cell.seed, folder / "policies")
         ours, theirs = (PackedCell(replace(cell, policy=policy, training=section), task, start) for section in sections)
         initial, rollouts, mine = _train_on_klab(ours, folder / "klab")
         other = _train_on_trl(theirs, initial, rollouts, folder / "trl", processes)

@@ -73,7 +73,7 @@ def _start_copy(channel: CommandChannel, run: Run, members: Sequence[tuple[str, 
         for identity, start in members:
             cell = run.cell(identity).cell()
             task = load_task(cell.task)
-            attach_reward_model(task, cell.task, cell.policy, start, run.policies)
+            attach_reward_model(task, cell.task, cell.policy, start, cell.seed, run.policies)
             built.append(PackedCell(cell, task, Path(start), run.created, lengths))
         if update is None:
             return Pack(built, channel)
