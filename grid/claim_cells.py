@@ -17,6 +17,7 @@ from klab.grid.claims import Match, StatedClaim, compared, has_margin, same_algo
 from klab.grid.errors import UserError
 from klab.grid.matching import Settings, is_same, setting_of
 from klab.grid.schema.sections import AnalysisPlan, Claim, load_section
+from klab.grid.schema.task import REWARD_MODEL, ProxyTask, same_task
 from klab.grid.score import parse_score
 from klab.grid.variant import Variant, format_value, split_key
 
@@ -80,9 +81,11 @@ class _Reader:
     ) -> None:
         self.variants, self.cells, self.settings, self.baseline = variants, cells, settings, baseline
         self.written = axes
-        self.axes = tuple(axis for axis in self.written if split_key(axis)[0] != "task")
+        proxies = any(isinstance(cell.task, ProxyTask) for cell in cells)
+        within = REWARD_MODEL if proxies else ()
+        self.axes = tuple(axis for axis in axes if split_key(axis)[0] != "task" or split_key(axis)[1] in within)
         self.own = {split_key(axis)[1] for axis in self.axes}
-        self.tasks = [cell.task.model_dump_json() for cell in cells]
+        self.tasks = [same_task(cell.task) for cell in cells]
 
     def matches(self, claim: Claim, key: str) -> tuple[Match, ...]:
         sides = {"where": claim.where, "cells": claim.cells, "against": claim.against}

@@ -13,13 +13,11 @@ from klab.grid import Cell
 from klab.grid.catalogue import AXES, PARAMETERS
 from klab.grid.parameters import TERMS
 from klab.grid.schema.sections import NUMERICALLY_IDLE, Section
-from klab.grid.schema.task import ProxyTask, RewardedTask, RewardTerm
+from klab.grid.schema.task import REWARD_MODEL, ProxyTask, RewardedTask, RewardTerm
 from klab.grid.user_code import names_user_code
 
 _NEUTRAL = ("none", "one")
 _OUTSIDE = ("task",)
-_REWARD_MODEL = tuple(name for name in ProxyTask.model_fields if name not in ("name", "gold"))
-"""How a proxy's reward model is made: settings of a task that do not make it another one."""
 _TITLES = {
     "training.lr": "learning rate",
     "policy.name": "policy",
@@ -115,7 +113,7 @@ def task_labels(cells: Mapping[str, Cell]) -> dict[str, str]:
 
 
 def _untold(task: Section) -> tuple[str, ...]:
-    return ("name", *NUMERICALLY_IDLE, *(_REWARD_MODEL if isinstance(task, ProxyTask) else ()))
+    return ("name", *NUMERICALLY_IDLE, *(REWARD_MODEL if isinstance(task, ProxyTask) else ()))
 
 
 def _setting(value: Any) -> str:
@@ -228,7 +226,7 @@ def _fields(cell: Cell, own: Collection[str]) -> dict[Any, Any]:
     result |= {name: getattr(cell.objective, name) for name in TERMS}
     result["task"] = task_label(cell)
     if isinstance(cell.task, ProxyTask):
-        result |= {f"task.{name}": _reward_model_setting(cell, name) for name in _REWARD_MODEL}
+        result |= {f"task.{name}": _reward_model_setting(cell, name) for name in REWARD_MODEL}
     for section in ("policy", "training"):
         for name, value in getattr(cell, section):
             if not name.startswith("checkpoint_") and name != "micro_batch":

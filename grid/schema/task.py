@@ -180,6 +180,15 @@ class ProxyTask(Section):
         return section
 
 
+REWARD_MODEL = tuple(name for name in ProxyTask.model_fields if name not in ("name", "gold"))
+"""Fields of a proxy that say how its reward model is made: what they vary is an axis, and not another task."""
+
+
+def same_task(task: Section) -> str:
+    """A text that two sections have in common where cells may be compared: they are one task."""
+    return task.model_dump_json(exclude=set(REWARD_MODEL) if isinstance(task, ProxyTask) else None)
+
+
 class RewardTerm(GrownSection):
     """One term of a reward: a function by its ``name`` or a sequence classifier as ``model``, and its weight."""
 

@@ -273,3 +273,34 @@ def test_a_claim_that_loses_all_its_cells_is_none() -> None:
     assert claim.renamed({claim.cells[0]: "other"}) is not None
     assert claim.renamed({claim.cells[0]: None}) is None
     assert claim.renamed({claim.cells[0]: claim.against[0]}) is None
+
+
+PROXIES = """
+name: over
+task: {name: proxy, gold: strings, pairs: 512}
+objective: {algorithm: rloo, placement: none}
+design: list
+cells:
+  - {}
+  - {task.pairs: 2048}
+  - {placement: reward}
+  - {placement: reward, task.pairs: 2048}
+claims:
+  - {claim: more pairs leave more gold, cells: {task.pairs: 2048}, score: parts.gold, expect: higher}
+"""
+
+
+def test_reward_models_of_one_gold_reward_are_compared() -> None:
+    grid = parse_grid(PROXIES, "over.yaml")
+    (claim,) = grid.claims
+    group = {(cell.objective.placement, cell.task.pairs): cell.group for cell in grid.cells}
+    assert [(match.cells, match.against, match.alike) for match in claim.matches] == [
+        ((group[placement, 2048],), (group[placement, 512],), True) for placement in ("none", "reward")
+    ], "matched by placement, though their task sections differ"
+
+
+def test_proxies_of_two_gold_rewards_are_two_tasks() -> None:
+    two = PROXIES.replace("task.pairs: 2048}", "task.gold: {name: strings, seed: 1}, task.pairs: 2048}")
+    two = two.replace("cells: {task.gold: {name: strings, seed: 1}, ", "cells: {")
+    with pytest.raises(UserError, match="no task in common"):
+        parse_grid(two, "over.yaml")
