@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from klab.harness.store.confirmation import confirms
 from klab.harness.store.stated_claims import recorded_claims
 from klab.reports.claims import ClaimingStudy, Judged, left_out
 from klab.reports.tables import md_text, tex_text, write_csv
@@ -31,6 +32,8 @@ def claim_notes(study: ClaimingStudy) -> tuple[str, ...]:
             if each.withdrawn is not None:
                 claim = each.stated.claim.claim
                 notes.append(f"Withdrawn from the grid file after {each.withdrawn} runs had results: {claim}")
+        dropped = (confirms(run) or {}).get("dropped", ())
+        notes += [f"Not judged, because some of its cells were not run again: {claim}" for claim in dropped]
     return tuple(notes)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from klab.reports.inference import UNDECIDED
 from klab.reports.inference.power import MOST_SEEDS
-from klab.reports.words import number
+from klab.reports.words import MARK, number
 
 HOLDS, CONTRADICTED, DEPENDS = "holds", "contradicted", "depends on the task"
 """Verdicts on claims, beside `UNDECIDED`."""
@@ -26,6 +26,8 @@ class TaskVerdict(Protocol):
     def verdict(self) -> str: ...
     @property
     def more_seeds(self) -> int | None: ...
+    @property
+    def depends(self) -> bool: ...
 
 
 def finding(verdict: str, estimate: float, low: float, within: float | None, seeds: int | None) -> str:
@@ -45,7 +47,12 @@ def finding(verdict: str, estimate: float, low: float, within: float | None, see
 
 
 def overall(rows: Sequence[TaskVerdict]) -> tuple[str, str]:
-    """The verdict over all tasks, and its words."""
+    """The verdict over all tasks, and its words; marked where one of a task depends on stopped runs."""
+    verdict, words = _overall(rows)
+    return verdict, f"{words} {MARK}" if any(row.depends for row in rows) else words
+
+
+def _overall(rows: Sequence[TaskVerdict]) -> tuple[str, str]:
     tasks = {verdict: [row.task for row in rows if row.verdict == verdict] for verdict in (HOLDS, CONTRADICTED)}
     if len(tasks[HOLDS]) == len(rows):
         return HOLDS, "holds here"

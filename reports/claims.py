@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from klab.grid import Cell, UserError
+from klab.grid import Cell
 from klab.grid.claims import StatedClaim
 from klab.grid.score import DEFAULT_SCORE, Score, parse_score
 from klab.harness.store import Run
 from klab.harness.store.stated_claims import RecordedClaim, recorded_claims
+from klab.reports.claim_estimates import Asked, Question
 from klab.reports.claim_words import CONTRADICTED, HOLDS, finding, overall
-from klab.reports.comparison import ComparedStudy, run_frame
+from klab.reports.comparison import ComparedStudy
 from klab.reports.inference import ALPHA, DELTA, DIFFERS, UNDECIDED
-from klab.reports.inference.design import read_design
 from klab.reports.inference.family import Family
 from klab.reports.inference.power import MOST_SEEDS
-from klab.reports.inference.stated_claims import Differences, claims_family, differences
-from klab.reports.scores import Array, run_scores
+from klab.reports.inference.stated_claims import claims_family
 from klab.reports.stages import Arms
+from klab.reports.words import MARK
 
 
 class ClaimingStudy(ComparedStudy, Protocol):
@@ -56,6 +56,9 @@ class ClaimRow:
         more_seeds: further seeds per cell that would decide at the present estimate; None where decided, or where no
             number up to `MOST_SEEDS` would.
         finding: what that rests on, in a clause.
+        bound_low, bound_high: the ends of the difference, whatever stopped runs would have reached between the lowest
+            and the highest score of the task; NaN where none counts.
+        depends: whether the verdict is another one at either end.
     """
 
     task: str
@@ -69,6 +72,9 @@ class ClaimRow:
     verdict: str
     more_seeds: int | None
     finding: str
+    bound_low: float
+    bound_high: float
+    depends: bool
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,25 @@ def judged(study: ClaimingStudy, delta: float | None = None, share: float | None
     questions = [(each, task) for each in asked for task in each.tasks]
     if not questions:
         return ()
-    estimates = _estimates(study, questions)
+    found = Asked(study, [Question(each.score, task, each.tasks[task]) for each, task in questions])
+    estimates, bounds = found.estimates(), found.bounds()
     deltas = np.asarray([each.delta or 0.0 for each, _ in questions])
-    family = claims_family(estimates, deltas, ALPHA * (study.conduct.share if share is None else share))
-    compared = [int(part.matches[0]) for part in estimates]
-    rows = [_row(each, task, family, place, compared[place]) for place, (each, task) in enumerate(questions)]
+    alpha = ALPHA * (study.conduct.share if share is None else share)
+    family = claims_family(estimates, deltas, alpha)
+    rows = []
+    for place, (each, task) in enumerate(questions):
+        moved = [[*estimates[:place], end, *estimates[place + 1 :]] for end in bounds.get(place, ())]
+        ends = [claims_family(parts, deltas, alpha) for parts in moved]
+        rows.append(_row(each, task, family, place, int(estimates[place].matches[0]), ends))
     return tuple(
         each.judged([row for row, (other, _) in zip(rows, questions, strict=True) if other is each]) for each in asked
     )
+
+
+def stated_claims(study: ClaimingStudy) -> tuple[StatedClaim, ...]:
+    """The claims of which this study has cells to compare, with its own groups."""
+    found = (_present(study, each.stated) for each in _records(study).values())
+    return tuple(each for each in found if each is not None)
 
 
 def left_out(study: ClaimingStudy) -> tuple[str, ...]:
@@ -205,56 +222,31 @@ def _present(study: ClaimingStudy, stated: StatedClaim) -> StatedClaim | None:
     return stated.renamed({group: group if group in study.configurations else None for group in groups})
 
 
-def _estimates(study: ClaimingStudy, questions: Sequence[tuple[_Asked, str]]) -> list[Differences]:
-    """The estimate of every question, those of one score and task from one design."""
-    found: dict[int, Differences] = {}
-    together: dict[tuple[str, str], list[int]] = {}
-    for place, (each, task) in enumerate(questions):
-        together.setdefault((each.score.name, task), []).append(place)
-    for (_, task), places in together.items():
-        asked = [questions[place][0] for place in places]
-        design, groups = _design(study, asked[0].score, task)
-        row = {group: index for index, group in enumerate(groups)}
-        pairs = [[[(row[one], row[other]) for one, other in match] for match in each.tasks[task]] for each in asked]
-        part = differences(design, pairs, crossed=study.held_out is None)
-        found |= {place: part.only(index) for index, place in enumerate(places)}
-    return [found[place] for place in range(len(questions))]
-
-
-def _design(study: ClaimingStudy, score: Score, task: str) -> tuple[Any, list[str]]:
-    """The design of one task by one score, and the group of each of its cells."""
-    mine = (study.cells["task"] == task).to_numpy()
-    cells = study.cells[mine]
-    frame, reference = run_frame(study, cells, _scores(study, score)[mine], study.baselines.get(task))
-    return read_design(frame, reference, score.higher), list(dict.fromkeys(cells["group"]))
-
-
-def _scores(study: ClaimingStudy, score: Score) -> Array:
-    """The score of every run; none where nothing has been evaluated by it yet."""
-    try:
-        return run_scores(study, score)
-    except UserError:
-        return np.full(len(study.cells), np.nan)
-
-
-def _row(asked: _Asked, task: str, family: Family, place: int, compared: int) -> ClaimRow:
+def _verdict(asked: _Asked, family: Family, place: int) -> tuple[str, float | None]:
+    """The verdict of a row, and the margin where the verdict is that its interval lies within it."""
     assert asked.stated is not None
-    expect, verdict = asked.stated.claim.expect, UNDECIDED
+    expect, differs = asked.stated.claim.expect, family.verdict[place] == DIFFERS
+    inside = asked.delta is not None and bool(family.low[place] > -asked.delta and family.high[place] < asked.delta)
+    if inside and (expect == "equal" or not differs):
+        return HOLDS if expect == "equal" else CONTRADICTED, asked.delta
+    if not differs:
+        return UNDECIDED, None
+    return HOLDS if expect == ("higher" if family.estimate[place] > 0 else "lower") else CONTRADICTED, None
+
+
+def _row(asked: _Asked, task: str, family: Family, place: int, compared: int, ends: Sequence[Family]) -> ClaimRow:
     estimate, low, high = (float(values[place]) for values in (family.estimate, family.low, family.high))
-    inside = asked.delta is not None and low > -asked.delta and high < asked.delta
-    if expect == "equal":
-        verdict = HOLDS if inside else CONTRADICTED if family.verdict[place] == DIFFERS else UNDECIDED
-    elif family.verdict[place] == DIFFERS:
-        verdict = HOLDS if (estimate > 0) == (expect == "higher") else CONTRADICTED
-    elif inside:
-        verdict = CONTRADICTED
+    verdict, within = _verdict(asked, family, place)
     more = float(family.more[place])
     seeds = int(more) if np.isfinite(more) and more <= MOST_SEEDS else None
     planned = len(asked.tasks[task])
-    within = asked.delta if inside and (expect == "equal" or family.verdict[place] != DIFFERS) else None
     words = finding(verdict, estimate, low, within, seeds)
     if compared < planned:
         words += f"; from {compared} of {planned} comparisons, the others have no runs"
+    depends = any(_verdict(asked, each, place)[0] != verdict for each in ends)
+    if depends:
+        words += f"; depends on what stopped runs would have reached ({MARK})"
+    bounds = [estimate, *(float(each.estimate[place]) for each in ends)]
     return ClaimRow(
         task,
         estimate,
@@ -267,4 +259,7 @@ def _row(asked: _Asked, task: str, family: Family, place: int, compared: int) ->
         verdict,
         seeds if verdict == UNDECIDED else None,
         words,
+        min(bounds) if ends else np.nan,
+        max(bounds) if ends else np.nan,
+        depends,
     )

@@ -12,7 +12,7 @@ from klab.grid.schema.sections import AnalysisPlan, Stop
 from klab.grid.score import parse_score
 from klab.grid.yaml_document import dump_yaml
 from klab.harness.store import Run
-from klab.harness.store.confirmation import confirmation_of, confirms
+from klab.harness.store.confirmation import confirmations_of, confirms
 from klab.harness.store.looks import looks, most_seeds
 from klab.harness.store.stated_analysis import Version, versions
 from klab.reports.inference.error_rate import look_share
@@ -111,14 +111,17 @@ def _confirmations(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
                 "Report it alone."
             )
         elif record is not None:
+            what = "the cells of claims" if "claims" in record else "the best cells"
             found.append(
-                f"{name} has the best cells of {record['run']} on fresh seeds: nothing of the exploration enters, and "
+                f"{name} has {what} of {record['run']} on fresh seeds: nothing of the exploration enters, and "
                 "its few comparisons have the error rate to themselves."
             )
-        elif (apart := confirmation_of(run)) is not None and apart.name not in together:
-            found.append(
-                f"The best cells of {name} were run again on fresh seeds, which are reported apart: {apart.name}."
-            )
+        found += [
+            f"{'Cells of claims' if apart.name.endswith('-claims') else 'The best cells'} of {name} were run again on "
+            f"fresh seeds, which are reported apart: {apart.name}."
+            for apart in ([] if record else confirmations_of(run))
+            if apart.name not in together
+        ]
     return found
 
 

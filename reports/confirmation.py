@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from klab.grid import Cell, Grid, UserError
+from klab.grid.claims import StatedClaim
 from klab.grid.schema.sections import AnalysisPlan
 from klab.grid.yaml_document import dump_yaml
 from klab.harness.store import Run
@@ -66,13 +67,7 @@ def confirmation(
         bases.append(comparison.baseline)
     if not chosen:
         raise UserError("no cell but the baseline has a score", file=run.path)
-    used = {int(run.resolved(identity)["seed"]) for identity in run.cells}
-    start = max([FIRST_SEED, *(seed + 1 for seed in used if seed >= FIRST_SEED)])
-    fresh = tuple(range(start, start + seeds))
-    first = {str(run.resolved(identity)["group"]): identity for identity in reversed(run.cells)}
-    cells = [cell for group in (*bases, *chosen) for cell in run.cell(first[group]).cell().with_seeds(fresh)]
     score, delta = comparisons[0].score.name, comparisons[0].analysis.delta
-    plan = AnalysisPlan(score=score, delta=delta)
     rows = [record for comparison in comparisons for record in records(comparison.table)]
     explored = {
         record["group"]: {
@@ -84,31 +79,62 @@ def confirmation(
         for record in rows
         if record["group"] in (*bases, *chosen)
     }
-    record = {
-        "run": run.name,
-        "cells": explored,
-        "of": len(rows),
-        "top": top,
-        "score": score,
-        "manifest": hashlib.sha256((run.path / "manifest.json").read_bytes()).hexdigest(),
-        "at": time.time(),
-    }
-    grid = Grid(
-        name=name,
+    record = {"cells": explored, "of": len(rows), "top": top, "score": score, **origin(run)}
+    grid = confirming(
+        run,
+        (*bases, *chosen),
+        seeds,
+        name,
         description=f"Confirmation of {run.name}: its best cells and its baseline on fresh seeds",
+        baseline=bases[0],
+        analysis=AnalysisPlan(score=score, delta=delta),
+        stated=tuple(chosen),
+    )
+    return grid, {KEY: record}
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """Which run is confirmed, and its manifest at this time."""
+    digest = hashlib.sha256((run.path / "manifest.json").read_bytes()).hexdigest()
+    return {"run": run.name, "manifest": digest, "at": time.time()}
+
+
+def confirming(
+    run: Run,
+    groups: Sequence[str],
+    seeds: int,
+    name: str,
+    *,
+    description: str,
+    baseline: str | None,
+    analysis: AnalysisPlan,
+    stated: tuple[str, ...] = (),
+    claims: tuple[StatedClaim, ...] = (),
+) -> Grid:
+    """The grid of a run with these configurations of another one on as many fresh seeds, which neither that run nor its
+    tuning has used."""
+    used = {int(run.resolved(identity)["seed"]) for identity in run.cells}
+    start = max([FIRST_SEED, *(seed + 1 for seed in used if seed >= FIRST_SEED)])
+    fresh = tuple(range(start, start + seeds))
+    first = {str(run.resolved(identity)["group"]): identity for identity in reversed(run.cells)}
+    cells = [cell for group in groups for cell in run.cell(first[group]).cell().with_seeds(fresh)]
+    stating = {"claims": [each.claim.model_dump(mode="json") for each in claims]} if claims else {}
+    return Grid(
+        name=name,
+        description=description,
         cells=tuple(cells),
         axes=_axes(run),
         design="list",
         seeds=fresh,
-        baseline=bases[0],
+        baseline=baseline,
         resources=run.resources,
         track=tuple(run.manifest.get("track", ())),
         file=str(run.path / "grid.yaml"),
-        text=dump_yaml({"confirms": run.name, "cells": [_written(cell) for cell in cells]}),
-        analysis=plan,
-        stated=tuple(chosen),
+        text=dump_yaml({"confirms": run.name, **stating, "cells": [_written(cell) for cell in cells]}),
+        analysis=analysis,
+        stated=stated,
+        claims=claims,
     )
-    return grid, {KEY: record}
 
 
 def confirmed_rows(study: Study, comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
@@ -116,7 +142,7 @@ def confirmed_rows(study: Study, comparisons: Sequence[Comparison]) -> list[dict
     found = []
     for run in study.runs:
         record = confirms(run)
-        if record is None:
+        if record is None or "claims" in record:
             continue
         rows = []
         for each in (row for comparison in comparisons for row in records(comparison.table)):
@@ -147,16 +173,21 @@ def _written(cell: Cell) -> dict[str, Any]:
     return {key: value for key, value in cell.resolved().items() if key not in ("id_version", "spellings")}
 
 
-def same_request(run: Run, top: int, seeds: int, path: Path) -> None:
-    """Raises UserError where an existing confirmation was asked for with other numbers."""
+def same_request(run: Run, asked: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError where an existing confirmation was asked for otherwise.
+
+    Args:
+        asked: options of `klab confirm`.
+    """
     record = confirms(run)
     if record is None:
         raise UserError("is a run of its own, not a confirmation", file=path, hint="Choose another name with --name.")
-    for key, asked, there in (("--top", top, record["top"]), ("--seeds", seeds, len(run.manifest["seeds"]))):
-        if asked != there:
+    there = {"--seeds": len(run.manifest["seeds"]), "--top": record.get("top"), "--claims": record.get("asked")}
+    for key, value in asked.items():
+        if value != there[key]:
             raise UserError(
-                f"the confirmation {run.name} has {there}",
+                f"the confirmation {run.name} has {there[key] or 'none'}",
                 key=key,
-                value=asked,
+                value=value,
                 hint="Repeat the command as it was to go on with it, or choose another name with --name.",
             )

@@ -26,6 +26,7 @@ from klab.reports.comparison import Comparison, compare_all
 from klab.reports.conduct import history_rows, items
 from klab.reports.config_detail import Detail, details
 from klab.reports.confirmation import confirmed_rows
+from klab.reports.confirmed_claims import confirmed_claims
 from klab.reports.figures import Drawing, draw, freeze, inline_svg, save, svg_text
 from klab.reports.figures.effort import UPDATES, parse_units
 from klab.reports.figures.profiles import across_tasks, task_profiles
@@ -204,6 +205,7 @@ def write_report(
             claim_notes=claim_notes(study),
             family_words=FAMILY_WORDS,
             confirmed=confirmed_rows(study, main),
+            claims_confirmed=confirmed_claims(study, claims),
             tuned=tuned,
             tuned_figures=tuned_figures,
             provenance=provenance(study),

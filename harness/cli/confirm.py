@@ -1,4 +1,4 @@
-"""`klab confirm`: a run's best cells and its baseline on fresh seeds, as a run of its own."""
+"""`klab confirm`: a run's best cells, or those of its claims, on fresh seeds, as a run of its own."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ from klab.harness.store.confirmation import confirms, default_name
 def confirm(
     run: RunArgument,
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the best cells, beside the baseline.")] = 3,
+    claims: Annotated[
+        bool, typer.Option("--claims", help="Instead, both sides of every claim that is decided.")
+    ] = False,
+    undecided: Annotated[bool, typer.Option("--undecided", help="With --claims: of undecided claims, too.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="Fresh seeds for each of them.")] = 10,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the new run; default: RUN-confirm.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the new run; default: RUN-confirm, RUN-confirm-claims.")
+    ] = None,
     on: WhereOption = Where.local,
     detach: DetachOption = False,
     max_parallel: MaxParallelOption = None,
@@ -43,7 +49,8 @@ def confirm(
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the best cells and the baseline again on fresh seeds; the report of the new run judges these alone.
+    """Run the best cells and the baseline, or the cells of claims, again on fresh seeds; the report of the new run
+    judges these alone.
 
     The same command again goes on with it.
     """
@@ -52,22 +59,29 @@ def confirm(
         raise UserError("has not chosen its tuned settings yet", file=explored.path, hint="Launch it again first.")
     from klab.reports.comparison import compare_all
     from klab.reports.confirmation import confirmation, same_request
+    from klab.reports.confirmed_claims import asked_for, claims_confirmation
     from klab.reports.study import load_runs
 
     if confirms(explored) is not None:
         raise UserError("is a confirmation itself", file=explored.path, hint="`klab extend` adds seeds to it.")
-    called = name or default_name(explored)
+    if undecided and not claims:
+        raise UserError("belongs to --claims", key="--undecided", value=True)
+    called = name or default_name(explored, claims)
     folder = explored.path.parent / called
     if (folder / "manifest.json").exists():
         made = Run.open(folder)
-        same_request(made, top, seeds, folder)
+        wanted = {"--claims": asked_for(undecided)} if claims else {"--top": top}
+        same_request(made, {**wanted, "--seeds": seeds}, folder)
         cells = [made.cell(identity).cell() for identity in made.cells]
         if dry_run:
             say(f"{made.name} exists: {len(cells)} cells")
             return
     else:
         study = load_runs([explored.path])
-        grid, record = confirmation(study, compare_all(study), top, seeds, called)
+        if claims:
+            grid, record = claims_confirmation(study, undecided, seeds, called)
+        else:
+            grid, record = confirmation(study, compare_all(study), top, seeds, called)
         cells = list(grid.cells)
         if not as_json:
             chosen = [study.labels[group] for group in grid.groups]

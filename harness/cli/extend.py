@@ -31,7 +31,7 @@ def extend(
     run: RunArgument,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds to add to each cell.")],
     undecided: Annotated[
-        bool, typer.Option("--undecided", help="Only to cells whose comparison is open, and to the baseline.")
+        bool, typer.Option("--undecided", help="Only to cells whose comparison or claim is open, and to the baseline.")
     ] = False,
     most: Annotated[
         int | None,
@@ -63,10 +63,11 @@ def extend(
         show_json({"run": str(opened.path), "cells": [cell.id for cell in found.cells], "level": found.level})
         return
     if not found.cells:
-        say("no comparison is open: nothing to add")
+        say("no comparison is open, and no claim: nothing to add")
         return
     if not as_json:
-        many = "" if found.open is None else f" ({found.open} open comparisons, and the baseline)"
+        claims = f", {found.claims} undecided claim{'s' * (found.claims > 1)}" if found.claims else ""
+        many = "" if found.open is None else f" ({found.open} open comparisons{claims}, and the baseline)"
         say(f"{len(found.groups)} configurations{many} get {len(found.seeds)} seeds each: {len(found.cells)} cells")
         say(
             f"the next look is at {len(opened.manifest['seeds']) + seeds} of at most {found.most} seeds and may err "

@@ -14,8 +14,9 @@ KEY = "confirms"
 
 
 def confirms(run: Run) -> Mapping[str, Any] | None:
-    """What a confirmation says of its exploration: its name, the cells that were chosen, with their means there, how
-    many there were, the score, and the digest of the manifest at that time. None for any other run.
+    """What a confirmation says of its exploration: its name, the cells that were chosen, with their means there, or the
+    claims with their verdicts, how many cells there were, and the digest of the manifest at that time. None for any
+    other run.
 
     Raises:
         UserError: the record is damaged.
@@ -29,12 +30,12 @@ def confirms(run: Run) -> Mapping[str, Any] | None:
     return dict(record)
 
 
-def default_name(run: Run) -> str:
-    """What the confirmation of a run is called."""
-    return f"{run.name}-confirm"
+def default_name(run: Run, claims: bool = False) -> str:
+    """What the confirmation of a run is called: that of its best cells, or that of its claims."""
+    return f"{run.name}-confirm{'-claims' if claims else ''}"
 
 
-def confirmation_of(run: Run) -> Path | None:
-    """The folder or the archive of the confirmation of this run that lies beside it; None where there is none."""
-    path = run.path.parent / default_name(run)
-    return path if (path / "manifest.json").is_file() or is_archive(path) else None
+def confirmations_of(run: Run) -> list[Path]:
+    """The folders or archives of the confirmations of this run that lie beside it."""
+    paths = [run.path.parent / default_name(run, claims) for claims in (False, True)]
+    return [path for path in paths if (path / "manifest.json").is_file() or is_archive(path)]

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from klab.grid import Cell, Grid, parse_grid
+from klab.grid import Cell, parse_grid
 from klab.grid.tuning import launched
 from klab.harness.cli.main import main
 from klab.harness.dispatch.tuning import settle
 from klab.harness.store import Run
 from klab.harness.store.stated_claims import recorded_claims
-from klab.reports import Study, load_run, render
+from klab.reports import load_run, render
 from klab.reports.claim_tables import claim_notes
 from klab.reports.claims import Judged, judged
 from klab.reports.comparison import compare
@@ -28,54 +26,7 @@ from klab.reports.inference.design import read_design
 from klab.reports.inference.error_rate import look_share
 from klab.reports.inference.stated_claims import claims_family, differences
 from klab.reports.study import load_runs
-
-Scores = Mapping[str, float]
-NOISE = [0.011, -0.004, 0.007, -0.012, 0.001, -0.003]
-"""A seed's own part of the score of the cells of one estimator."""
-
-
-def grid_of(*claims: Mapping[str, Any], **sections: Any) -> Grid:
-    written = [{"claim": f"claim {index}", "expect": "lower", **claim} for index, claim in enumerate(claims)]
-    data = {
-        "name": "study",
-        "task": {"name": "addition", "digits": 1},
-        "training": {"updates": 4},
-        "objective": {"algorithm": "grpo", "beta": 0.05},
-        "axes": {"estimator": ["k1", "k3"]},
-        "seeds": 6,
-        "claims": written,
-        **sections,
-    }
-    return parse_grid(json.dumps({key: value for key, value in data.items() if value}), "study.yaml")
-
-
-def fill(run: Run, scores: Callable[[Cell], Scores | None]) -> Run:
-    """Write a result to every cell without one: `reward` as held-out reward, everything else to its result."""
-    for identity in run.cells:
-        folder = run.cell(identity)
-        found = scores(folder.cell())
-        if found is None or folder.result() is not None:
-            continue
-        given = {"state": "finished", "updates": 4, **found}
-        reward = given.pop("reward")
-        row = {"update": 4, "reward": reward, "accuracy": reward, "reverse_kl": 0.5, "completions": 8}
-        folder.append_evaluations([row])
-        folder.write_result({"reward_final": reward, **given})
-    return run
-
-
-def study_of(folder: Path, grid: Grid, scores: Callable[[Cell], Scores | None]) -> Study:
-    return load_run(fill(Run.create(folder, launched(grid)), scores).path)
-
-
-def rewards(worse: float = 0.1) -> Callable[[Cell], Scores]:
-    """k1 is worse than the others by `worse` on average; seeds differ by much more than cells within a seed."""
-
-    def reward(cell: Cell) -> Scores:
-        drawn = NOISE[cell.seed % 6] * (cell.objective.estimator == "k1")
-        return {"reward": 0.6 + 0.02 * cell.seed - worse * (cell.objective.estimator == "k1") + drawn}
-
-    return reward
+from tests.support.claimed_run import NOISE, Scores, fill, grid_of, rewards, study_of
 
 
 def only(found: tuple[Judged, ...]) -> Judged:
@@ -217,6 +168,31 @@ def test_lost_and_diverged_runs_count_as_everywhere(tmp_path: Path) -> None:
     others = [0.6 + 0.02 * seed for seed in range(6)]
     own = [worst, *(0.5 + 0.02 * seed + NOISE[seed] for seed in range(1, 6))]
     assert found.estimate == pytest.approx(np.mean(np.asarray(own) - others))
+
+
+@pytest.mark.parametrize(("stopped", "depends"), [(1, False), (4, True)])
+def test_a_verdict_that_depends_on_stopped_runs_is_marked(tmp_path: Path, stopped: int, depends: bool) -> None:
+    own = np.asarray([0.6 + noise for noise in NOISE])
+    other = 0.8 - 0.001 * np.arange(6)
+
+    def scores(cell: Cell) -> Scores:
+        if cell.objective.estimator == "k3":
+            return {"reward": float(other[cell.seed])}
+        return {"reward": float(own[cell.seed]), "state": "stopped" if cell.seed < stopped else "finished"}
+
+    training = {"updates": 4, "evaluate_every": 1, "stop": {"after": 2, "unless": {"reward": 0.1}}}
+    study = study_of(tmp_path / "run", grid_of({"cells": {"estimator": "k1"}}, training=training), scores)
+    found = only(judged(study))
+    (row,) = found.rows
+    ends = [np.concatenate([np.full(stopped, end), own[stopped:]]) for end in (own.min(), other.max())]
+    assert row.estimate == pytest.approx((own - other).mean())
+    assert (row.bound_low, row.bound_high) == pytest.approx([(end - other).mean() for end in ends])
+    high = stats.ttest_1samp(ends[1] - other, 0)
+    assert (high.pvalue > 0.05) == depends  # the verdict at that end
+    assert (found.verdict, row.depends) == ("holds", depends)
+    assert found.words == ("holds here †" if depends else "holds here")
+    assert ("depends on what stopped runs would have reached (†)" in row.finding) == depends
+    assert found.delta == 0.05
 
 
 def test_tasks_are_judged_one_by_one(tmp_path: Path) -> None:
