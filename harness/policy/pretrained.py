@@ -39,7 +39,12 @@ def model_folder(
             raise UserError("a folder has no revisions, a model on the hub has", key="policy.revision", value=revision)
         return path
     if path.is_absolute() or model.startswith("."):
-        raise UserError("no such folder", key="policy.model", value=model)
+        raise UserError(
+            "no such folder",
+            key="policy.model",
+            value=model,
+            hint=f"klab pretrain GRID --out {model} makes a small one from a task's own text.",
+        )
     from huggingface_hub import snapshot_download
 
     try:

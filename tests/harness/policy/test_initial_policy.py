@@ -133,5 +133,5 @@ def test_a_pretrained_folder_is_used_as_it_is(tmp_path: Path) -> None:
     section = HfPolicy(model=str(tmp_path / "model"))
     assert initial_policy(section, Dice(), TASK, tmp_path / "cache") == tmp_path / "model"
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(UserError, match=r"policy\.model"):
+    with pytest.raises(UserError, match=r"policy\.model: no such folder .*klab pretrain GRID --out"):
         initial_policy(HfPolicy(model=str(tmp_path / "nowhere")), Dice(), TASK, tmp_path)
