@@ -155,14 +155,22 @@ def device_table(found: dict[str, Any]) -> str:
     at_a_time = told["rows"] or told["prompts"] * told["group_size"]
     head = ("cells", "TRL, one ÷ this", f"TRL, {K} at once ÷ this", "ms per cell and update", *PHASE_NAMES, "the rest",
             "decoded tokens/s", "peak memory, GiB", "first update, s")  # fmt: skip
+    trained = f"adapters of rank {told['lora_rank']} (alpha {LORA_ALPHA:.0f}) on every linear layer"
+    clock = "Processor time" if told["clock"] == "processor" else "Wall time with the device synchronised"
+    floor = ""
+    if found["floor_ms"] is not None:
+        floor = (
+            f" Products alone, every trajectory in full, take {found['floor_ms']:.0f} ms at this core's measured peak "
+            f"({found['peak_gflops']:.0f} GFLOP/s in float32)."
+        )
     lines = [
-        f"{found['shape']} with random weights on {found['device']}: {told['dtype']}, adapters of rank "
-        f"{told['lora_rank']} (alpha {LORA_ALPHA:.0f}) on every linear layer, {told['prompts']} prompts × "
+        f"{found['shape'].partition(',')[0]} with random weights on {found['device']}: {told['dtype']}, "
+        f"{'all weights' if told['lora_rank'] is None else trained}, {told['prompts']} prompts × "
         f"{told['group_size']} completions of at most {told['new_tokens']} tokens, {at_a_time} trajectories at a time, "
-        f"{UPDATES_PER_ROLLOUT} updates per rollout; klab's decoding is {found['decoding']}. Wall time with the device "
-        f"synchronised, medians over rollouts, then over rounds ({found['rounds']}). Where {K} processes run at once, "
+        f"{UPDATES_PER_ROLLOUT} updates per rollout; klab's decoding is {found['decoding']}. {clock}, "
+        f"medians over rollouts, then over rounds ({found['rounds']}). Where {K} processes run at once, "
         "a cell's time is divided by their number, memory is their sum, the first update is that of the last of them. "
-        "Memory is what tensors held at the peak; on a CPU it is the processes' own.",
+        "Memory is what tensors held at the peak; on a CPU it is the processes' own." + floor,
         "",
         *_head(found["device"], *head),
     ]
@@ -178,7 +186,7 @@ def device_table(found: dict[str, Any]) -> str:
                 row["name"],
                 cells,
                 *("—" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-                *(f"{each:.1f}" for each in (ms["wall"], *phases, ms["wall"] - sum(phases))),
+                *(f"{each:.1f}" for each in (ms["update"], *phases, ms["update"] - sum(phases))),
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['peak_mb'] / 1024:.2f}",
                 f"{row['first_update']:.1f}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,18 +66,42 @@ def weight_bytes(passes: float, packed: int) -> dict[str, float]:
     return {phase: count * weights for phase, count in times.items()}
 
 
-def plain_flops(prompts: int, prompt_tokens: int, completion_tokens: float) -> dict[str, float]:
+@dataclass(frozen=True)
+class Sizes:
+    """What the products of a decoder depend on; `narrow` is the width of keys, and of values."""
+
+    layers: int
+    hidden: int
+    narrow: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Sizes:
+        """From a configuration of transformers, as a dictionary."""
+        hidden = config["hidden_size"]
+        narrow = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+        return cls(config["num_hidden_layers"], hidden, narrow, config["intermediate_size"], config["vocab_size"])
+
+
+TINY = Sizes(LAYERS, HIDDEN, HIDDEN, INTERMEDIATE, VOCABULARY)
+
+
+def plain_flops(
+    prompts: int, prompt_tokens: int, completion_tokens: float, sizes: Sizes = TINY, group_size: int = GROUP_SIZE
+) -> dict[str, float]:
     """FLOPs of one update by phase when every trajectory is computed by itself, prompt and completion in full.
 
     A token's products cost 2 FLOP per weight, and 4·hidden per key it attends to; backward costs twice forward.
     Sampling with a cache and the reference's pass go through all tokens once per rollout, which serves several updates.
     Nothing is counted twice: the sampler's own log-probabilities are the behaviour policy's.
     """
-    weights = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
+    wide, narrow = sizes.hidden, sizes.narrow
+    weights = sizes.layers * (2 * wide * wide + 2 * wide * narrow + 3 * wide * sizes.intermediate)
     length = prompt_tokens + completion_tokens
-    attention = LAYERS * 4 * HIDDEN * length * length / 2
-    head = 2 * HIDDEN * VOCABULARY * completion_tokens
-    passed = prompts * GROUP_SIZE * (2 * weights * length + attention + head)
+    attention = sizes.layers * 4 * wide * length * length / 2
+    head = 2 * wide * sizes.vocabulary * completion_tokens
+    passed = prompts * group_size * (2 * weights * length + attention + head)
     return {
         "rollout": passed / UPDATES_PER_ROLLOUT,
         "reference": passed / UPDATES_PER_ROLLOUT,

@@ -25,13 +25,19 @@ import torch
 
 from klab.harness.policy.stacked.block_decoding import VARIABLE
 from tests.benchmarks.clock import per_update
+from tests.benchmarks.limit import Sizes, peak_gflops, plain_flops
 from tests.benchmarks.processes import NO_GPU, Failure, console, run, say
 from tests.benchmarks.setting import ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, Setting
 from tests.benchmarks.shapes import SHAPES, Shape, write_start
 
-RANK = 16
-SHAPE_OF = {"0.5b": "qwen2.5-0.5b", "toy": "toy"}
-DEFAULTS = {"0.5b": {"timed": 8, "rounds": 2}, "toy": {"timed": 4, "rounds": 1}}
+SHAPE_OF = {"0.5b": "qwen2.5-0.5b", "10m": "qwen2-10m", "10m_lora": "qwen2-10m, adapters", "toy": "toy"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "0.5b": {"timed": 8, "rounds": 2},
+    "10m": {"timed": 6, "rounds": 1, "only": ("trl", "klab", "klab_pack")},
+    "10m_lora": {"timed": 6, "rounds": 1, "only": ("trl", "klab", "klab_pack")},
+    "toy": {"timed": 4, "rounds": 1},
+}
+"""A figure in processor time is that of one process at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,15 @@ class Way:
     cells: int = 1
 
 
-def ways(K: int, only: Sequence[str] | None = None) -> dict[str, Way]:
-    """All of them, or some, in their order."""
+def ways(K: int, only: Sequence[str] | None = None, adapters: bool = True) -> dict[str, Way]:
+    """All of them, or some, in their order; cells with `adapters` share the weights under these."""
     every = {
         "trl": Way("TRL, one process", "trl"),
         "trl_at_once": Way(f"TRL, {K} processes at once", "trl", processes=K),
         "trl_klab": Way("TRL with klab's objective, one process", "trl_engine"),
         "klab": Way("klab, one cell", "klab"),
         "klab_at_once": Way(f"klab, {K} processes of one cell at once", "klab", processes=K),
-        "klab_pack": Way(f"klab, a pack of {K} cells over one base", "klab", cells=K),
+        "klab_pack": Way(f"klab, a pack of {K} cells{' over one base' if adapters else ''}", "klab", cells=K),
     }
     return {key: way for key, way in every.items() if only is None or key in only}
 
@@ -69,17 +75,24 @@ def told(shape: Shape) -> Setting:
         group_size=shape.group_size,
         rows=shape.micro_batch,
         dtype=shape.dtype,
-        lora_rank=RANK,
-        clock="wall",
+        lora_rank=shape.lora_rank,
+        clock=shape.clock,
     )
 
 
 def environment(name: str) -> dict[str, str]:
-    """One GPU, the first that this process may see; for `toy` none, decoded in the same way."""
+    """One GPU, the first that this process may see; for `toy` none, decoded in the same way; for `10m` none."""
     if name == "toy":
         return {**NO_GPU, VARIABLE: "static"}
+    if not needs_gpu(name):
+        return dict(NO_GPU)
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return {"CUDA_VISIBLE_DEVICES": first, VARIABLE: os.environ.get(VARIABLE, "static")}
+
+
+def needs_gpu(name: str) -> bool:
+    """Whether a setting is one for a GPU."""
+    return name == "0.5b"
 
 
 def obstacle(name: str, trl: str | None) -> str | None:
@@ -88,7 +101,7 @@ def obstacle(name: str, trl: str | None) -> str | None:
     Args:
         trl: TRL's interpreter; None where only klab is measured.
     """
-    gpu = name != "toy"
+    gpu = needs_gpu(name)
     if gpu and not torch.cuda.is_available():
         return f"the {name} setting needs a CUDA device, and torch sees none; `--setting toy` runs on the CPU"
     if trl is None:
@@ -132,13 +145,18 @@ class Device:
             own = ("--cells", str(way.cells)) if way.side == "klab" else ("--seed", str(number))
             commands.append([python, f"tests/benchmarks/{way.side}_cell.py", *shared, *own, "--out", str(file)])
         run(commands, environment(self.given.setting))
-        return summary([json.loads(file.read_text()) for file in files], way)
+        return summary([json.loads(file.read_text()) for file in files], way, self.setting.clock)
 
 
-def summary(results: Sequence[dict[str, Any]], way: Way) -> dict[str, Any]:
-    """What the processes of one run say together, per cell and update: of K at once, a cell's time is divided by K."""
+def summary(results: Sequence[dict[str, Any]], way: Way, clock: str) -> dict[str, Any]:
+    """What the processes of one run say together, per cell and update: of K at once, a cell's time is divided by K.
+
+    `update` is the whole update on the clock by which the phases are timed.
+    """
     medians = [per_update(result["updates"], UPDATES_PER_ROLLOUT, ROLLOUTS_DROPPED) for result in results]
-    names = sorted(set().union(*medians) - {"cpu"})
+    for row in medians:
+        row["update"] = row["cpu"] if clock == "processor" else row["wall"]
+    names = sorted(set().union(*medians) - {"cpu", "wall"})
     ms = {n: statistics.mean(row.get(n, 0.0) for row in medians) / way.processes for n in names}
     tokens = statistics.mean(result["tokens"] for result in results)
     return {
@@ -164,7 +182,7 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def measured(device: Device, updates: int, rounds: int) -> dict[str, dict[str, Any]]:
     """All ways, in interleaved rounds; of one that does not fit into memory, just that."""
-    chosen = ways(device.K, device.given.only)
+    chosen = ways(device.K, device.given.only, device.shape.lora_rank is not None)
     runs: dict[str, list[dict[str, Any]]] = {key: [] for key in chosen}
     failed: dict[str, str] = {}
     for number in range(rounds):
@@ -178,12 +196,19 @@ def measured(device: Device, updates: int, rounds: int) -> dict[str, dict[str, A
                 if not failure.out_of_memory:
                     raise
                 failed[key] = "out of memory"
-            said = failed.get(key) or f"{runs[key][-1]['ms']['wall']:.1f} ms per cell and update"
+            said = failed.get(key) or f"{runs[key][-1]['ms']['update']:.1f} ms per cell and update"
             say(f"round {number + 1} of {rounds}, {way.name}: {said} ({time.perf_counter() - began:.0f} s)")
     return {
         key: {**asdict(way), **({"failed": failed[key]} if key in failed else medians(runs[key]))}
         for key, way in chosen.items()
     }
+
+
+def floor(shape: Shape) -> dict[str, float]:
+    """FLOPs of one update by phase, every trajectory in full; of frozen weights no gradients."""
+    sizes = Sizes.of(shape.config)
+    flops = plain_flops(shape.prompts, shape.prompt_tokens, shape.new_tokens, sizes, shape.group_size)
+    return flops if shape.lora_rank is None else {**flops, "backward": flops["backward"] / 2}
 
 
 def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
@@ -192,20 +217,22 @@ def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
         theirs = rows.get(key, {}).get("ms")
         for row in rows.values():
             if theirs and "ms" in row:
-                row[f"{key}_over_this"] = theirs["wall"] / row["ms"]["wall"]
+                row[f"{key}_over_this"] = theirs["update"] / row["ms"]["update"]
 
 
 def compare(given: argparse.Namespace) -> dict[str, Any]:
     """Measure, print, and write `against_trl_SETTING.{json,md}`."""
     from tests.benchmarks.against_trl_report import device_table
 
+    defaults = DEFAULTS[given.setting]
+    given.only = given.only or defaults.get("only")
     needs_trl = any(way.side == "trl" for way in ways(1, given.only).values())
     problem = obstacle(given.setting, given.trl if needs_trl else None)
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
-    defaults = DEFAULTS[given.setting]
     updates, rounds = given.timed or defaults["timed"], given.rounds or defaults["rounds"]
+    peak = None if told(SHAPES[SHAPE_OF[given.setting]]).clock == "wall" else peak_gflops()
     scratch = Path(tempfile.mkdtemp(prefix="klab-bench-"))
     try:
         device = Device(given, scratch)
@@ -220,7 +247,9 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
         "shape": SHAPE_OF[given.setting],
         "device": next((row["device"] for row in rows.values() if "device" in row), "a device with too little memory"),
         "told": asdict(device.setting),
-        "decoding": environment(given.setting)[VARIABLE],
+        "decoding": environment(given.setting).get(VARIABLE, "that of processors"),
+        "peak_gflops": peak,
+        "floor_ms": None if peak is None else sum(floor(device.shape).values()) / peak / 1e6,
         "at_once": device.K,
         "updates": updates,
         "rounds": rounds,

@@ -6,7 +6,7 @@ Nothing heavy is imported before a checkpoint is made: TRL's process reads this 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the size of its updates."""
+    """A model and the size of its updates; without `lora_rank` all weights are trained.
+
+    `clock` is one of `clock.CLOCKS`.
+    """
 
     config: dict[str, Any]
     prompts: int
@@ -27,6 +30,8 @@ class Shape:
     micro_batch: int | None
     dtype: str
     packs: tuple[int, ...]
+    lora_rank: int | None = 16
+    clock: str = "wall"
 
 
 SHAPES = {
@@ -68,6 +73,27 @@ SHAPES = {
         packs=(2,),
     ),
 }
+SHAPES["qwen2-10m"] = Shape(
+    {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    },
+    prompts=4,
+    group_size=8,
+    prompt_tokens=64,
+    new_tokens=64,
+    micro_batch=None,
+    dtype="float32",
+    packs=(2,),
+    lora_rank=None,
+    clock="processor",
+)
+SHAPES["qwen2-10m, adapters"] = replace(SHAPES["qwen2-10m"], lora_rank=16)
 
 
 class Strings:
