@@ -7,8 +7,8 @@ of a few layers learns within seconds (Lee et al. 2023, "Teaching Arithmetic to 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 
 from klab.grid.errors import UserError
@@ -47,7 +47,7 @@ class Addition:
 
     def split(self, name: SplitName) -> Sequence[Example]:
         if self.digits <= LISTED_DIGITS:
-            return self._listed[name]
+            return _listed(range(self._low, self._high), self.prompt_order)[name]
         length = HELD_OUT_LENGTH if name == "held_out" else TRAIN_LENGTH
         return Drawn(f"addition/{self.digits}", name, length, self._draw)
 
@@ -58,26 +58,28 @@ class Addition:
     def respond(self, example: Example, transcript: str) -> str | None:
         return None
 
-    @cached_property
-    def _listed(self) -> dict[SplitName, tuple[Example, ...]]:
-        numbers = range(self._low, self._high)
-        pairs = sorted(((a, b) for a in numbers for b in numbers), key=_shuffled)
-        found: dict[SplitName, list[Example]] = {"train": [], "held_out": []}
-        for a, b in pairs:
-            found[split_of(_key(a, b))].append(self._example(a, b))
-        return {name: tuple(examples) for name, examples in found.items()}
-
     def _draw(self, generator: random.Random) -> tuple[str, Example]:
         a, b = generator.randrange(self._low, self._high), generator.randrange(self._low, self._high)
-        return _key(a, b), self._example(a, b)
+        return _key(a, b), _example(a, b, self.prompt_order)
 
-    def _example(self, a: int, b: int) -> Example:
-        answer, step = str(a + b)[::-1], -1 if self.prompt_order == "least" else 1
-        return Example(f"{str(a)[::step]}+{str(b)[::step]}=", answer, answer)
+
+@cache
+def _listed(numbers: range, prompt_order: str) -> Mapping[SplitName, tuple[Example, ...]]:
+    """Every sum of two of these numbers, by split; the tasks of all cells share it."""
+    pairs = sorted(((a, b) for a in numbers for b in numbers), key=_shuffled)
+    found: dict[SplitName, list[Example]] = {"train": [], "held_out": []}
+    for a, b in pairs:
+        found[split_of(_key(a, b))].append(_example(a, b, prompt_order))
+    return {name: tuple(examples) for name, examples in found.items()}
 
 
 def _key(a: int, b: int) -> str:
     return f"addition {min(a, b)} {max(a, b)}"
+
+
+def _example(a: int, b: int, prompt_order: str) -> Example:
+    answer, step = str(a + b)[::-1], -1 if prompt_order == "least" else 1
+    return Example(f"{str(a)[::step]}+{str(b)[::step]}=", answer, answer)
 
 
 def _shuffled(pair: tuple[int, int]) -> bytes:

@@ -12,7 +12,7 @@ from klab.grid.errors import UserError
 from klab.harness.policy.hf.policy import TransformersPolicy
 from klab.harness.policy.hf.sharded import ShardedPolicy
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.pretrained import read_config
+from klab.harness.policy.pretrained import checkpoint_config
 from klab.harness.policy.stacked.architecture import Architecture
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.policy.stacked.rotary_embedding import RotaryEmbedding
@@ -73,7 +73,7 @@ def engine_of(section: Any, start: str | Path) -> Engine:
         UserError: no readable configuration, or the section insists on the stacked engine, which does not know the
             architecture.
     """
-    return engine_for(section, read_config(start, getattr(section, "trust_remote_code", False)))
+    return engine_for(section, checkpoint_config(start, getattr(section, "trust_remote_code", False)))
 
 
 def engine_for(section: Any, config: Any) -> Engine:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from klab.harness.policy.categorical import Draw
 from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.scores import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class IncrementalDecoder(Protocol):

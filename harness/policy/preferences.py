@@ -23,6 +23,7 @@ from klab.harness.policy.init.sft_warmup import Progress as Warming
 from klab.harness.policy.init.shared_folder import made_once
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.policy import Policy
+from klab.harness.policy.pretrained import read_tokenizer
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
 from klab.tasks.proxy import Proxy, Scale
@@ -166,7 +167,7 @@ def _train(
     begun = time.monotonic()
     policy = load_policy(policy_section.model_copy(update={"lora": None}), start, 1, "cpu")
     train = _training_pairs(task, policy, section.pairs, section.proxy_seed)
-    tokenizer = policy.tokenizer
+    tokenizer = read_tokenizer(start)
     heads = max(1, section.hidden // 16)
     config = Qwen2Config(
         vocab_size=policy.vocab_size,

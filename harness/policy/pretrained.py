@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any, cast
 
 from klab.grid.errors import UserError
+from klab.harness.policy.char_tokenizer import CharacterTokenizer
+from klab.harness.policy.stated_config import StatedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,6 +60,17 @@ def model_folder(
         raise UserError(problem, key="policy.model", value=model) from error
 
 
+def checkpoint_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """What `read_config` gives of a folder or hub id; without transformers where it is a tiny policy's."""
+    return StatedConfig.read(folder) or read_config(folder, trust_remote_code)
+
+
+def checkpoint_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """What `read_tokenizer` gives of a folder or hub id; without transformers where it is a tiny policy's."""
+    found: Any = CharacterTokenizer.read(folder) or read_tokenizer(folder, trust_remote_code)
+    return cast("PreTrainedTokenizerFast", found)
+
+
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a folder or hub id.
 
@@ -93,11 +107,13 @@ def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     Raises:
         UserError: no readable tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    loader: Any = PreTrainedTokenizerFast if _tokenizer_class(Path(folder)) in _GENERIC_TOKENIZERS else AutoTokenizer
+    if _tokenizer_class(Path(folder)) in _GENERIC_TOKENIZERS:
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader  # type: ignore[assignment]
+    loader: Any = Loader
     try:
-        return cast(PreTrainedTokenizerFast, loader.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+        return cast("PreTrainedTokenizerFast", loader.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
     except (OSError, ValueError) as error:
         raise UserError(f"no readable tokenizer: {first_line(error)}", file=folder) from error
 

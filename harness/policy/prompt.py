@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Literal
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Literal
 
 from klab.grid.errors import UserError
 from klab.harness.policy.chat_template import apply_chat_template
 from klab.harness.policy.pretrained import check_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ChatTemplate = Literal["auto", "always", "never"]
 

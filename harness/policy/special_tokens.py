@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from klab.grid.errors import UserError
 from klab.harness.policy.chat_template import turn_end_token
 from klab.harness.policy.pretrained import GENERATION_CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def eos_token_ids(

@@ -28,6 +28,7 @@ from klab.harness.training.data.scoring import score_completions
 from klab.harness.training.distributed.gathering import gathered
 from klab.harness.training.distributed.messages import message_type
 from klab.harness.training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from klab.harness.training.equal_cells import EqualCells
 from klab.harness.training.metrics import Row, finite
 from klab.harness.training.microbatch import UNLIMITED, MemoryBudget, is_padding, pack_micro_batches
 from klab.harness.training.pack_settings import PackSettings
@@ -100,10 +101,11 @@ def prepare_eval_sets(
     with gathered(process_group, reference):
         if not share:
             return [EvalSet(listed, None) for listed in examples]
+        equal = EqualCells.with_equal_starts(settings, members, examples, reference, by_seed=False)
         drawn = generate(
-            reference,
-            members,
-            examples,
+            reference.select(equal.chosen),
+            equal.some(members),
+            equal.some(examples),
             samples,
             purpose,
             settings.max_new_tokens,
@@ -111,7 +113,7 @@ def prepare_eval_sets(
             budget=budget,
             share=share,
         )
-    return [EvalSet(*pair) for pair in zip(examples, drawn, strict=True)]
+    return [EvalSet(*pair) for pair in zip(examples, equal.all(drawn), strict=True)]
 
 
 def held_out(member: PackedCell) -> list[Example]:
@@ -204,12 +206,15 @@ def _eval_outputs(
     """Evaluate a part of every cell's prompts, with completions from whoever draws the rollouts."""
     examples = [eval_set.examples for eval_set in eval_sets]
     samples = settings.completions_after(update)
-    drawing = partial(
-        generate, policy, members, examples, sampler=sampler, budget=sampling_budget(settings.sampler, budget)
-    )
+    equal = EqualCells.all_different(len(members))
+    if update == 0 and moving is None:
+        equal = EqualCells.with_equal_starts(settings, members, examples, policy, by_seed=True)
+        policy, reference = policy.select(equal.chosen), reference.select(equal.chosen)
+    chosen = equal.some(members), equal.some(examples)
+    drawing = partial(generate, policy, *chosen, sampler=sampler, budget=sampling_budget(settings.sampler, budget))
     greedy = drawing(1, None, settings.max_new_tokens, share=share)
     fresh = drawing(samples, ("evaluation", update), settings.max_new_tokens, share=share)
-    kept = [eval_set.reference for eval_set in eval_sets if eval_set.reference is not None]
+    kept = [each.reference for each in equal.some(eval_sets) if each.reference is not None]
     reverse, entropy = sequence_divergence(policy, reference, fresh, settings.max_new_tokens, budget)
     followed = [each[:0] for each in reverse]
     if moving is not None:
@@ -218,16 +223,16 @@ def _eval_outputs(
     own = [listed[share.start : share.stop] for listed in examples]
     return [
         EvalOutputs(
-            best=score_completions(members, c, own[c], greedy[c]),
-            scores=score_completions(members, c, own[c], fresh[c]),
-            texts=fresh[c].texts,
-            tokens=fresh[c].mask.sum(1).double(),
-            reverse=reverse[c],
-            forward=forward[c],
-            entropy=entropy[c],
-            moving=followed[c],
+            best=score_completions(members, c, own[c], greedy[place]),
+            scores=score_completions(members, c, own[c], fresh[place]),
+            texts=fresh[place].texts,
+            tokens=fresh[place].mask.sum(1).double(),
+            reverse=reverse[place],
+            forward=forward[place],
+            entropy=entropy[place],
+            moving=followed[place],
         )
-        for c in range(len(members))
+        for c, place in enumerate(equal.place)
     ]
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.init.sft_warmup import warm_up
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks.addition import Addition
 from tests.benchmarks.setting import CONTEXT, DIGITS, HEADS, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY
+from tests.support.transformers_tokenizer import character_tokenizer
 
 SIZES = SimpleNamespace(
     family="llama", hidden=HIDDEN, layers=LAYERS, heads=HEADS, kv_heads=None, intermediate=INTERMEDIATE

@@ -121,8 +121,8 @@ def write_start(folder: Path, shape: Shape) -> Path:
     import torch
     from transformers import Qwen2Config
 
-    from klab.harness.policy.init.char_tokenizer import character_tokenizer
     from klab.harness.policy.stacked.policy import StackedPolicy
+    from tests.support.transformers_tokenizer import character_tokenizer
 
     tokenizer = character_tokenizer(LETTERS, shape.config["vocab_size"])
     config = Qwen2Config(

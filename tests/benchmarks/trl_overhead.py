@@ -30,13 +30,13 @@ from klab.harness.engines.trl.cell import make_trainer, prepare_member, prompt_d
 from klab.harness.engines.trl.recorder import Recorder
 from klab.harness.engines.trl.rollout_trainer import EXAMPLE
 from klab.harness.engines.trl.settings import grpo_arguments
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.pretrained import read_tokenizer
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
 from klab.tasks.addition import Addition
 from tests.benchmarks.setting import BETA, DIGITS, EPSILON, HEADS, HIDDEN, INTERMEDIATE, LAYERS, grid_text
+from tests.support.transformers_tokenizer import character_tokenizer
 
 LIMIT = 0.03
 """Share of an update that klab may add."""

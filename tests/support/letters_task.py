@@ -52,6 +52,12 @@ class Letters:
         return None
 
 
+class Answering(Letters):
+    """It might answer what the policy writes, and never does."""
+
+    interactive = True
+
+
 class Overdue(Letters):
     """A limit of time decides the reward of every completion that begins with an `a`; prompts with an `a` or `b` in
     their middle have a part `early`, which is 1."""

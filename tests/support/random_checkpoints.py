@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
+from tests.support.transformers_tokenizer import character_tokenizer
 
 SHARED: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 LATER: dict[str, Any] = {

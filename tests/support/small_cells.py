@@ -74,9 +74,9 @@ class Letters:
 def small_policy(folder: Path, alphabet: str = LETTERS) -> Path:
     """A checkpoint of a random Llama with one layer that knows some characters, as a Hugging Face folder."""
     from klab.grid.schema.sections import TinyPolicy
-    from klab.harness.policy.init.char_tokenizer import character_tokenizer
     from klab.harness.policy.init.initial_policy import tiny_config
     from klab.harness.policy.stacked.policy import StackedPolicy
+    from tests.support.transformers_tokenizer import character_tokenizer
 
     tokenizer = character_tokenizer(alphabet)
     section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)

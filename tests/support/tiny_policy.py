@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.stacked.policy import StackedPolicy
+from tests.support.transformers_tokenizer import character_tokenizer
 
 ALPHABET = "0123456789+="
 SIZES = {

@@ -9,7 +9,6 @@ import torch
 
 from klab.grid.errors import UserError
 from klab.grid.schema.sections import TinyPolicy, load_section
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.init.sft_warmup import solution_rollout
 from klab.harness.policy.rollout import Rollout
@@ -20,6 +19,7 @@ from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.tasks import Example, load_task
 from klab.tasks.calculator import Calculator
 from klab.tasks.task import TURN_END
+from tests.support.transformers_tokenizer import character_tokenizer
 
 EXAMPLE = Example("12*34=", "408", f"[12*34]{TURN_END}408")
 

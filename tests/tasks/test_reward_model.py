@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klab.grid.errors import UserError
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.tasks import Example
 from klab.tasks.reward_model import ROWS, TOKENS, RewardModel, batches
 from klab.tasks.rewards import Rewards
+from tests.support.transformers_tokenizer import character_tokenizer
 
 EXAMPLE = Example("ab", "")
 

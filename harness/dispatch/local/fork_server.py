@@ -1,9 +1,9 @@
-"""A fork server for jobs of the local pool: it imports torch, transformers and klab once and forks a process per job.
+"""A fork server for jobs of the local pool: it imports torch and klab once and forks a process per job.
 
-As a program this module imports, then reads submitit folders from standard input, one line each, forks for each a
-process that runs the job pickled there, and answers its process number. It makes no tensor, starts no thread and never
-initialises CUDA, so that a fork may use as many threads and whatever device it was given. It ends when its standard
-input does; its forks go on.
+As a program this module imports, transformers too where it is given its name. Then it reads submitit folders from
+standard input, one line each, forks for each a process that runs the job pickled there, and answers its process number.
+It makes no tensor, starts no thread and never initialises CUDA, so that a fork may use as many threads and whatever
+device it was given. It ends when its standard input does; its forks go on.
 
 `multiprocessing`'s forkserver does less here: it reports how a child ended through the server, so that all running jobs
 count as ended when the server is killed; a parent waits for its children when it exits, where a controller must be able
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,14 @@ _MINUTES = 60 * 24 * 365
 
 
 class ForkServer:
-    """Client of the fork server, which is started on demand, and again when it was killed."""
+    """Client of the fork server, which is started on demand, and again when it was killed.
 
-    def __init__(self) -> None:
+    Args:
+        cells: settings of cells; where one of them may need transformers, the server imports it once for all.
+    """
+
+    def __init__(self, cells: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._libraries = ("transformers",) if any(map(needs_transformers, cells)) else ()
         self._process: subprocess.Popen[bytes] | None = None
 
     def submit(self, folder: Path, job: Callable[[], Any]) -> Job[Any]:
@@ -90,9 +95,21 @@ class ForkServer:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            command = python_command("-m", "klab.harness.dispatch.local.fork_server")
+            command = python_command("-m", "klab.harness.dispatch.local.fork_server", *self._libraries)
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         return self._process
+
+
+def needs_transformers(cell: Mapping[str, Any]) -> bool:
+    """Whether a cell's job may use transformers: all but those of klab's engine with a tiny policy and a reward that is
+    no model. A job that finds out later imports it itself."""
+    policy, task, training = (cell.get(name) or {} for name in ("policy", "task", "training"))
+    terms = task.get("reward")
+    by_model = isinstance(terms, list | tuple) and any(
+        isinstance(term, Mapping) and term.get("model") for term in terms
+    )
+    bare = policy.get("name") == "tiny" and training.get("engine", "klab") == "klab"
+    return not bare or by_model or task.get("name") == "proxy"
 
 
 class ForkedProcess:
@@ -114,7 +131,14 @@ class ForkedProcess:
 def main() -> None:
     """Fork for every line of standard input until it ends; in a fork, run its job."""
     fix_kernels()
-    from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config  # noqa: F401
+    if "transformers" in sys.argv[1:]:
+        from transformers import (  # noqa: F401
+            AutoTokenizer,
+            LlamaConfig,
+            PreTrainedTokenizerFast,
+            Qwen2Config,
+            Qwen3Config,
+        )
 
     import klab.harness.training.runner  # noqa: F401
 

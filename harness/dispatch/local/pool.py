@@ -52,7 +52,7 @@ class Pool:
         self._losses: dict[str, tuple[int, int]] = {}
         # one folder per controller: submitit names files by process number, and those are used again
         self._folder = run.jobs / f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        self._server = ForkServer()
+        self._server = ForkServer(map(run.resolved, run.cells))
 
     def replace_queue(
         self,

@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
 from klab.harness.policy.categorical import Draw
@@ -35,6 +34,9 @@ from klab.harness.policy.prompt import PromptEncoder
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.scores import ScoreOptions, TokenScores, gather_rows, gather_scores, max_logits
 from klab.harness.policy.special_tokens import eos_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _ALIGNMENT = 64
 """Bytes; see `_aligned`."""

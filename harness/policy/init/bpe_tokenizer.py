@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
 
-from klab.harness.policy.init.char_tokenizer import EOS, PAD
+from klab.harness.policy.char_tokenizer import EOS, PAD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,6 +26,8 @@ def bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
     Every text can be encoded, and decoding gives it back; no token marks its beginning.
     """
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(BPE())
     words = Split(Regex(QWEN2_WORDS), behavior="isolated")
     backend.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])

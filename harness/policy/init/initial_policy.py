@@ -12,12 +12,13 @@ import torch
 
 from klab.grid.errors import UserError
 from klab.grid.schema.task import ProxyTask
+from klab.harness.policy.char_tokenizer import CharacterTokenizer
 from klab.harness.policy.init.bpe_tokenizer import bpe_tokenizer
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.sft_warmup import SMALL, TINY, Progress, warm_up
 from klab.harness.policy.init.shared_folder import made_once, make_whole
 from klab.harness.policy.pretrained import model_folder
 from klab.harness.policy.stacked.policy import StackedPolicy
+from klab.harness.policy.stated_config import StatedConfig
 from klab.tasks.task import TURN_END, Task, alphabet_of, require_solutions
 
 _TRAINING_FIELDS = ("lora", "gradient_checkpointing")
@@ -129,13 +130,10 @@ def _identity(section: Any, task_section: Any) -> dict[str, Any]:
     return {"version": WARMUP_VERSION, "policy": policy, "task": _fields(warmed_up_on)}
 
 
-def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> Any:
-    """The transformers configuration of a tiny or small policy."""
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
-
-    families = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    own = {"head_dim": section.hidden // section.heads} if section.family == "qwen3" else {}
-    return families[section.family](
+def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int) -> StatedConfig:
+    """The configuration of a tiny or small policy."""
+    return StatedConfig.of_family(
+        section.family,
         vocab_size=vocabulary,
         hidden_size=section.hidden,
         intermediate_size=section.intermediate,
@@ -144,11 +142,8 @@ def tiny_config(section: Any, vocabulary: int, end: int, pad: int, context: int)
         num_key_value_heads=section.kv_heads or section.heads,
         max_position_embeddings=context,
         initializer_range=section.hidden**-0.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
         eos_token_id=end,
         pad_token_id=pad,
-        **own,
     )
 
 
@@ -164,11 +159,11 @@ def write_policy(
         UserError: as `initial_policy`.
     """
     small = section.name == "small"
-    tokenizer = _tokenizer(task, section.vocabulary) if small else character_tokenizer(alphabet_of(task))
-    longest = max(len(example.prompt) for example in task.split("train")[:256])
-    config = tiny_config(
-        section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), max(256, 4 * longest)
+    tokenizer: Any = (
+        _tokenizer(task, section.vocabulary) if small else CharacterTokenizer.of_alphabet(alphabet_of(task))
     )
+    longest = max(len(example.prompt) for example in task.split("train")[:256])
+    config = tiny_config(section, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, max(256, 4 * longest))
     policy = StackedPolicy.random(config, tokenizer, [section.warmup_seed], dtype=getattr(torch, section.dtype))
     record = warm_up(
         policy,

@@ -6,15 +6,17 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
 from klab.harness.policy.pretrained import first_line
 from klab.harness.policy.stacked.architecture import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def read_weights(folder: str | Path, architecture: Architecture) -> dict[str, Tensor]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from klab.grid.errors import UserError
 from klab.harness.policy.categorical import Draw
 from klab.harness.policy.policy import BlockDecoder, IncrementalDecoder, Policy
 from klab.harness.policy.pretrained import (
     check_vocabulary,
-    read_config,
+    checkpoint_config,
+    checkpoint_tokenizer,
     read_generation_config,
-    read_tokenizer,
     write_generation_config,
 )
 from klab.harness.policy.prompt import PromptEncoder
@@ -35,6 +34,9 @@ from klab.harness.policy.stacked.packed_decoding import PackedDecoder
 from klab.harness.policy.stacked.recorded_steps import RecordedSteps
 from klab.harness.policy.stacked.scoring import score_rollouts
 from klab.harness.policy.stacked.uncached_decoding import UncachedDecoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class StackedPolicy(StackedModel):
@@ -103,9 +105,9 @@ class StackedPolicy(StackedModel):
         Raises:
             UserError: no such checkpoint, another architecture, or a tokenizer without an end-of-sequence token.
         """
-        config = read_config(folder)
+        config = checkpoint_config(folder)
         architecture = Architecture.from_config(config)
-        tokenizer = read_tokenizer(folder)
+        tokenizer = checkpoint_tokenizer(folder)
         generation_config = read_generation_config(folder)
         eos_token_ids(tokenizer, generation_config, architecture.vocab_size)
         check_vocabulary(tokenizer, architecture.vocab_size)
@@ -194,7 +196,7 @@ class StackedPolicy(StackedModel):
             for name, value in read_adapters(path, self.adapters).items():
                 self.parameters[name][cell].copy_(value)
             return
-        architecture = Architecture.from_config(read_config(path))
+        architecture = Architecture.from_config(checkpoint_config(path))
         if architecture.parameter_shapes() != self.architecture.parameter_shapes():
             raise UserError("the checkpoint has another architecture than the policy it is loaded into", file=path)
         for name, value in read_weights(path, architecture).items():

@@ -23,8 +23,6 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: Any, head_dim: int) -> None:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
         parameters = config.rope_parameters
         kind = parameters.get("rope_type", "default")
         self.attention_scaling = 1.0
@@ -32,6 +30,8 @@ class RotaryEmbedding:
             base = parameters["rope_theta"]
             self.inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         elif kind in ("linear", "llama3", "yarn"):
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
             self.inv_freq, self.attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         else:
             raise UserError(

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-
 from klab.grid.cell import Cell
 from klab.grid.errors import UserError
 from klab.harness.policy.policy import Policy
-from klab.harness.policy.pretrained import read_config, read_tokenizer
+from klab.harness.policy.pretrained import checkpoint_config, checkpoint_tokenizer
 from klab.harness.policy.prompt import ChatTemplate, prompt_ids
 from klab.tasks.task import Example, SplitName, Task, lists_prompts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from klab.harness.training.packed_cell import PackedCell
 
 _SHOWN = 60
@@ -64,7 +64,7 @@ class PromptLengths:
         if len(self._lengths.get(key, ())) != len(split):
             model = (str(start), _trusted(cell))
             if model not in self._tokenizers:
-                self._tokenizers[model] = read_tokenizer(*model)
+                self._tokenizers[model] = checkpoint_tokenizer(*model)
             tokenizer = self._tokenizers[model]
             self._lengths[key] = [len(prompt_ids(tokenizer, example.prompt, chat, now)) for example in split]
         return self._lengths[key]
@@ -73,7 +73,7 @@ class PromptLengths:
         """Positions that the model of a checkpoint has; None where its config does not say."""
         model = (str(start), _trusted(cell))
         if model not in self._contexts:
-            config = read_config(*model).get_text_config()
+            config = checkpoint_config(*model).get_text_config()
             self._contexts[model] = getattr(config, "max_position_embeddings", None)
         return self._contexts[model]
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
@@ -22,6 +21,7 @@ from klab.harness.training.runtime.timer import PhaseTimer
 from tests.support.emulated_device.device import EmulatedDevices
 from tests.support.tiny_policy import ALPHABET, configuration, generators
 from tests.support.training_records import MakeRun
+from tests.support.transformers_tokenizer import character_tokenizer
 
 HERE = torch.device("emulated", 0)
 LORA = {"lora": {"rank": 2}}

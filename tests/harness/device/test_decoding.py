@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.rollout import Rollout
 from klab.harness.policy.sampling.sample import sample
 from klab.harness.policy.sampling.sampler import SamplingOptions
@@ -15,6 +14,7 @@ from klab.harness.policy.stacked import block_decoding, recorded_steps
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.emulated_device.device import EmulatedDevices
 from tests.support.tiny_policy import ALPHABET, configuration, generators
+from tests.support.transformers_tokenizer import character_tokenizer
 
 PROMPTS = [[[3, 4, 5, 6], [7, 8], [9]], [[4], [5, 6, 7], [8, 9]]]
 

@@ -13,10 +13,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from klab.grid.errors import UserError
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from tests.support.tiny_policy import ALPHABET, configuration, decoder, written
+from tests.support.transformers_tokenizer import character_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3",

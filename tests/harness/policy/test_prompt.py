@@ -12,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from klab.grid import UserError
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.pretrained import check_ids, read_tokenizer
 from klab.harness.policy.prompt import PromptEncoder, prompt_ids
@@ -22,6 +21,7 @@ from klab.harness.policy.sampling.trajectory_builder import TrajectoryBuilder
 from klab.harness.policy.special_tokens import eos_token_ids
 from tests.support.random_checkpoints import checkpoint
 from tests.support.tiny_policy import generators
+from tests.support.transformers_tokenizer import character_tokenizer
 
 LETTERS = "abcdefgh<>[] .:"
 FAMILIES = ("Qwen2", "GPT2")

@@ -17,7 +17,6 @@ from klab.grid.schema.sections import ReferencePolicy, TinyPolicy
 from klab.grid.user_code import python_command
 from klab.harness.cli.main import main
 from klab.harness.cli.memory import JobMemory
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.init.initial_policy import tiny_config
 from klab.harness.policy.load import load_policy
 from klab.harness.policy.pretrained import read_config
@@ -37,6 +36,7 @@ from klab.harness.training.optim.critic import Critics
 from klab.harness.training.optim.moving_reference import MovingReference
 from klab.harness.training.optim.optimizer import StackedAdamW
 from tests.support.random_checkpoints import checkpoint
+from tests.support.transformers_tokenizer import character_tokenizer
 
 LORA = {"lora": {"rank": 3, "targets": ["q_proj", "down_proj"]}}
 POLICIES: dict[str, dict[str, Any]] = {

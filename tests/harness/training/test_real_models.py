@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from word_problems import CHARACTERS, problems
 
 from klab.harness.policy.hf.policy import TransformersPolicy
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.scores import token_scores
 from klab.harness.policy.stacked.policy import StackedPolicy
 from klab.harness.store import Run
@@ -24,6 +23,7 @@ from klab.harness.training.pack import Pack
 from klab.harness.training.runner import prepare_cell
 from tests.support.random_checkpoints import checkpoint
 from tests.support.training_records import MakeRun, StopAfter, finished, numbers
+from tests.support.transformers_tokenizer import character_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"

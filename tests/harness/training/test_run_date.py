@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from klab.grid import load_grid
-from klab.harness.policy.init.char_tokenizer import character_tokenizer
 from klab.harness.policy.load import load_policy
 from klab.harness.store import Run
 from klab.harness.training.data.prompts import encode_prompts
 from klab.harness.training.runner import prepare_cell
 from tests.support.random_checkpoints import checkpoint
+from tests.support.transformers_tokenizer import character_tokenizer
 
 
 def test_prompts_carry_the_date_of_the_run(tmp_path: Path) -> None:
