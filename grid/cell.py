@@ -67,7 +67,7 @@ class Cell:
         """The text that ids are hashes of, apart from the seed: id version, active settings and sections, as JSON."""
         return f"[{ID_VERSION},{self.objective.canonical_text(self.training.on_policy)},{self.sections}]"
 
-    @property
+    @cached_property
     def sections(self) -> str:
         """Task, policy and training as JSON, without what cannot change a number."""
         return _sections_json(self.task, self.policy, self.training)
@@ -80,7 +80,8 @@ class Cell:
             seeded = digest.copy()
             seeded.update(f"@{seed}".encode())
             cell = replace(self, seed=seed)
-            cell.__dict__.update(id=self._named(seeded, seed), group=self.group)  # fills the cached properties
+            # fills the cached properties
+            cell.__dict__.update(id=self._named(seeded, seed), group=self.group, sections=self.sections)
             cells.append(cell)
         return cells
 

@@ -95,6 +95,7 @@ class Objective:
     _arguments: dict[str, dict[str, Any]]
     _terms: dict[str, float]
     _key: str
+    _is_custom: bool
     _forms: dict[bool, CanonicalForm]
     _texts: dict[bool, str]
 
@@ -150,6 +151,7 @@ class Objective:
         attributes["_key"] = repr(
             [(written[axis], sorted(values.items())) for axis, values in arguments.items()] + [attributes["_terms"]]
         )
+        attributes["_is_custom"] = any(map(names_user_code, written.values()))
         attributes["_forms"] = {}
         attributes["_texts"] = {}
 
@@ -177,7 +179,7 @@ class Objective:
     @property
     def is_custom(self) -> bool:
         """Whether some axis value is the user's own function, about which klab assumes nothing."""
-        return any(names_user_code(getattr(self, axis)) for axis in AXES)
+        return self._is_custom
 
     def canonical_form(self, on_policy: bool = False) -> CanonicalForm:
         """Which settings act, and why the others have no effect (see `klab.grid.canonical`)."""

@@ -65,10 +65,10 @@ _on_path: set[str] = set()
 
 def names_user_code(name: object) -> bool:
     """Whether an axis value, a reward or a task names the user's own code, by import path or by file."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or ":" not in name:
         return False
-    module, colon, attribute = name.rpartition(":")
-    if not colon or not all(part.isidentifier() for part in attribute.split(".")):
+    module, _, attribute = name.rpartition(":")
+    if not all(part.isidentifier() for part in attribute.split(".")):
         return False
     if module.endswith(".py"):
         return "\0" not in module
