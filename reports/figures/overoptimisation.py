@@ -54,7 +54,7 @@ def over_optimisation(study: Study, comparison: Comparison) -> Drawing | None:
             marked = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
             lower.plot(distance.mean[best], gold.mean[best], markersize=5.5, **marked)
             lower.plot(distance.mean[-1], gold.mean[-1], markersize=2.8, **marked)
-            handles.append((handle, f"{shortened(label, 24)} (n = {gold.runs})"))
+            handles.append((handle, f"{shortened(label, 40)} (n = {gold.runs})"))
         upper.set_ylabel("proxy reward")
         lower.set_ylabel("gold reward")
         lower.set_xlabel("√ of KL(policy ‖ reference), nats per trajectory")
