@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from klab.grid.errors import UserError
-from klab.grid.schema.base import NonNegative, Positive, Section
+from klab.grid.schema.base import GrownSection, NonNegative, Positive, Section
 from klab.grid.schema.policy import PolicySection
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -45,7 +45,7 @@ class Rejection(Section):
         return 1.0 / self.high if self.low is None else self.low
 
 
-class Sampler(Section):
+class Sampler(GrownSection):
     """Rollouts from another engine, in another precision or at another temperature than the trainer's.
 
     The sampler μ is the behaviour policy with its weights in ``dtype``, at ``temperature`` (those of the trainer unless
@@ -59,6 +59,8 @@ class Sampler(Section):
     ``engine: vllm`` also draws the completions of evaluations and of greedy baselines. Its draws are not those of
     klab's engine, and not the same on every machine; a server's are not repeatable.
     """
+
+    LATER = ("level", "floor", "reject", "adapters", "url", "group_port", "gpu_memory", "sleep")
 
     engine: Literal["klab", "vllm"] = "klab"
     """What draws the rollouts; `vllm` needs the extra `vllm` and a GPU."""
@@ -91,14 +93,6 @@ class Sampler(Section):
     """Largest π_old/μ that `icepop` keeps."""
     reject: Rejection | None = None
     """Leave out tokens or trajectories on which sampler and trainer disagree, beside any correction; null: none."""
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that came later are left out where they have their default, so that ids stay what they were."""
-        written: dict[str, Any] = handler(self)
-        later = {"level": "token", "floor": 0.0, "reject": None, "adapters": "merged", "url": None}
-        later |= {"group_port": 51216, "gpu_memory": 0.3, "sleep": True}
-        return {key: value for key, value in written.items() if key not in later or value != later[key]}
 
     @property
     def multiplies(self) -> bool:

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from klab.grid.errors import UserError
-from klab.grid.schema.base import Count, NonNegative, Positive, Section, Share
+from klab.grid.schema.base import Count, GrownSection, NonNegative, Positive, Section, Share
 from klab.grid.schema.kl_term import BetaControl, ReferencePolicy, named_reference
 from klab.grid.schema.sampler import Sampler
 
@@ -160,7 +160,7 @@ class TrlConfig(Section):
         return dict(self.model_extra or {})
 
 
-class TrainingSection(Section):
+class TrainingSection(GrownSection):
     """How a cell is trained.
 
     A rollout of ``prompts`` × ``group_size`` trajectories serves ``updates_per_rollout`` passes of ``minibatches``
@@ -174,6 +174,8 @@ class TrainingSection(Section):
     ``truncated: mask`` removes truncated trajectories from the loss while their rewards count in the statistics of the
     advantage. With ``overlong_buffer`` the recorded reward stays the task's.
     """
+
+    LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop", "reference", "entropy_control")
 
     engine: Literal["klab", "trl"] = "klab"
     """What trains the cell: klab's own engine, or `trl.GRPOTrainer` with klab's objective as its loss (extra `trl`)."""
@@ -282,15 +284,6 @@ class TrainingSection(Section):
     def _reference_in_a_word(cls, given: object) -> object:
         return named_reference(given)
 
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that came later are left out where they have their default, so that ids stay what they were."""
-        written: dict[str, Any] = handler(self)
-        for name in LATER:
-            if name in written and getattr(self, name) == type(self).model_fields[name].default:
-                del written[name]
-        return written
-
     @property
     def completions_at_the_end(self) -> int:
         """Completions per held-out prompt in the last evaluation."""
@@ -328,9 +321,6 @@ class TrainingSection(Section):
         """Optimizer updates that one rollout serves."""
         return self.updates_per_rollout * self.minibatches
 
-
-LATER = ("old_logprobs", "final_evaluation_samples", "engine", "trl", "stop", "reference", "entropy_control")
-"""Settings that came after ids were given: at their defaults they are no part of what is written and hashed."""
 
 FINAL_SAMPLES = 32
 """Completions per held-out prompt in the last evaluation, unless the grid file says otherwise."""
