@@ -31,10 +31,14 @@ class Match:
 
 @dataclass(frozen=True)
 class StatedClaim:
-    """A claim and the configurations that it compares; at least one pair."""
+    """A claim and the configurations that it compares; at least one pair.
+
+    `unmatched` counts those that it names and compares with nothing; known when the grid file is read.
+    """
 
     claim: Claim
     matches: tuple[Match, ...]
+    unmatched: int = 0
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -65,9 +69,11 @@ class StatedClaim:
         where = f" where {_settings_words(self.claim.where)}" if self.claim.where else ""
         found = f", {len(self.matches)} comparisons" if len(self.matches) > 1 else ""
         apart = sum(not each.alike for each in self.matches)
+        of_them = "" if apart == len(self.matches) else f"{apart} of them "
         return (
             f"{_settings_words(self.claim.cells)} ({one} configuration{'s' * (one > 1)}) against {against} ({other})"
-            f"{where}{found}{f', {apart} of them between means of unlike configurations' if apart else ''}"
+            f"{where}{found}{f', {of_them}between means of unlike configurations' if apart else ''}"
+            f"{f'; {self.unmatched} more without a counterpart are left out' if self.unmatched else ''}"
         )
 
 

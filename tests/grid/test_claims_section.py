@@ -63,6 +63,8 @@ def test_cells_of_a_product_are_compared_with_those_that_differ_in_nothing_else(
     assert compared(grid, 2) == [(["none"], ["k1 0.01"]), (["none"], ["k1 0.05"])]
     assert compared(grid, 3) == [(["k1 0.01"], ["none"]), (["k1 0.05"], ["none"])]
     assert all(match.alike for claim in grid.claims for match in claim.matches)
+    assert [claim.unmatched for claim in grid.claims] == [1, 0, 0, 0]
+    assert grid.claims[0].compared.endswith("2 comparisons; 1 more without a counterpart are left out")
 
 
 def test_changes_of_one_axis_are_compared_with_the_baseline() -> None:
@@ -82,6 +84,27 @@ def test_changes_of_one_axis_are_compared_with_the_baseline() -> None:
     assert compared(grid, 3) == [(["k3 0.05 power 0.5"], ["k3 0.05"])]
     assert compared(grid, 4) == [(["k3 0.05 power 0.25"], ["none"])]
     assert compared(grid, 5) == [(["k3 0.01"], ["k3 0.05"])]
+
+
+def test_an_axis_that_does_nothing_in_a_cell_fits_any_value() -> None:
+    axes = {"placement": ["none", "reward", "loss"], "estimator": ["k1", "k3"], "beta": [0.01, 0.05]}
+    exclude = [{"placement": ["none", "reward"], "estimator": "k3"}, {"placement": "loss", "estimator": "k1"}]
+    objective = {"algorithm": "grpo", "placement": "none", "estimator": "k1", "beta": 0.05}
+    grid = grid_of(
+        {"cells": {"placement": ["reward", "loss"]}, "against": {"placement": "none"}},
+        {"cells": {"placement": "loss"}, "where": {"beta": 0.01}},
+        axes=axes,
+        exclude=exclude,
+        objective=objective,
+    )
+    assert sorted(compared(grid)) == [([f"{k} {beta}"], ["none"]) for k in ("k1", "k3") for beta in axes["beta"]]
+    assert compared(grid, 1) == [(["k3 0.01"], ["none"])]
+    product = grid_of(
+        {"cells": {"placement": "none"}}, {"cells": {"placement": "none"}, "against": {"placement": "loss"}}
+    )
+    # beside the baseline an idle axis has the baseline's value
+    assert compared(product) == [(["none"], ["k3 0.05"])]
+    assert len(compared(product, 1)) == 6
 
 
 def test_listed_cells_are_named_by_their_own_keys() -> None:
