@@ -3,9 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+
+# The studies whose results stand in the repository: `make studies` runs them, `make studies STUDY="raft log_ratio"` some.
+STUDIES := kl_placement token_level_kl grpo_notation off_policy raft log_ratio moving_reference interactions over_optimisation
+STUDY ?= $(STUDIES)
+ARCHIVES := grid/studies/results
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu gpu-proof bench-statistics clean
+.PHONY: help install demo test bits-test check format docs slurm-test fault-test browser-test parity-test bench bench-gpu gpu-proof bench-statistics studies results clean
 
 help:
 	@echo "make demo          train the quickstart grid and write its report"
@@ -20,6 +25,8 @@ help:
 	@echo "make bench         benchmarks"
 	@echo "make gpu-proof     the first ten minutes on a GPU: everything that only a GPU can show, on one page"
 	@echo "make bench-gpu     benchmarks of a model of real size on one GPU"
+	@echo "make studies       trains the studies behind grid/studies/RESULTS.md, one after another (hours); again: continues"
+	@echo "make results       writes grid/studies/RESULTS.md from the archives that make studies keeps"
 	@echo "make bench-statistics  error rates, coverage and power of the report's verdicts"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -99,6 +106,24 @@ gpu-proof: $(VENV)/installed
 bench-gpu: $(VENV)/installed $(VENV)-parity/installed
 	$(BIN)/python -m tests.benchmarks.gpu
 	$(BIN)/python -m tests.benchmarks.against_trl --setting 0.5b
+
+# A study's archive is there as soon as it has ended, before its claims are confirmed; where none is decided there is
+# nothing to confirm. Launches and confirmations that have ended are not repeated.
+studies: $(VENV)/installed
+	set -e; for study in $(STUDY); do \
+	  $(BIN)/klab launch grid/studies/$$study.yaml --on local; \
+	  $(BIN)/klab report $$study --no-figures; \
+	  $(BIN)/klab archive $$study --out $(ARCHIVES)/$$study; \
+	  if grep -q '^claims:' grid/studies/$$study.yaml && $(BIN)/klab confirm $$study --claims --dry-run; then \
+	    $(BIN)/klab confirm $$study --claims; \
+	    $(BIN)/klab report $$study-confirm-claims --no-figures; \
+	    $(BIN)/klab archive $$study-confirm-claims --out $(ARCHIVES)/$$study-confirm-claims; \
+	  fi; \
+	done
+
+results: $(VENV)/installed
+	$(BIN)/klab results $(sort $(patsubst %/archive.json,%,$(wildcard $(ARCHIVES)/*/archive.json))) \
+	  --out grid/studies/RESULTS.md --figures $(ARCHIVES)/figures
 
 clean:
 	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

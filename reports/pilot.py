@@ -9,14 +9,14 @@ import numpy as np
 
 from klab.grid import UserError
 from klab.grid.schema.sections import AnalysisPlan
-from klab.grid.score import DEFAULT_SCORE, parse_score
+from klab.grid.score import DEFAULT_SCORE, Score, parse_score
 from klab.reports.comparison import run_frame
 from klab.reports.inference.contrasts import all_squares, crossed_axes
 from klab.reports.inference.design import read_design
 from klab.reports.inference.power import Noise
 from klab.reports.inference.variance import Components, estimate_components
 from klab.reports.scores import run_scores
-from klab.reports.study import load_run
+from klab.reports.study import Study, load_run
 
 
 def measured_noise(path: Path, plan: AnalysisPlan | None) -> tuple[Noise, str]:
@@ -27,6 +27,15 @@ def measured_noise(path: Path, plan: AnalysisPlan | None) -> tuple[Noise, str]:
     """
     study = load_run(path)
     score = parse_score(plan.scores[0] if plan is not None and plan.scores else study.conduct.score or DEFAULT_SCORE)
+    return noise_of(study, score)
+
+
+def noise_of(study: Study, score: Score) -> tuple[Noise, str]:
+    """The noise of a study's runs by a score, and where it comes from in words.
+
+    Raises:
+        UserError: no configuration has two seeds with a score.
+    """
     values = run_scores(study, score)
     variances, freedom = [], 0.0
     components: dict[str, float] = {}
@@ -44,7 +53,7 @@ def measured_noise(path: Path, plan: AnalysisPlan | None) -> tuple[Noise, str]:
     if not everything.size:
         raise UserError(
             "no configuration has two seeds with a score: nothing says how much runs differ",
-            file=path,
+            file=study.runs[0].path,
             key="--pilot",
             hint="A pilot needs at least two seeds.",
         )

@@ -177,7 +177,7 @@ def load_runs(
     return Study(
         runs,
         names,
-        cells[[*CELLS, *metrics]],
+        cells[[*CELLS, *metrics]].copy(),  # in one block: how columns lie in memory changes last digits of sums
         *joined,
         axes,
         values,

@@ -31,6 +31,7 @@ COMMANDS = {
     "confirm": "Run a run's best cells and its baseline again on fresh seeds, as a run of its own.",
     "report": "Write tables, figures and one page about one run or several.",
     "archive": "Keep a run's results in one small folder, for reports and reruns without the run.",
+    "results": "Write one document about several studies, made of their reports.",
     "compare": "Compare two cells over their seeds.",
     "watch": "Watch a run live: every open cell with its curves.",
     "serve": "Show a live page of all runs in a browser: states, curves, completions, reports.",

@@ -25,6 +25,8 @@ from klab.harness.store.usage import span, used
 from klab.reports import load_run, render
 from klab.reports.across import across_all
 from klab.reports.archive import KEPT_METRICS, write_archive
+from klab.reports.claim_tables import claim_records
+from klab.reports.claims import judged
 from klab.reports.comparison import compare_all
 from klab.reports.config_detail import _QUANTITIES as PANELS
 from klab.reports.figures import draw
@@ -34,6 +36,7 @@ from klab.reports.study import Study, load_runs
 from klab.reports.tables import to_json
 from klab.reports.tuned import tuned_parts, tuning_table
 from tests.reports.synthetic import QUICKSTART, write_run
+from tests.support.published_studies import claimed
 from tests.support.tuned_run import create, fill, settled
 
 Small = Callable[..., Run]
@@ -45,7 +48,7 @@ def _archive(run: Run, folder: Path) -> Archive:
 
 
 def _report(study: Study) -> str:
-    return to_json(compare_all(study), across_all(study))
+    return to_json(compare_all(study), across_all(study), claim_records(judged(study)))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,13 @@ def test_a_run_without_any_result_can_be_archived(small: Small, tmp_path: Path) 
     archive = _archive(run, tmp_path / "archive")
     assert load_run(archive.path).cells["state"].unique().tolist() == ["missing"]
     assert archive.span is None
+
+
+def test_claims_and_their_verdicts_survive(tmp_path: Path) -> None:
+    run = claimed(tmp_path)
+    studies = [load_run(path) for path in (run.path, _archive(run, tmp_path / "archive").path)]
+    assert len(judged(studies[0])) == 2
+    assert _report(studies[0]) == _report(studies[1])
 
 
 def test_runs_and_archives_are_reported_together(small: Small, tmp_path: Path) -> None:
