@@ -79,6 +79,18 @@ LIBRARIES: dict[str, Callable[[Settings], bool]] = {
 """Distribution -> whether a cell with these settings (as `Cell.resolved` has them) uses it. A server's vLLM is the
 server's, and not known here."""
 
+
+def needs_transformers(cell: Settings) -> bool:
+    """Whether a cell's job may use transformers: all but those of klab's engine with a tiny policy and a reward that is
+    no model."""
+    task = _section(cell, "task")
+    terms = task.get("reward")
+    listed = terms if isinstance(terms, list | tuple) else ()
+    by_model = any(isinstance(term, Mapping) and term.get("model") for term in listed)
+    bare = _section(cell, "policy").get("name") == "tiny" and not _on_trl(cell)
+    return not bare or by_model or task.get("name") == "proxy"
+
+
 TITLES = {
     "torch": "PyTorch",
     "transformers": "Transformers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,9 +22,11 @@ from klab.harness.dispatch.gpus import default_device, require_gpu
 from klab.harness.dispatch.launch import LaunchResult
 from klab.harness.dispatch.launch import launch as submit
 from klab.harness.dispatch.local.backend import LocalExecutor
+from klab.harness.dispatch.local.queue_files import controller_is_alive
+from klab.harness.dispatch.local.ready import ReadyController
 from klab.harness.dispatch.status import count, statuses
 from klab.harness.dispatch.tuning import pending
-from klab.harness.store import Run
+from klab.harness.store import Run, machine
 
 
 class Where(StrEnum):
@@ -72,6 +75,8 @@ def carry_out(
         _end(run, as_json)
         return
     done = submit(run, work.executor, **given)
+    if isinstance(work.executor, LocalExecutor):
+        work.executor.end_ready()
     if not as_json:
         _announce(run, done, on, work.workers)
     if not detach and on is Where.local and not follow(run, quiet=as_json, each=tracking.tick):
@@ -89,10 +94,34 @@ def carry_out(
     _end(run, as_json)
 
 
+def ready_controller(study: Grid, folder: Path, cpus: int | None) -> ReadyController | None:
+    """A process that imports what the study's jobs need while the study is checked; None where a controller works on
+    the run already.
+
+    Args:
+        cpus: asked for on the command line.
+    """
+    if controller_is_alive(Run(folder.resolve(), {})):
+        return None
+    different = {(id(cell.task), id(cell.policy), cell.training.engine): cell for cell in study.cells}
+    threads = min(cpus or study.resources.cpus, machine.cores())
+    return ReadyController((cell.resolved() for cell in different.values()), threads)
+
+
 def backend(
-    on: Where, study: Grid, flags: dict[str, Any], device: Device | None, profile: str | None, board: Board | None
+    on: Where,
+    study: Grid,
+    flags: dict[str, Any],
+    device: Device | None,
+    profile: str | None,
+    board: Board | None,
+    ready: ReadyController | None = None,
 ) -> tuple[Executor, int, Any]:
-    """The backend, how many jobs it runs at a time, and what each gets."""
+    """The backend, how many jobs it runs at a time, and what each gets.
+
+    Args:
+        ready: a process that becomes the local pool's controller.
+    """
     choice = device.value if device else None
     if on is Where.slurm:
         if choice is not None:
@@ -115,7 +144,7 @@ def backend(
         from klab.harness.dispatch.local.inline import InlineExecutor
 
         return InlineExecutor(progress=board.tell if board else None, device=choice), 1, resources
-    local = LocalExecutor(max_parallel=resources.max_parallel, device=choice)
+    local = LocalExecutor(max_parallel=resources.max_parallel, device=choice, ready=ready)
     return local, local.slots(resources.cpus, local.processes(resources)), resources
 
 

@@ -25,7 +25,7 @@ from klab.harness.cli.arguments import (
     run_of,
 )
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
-from klab.harness.cli.execution import Where, WhereOption, Work, backend, carry_out
+from klab.harness.cli.execution import Where, WhereOption, Work, backend, carry_out, ready_controller
 from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import MergeOption, merged_grid
 from klab.harness.cli.progress import Board
@@ -87,6 +87,7 @@ def launch(
     study = grid_of(grid)
     folder = runs / study.name
     starts_here = on is not Where.slurm and not dry_run
+    ready = ready_controller(study, folder, cpus) if starts_here and on is Where.local else None
     checks = Checks(study, folder, check, accept_changes, on.value, retry_failed, starts_here)
     if merge:
         study = merged_grid(study, folder, quiet=as_json).grid
@@ -110,7 +111,7 @@ def launch(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     board = Board() if on is Where.here else None
-    executor, workers, resources = backend(on, study, given, device, profile, board)
+    executor, workers, resources = backend(on, study, given, device, profile, board, ready)
     size = cells_per_job or resources.cells_per_job or (1 if on is Where.slurm else None)
     show_notes(checks.finish(study, _memory(executor, resources, size)).notes, as_json)
     if dry_run:

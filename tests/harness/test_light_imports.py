@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from klab.grid import Grid, load_grid
-from klab.harness.dispatch.local.fork_server import needs_transformers
+from klab.grid.libraries import needs_transformers
 from klab.harness.store import Run
 
 LOADED = """

@@ -24,6 +24,7 @@ from klab.harness.dispatch.local.queue_files import (
     read_state,
     request_path,
 )
+from klab.harness.dispatch.local.ready import ReadyController
 from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey
 from klab.harness.dispatch.tuning import pending, second_stage_names
@@ -39,13 +40,17 @@ class LocalExecutor:
     Args:
         max_parallel: jobs at a time; None: one per GPU where there are any, else one per core.
         device: `cpu` to leave GPUs alone, None or `cuda` to use those there are.
+        ready: a process that becomes the controller where one is needed.
     """
 
     name = "local"
 
-    def __init__(self, max_parallel: int | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, max_parallel: int | None = None, device: str | None = None, ready: ReadyController | None = None
+    ) -> None:
         self.max_parallel = max_parallel
         self.device = device
+        self._ready = ready
 
     def gpus(self) -> list[str]:
         """The devices to hand out, as CUDA names them.
@@ -102,7 +107,14 @@ class LocalExecutor:
             request["place"] = asdict(hardware)
         files.replace(request_path(run), files.encode_record(request))
         if not controller_is_alive(run):
-            start_controller(run)
+            start_controller(run, self._ready)
+        self.end_ready()
+
+    def end_ready(self) -> None:
+        """End the process that was ready to be a controller, unless it has become one."""
+        if self._ready is not None:
+            self._ready.end()
+            self._ready = None
 
     def states(self, run: Run) -> dict[str, JobStatus]:
         """The cells in the controller's queue; the state of running cells is known from their own folders."""
@@ -185,21 +197,26 @@ def abandoned_cells(run: Run) -> set[str]:
     return {cell for pack in packs for cell in pack}
 
 
-def start_controller(run: Run) -> None:
+def start_controller(run: Run, ready: ReadyController | None = None) -> None:
     """Start a controller that outlives this process and its terminal; returns when it works on the queue.
+
+    Args:
+        ready: a process that is to become it, unless it has ended.
 
     Raises:
         OSError: when it ends at once; the message names its log.
     """
     path = log_path(run)
-    with path.open("ab") as log:
-        process = subprocess.Popen(
-            python_command("-m", "klab.harness.dispatch.local.controller", str(run.path)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    process = ready.begin(run.path) if ready is not None else None
+    if process is None:
+        with path.open("ab") as log:
+            process = subprocess.Popen(
+                python_command("-m", "klab.harness.dispatch.local.controller", str(run.path)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
     deadline = time.monotonic() + _START_SECONDS
     while not controller_is_alive(run) and time.monotonic() < deadline:
         code = process.poll()

@@ -8,6 +8,7 @@ another one, which adopts the running jobs.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,19 +25,22 @@ from klab.harness.store import Lock, LockHeld, Run, files
 POLL_SECONDS = 0.2
 
 
-def run_controller(run_path: str | Path) -> None:
-    """Work through the run's queue; returns at once when another controller already does."""
+def run_controller(run_path: str | Path, server: subprocess.Popen[bytes] | None = None) -> None:
+    """Work through the run's queue; returns at once when another controller already does.
+
+    Args:
+        server: a fork server that was started before.
+    """
     run = Run.open(run_path)
     lock = Lock(lock_path(run), purpose="local controller")
     try:
         with lock:
-            _loop(run, lock)
+            _loop(run, lock, Pool(run, server=server))
     except LockHeld:
         return
 
 
-def _loop(run: Run, lock: Lock) -> None:
-    pool = Pool(run)
+def _loop(run: Run, lock: Lock, pool: Pool) -> None:
     pool.adopt()
     ticket: object = None
     while lock.is_ours():

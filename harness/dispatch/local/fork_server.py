@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
 
 from klab.grid.user_code import python_command
+from klab.harness.dispatch.local.queue_files import LOG
+from klab.harness.dispatch.local.ready import SILENT, fork_server_command
 from klab.harness.store import ProcessId
 from klab.harness.store.kernels import fix_kernels
 
@@ -43,12 +45,13 @@ class ForkServer:
     """Client of the fork server, which is started on demand, and again when it was killed.
 
     Args:
-        cells: settings of cells; where one of them may need transformers, the server imports it once for all.
+        libraries: what jobs use beside torch; the server imports it once for all.
+        process: a server that was started before.
     """
 
-    def __init__(self, cells: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._libraries = ("transformers",) if any(map(needs_transformers, cells)) else ()
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, libraries: Sequence[str] = (), process: subprocess.Popen[bytes] | None = None) -> None:
+        self._libraries = tuple(libraries)
+        self._process = process
 
     def submit(self, folder: Path, job: Callable[[], Any]) -> Job[Any]:
         """Run a job in a forked process, as one of submitit's local jobs: its pickles and logs lie in `folder`.
@@ -95,21 +98,9 @@ class ForkServer:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            command = python_command("-m", "klab.harness.dispatch.local.fork_server", *self._libraries)
+            command = fork_server_command(self._libraries)
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         return self._process
-
-
-def needs_transformers(cell: Mapping[str, Any]) -> bool:
-    """Whether a cell's job may use transformers: all but those of klab's engine with a tiny policy and a reward that is
-    no model. A job that finds out later imports it itself."""
-    policy, task, training = (cell.get(name) or {} for name in ("policy", "task", "training"))
-    terms = task.get("reward")
-    by_model = isinstance(terms, list | tuple) and any(
-        isinstance(term, Mapping) and term.get("model") for term in terms
-    )
-    bare = policy.get("name") == "tiny" and training.get("engine", "klab") == "klab"
-    return not bare or by_model or task.get("name") == "proxy"
 
 
 class ForkedProcess:
@@ -146,10 +137,16 @@ def main() -> None:
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    silent = SILENT in sys.argv[1:]
     for line in iter(sys.stdin.readline, ""):
+        folder = Path(line.rstrip("\n"))
+        if silent:
+            silent = False
+            with (folder.parent / LOG).open("ab") as log:
+                os.dup2(log.fileno(), sys.stderr.fileno())
         pid = os.fork()
         if pid == 0:
-            _run(Path(line.rstrip("\n")))
+            _run(folder)
             return
         print(pid, flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.job import PackJob
 from klab.harness.dispatch.local.fork_server import ForkServer
+from klab.harness.dispatch.local.ready import libraries_of
 from klab.harness.dispatch.notify import tell_of_cells, tell_of_end
 from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, StepTimes, have_changed, read_step_times
@@ -36,9 +38,14 @@ class RunningJob:
 
 
 class Pool:
-    """Running jobs and waiting packs of one run on this machine."""
+    """Running jobs and waiting packs of one run on this machine.
 
-    def __init__(self, run: Run, losses: int = MAX_LOSSES) -> None:
+    Args:
+        losses: times in a row that a cell's process may die without progress.
+        server: a fork server that was started before.
+    """
+
+    def __init__(self, run: Run, losses: int = MAX_LOSSES, server: subprocess.Popen[bytes] | None = None) -> None:
         self.run = run
         self.losses = losses
         self.waiting: deque[Pack] = deque()
@@ -52,7 +59,7 @@ class Pool:
         self._losses: dict[str, tuple[int, int]] = {}
         # one folder per controller: submitit names files by process number, and those are used again
         self._folder = run.jobs / f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        self._server = ForkServer(map(run.resolved, run.cells))
+        self._server = ForkServer(libraries_of(map(run.resolved, run.cells)), server)
 
     def replace_queue(
         self,

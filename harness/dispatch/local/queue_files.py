@@ -8,6 +8,8 @@ from typing import Any
 from klab.harness.store import Run, files
 from klab.harness.store.lock import is_stale, read_lock
 
+LOG = "controller.log"
+
 
 def request_path(run: Run) -> Path:
     """What the newest launch asks for: packs, slots, threads, GPUs, and a `ticket` that names the request."""
@@ -26,7 +28,7 @@ def lock_path(run: Run) -> Path:
 
 def log_path(run: Run) -> Path:
     """What controllers printed; empty as long as nothing went wrong."""
-    return run.jobs / "controller.log"
+    return run.jobs / LOG
 
 
 def read_request(run: Run) -> dict[str, Any]:
