@@ -67,7 +67,8 @@ def _overall(rows: Sequence[TaskVerdict]) -> tuple[str, str]:
         return UNDECIDED, "undecided (no interval yet)"
     needed = [row.more_seeds for row in open_]
     most = None if None in needed else max(seeds for seeds in needed if seeds is not None)
-    return UNDECIDED, f"undecided ({_open_words(most)})"
+    holds = f"holds on {', '.join(tasks[HOLDS])}; " if tasks[HOLDS] else ""
+    return UNDECIDED, f"undecided ({holds}{_open_words(most)})"
 
 
 def _open_words(seeds: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from klab.harness.store import Run
 from klab.harness.store.stated_claims import recorded_claims
 from klab.reports import load_run, render
 from klab.reports.claim_tables import claim_notes
+from klab.reports.claim_words import overall
 from klab.reports.claims import Judged, judged
 from klab.reports.comparison import compare
 from klab.reports.inference import ALPHA
@@ -97,6 +99,14 @@ def test_claims_are_one_family_whatever_they_are_scored_by(tmp_path: Path) -> No
     assert (second.delta, second.verdict, second.rows[0].low) == (None, "holds", pytest.approx(1.0))
     assert second.score.title == "KL to the reference"
     assert (first.verdict, third.verdict) == ("holds", "contradicted")
+
+
+def test_an_open_claim_says_where_it_holds() -> None:
+    rows = [
+        SimpleNamespace(task="sums", low=0.1, verdict="holds", more_seeds=None, depends=False),
+        SimpleNamespace(task="strings", low=-0.1, verdict="undecided", more_seeds=3, depends=False),
+    ]
+    assert overall(rows) == ("undecided", "undecided (holds on sums; 3 more seeds per cell)")
 
 
 def test_a_score_without_a_margin_is_never_called_equal(tmp_path: Path) -> None:
