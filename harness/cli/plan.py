@@ -16,6 +16,7 @@ from klab.grid.tuning import Stages, launched, stages
 from klab.grid.variant import format_value
 from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
+from klab.harness.cli.collector import uncollected
 from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
 from klab.harness.cli.sight import DetectOption, DeviationOption, PilotOption, deviation_of, sight
@@ -61,7 +62,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a grid file would run, what it would cost, and which differences it could see. Writes nothing."""
-    study = grid_of(grid)
+    with uncollected():
+        study = grid_of(grid)
     folder = runs / study.name
     if detect is not None and not 0 < detect < float("inf"):
         raise UserError("not a difference above 0", key="--detect", value=detect)
@@ -77,7 +79,8 @@ def plan(
     size = cells_per_job or study.resources.cells_per_job
     begun = launched(study)
     found = checks.finish(begun, JobMemory.planned(_resources(study), size, device))
-    resolved = {cell.id: cell.resolved() for cell in begun.cells}
+    with uncollected():
+        resolved = {cell.id: cell.resolved() for cell in begun.cells}
     done = _done(folder, list(resolved))
     left = {identity: settings for identity, settings in resolved.items() if identity not in done}
     workers = max_parallel or study.resources.max_parallel or LocalExecutor(device=device).slots()

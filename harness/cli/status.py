@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -13,6 +10,7 @@ from rich.markup import escape
 
 from klab.grid.schema.budget import UNITS
 from klab.harness.cli.arguments import RUNS, JsonOption, RunArgument, RunsOption, run_of
+from klab.harness.cli.collector import uncollected
 from klab.harness.cli.progress import follow, report_problem
 from klab.harness.cli.table import console, duration, show, state_text
 from klab.harness.cli.text import show_json
@@ -33,7 +31,7 @@ def status(
     """Show the state of every cell of a run. Exit code 1 when cells failed, or wait for a controller that ended."""
     if watch and not follow(run_of(run, runs), quiet=as_json):
         return
-    with _uncollected():
+    with uncollected():
         opened = run_of(run, runs)
         rows = statuses(opened)
     states, budget = count(rows), opened.budget
@@ -58,18 +56,6 @@ def status(
         problem = report_problem(opened, rows)
     if problem or states.get("failed"):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles, which would look at ten thousand cells again and again while they are read."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _list(rows: list[CellStatus], everything: bool) -> None:
