@@ -68,7 +68,7 @@ def _shown_section(value: Section) -> str:
 
 def task_label(cell: Cell) -> str:
     """The task's name in reports: its `label`; with a dataset that one's name, `file(sums.parquet)`; else the task with
-    its parameters, `addition(digits=2)`."""
+    its first parameter and those that are not at their defaults, `addition(digits=2)`."""
     task = cell.task
     if label := getattr(task, "label", None):
         return str(label)
@@ -79,13 +79,16 @@ def task_label(cell: Cell) -> str:
         known = path == type(task).model_fields["path"].default
         return name if known or not path else f"{name}({PurePath(path).name or path})"
     if isinstance(task, ProxyTask):
-        return f"{name}({_with_parameters(data['gold'])})"
-    return _with_parameters(data)
+        return f"{name}({_with_parameters(task.gold)})"
+    return _with_parameters(task)
 
 
-def _with_parameters(data: Mapping[str, Any]) -> str:
-    name = shown(data["name"])
-    rest = ", ".join(f"{key}={shown(value)}" for key, value in data.items() if key not in ("name", "label"))
+def _with_parameters(task: Section) -> str:
+    data = task.model_dump(mode="json")
+    name, fields = shown(data["name"]), type(task).model_fields
+    keys = [key for key in data if key not in ("name", "label")]
+    told = [key for key in keys if key == keys[0] or key not in fields or getattr(task, key) != fields[key].default]
+    rest = ", ".join(f"{key}={shown(data[key])}" for key in told)
     return f"{name}({rest})" if rest else name
 
 

@@ -23,6 +23,10 @@ def cell(task: dict[str, Any]) -> Cell:
     ("task", "label"),
     [
         ({"name": "addition", "digits": 3}, "addition(digits=3)"),
+        ({"name": "addition", "digits": 15, "prompt_order": "least"}, "addition(digits=15, prompt_order=least)"),
+        ({"name": "strings"}, "strings(symbols=8)"),
+        ({"name": "strings", "length": 12}, "strings(symbols=8, length=12)"),
+        ({"name": "proxy", "gold": {"name": "strings", "seed": 3}}, "proxy(strings(symbols=8, seed=3))"),
         (SUMS, "file(sums.parquet)"),
         ({**SUMS, "reward": ["math", {"name": "format", "weight": 0.5}]}, "file(sums.parquet)"),
         ({**SUMS, "label": "my sums"}, "my sums"),
