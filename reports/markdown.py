@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 _LINKS = ("](", "]:", "][", "![")
-_BEGINNINGS = tuple("#-+=~:")
+_EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
+"""Underscores but for those within a word, which are nothing but underscores in Markdown."""
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+_BEGINNINGS = tuple("#-+=~:>")
 
 
 def plain(text: str) -> str:
     """A text as Markdown that shows it as it is, on one line. Brackets of intervals stay readable."""
     text = " ".join(text.split())
-    letters = "\\|<>`*_" + ("[]" if any(mark in text for mark in _LINKS) else "")
+    letters = "\\|`*" + ("[]" if any(mark in text for mark in _LINKS) else "")
     for letter in letters:
         text = text.replace(letter, "\\" + letter)
-    return text
+    return _EMPHASIS.sub(r"\\_", _TAG.sub(r"\\<", text))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 0) -> list[str]:

@@ -16,7 +16,7 @@ from klab.reports.inference import DIFFERS, UNDECIDED
 from klab.reports.markdown import bullets, paragraph, plain, table
 from klab.reports.results_study import Picture, study_section
 from klab.reports.study_results import StudyResults
-from klab.reports.words import difference_span
+from klab.reports.words import difference_span, joined
 
 TITLE = "What the studies found"
 _MADE = "<!-- Made by `klab results`; changes here are lost. -->"
@@ -78,7 +78,7 @@ def _decided(name: str, again: StudyResults) -> Iterator[str]:
         )
         source = f" ({claim.source})" if claim.source else ""
         yield (
-            f"**{plain(claim.words.capitalize())}**: {plain(claim.claim + source)} "
+            f"**{plain(claim.words.capitalize())}**: {plain(f'{claim.claim}{source}.')} "
             f"{plain(f'Study {name}; {claim.score.title}; {rows}.')}"
         )
     for part in confirmed_rows(again.study, again.comparisons):
@@ -93,17 +93,17 @@ def _counted(results: StudyResults) -> str:
     if not results.claims:
         return ""
     names = {
-        HOLDS: "hold here",
-        CONTRADICTED: "are contradicted here",
-        DEPENDS: "depend on the task",
-        UNDECIDED: "are undecided",
+        HOLDS: ("holds here", "hold here"),
+        CONTRADICTED: ("is contradicted here", "are contradicted here"),
+        DEPENDS: ("depends on the task", "depend on the task"),
+        UNDECIDED: ("is undecided", "are undecided"),
     }
     counts = [
-        f"{count} {words}"
+        f"{count} {words[count > 1]}"
         for verdict, words in names.items()
         if (count := sum(each.verdict == verdict for each in results.claims))
     ]
-    return f"{plain(results.name)}: of {len(results.claims)} claims {', '.join(counts)}."
+    return f"{plain(results.name)}: of {len(results.claims)} claims {joined(counts)}."
 
 
 def _overview(studies: Sequence[StudyResults]) -> list[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from klab.harness.store.archive import Archive
-from klab.harness.store.confirmation import confirms
 from klab.reports import over_optimisation
 from klab.reports.claim_tables import FAMILY_WORDS, claim_notes
 from klab.reports.claims import ClaimRow, Judged
@@ -21,6 +18,7 @@ from klab.reports.fraction_words import prediction_words, resolution_words
 from klab.reports.frame import records
 from klab.reports.inference import DIFFERS
 from klab.reports.markdown import bullets, code, paragraph, plain, table
+from klab.reports.results_commands import commands
 from klab.reports.study_results import StudyResults
 from klab.reports.theory import predictors, theory_words
 from klab.reports.tuned import TunedPart, tuned_parts
@@ -52,7 +50,11 @@ def study_section(results: StudyResults, pictures: Sequence[Picture] = ()) -> li
         lines += _task(results, comparison)
     for over in results.across:
         rows = records(over.table.head(MOST_ROWS))
-        lines += paragraph(f"Over all {len(over.tasks)} tasks, {over.score.title}:")
+        lines += [
+            f"### All {len(over.tasks)} tasks together",
+            "",
+            *paragraph(f"Mean differences of the {over.score.title}:"),
+        ]
         lines += table(
             ("cell", "difference", "p", "verdict"),
             [
@@ -66,36 +68,10 @@ def study_section(results: StudyResults, pictures: Sequence[Picture] = ()) -> li
             ],
         )
     for part in tuned_parts(study, results.comparisons):
-        lines += _tuned(part)
+        lines += ["### Tuned settings", "", *_tuned(results, part)]
     lines += [line for each in pictures for line in (f"![{plain(each.title)}]({each.file})", "")]
     lines += bullets(plain(note) for note in (*study.notes, *claim_notes(study)))
     return lines
-
-
-def commands(results: StudyResults) -> list[str]:
-    """What to type to repeat the study, to make its report, and to repeat one of its cells."""
-    place, run = shlex.quote(results.place), f"runs/{results.name}"
-    cells = results.study.cells
-    first = next(iter(cells.loc[cells["state"] == "finished", "cell"]), "CELL")
-    again = confirms(results.run)
-    if again is not None:
-        lines = [f"{_confirm(str(again['run']), results)} --name {results.name}"]
-    else:
-        lines = [f"klab launch {place}/grid.yaml"]
-    lines += [_confirm(results.name, each) for each in results.confirmations]
-    lines.append(f"klab report {run}")
-    if isinstance(results.run, Archive):
-        lines.append(f"klab report {place}   # from what is kept here, without training")
-        lines.append(f"klab rerun {place} {first}   # one cell again: the same numbers?")
-    return lines
-
-
-def _confirm(name: str, confirmation: StudyResults) -> str:
-    record = confirms(confirmation.run) or {}
-    which = f"--top {record.get('top')}"
-    if "claims" in record:
-        which = "--claims --undecided" if record.get("asked") == "all" else "--claims"
-    return f"klab confirm {name} {which} --seeds {len(confirmation.run.manifest['seeds'])}"
 
 
 def _claims(results: StudyResults) -> list[str]:
@@ -104,6 +80,7 @@ def _claims(results: StudyResults) -> list[str]:
         return []
     again_of = [claim for each in results.confirmations for claim in each.claims]
     fresh = {claim.claim: claim for claim in again_of}
+    several = len(results.study.tasks) > 1
     rows = []
     for claim in results.claims:
         again = {row.task: row for row in fresh[claim.claim].rows} if claim.claim in fresh else {}
@@ -112,8 +89,9 @@ def _claims(results: StudyResults) -> list[str]:
             found = [_effect(row), _said(row)]
             if fresh:
                 found += ["–", "–"] if repeated is None else [_effect(repeated), _said(repeated)]
-            rows.append((_stated(claim) if place == 0 else "", claim.score.title, row.task, *found))
-    heads = ["claim", "score", "task", "difference", "verdict"]
+            task = [row.task] if several else []
+            rows.append((_stated(claim) if place == 0 else "", claim.score.title, *task, *found))
+    heads = ["claim", "score", *(["task"] if several else []), "difference", "verdict"]
     heads += ["difference on fresh seeds", "verdict on fresh seeds"] if fresh else []
     return [*table(heads, rows), *paragraph(FAMILY_WORDS)]
 
@@ -121,7 +99,8 @@ def _claims(results: StudyResults) -> list[str]:
 def _stated(claim: Judged) -> str:
     source = f" ({claim.source})" if claim.source else ""
     late = f" Stated after {claim.late} runs had results." if claim.late else ""
-    return f"{claim.claim}{source}: expected {claim.expect}.{late}"
+    whole = f"; {claim.words}" if len(claim.rows) > 1 else ""
+    return f"{claim.claim}{source}: expected {claim.expect}{whole}.{late}"
 
 
 def _effect(row: ClaimRow) -> str:
@@ -269,15 +248,22 @@ def _theory(results: StudyResults, comparison: Comparison) -> list[str]:
     return [*paragraph(theory_words(found)), *table(heads, rows, numbers=1)]
 
 
-def _tuned(part: TunedPart) -> list[str]:
-    """What every configuration chose, and which verdicts that changed."""
-    arms = [arm for arm in part.arms if len(arm.settings) > 1]
+def _tuned(results: StudyResults, part: TunedPart) -> list[str]:
+    """What every configuration chose on each task, and which verdicts that changed."""
+    seeds = f"{len(part.seeds)} tuning seed{'s' * (len(part.seeds) > 1)}"
     lines = paragraph(
-        f"Every configuration chose {' and '.join(part.keys)} by the {part.score} on {len(part.seeds)} tuning seeds; "
+        f"Every configuration chose {' and '.join(part.keys)} by the {part.score} on {seeds}; "
         f"{f'{part.distinct} different choices' if part.distinct > 1 else 'all chose the same'}."
     )
-    rows = [(f"{arm.label}{' (baseline)' if arm.baseline else ''}", arm.choice) for arm in arms]
-    lines += table(("cell", "chosen"), rows[:MOST_ROWS])
+    place = results.study.names.index(part.name)
+    task_of = dict(zip(results.study.cells["group"], results.study.cells["task"], strict=True))
+    chosen: dict[str, dict[str, str]] = {}
+    for arm, group in zip(part.arms, results.study.arms[place].groups.values(), strict=True):
+        if len(arm.settings) > 1 and group in task_of:
+            chosen.setdefault(arm.label, {})[task_of[group]] = arm.choice
+    tasks = results.study.tasks
+    rows = [(label, *(found.get(task, "–") for task in tasks)) for label, found in chosen.items()]
+    lines += table(("cell", *(tasks if len(tasks) > 1 else ("chosen",))), rows[:MOST_ROWS])
     if len(rows) > MOST_ROWS:
         lines += paragraph(f"And {len(rows) - MOST_ROWS} more.")
     changed = list(_changes(part))

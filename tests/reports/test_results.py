@@ -119,8 +119,8 @@ def test_claims_have_their_effects_and_how_they_stand_is_counted(studies: list[S
     for row, claim in zip(rows, studies[0].claims, strict=True):
         (only,) = claim.rows
         assert claim.claim in row[0]
-        assert row[3] == difference_span(only.estimate, only.low, only.high)
-        assert row[4] == f"{only.verdict}: {only.finding} (n = {only.n})"
+        assert row[2] == difference_span(only.estimate, only.low, only.high)
+        assert row[3] == f"{only.verdict}: {only.finding} (n = {only.n})"
     assert "Somebody 2025" in rows[0][0]
     assert "claimed: of 2 claims 2 hold here." in text.partition("## The studies")[0]
 
@@ -137,15 +137,15 @@ def test_claims_on_fresh_seeds_lead_beside_the_best_cells(runs: list[Run], tmp_p
     lead = text.partition("## The studies")[0]
     (row,) = found.confirmations[0].claims[0].rows
     span = difference_span(row.estimate, row.low, row.high)
-    assert "- **Holds here**: k1 is a bad loss (Somebody 2025)" in lead
+    assert "- **Holds here**: k1 is a bad loss (Somebody 2025). Study claimed" in lead
     assert f"addition(digits=1): {span}, 3 seeds." in lead
     assert "is equivalent to the baseline" in lead
     section = _section(text, "claimed")
     claims = _rows(section, "claim")
-    assert [row[5] for row in claims] == [
+    assert [row[4] for row in claims] == [
         difference_span(row.estimate, row.low, row.high) for each in found.confirmations[0].claims for row in each.rows
     ]
-    assert claims[0][3] != claims[0][5]
+    assert claims[0][2] != claims[0][4]
     assert "klab confirm claimed --claims --seeds 3\nklab confirm claimed --top 2 --seeds 6" in section
 
 
@@ -160,7 +160,10 @@ def test_costs_are_those_of_the_attempts(text: str) -> None:
 def test_each_kind_of_study_says_its_own(studies: list[StudyResults], text: str) -> None:
     tuned, fraction, proxied = (_section(text, name) for name in ("tuned", "fraction", "proxied"))
     assert "Every configuration chose training.lr by the held-out reward on 2 tuning seeds" in tuned
-    assert "training.lr=0.0003" in tuned
+    assert _rows(tuned.partition("### Tuned settings")[2], "cell") == [
+        ["baseline", "training.lr=0.0003"],
+        ["estimator k1", "training.lr=0.0003"],
+    ]
     assert "4 cells were held out and predicted." in fraction
     frame = over_optimisation.table(studies[3].study, studies[3].comparisons[0])
     rows = _rows(proxied.partition("Over-optimisation. ")[2], "cell")
@@ -219,8 +222,10 @@ def test_nothing_is_no_document() -> None:
 
 def test_texts_of_anybody_stay_texts() -> None:
     assert plain("a [0.1, 0.2] | b") == "a [0.1, 0.2] \\| b"
-    assert plain("[x](javascript:1) <img>") == "\\[x\\](javascript:1) \\<img\\>"
+    assert plain("[x](javascript:1) <img>") == "\\[x\\](javascript:1) \\<img>"
     assert plain("two\nlines") == "two lines"
+    assert plain("loss_corrected, _loud_ and x_") == "loss_corrected, \\_loud\\_ and x\\_"
+    assert plain("p <0.001 > 0") == "p <0.001 > 0"
     assert paragraph("# no heading") == ["\\# no heading", ""]
     assert paragraph("", "") == []
     assert table(("a",), []) == []
