@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 # The studies whose results stand in the repository: `make studies` runs them, `make studies STUDY="raft log_ratio"` some.
-STUDIES := kl_placement token_level_kl grpo_notation off_policy raft log_ratio moving_reference interactions over_optimisation
+STUDIES := kl_placement token_level_kl grpo_notation off_policy raft log_ratio interactions over_optimisation scale_check
 STUDY ?= $(STUDIES)
 ARCHIVES := grid/studies/results
 PYTEST := $(BIN)/python -m pytest
@@ -123,7 +123,7 @@ studies: $(VENV)/installed
 
 results: $(VENV)/installed
 	$(BIN)/klab results $(sort $(patsubst %/archive.json,%,$(wildcard $(ARCHIVES)/*/archive.json))) \
-	  --out grid/studies/RESULTS.md --figures $(ARCHIVES)/figures
+	  --out grid/studies/RESULTS.md --figures $(ARCHIVES)/figures --preface $(ARCHIVES)/preface.md
 
 clean:
 	rm -rf runs artefacts build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

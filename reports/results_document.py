@@ -23,13 +23,17 @@ _MADE = "<!-- Made by `klab results`; changes here are lost. -->"
 
 
 def document(
-    studies: Sequence[StudyResults], title: str | None = None, pictures: Mapping[str, Sequence[Picture]] | None = None
+    studies: Sequence[StudyResults],
+    title: str | None = None,
+    pictures: Mapping[str, Sequence[Picture]] | None = None,
+    preface: str = "",
 ) -> str:
     """The document as Markdown.
 
     Args:
         studies: as `collect` finds them.
         pictures: by name of a study, the figures that are shown with it.
+        preface: Markdown of the authors' own, which stands before everything that is made.
     """
     shown = pictures or {}
     lines = [f"# {plain(title or TITLE)}", "", _MADE, ""]
@@ -38,6 +42,8 @@ def document(
         "document again. The training run is the unit: intervals are over seeds, hold together for everything that a "
         "table compares, and say nothing of other tasks and sizes than those that were run."
     )
+    if preface.strip():
+        lines += [preface.strip(), ""]
     lines += _established(studies)
     lines += ["## The studies", "", *_overview(studies)]
     for each in studies:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = Path("grid/studies/results")
 DOCUMENT = Path("grid/studies/RESULTS.md")
 FIGURES = PLACE / "figures"
+PREFACE = PLACE / "preface.md"
 STUDY = """
 name: small
 description: A study that takes a second.
@@ -49,6 +50,7 @@ def _made(root: Path) -> Path:
     run = Run.create(root / "runs/small", parse_grid(STUDY, root / "small.yaml"))
     run_job(run.path, tuple(run.cells), executor="here")
     write_archive(run, root / PLACE / "small")
+    (root / PREFACE).write_text("Two estimators, for the *test*.\n")
     return root
 
 
@@ -62,13 +64,15 @@ def there(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(root)
     if root != ROOT:
         places = [str(path) for path in _archives(root)]
-        assert main(["results", *places, "--out", str(DOCUMENT), "--figures", str(FIGURES)]) == 0
+        options = ["--out", str(DOCUMENT), "--figures", str(FIGURES), "--preface", str(PREFACE)]
+        assert main(["results", *places, *options]) == 0
+        assert "for the *test*." in DOCUMENT.read_text()
     return root
 
 
 def test_the_document_is_that_of_the_archives(there: Path) -> None:
-    studies = collect(_archives(there))
-    assert DOCUMENT.read_text() == document(studies, pictures=pictures_in(FIGURES, DOCUMENT.parent))
+    studies, pictures = collect(_archives(there)), pictures_in(FIGURES, DOCUMENT.parent)
+    assert DOCUMENT.read_text() == document(studies, pictures=pictures, preface=PREFACE.read_text())
 
 
 def test_what_the_document_shows_is_there_and_small(there: Path) -> None:

@@ -17,6 +17,12 @@ def results(
     ],
     out: Annotated[Path | None, typer.Option("--out", help="The Markdown file; default: print it.")] = None,
     title: Annotated[str | None, typer.Option("--title", help="Its first heading.")] = None,
+    preface: Annotated[
+        Path | None,
+        typer.Option(
+            "--preface", exists=True, dir_okay=False, help="Markdown of yours that stands before the rest."
+        ),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", help="Draw a few figures of each study into this folder, and show them.")
     ] = None,
@@ -36,7 +42,8 @@ def results(
     home = out.parent if out is not None else Path()
     if figures is not None:
         draw_pictures(studies, figures)
-    text = document(studies, title, pictures_in(figures, home) if figures is not None else None)
+    pictures = pictures_in(figures, home) if figures is not None else None
+    text = document(studies, title, pictures, preface.read_text(encoding="utf-8") if preface is not None else "")
     if out is None:
         say(text.rstrip("\n"))
         return
