@@ -19,6 +19,7 @@ from klab.reports.frame import records
 from klab.reports.inference import DIFFERS
 from klab.reports.markdown import bullets, code, paragraph, plain, table
 from klab.reports.results_commands import commands
+from klab.reports.scores import score_notes
 from klab.reports.study_results import StudyResults
 from klab.reports.theory import predictors, theory_words
 from klab.reports.tuned import TunedPart, tuned_parts
@@ -143,7 +144,8 @@ def _task(results: StudyResults, comparison: Comparison) -> list[str]:
     lines += _interactions(results, comparison)
     lines += _proxy(results, comparison)
     lines += _theory(results, comparison)
-    lines += bullets(plain(note) for note in comparison.notes)
+    of_scores = (note for score in results.further_scores for note in score_notes(study, score))
+    lines += bullets(plain(note) for note in dict.fromkeys((*comparison.notes, *of_scores)))
     return lines
 
 

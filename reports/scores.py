@@ -23,6 +23,8 @@ from klab.reports.axes import VariedAxis
 
 Array = NDArray[np.float64]
 
+LEAP = 2.0
+"""Factor by which the KL may go beyond a level before the reward at that level counts as read off from afar."""
 LAST = 0.1
 """Evaluations count from where this share of the planned updates is left."""
 
@@ -114,6 +116,12 @@ def score_notes(study: ScoredStudy, score: Score) -> tuple[str, ...]:
             notes.append(f"{runs} without ever reaching KL {score.argument:g}: they are missing data.")
         else:
             notes.append(f"{runs} without a {score.title}: they are missing data.")
+    if score.kind == "reward_at_kl" and (leaps := _leaps(study, score)):
+        notes.append(
+            f"{leaps} of {len(missing)} runs pass KL {score.argument:g} between two evaluations of which the second is "
+            f"beyond {LEAP * (score.argument or 0.0):g}: their reward there is read off a long straight line. "
+            "training.evaluate_every says how often a run is looked at."
+        )
     if score.kind in ("reward_best", "accuracy_best", "reverse_kl_max") and (study.cells["state"] == "stopped").any():
         notes.append(f"Stopped runs had fewer updates in which to reach their {score.title}.")
     return tuple(notes)
@@ -176,6 +184,15 @@ def _at_kl(study: ScoredStudy, level: float) -> Array:
         for cell, part in study.evaluations.sort_values("update", kind="stable").groupby("cell", observed=True)
     }
     return np.asarray([_crossing(*paths.get(cell, (np.zeros(0),) * 2), level) for cell in study.cells["cell"]])
+
+
+def _leaps(study: ScoredStudy, score: Score) -> int:
+    """Runs whose KL is beyond a multiple of the level at the first evaluation that has reached it."""
+    level = score.argument or 0.0
+    frame = study.evaluations.sort_values("update", kind="stable")
+    reached = frame[(frame["reverse_kl"] >= level) & (frame["update"] > 0)]
+    first = reached.drop_duplicates("cell")["reverse_kl"]
+    return int((first > LEAP * level).sum()) if level else 0
 
 
 def _crossing(kl: Array, reward: Array, level: float) -> float:

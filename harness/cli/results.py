@@ -19,9 +19,7 @@ def results(
     title: Annotated[str | None, typer.Option("--title", help="Its first heading.")] = None,
     preface: Annotated[
         Path | None,
-        typer.Option(
-            "--preface", exists=True, dir_okay=False, help="Markdown of yours that stands before the rest."
-        ),
+        typer.Option("--preface", exists=True, dir_okay=False, help="Markdown of yours that stands before the rest."),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", help="Draw a few figures of each study into this folder, and show them.")

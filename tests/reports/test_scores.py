@@ -122,6 +122,14 @@ def test_what_is_missing_is_no_number_and_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_level_that_is_leapt_over_is_told(tmp_path: Path) -> None:
+    study = _study(tmp_path / "run", "[{}, {estimator: k1}]", {0: PATH, 1: [PATH[0], _row(20, 0.9, 3.0)]})
+    (note,) = score_notes(study, parse_score("reward_at_kl(0.5)"))
+    assert note.startswith("1 of 2 runs pass KL 0.5 between two evaluations of which the second is beyond 1:")
+    (both,) = score_notes(study, parse_score("reward_at_kl(0.05)"))
+    assert both.startswith("2 of 2 runs pass KL 0.05 between")
+
+
 def test_a_part_that_no_evaluation_has(tmp_path: Path) -> None:
     study = _study(tmp_path / "run", "[{}]", {0: PATH})
     with pytest.raises(UserError, match=r"parts\.format"):
