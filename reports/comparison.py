@@ -126,6 +126,10 @@ def compare(
     base = baseline or study.baselines.get(task)
     values = run_scores(study, score)[mine]
     frame, reference = run_frame(study, cells, values, base)
+    if reference is None and study.held_out is not None and CONFIGURATION not in frame:
+        # the model of a fraction needs no baseline cell, only a value of every axis to count from
+        reference = {axis.key: axis.values[0] for axis in study.axes}
+        base = next((group for group in groups if study.values[group] == reference), None)
     own = base is not None and base == study.baselines.get(task)
     stated = study.conduct.stated & set(groups) - {base} if own else set()
 

@@ -195,12 +195,14 @@ class _Inference:
             levels=levels,
             effects=effects,
             interactions=self._interactions(),
-            notes=notes(self.design, self.lost),
+            notes=notes(self.design, self.lost, fitted=self.fraction is not None),
             delta=self.delta,
             alpha=self.alpha,
             fit=self.fraction.fit() if self.fraction else None,
         )
-        return replace(found, headline=headline(found, self.design, self.lost, self.higher))
+        return replace(
+            found, headline=headline(found, self.design, self.lost, self.higher, fitted=self.fraction is not None)
+        )
 
     def _contrasts(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         design = self.design
@@ -247,8 +249,7 @@ class _Inference:
         found = []
         for term in terms:
             values = self.fraction.values(term)
-            family = no_verdicts(len(values)) if self.lost else self.fraction.family(term, values, alpha, self.delta)
-            found.append(Effect(term, values, family))
+            found.append(Effect(term, values, self.fraction.family(term, values, alpha, self.delta)))
         return found
 
     def _matched_effects(self) -> list[Effect]:

@@ -15,29 +15,44 @@ if TYPE_CHECKING:
     from klab.reports.inference.analysis import Analysis
 
 
-def headline(found: Analysis, design: Design, lost: bool, higher: bool) -> str:
-    """The answer to "what made a difference, and what is best?" in two or three sentences."""
+_ONE_SEED = "One seed per cell: nothing can be inferred, and no difference here is evidence"
+
+
+def headline(found: Analysis, design: Design, lost: bool, higher: bool, fitted: bool = False) -> str:
+    """The answer to "what made a difference, and what is best?" in two or three sentences.
+
+    Args:
+        lost: no baseline has a score.
+        fitted: effects are those of a model of all cells, which needs no baseline cell.
+    """
     if not design.score.size:
         return f"No run has a score: none of {int(design.planned.sum())} finished."
-    if not design.compared:
+    if fitted and lost:
+        lead = _fitted_difference(found, design)
+    elif not design.compared:
         lead = "There is no baseline: nothing is compared, and no verdict is given"
     elif lost:
         lead = "The baseline has no score: nothing is compared with it, and no verdict is given"
     elif design.n.max() < 2:
-        lead = "One seed per cell: nothing can be inferred, and no difference here is evidence"
+        lead = _ONE_SEED
     else:
         lead = _difference(found, design)
     return f"{lead}. {_best(found, design, higher)}"
 
 
-def notes(design: Design, lost: bool) -> tuple[str, ...]:
-    """What a reader should know first: few seeds, lost, diverged and stopped runs."""
+def notes(design: Design, lost: bool, fitted: bool = False) -> tuple[str, ...]:
+    """What a reader should know first: few seeds, lost, diverged and stopped runs; arguments as of `headline`."""
     found = []
     n = design.n
     tested = n[n >= 2]
     if tested.size and tested.min() == 2:
         found.append("Some cells have two seeds only: weak evidence, and differences must be very large to be seen.")
-    if lost and design.score.size:
+    if lost and fitted and design.score.size:
+        found.append(
+            "No cell with a score is the baseline: cells are not compared one by one. Effects are those of values "
+            f"against the first value of their axis ({', '.join(_shown(levels[0]) for levels in design.levels)})."
+        )
+    elif lost and design.score.size:
         found.append(f"Choose {'another' if design.compared else 'a'} baseline to have verdicts.")
     lost_runs = int(design.planned.sum() - n.sum())
     if lost_runs:
@@ -100,6 +115,15 @@ def _difference(found: Analysis, design: Design) -> str:
     more = found.contrasts["more_seeds"].min()
     would = f" (the clearest contrast would need about {int(more)} more)" if np.isfinite(more) else ""
     return f"No difference from the baseline can be told at {seeds} seeds per cell{would}"
+
+
+def _fitted_difference(found: Analysis, design: Design) -> str:
+    """What the model of a fraction says, in which no cell is the baseline."""
+    if design.n.max() < 2:
+        return _ONE_SEED
+    if (found.effects["verdict"] == DIFFERS).any() or (found.interactions["verdict"] == DIFFERS).any():
+        return _difference(found, design)
+    return "No effect of an axis or of a pair of axes can be told"
 
 
 def _effect(row: Mapping[Any, Any], design: Design) -> str:

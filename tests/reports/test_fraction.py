@@ -130,6 +130,33 @@ def test_a_large_effect_is_found_with_three_seeds():
     assert "b (v2 against v0" in found.headline
 
 
+def test_effects_need_no_baseline_cell_only_a_value_to_count_from():
+    rng = np.random.default_rng(5)
+    noise = rng.normal(0, 0.03, (len(CODES), 3))
+    absent = next(code for code in CODES if CODES.index(code) not in FITTED + HELD and code[1] != 2)
+    frame = runs(lambda code, seed: 0.2 * (code[1] == 2) + noise[CODES.index(code), seed], 3)
+    found = analyse(frame, values(absent), held_out=[values(CODES[index]) for index in HELD])
+    effects = found.effects.set_index("axis")
+    assert (effects.loc["b", "verdict"], effects.loc["b", "value"]) == ("differs", "v2")
+    assert effects.loc["b", "low"] < 0.2 < effects.loc["b", "high"]
+    assert found.headline.startswith(f"b (v2 against v{absent[1]}")
+    assert not np.isfinite(found.contrasts["difference"]).any()
+    assert any(note.startswith("No cell with a score is the baseline") for note in found.notes)
+    flat = analyse(runs(lambda code, seed: noise[CODES.index(code), seed], 3), values(absent), held_out=[])
+    assert flat.headline.startswith("No effect of an axis or of a pair of axes can be told")
+    single = analyse(runs(lambda code, seed: float(code[0]), 1), values(absent), held_out=[])
+    assert single.headline.startswith("One seed per cell")
+
+
+def test_a_fraction_without_its_baseline_counts_from_the_first_values(tmp_path):
+    run = write_run(tmp_path / "fraction", GRID.replace("lr: 3.0e-4}", "lr: 2.0e-4}", 1), noise=0.005)
+    study = load_run(run.path)
+    assert study.baselines == {}
+    found = compare(study, study.tasks[0]).analysis
+    assert {row["axis"] for row in found.effects.to_dict("records")} == {axis.key for axis in study.axes}
+    assert (found.effects["verdict"] == "differs").any()
+
+
 def test_one_seed_gives_estimates_and_no_verdict():
     found = fitted(lambda code, seed: float(code[0]), seeds=1)
     assert set(found.effects["verdict"]) == {"undecided"}
