@@ -115,3 +115,11 @@ def test_a_cell_trained_again_gives_its_numbers(there: Path, capsys: pytest.Capt
     for name, most in (("reward", REWARD), ("accuracy", REWARD), ("reverse_kl", KL)):
         before, now = first[name]
         assert now == pytest.approx(before, abs=most), name
+
+
+def test_what_the_readme_quotes_is_what_the_document_says() -> None:
+    section = (ROOT / "README.md").read_text().partition("## What studies found")[2].partition("\n## ")[0]
+    quoted = re.findall(r"[+−]\d+\.\d{3} \[[^\]]*\]", section)
+    assert len(quoted) >= 3
+    fresh = (ROOT / DOCUMENT).read_text().partition("## What fresh seeds established")[2].partition("\n## ")[0]
+    assert [each for each in quoted if each not in fresh] == []
