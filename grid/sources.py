@@ -370,6 +370,13 @@ _ALL = (
         "arXiv:1707.06347",
     ),
     Source(
+        "Sennrich et al. 2016",
+        "Rico Sennrich et al.",
+        "2016",
+        "Neural Machine Translation of Rare Words with Subword Units",
+        "arXiv:1508.07909",
+    ),
+    Source(
         "Shah et al. 2025",
         "Vedant Shah et al.",
         "2025",

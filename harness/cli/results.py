@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from klab.harness.cli.arguments import RUNS, RunsOption, study_of
-from klab.harness.cli.text import say
+from klab.harness.cli.arguments import RUNS, JsonOption, RunsOption, study_of
+from klab.harness.cli.text import say, show_json
 
 
 def results(
@@ -25,6 +25,7 @@ def results(
         Path | None, typer.Option("--figures", help="Draw a few figures of each study into this folder, and show them.")
     ] = None,
     runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
 ) -> None:
     """Write one document about several studies: what fresh seeds established, claims, tables, costs, commands.
 
@@ -42,12 +43,15 @@ def results(
         draw_pictures(studies, figures)
     pictures = pictures_in(figures, home) if figures is not None else None
     text = document(studies, title, pictures, preface.read_text(encoding="utf-8") if preface is not None else "")
-    if out is None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(out, text.encode())
+    if as_json:
+        show_json({"studies": [each.name for each in studies], "out": None if out is None else str(out), "text": text})
+    elif out is None:
         say(text.rstrip("\n"))
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(out, text.encode())
-    say(f"{out}: {len(studies)} studies")
+    else:
+        say(f"{out}: {len(studies)} studies")
 
 
 def _place(name: str, runs: Path) -> str:

@@ -44,10 +44,14 @@ TINY |= {"tokenizers", "yaml"}
 POOL = {"submitit", "cloudpickle"}
 
 
+INSTALLERS = ("__editable__", "_distutils_hack")
+"""What an installation adds to every process."""
+
+
 def loaded(program: str, *arguments: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {name for name in json.loads(done.stdout.splitlines()[-1]) if not name.startswith("__editable__")}
+    return {name for name in json.loads(done.stdout.splitlines()[-1]) if not name.startswith(INSTALLERS)}
 
 
 def test_a_tiny_cell_loads_torch_and_little_else(make_grid: Callable[..., Grid], place: Path) -> None:

@@ -29,8 +29,8 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalExecutor, LocalJob
 
 from klab.grid.user_code import python_command
+from klab.harness.dispatch.local.fork_command import SILENT, fork_server_command
 from klab.harness.dispatch.local.queue_files import LOG
-from klab.harness.dispatch.local.ready import SILENT, fork_server_command
 from klab.harness.store import ProcessId
 from klab.harness.store.kernels import fix_kernels
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from klab.harness.dispatch.backends import Pack
 from klab.harness.dispatch.job import PackJob
+from klab.harness.dispatch.local.fork_command import libraries_of
 from klab.harness.dispatch.local.fork_server import ForkServer
-from klab.harness.dispatch.local.ready import libraries_of
 from klab.harness.dispatch.notify import tell_of_cells, tell_of_end
 from klab.harness.dispatch.packing.plan import plan_packs
 from klab.harness.dispatch.packing.step_times import HardwareKey, StepTimes, have_changed, read_step_times

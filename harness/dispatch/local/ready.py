@@ -10,17 +10,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from klab.grid.libraries import needs_transformers
 from klab.grid.user_code import python_command
+from klab.harness.dispatch.local.fork_command import SILENT, fork_server_command, libraries_of
 from klab.harness.dispatch.threads import environment
-
-SILENT = "silent"
-"""Told to a fork server whose messages go nowhere before its first job names the run."""
 
 
 class ReadyController:
@@ -63,15 +60,6 @@ class ReadyController:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-
-
-def libraries_of(cells: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What jobs of these cells use beside torch, for the fork server."""
-    return ("transformers",) if any(map(needs_transformers, cells)) else ()
-
-
-def fork_server_command(libraries: Sequence[str]) -> list[str]:
-    return python_command("-m", "klab.harness.dispatch.local.fork_server", *libraries)
 
 
 def main() -> None:

@@ -264,6 +264,8 @@ def test_a_disk_that_refuses_is_said_plainly(limit: str, said: str, monkeypatch:
     assert "runs/x" in _explain(error)
 
 
+INSTALLERS = ("__editable__", "_distutils_hack")
+"""What an installation adds to every process."""
 LIGHT = """
 import json
 import sys
@@ -297,7 +299,7 @@ def test_quick_commands_import_nothing_else(words: str, packages: set[str], make
     Run.create(place / "runs/little", make_grid())
     done = subprocess.run([sys.executable, "-c", LIGHT, *words.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = {name for name in json.loads(done.stderr.splitlines()[-1]) if not name.startswith("__editable__")}
+    found = {name for name in json.loads(done.stderr.splitlines()[-1]) if not name.startswith(INSTALLERS)}
     assert found - {"_cyutility", "charset_normalizer"} <= packages  # helpers of scipy
 
 
