@@ -14,8 +14,8 @@ from klab.grid import load_grid
 from klab.harness.store import Run
 from tests.support.forked_runs import live, wait
 
-SMALLEST, STEP, LARGEST = 24, 8, 400
-"""KiB; pages have four."""
+SMALLEST, STEP, LARGEST = 32, 8, 400
+"""KiB; pages have four. The smallest holds a run's folder and nothing of its cell."""
 
 
 def main(grid_file: Path, folder: Path) -> int:
