@@ -60,7 +60,8 @@ def test_the_others_end_and_name_the_one_that_died(tmp_path: Path, waits_in: str
         processes[2].send_signal(signal.SIGKILL)
         for process in processes[:2]:
             _, text = process.communicate(timeout=60)
-            assert process.returncode == 1
+            # a thread of gloo's sometimes aborts the process while it ends, after everything has been said
+            assert process.returncode in (1, -signal.SIGABRT)
             assert f"process 2 of 3 ({os.uname().nodename}, pid {processes[2].pid}) is gone" in text
     finally:
         for process in processes:
