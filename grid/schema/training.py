@@ -8,10 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
 )
 
 from klab.grid.errors import UserError
@@ -66,10 +64,12 @@ STOP_FIGURES = {
 """The figures of an evaluation that `training.stop` looks at: in words, and which side of its bound each must be on."""
 
 
-class StopBounds(Section):
+class StopBounds(GrownSection):
     """What a cell must reach, or keep to, so that `training.stop` lets it go on: figures of its evaluations on held-out
     prompts.
     """
+
+    LATER = tuple(STOP_FIGURES)
 
     reward: float | None = None
     """Held-out reward, at least."""
@@ -85,12 +85,6 @@ class StopBounds(Section):
         """Those that are set."""
         found = {name: getattr(self, name) for name in STOP_FIGURES}
         return {name: bound for name, bound in found.items() if bound is not None}
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only the bounds that are set, so that ids do not depend on which others there are."""
-        written: dict[str, Any] = handler(self)
-        return {name: bound for name, bound in written.items() if bound is not None}
 
 
 class StopRule(Section):

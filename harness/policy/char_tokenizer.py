@@ -105,17 +105,7 @@ class CharacterTokenizer:
 
     def for_transformers(self) -> PreTrainedTokenizerFast:
         """The same as a tokenizer of transformers."""
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=self._backend,
-            pad_token=PAD,
-            eos_token=EOS,
-            unk_token=UNKNOWN,
-            clean_up_tokenization_spaces=False,
-            padding_side="left",
-            model_input_names=["input_ids", "attention_mask"],
-        )
+        return transformers_tokenizer(self._backend, unk_token=UNKNOWN)
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -143,3 +133,19 @@ def _backend(words: Sequence[str]) -> Tokenizer:
     backend.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     backend.decoder = decoders.Fuse()
     return backend
+
+
+def transformers_tokenizer(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    """A trained backend as a tokenizer of transformers, padded on the left with `<pad>` and ended by `<end>`; `special`
+    names further special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        **special,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )

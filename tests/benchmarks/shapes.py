@@ -72,27 +72,27 @@ SHAPES = {
         dtype="bfloat16",
         packs=(2,),
     ),
+    "qwen2-10m": Shape(
+        {
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+        },
+        prompts=4,
+        group_size=8,
+        prompt_tokens=64,
+        new_tokens=64,
+        micro_batch=None,
+        dtype="float32",
+        packs=(2,),
+        lora_rank=None,
+        clock="processor",
+    ),
 }
-SHAPES["qwen2-10m"] = Shape(
-    {
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    },
-    prompts=4,
-    group_size=8,
-    prompt_tokens=64,
-    new_tokens=64,
-    micro_batch=None,
-    dtype="float32",
-    packs=(2,),
-    lora_rank=None,
-    clock="processor",
-)
 SHAPES["qwen2-10m, adapters"] = replace(SHAPES["qwen2-10m"], lora_rank=16)
 
 

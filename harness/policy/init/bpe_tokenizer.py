@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 
-from klab.harness.policy.char_tokenizer import EOS, PAD
+from klab.harness.policy.char_tokenizer import EOS, PAD, transformers_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,8 +26,6 @@ def bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
     Every text can be encoded, and decoding gives it back; no token marks its beginning.
     """
-    from transformers import PreTrainedTokenizerFast
-
     backend = Tokenizer(BPE())
     words = Split(Regex(QWEN2_WORDS), behavior="isolated")
     backend.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -36,11 +34,4 @@ def bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
         vocab_size=size, special_tokens=[PAD, EOS], initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return transformers_tokenizer(backend)
