@@ -51,7 +51,7 @@ def endless_checkpoint(start: Path) -> Path:
         return target
     scratch = Path(tempfile.mkdtemp(prefix=".endless-", dir=start.parent))
     shutil.copytree(start, scratch, dirs_exist_ok=True)
-    end = StackedPolicy.from_pretrained(start).tokenizer.convert_tokens_to_ids(NEVER)
+    end = json.loads((start / "tokenizer.json").read_text())["model"]["vocab"][NEVER]
     for name, key, value in (
         ("config.json", "eos_token_id", end),
         ("generation_config.json", "eos_token_id", end),
