@@ -32,6 +32,7 @@ _BITS = (
     "import torch; torch.set_num_threads(1); "
     "from klab.harness.store.kernels import kernels; "
     "print(' '.join(f'{name}={value}' for name, value in kernels().items()) or 'no choice known'); "
+    "from klab.harness.policy.stacked.native.library import library; print(library() is not None); "
     "from klab.harness.training.runtime.pack_invariance import pack_invariant; print(pack_invariant())"
 )
 
@@ -76,7 +77,7 @@ def _torch() -> Iterator[Finding]:
     """Whether torch is fit, and whether cells have the same bits alone and in packs with it on this processor."""
     try:
         yield Finding("torch works", "ok", _said(_TORCH))
-        kernels, invariant = _said(_BITS).splitlines()[-2:]
+        kernels, native, invariant = _said(_BITS).splitlines()[-3:]
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines()
         yield Finding("torch works", "problem", lines[-1] if lines else "cannot be imported")
@@ -84,12 +85,20 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch works", "problem", f"was not imported within {_IMPORT_SECONDS} s")
     else:
         yield Finding("kernels", "ok", kernels)
+        yield _compiled(native == "True")
         yield _packs(invariant == "True")
 
 
 def _said(program: str) -> str:
     command = python_command("-c", program)
     return subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True).stdout.strip()
+
+
+def _compiled(native: bool) -> Finding:
+    if native:
+        return Finding("compiled layers", "ok", "small float32 models compute in them on the CPU")
+    missing = "there is no C compiler (cc, gcc, clang) that builds them, or KLAB_NATIVE is 0"
+    return Finding("compiled layers", "note", f"{missing}: small models train about half as fast on the CPU")
 
 
 def _packs(invariant: bool) -> Finding:

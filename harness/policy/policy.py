@@ -24,10 +24,15 @@ class IncrementalDecoder(Protocol):
     """Next-token logits of every cell's trajectories, which grow by one token per step.
 
     Logits are [N, vocab_size] for the N trajectories of a cell, without gradient where gradients are disabled.
+
+    Attributes:
+        one_by_one: whether cells are better continued one after the other, each to its end.
     """
 
-    def start(self) -> dict[int, Tensor]:
-        """Logits of the first token of each trajectory, by cell."""
+    one_by_one: bool
+
+    def start(self, cells: Sequence[int]) -> dict[int, Tensor]:
+        """Logits of the first token of each trajectory of some cells; all at once unless `one_by_one`."""
         ...
 
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
@@ -40,6 +45,11 @@ class IncrementalDecoder(Protocol):
         Raises:
             UserError: a sequence exceeds the model's context.
         """
+        ...
+
+    def known_states(self, cell: int) -> object:
+        """What a policy's scoring understands of a cell's trajectories, so that it need not compute them again; None
+        where nothing was kept."""
         ...
 
 
@@ -136,13 +146,18 @@ class Policy(Scorer, Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def decoder(
-        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        group_size: int,
+        plain: bool = False,
+        kept_tokens: int = 0,
     ) -> IncrementalDecoder:
         """A decoder that continues every prompt `group_size` times.
 
         Args:
             prompts: token ids [C][P][length].
             plain: the reference path: no cache, nothing shared.
+            kept_tokens: of each trajectory, that an update from the same weights may need; see `known_states`.
         """
         ...
 

@@ -93,18 +93,21 @@ def bucket(count: int, least: int = 4) -> int:
     return -(-count // step) * step
 
 
-class _Builder:
-    """Prefixes by number: 0..P-1 are the prompts (their last tokens), then those of completions, by depth."""
+class Prefixes:
+    """Distinct prefixes by number: 0..P-1 are the prompts (their last tokens), then those of completions, by depth.
 
-    def __init__(self, prompts: Sequence[Sequence[int]], groups: Indices, tokens: Indices, lengths: Indices) -> None:
-        self.groups = groups
-        self.starts = np.array([len(prompt) for prompt in prompts])
-        self.offsets = np.concatenate(([0], np.cumsum(self.starts)[:-1]))
-        self.prompt_tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
-        self.longest_prompt = int(self.starts.max())
-        P, (N, T) = len(prompts), tokens.shape
+    Attributes:
+        logits_index: [N, T], the prefix that predicts each token of a trajectory; 0 for padding.
+        bounds: where each depth begins; the last entry is the number of prefixes.
+        ids: token ids of the completions' prefixes, those from number P on; `parents` and `depths` likewise.
+        group: of every prefix, the prompt that it continues.
+        first: of the completions' prefixes, the first trajectory that has it.
+    """
+
+    def __init__(self, num_prompts: int, groups: Indices, tokens: Indices, lengths: Indices) -> None:
+        P, (N, T) = num_prompts, tokens.shape
         vocabulary = int(max(tokens.max(initial=0), 0)) + 1
-        ids, parents = [], []
+        ids, parents, first = [], [], []
         self.logits_index = np.zeros((N, T), dtype=np.int64)
         self.bounds = [P]
         current = groups.copy()
@@ -113,17 +116,32 @@ class _Builder:
             rows = np.flatnonzero(lengths > t + 1)
             if not len(rows):
                 continue
-            keys, inverse = np.unique(current[rows] * vocabulary + tokens[rows, t], return_inverse=True)
+            found = current[rows] * vocabulary + tokens[rows, t]
+            keys, index, inverse = np.unique(found, return_index=True, return_inverse=True)
             current[rows] = self.bounds[-1] + inverse
+            first.append(rows[index])
             ids.append(keys % vocabulary)
             parents.append(keys // vocabulary)
             self.bounds.append(self.bounds[-1] + len(keys))
         self.ids = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
         self.parents = np.concatenate([np.zeros(0, dtype=np.int64), *parents])
+        self.first = np.concatenate([np.zeros(0, dtype=np.int64), *first])
         self.depths = np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
         self.group = np.concatenate([np.arange(P), np.zeros(len(self.ids), dtype=np.int64)])
         for low, high in zip(self.bounds, self.bounds[1:], strict=False):
             self.group[low:high] = self.group[self.parents[low - P : high - P]]
+
+
+class _Builder(Prefixes):
+    """Prefixes and their places in rows of slots."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], groups: Indices, tokens: Indices, lengths: Indices) -> None:
+        super().__init__(len(prompts), groups, tokens, lengths)
+        P = len(prompts)
+        self.starts = np.array([len(prompt) for prompt in prompts])
+        self.offsets = np.concatenate(([0], np.cumsum(self.starts)[:-1]))
+        self.prompt_tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+        self.longest_prompt = int(self.starts.max())
         order = np.argsort(self.group[P:], kind="stable")
         counts = np.bincount(self.group[P:], minlength=P)
         self.rank = np.empty(len(self.ids), dtype=np.int64)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from klab.harness.objective import Groups
-from klab.harness.policy.prefix_tree import PrefixTree, build_prefix_tree, build_unshared
+from klab.harness.policy.prefix_tree import Prefixes, PrefixTree, build_prefix_tree, build_unshared
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Rollout:
             (top-p restricts what is drawn, not what is recorded); 0 elsewhere.
         truncated: whether the limit of new tokens ended it.
         texts: N texts of generated tokens, without end-of-sequence tokens.
+        known_states: what the policy that drew them keeps for an update from the same weights; no part of the rollout.
     """
 
     prompts: list[list[int]]
@@ -56,7 +58,9 @@ class Rollout:
     logp: Float[Tensor, "N T"]
     truncated: Bool[Tensor, " N"]
     texts: list[str]
+    known_states: object = field(default=None, init=False, repr=False, compare=False)
     _prefix_trees: dict[int | None, PrefixTree] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _prefixes: Prefixes | None = field(default=None, init=False, repr=False, compare=False)
     _on_host: HostRows | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -164,6 +168,15 @@ class Rollout:
             built = build_unshared(*given) if max_shared_row is None else build_prefix_tree(*given, max_shared_row)
             self._prefix_trees[max_shared_row] = built
         return self._prefix_trees[max_shared_row]
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """The distinct prefixes of these trajectories, found once."""
+        if self._prefixes is None:
+            host = self.on_host
+            groups = np.repeat(np.arange(len(self.prompts)), self.group_size)
+            self._prefixes = Prefixes(len(self.prompts), groups, host.tokens.numpy(), host.lengths.numpy())
+        return self._prefixes
 
     def to_dict(self) -> dict[str, Tensor | list[str]]:
         """A flat dictionary of CPU tensors, and the texts."""

@@ -11,6 +11,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import suppress
@@ -21,6 +24,12 @@ MKL = "MKL_CBWR"
 ATEN = "ATEN_CPU_CAPABILITY"
 ONEDNN = "ONEDNN_MAX_CPU_ISA"
 """The variables that MKL, torch's own kernels and oneDNN (16-bit products) read; `kernels` speaks in their words."""
+
+NATIVE = "KLAB_NATIVE"
+"""Whether the stacked engine computes in compiled code; `0` says no. Recorded is the compiler, whose choice of
+instructions decides the bits."""
+
+COMPILERS = ("cc", "gcc", "clang")
 
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AVX2 = {"avx2", "fma"}
@@ -50,8 +59,8 @@ def fix_kernels() -> None:
 
 
 def kernels() -> dict[str, str]:
-    """What is in force where torch is loaded, else what will be: `MKL_CBWR`, `ATEN_CPU_CAPABILITY`, and what is set of
-    `ONEDNN_MAX_CPU_ISA`, as values that these variables take."""
+    """What is in force where torch is loaded, else what will be: `MKL_CBWR`, `ATEN_CPU_CAPABILITY`, what is set of
+    `ONEDNN_MAX_CPU_ISA`, and `KLAB_NATIVE`, as values that these variables take."""
     fix_kernels()  # the question itself makes MKL read its variable
     vendor, flags = processor()
     branch, capability = os.environ.get(MKL), os.environ.get(ATEN) or _capability(flags)
@@ -62,8 +71,35 @@ def kernels() -> dict[str, str]:
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "backends"):
         branch, capability = _mkl_answers(Path(torch.__file__ or "")), torch.backends.cpu.get_cpu_capability().lower()
-    found = {MKL: branch, ATEN: capability, ONEDNN: os.environ.get(ONEDNN)}
+    found = {MKL: branch, ATEN: capability, ONEDNN: os.environ.get(ONEDNN), NATIVE: compiler_version()}
     return {name: value for name, value in found.items() if value}
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine for the stacked engine; None where it has none, or none is wanted."""
+    if os.environ.get(NATIVE) == "0":
+        return None
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
+def compiler_version() -> str:
+    """That compiler's name and version, as `gcc-12.2.0`; `0` without one, or where what it built cannot be loaded."""
+    library = sys.modules.get("klab.harness.policy.stacked.native.library")
+    if library is not None and library.tried() and library.library() is None:
+        return "0"
+    found = compiler()
+    return "0" if found is None else _version(found)
+
+
+@cache
+def _version(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "0"
+    line = next(iter(done.stdout.splitlines()), "")
+    number = re.search(r"clang version (\d[\d.]*)|(\d+(?:\.\d+)+)$", line.strip())
+    return "0" if number is None else f"clang-{number[1]}" if number[1] else f"gcc-{number[2]}"
 
 
 @cache

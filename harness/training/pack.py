@@ -163,6 +163,8 @@ class Pack:
         )
         # from here on the update has been made: nothing below may fail
         self.done += 1
+        for experience in self.pending[0]:
+            experience.rollout.known_states = None
         if self.moving is not None:
             self.moving.follow(self.done)
         if self.done % self._schedule.updates_per_rollout == 0:

@@ -64,6 +64,12 @@ class PackSettings:
         return self.reference is not None and self.reference.follows == "rollout"
 
     @property
+    def updates_what_it_drew(self) -> bool:
+        """Whether the first update of a rollout is of the whole of it, and of the very policy that drew it."""
+        other_policy = self.samples_reference or self.sampler is not None or self.schedule.lag > 0
+        return not other_policy and not self.refills and self.minibatches == 1
+
+    @property
     def sampling_temperature(self) -> float:
         """The temperature at which rollouts are drawn: the sampler's own where it has one."""
         if self.sampler is not None and self.sampler.temperature is not None:

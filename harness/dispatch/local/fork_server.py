@@ -132,7 +132,9 @@ def main() -> None:
         )
 
     import klab.harness.training.runner  # noqa: F401
+    from klab.harness.policy.stacked.native.library import library
 
+    library()  # built here where it is not there yet, and loaded once for all jobs
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

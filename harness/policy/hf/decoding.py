@@ -42,6 +42,8 @@ class CachedDecoder:
     the cache.
     """
 
+    one_by_one = False
+
     def __init__(self, policy: CellModel, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy, self.prompts, self.group_size = policy, prompts, group_size
         self._weights = policy.weights()
@@ -50,7 +52,7 @@ class CachedDecoder:
         self._cached: list[list[int]] = []
         """By cell, which trajectories the cache still holds."""
 
-    def start(self) -> dict[int, Tensor]:
+    def start(self, cells: Sequence[int]) -> dict[int, Tensor]:
         from transformers import DynamicCache
 
         found = {}
@@ -64,6 +66,9 @@ class CachedDecoder:
             self._cached.append(list(range(len(listed) * self.group_size)))
             found[cell] = logits[:, -1].repeat_interleave(self.group_size, 0)
         return found
+
+    def known_states(self, cell: int) -> None:
+        return None
 
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         found = {}
@@ -91,13 +96,18 @@ class UncachedDecoder:
     """An `IncrementalDecoder` that forwards every sequence anew for every token: the reference, and for models whose
     cache cannot be cut to a subset of sequences."""
 
+    one_by_one = False
+
     def __init__(self, policy: CellModel, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.policy = policy
         self._sequences = [[list(prompt) for prompt in listed for _ in range(group_size)] for listed in prompts]
         self._weights = policy.weights()
 
-    def start(self) -> dict[int, Tensor]:
+    def start(self, cells: Sequence[int]) -> dict[int, Tensor]:
         return {cell: self._logits(cell, range(len(sequences))) for cell, sequences in enumerate(self._sequences)}
+
+    def known_states(self, cell: int) -> None:
+        return None
 
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         found = {}

@@ -198,7 +198,11 @@ class TransformersPolicy:
             raise UserError(f"sequences of {longest} tokens exceed the model's context", value=self.context_length)
 
     def decoder(
-        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        group_size: int,
+        plain: bool = False,
+        kept_tokens: int = 0,
     ) -> IncrementalDecoder:
         if plain or not self.model.has_kv_cache:
             return UncachedDecoder(self, prompts, group_size)

@@ -183,7 +183,11 @@ class ShardedPolicy:
         return self._template.scores_of_model(self._model, rollouts, options)
 
     def decoder(
-        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        group_size: int,
+        plain: bool = False,
+        kept_tokens: int = 0,
     ) -> IncrementalDecoder:
         return self.whole().decoder(prompts, group_size, plain)
 

@@ -51,19 +51,26 @@ def sample(
         if blocks is not None:
             _sample_in_blocks(blocks, builders, generators, draw)
         else:
-            _sample_by_steps(policy.decoder(*given, plain), builders, generators, draw)
+            decoder = policy.decoder(*given, plain, options.max_new_tokens if options.keeps_states else 0)
+            cells = list(range(len(builders)))
+            for together in [[cell] for cell in cells] if decoder.one_by_one else [cells]:
+                _sample_by_steps(decoder, together, builders, generators, draw)
+            rollouts = [builder.build() for builder in builders]
+            for cell, rollout in enumerate(rollouts):
+                rollout.known_states = decoder.known_states(cell)
+            return rollouts
     return [builder.build() for builder in builders]
 
 
 def _sample_by_steps(
     decoder: IncrementalDecoder,
+    active: list[int],
     builders: Sequence[TrajectoryBuilder],
     generators: Sequence[torch.Generator | UniformSlice],
     draw: Draw,
 ) -> None:
-    """Draw token by token; the host knows each of them before the next step."""
-    active = list(range(len(builders)))
-    logits = decoder.start()
+    """Draw some cells' trajectories token by token; the host knows each token before the next step."""
+    logits = decoder.start(active)
     while active:
         joint = sum(logits[cell].numel() for cell in active) <= MAX_JOINT_LOGITS
         for cells in [active] if joint else [[cell] for cell in active]:

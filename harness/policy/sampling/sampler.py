@@ -40,6 +40,7 @@ class SamplingOptions:
         temperature: divides the logits.
         top_p: draw from the smallest set of most likely tokens that holds this much probability.
         greedy: take the most likely token instead of drawing one.
+        keeps_states: an update from the same weights follows: what it would compute again may be kept.
     """
 
     group_size: int
@@ -47,6 +48,7 @@ class SamplingOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     greedy: bool = False
+    keeps_states: bool = False
 
 
 class SampleFunction(Protocol):

@@ -12,13 +12,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from klab.harness.policy.prefix_tree import Indices, bucket
 from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
-from klab.harness.policy.stacked.packed_layout import AttentionRows
-from klab.harness.policy.stacked.prefix_tree_layout import causal_bias
 
 
 @dataclass(slots=True)
@@ -46,19 +43,6 @@ class DecodingStep:
         """What must agree for cells to be computed in one batched call."""
         return (len(self.tokens), *self.attends.shape)
 
-    def attention_rows(self, dtype: torch.dtype, key_index: Indices) -> AttentionRows:
-        """As one cell of a packed layout; `key_index` [L, S + W] as there."""
-        masked = torch.from_numpy(~self.attends)
-        return AttentionRows(
-            tokens=self.tokens,
-            positions=self.positions.reshape(-1)[self.slot_of_token],
-            token_of_slot=self.token_of_slot,
-            slot_of_token=self.slot_of_token,
-            output_index=None,
-            attn_bias=torch.zeros(masked.shape, dtype=dtype).masked_fill_(masked, -torch.inf),
-            key_index=key_index,
-        )
-
 
 class GrowingPrefixTree:
     """N = P × group_size trajectories of one cell.
@@ -80,20 +64,6 @@ class GrowingPrefixTree:
         self._prefix = self.row.copy()
         self._next_position = self.prompt_lengths[self.row]
         self._row_per_trajectory = False
-
-    def prefill(self, dtype: torch.dtype, start: int) -> AttentionRows:
-        """The prompts, a causal row each, as one cell of a packed layout whose tokens so far end at `start`."""
-        P, S = len(self.prompts), self.width
-        slots = np.arange(P * S)
-        return AttentionRows(
-            tokens=np.array([[*prompt, *[0] * (S - len(prompt))] for prompt in self.prompts]).reshape(-1),
-            positions=np.tile(np.arange(S), P),
-            token_of_slot=slots.reshape(P, S),
-            slot_of_token=slots,
-            output_index=np.arange(P) * S + self.prompt_lengths - 1,
-            attn_bias=causal_bias(S, dtype=dtype),
-            key_index=slots.reshape(P, S) + start,
-        )
 
     def grow(self, tokens: Indices, unfinished: NDArray[np.bool_]) -> DecodingStep:
         """Append one token to each unfinished trajectory.

@@ -19,26 +19,31 @@ from klab.harness.policy.stacked.prefix_tree_layout import causal_bias
 class KVCacheDecoder:
     """An `IncrementalDecoder` whose cells are computed together in the steps in which their shapes agree."""
 
+    one_by_one = False
+
     def __init__(self, model: StackedModel, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.model = model
         self.trees = [GrowingPrefixTree(listed, group_size) for listed in prompts]
         self._caches: dict[tuple[int, ...], KVCache] = {}
         self._weights: dict[tuple[int, ...], Weights] = {}
 
-    def start(self) -> dict[int, Tensor]:
+    def start(self, cells: Sequence[int]) -> dict[int, Tensor]:
         found: dict[int, Tensor] = {}
         device, dtype = self.model.device, self.model.dtype
-        for cells in self.model.stacks([(len(tree.prompts), tree.width) for tree in self.trees]):
-            trees = [self.trees[c] for c in cells]
+        for stack in self.model.stacks([(len(tree.prompts), tree.width) for tree in self.trees]):
+            trees = [self.trees[c] for c in stack]
             num_rows, width = len(trees[0].prompts), trees[0].width
             prefill = Prefill(
                 [tree.prompts for tree in trees], num_rows, width, device, causal_bias(width, device, dtype)
             )
-            logits = self._logits(cells, prefill.tokens, prefill)
-            self._caches[tuple(cells)] = prefill.cache
-            for cell, each in zip(cells, logits.unbind(0), strict=True):
+            logits = self._logits(stack, prefill.tokens, prefill)
+            self._caches[tuple(stack)] = prefill.cache
+            for cell, each in zip(stack, logits.unbind(0), strict=True):
                 found[cell] = each.repeat_interleave(self.trees[cell].group_size, 0)
         return found
+
+    def known_states(self, cell: int) -> None:
+        return None
 
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         active = list(last_tokens)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from klab.harness.policy.stacked.architecture import Architecture
-from klab.harness.policy.stacked.layer_weights import supports_packing
 from klab.harness.policy.stacked.lm_head import float32_linear
 from klab.harness.policy.stacked.lora import Adapters
+from klab.harness.policy.stacked.native.engine import NativeLayers, native_layers
 from klab.harness.policy.stacked.rotary_embedding import RotaryEmbedding
 
 Weights = dict[str, Tensor]
@@ -84,12 +85,14 @@ class StackedModel:
         return sum(value[0].numel() for value in self.parameters.values())
 
     @property
-    def packable(self) -> bool:
-        """Whether cells of unequal sizes are computed together (`packed_layers.py`): in full fine-tuning on a CPU,
-        with plain multi-head attention."""
+    def native(self) -> NativeLayers | None:
+        """The compiled layers, for models of which all weights are trained, in float32 on a CPU; else None."""
         full = not self.shared and self.adapters is None and not self.gradient_checkpointing
-        wide = self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
-        return full and wide and supports_packing(self.architecture)
+        return self._native if full and self.device.type == "cpu" and self.dtype == torch.float32 else None
+
+    @cached_property
+    def _native(self) -> NativeLayers | None:
+        return native_layers(self.architecture, self.rotary)
 
     def stacks(self, shapes: Sequence[Hashable]) -> list[list[int]]:
         """Which cells to compute in one call: those with equal shapes, unless copying their weights together costs

@@ -30,7 +30,7 @@ from klab.harness.policy.stacked.checkpoint import named_tensors, read_weights, 
 from klab.harness.policy.stacked.kv_cache import KVCacheDecoder
 from klab.harness.policy.stacked.lora import Adapters, read_adapters, write_adapters
 from klab.harness.policy.stacked.model import StackedModel, Weights, stack_cells
-from klab.harness.policy.stacked.packed_decoding import PackedDecoder
+from klab.harness.policy.stacked.native_decoding import NativeDecoder
 from klab.harness.policy.stacked.recorded_steps import RecordedSteps
 from klab.harness.policy.stacked.scoring import score_rollouts
 from klab.harness.policy.stacked.uncached_decoding import UncachedDecoder
@@ -144,11 +144,17 @@ class StackedPolicy(StackedModel):
         return eos_token_ids(self.tokenizer, self.generation_config, self.vocab_size)
 
     def decoder(
-        self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, plain: bool = False
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        group_size: int,
+        plain: bool = False,
+        kept_tokens: int = 0,
     ) -> IncrementalDecoder:
         if plain:
             return UncachedDecoder(self, prompts, group_size)
-        return (PackedDecoder if self.packable else KVCacheDecoder)(self, prompts, group_size)
+        if self.native is not None:
+            return NativeDecoder(self, self.native, prompts, group_size, kept_tokens)
+        return KVCacheDecoder(self, prompts, group_size)
 
     def block_decoder(
         self, prompts: Sequence[Sequence[Sequence[int]]], group_size: int, max_new_tokens: int, draw: Draw

@@ -1,4 +1,4 @@
-"""Prefix trees as layouts of a forward pass: a batch of cells with equal shapes, or one cell of a packed layout."""
+"""Prefix trees as layouts of a forward pass: a batch of cells with equal shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from klab.harness.policy.prefix_tree import PrefixTree
 from klab.harness.policy.stacked.attention import attention
-from klab.harness.policy.stacked.packed_layout import AttentionRows
 
 
 class PrefixTreeBatch:
@@ -40,21 +39,6 @@ class PrefixTreeBatch:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return attention(queries, keys, values, self.attn_bias)
-
-
-def attention_rows(tree: PrefixTree, dtype: torch.dtype) -> AttentionRows:
-    """A prefix tree as one cell of a packed layout."""
-    attn_bias = causal_bias(tree.token_of_slot.shape[1]) if tree.attn_bias is None else tree.attn_bias
-    slot_of_token = tree.slot_of_token.numpy()
-    return AttentionRows(
-        tokens=tree.tokens.numpy(),
-        positions=tree.positions.numpy().reshape(-1)[slot_of_token],
-        token_of_slot=tree.token_of_slot.numpy(),
-        slot_of_token=slot_of_token,
-        output_index=tree.output_index.numpy(),
-        attn_bias=attn_bias.to(dtype),
-        one_slot_per_token=tree.attn_bias is not None,
-    )
 
 
 def causal_bias(length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:

@@ -50,14 +50,19 @@ class RotaryEmbedding:
         Args:
             position_limit: larger than every position.
         """
-        key = (dtype, positions.device)
+        cosines, sines = self.table(dtype, positions.device, position_limit)
+        flat = positions.reshape(-1)
+        shape = (*positions.shape, cosines.shape[-1])
+        return cosines.index_select(0, flat).view(shape), sines.index_select(0, flat).view(shape)
+
+    def table(self, dtype: torch.dtype, device: torch.device, position_limit: int) -> tuple[Tensor, Tensor]:
+        """Those factors [positions, head_dim] of all positions below the limit, and of some more."""
+        key = (dtype, device)
         cosines, sines = self.tables.get(key, (None, None))
         if cosines is None or sines is None or len(cosines) < position_limit:
             angles = torch.arange(max(position_limit, 64)).float()[:, None] * self.inv_freq[None, :]
             cosine, sine = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-            cosines = torch.cat((cosine, cosine), -1).to(positions.device, dtype)
-            sines = torch.cat((-sine, sine), -1).to(positions.device, dtype)
+            cosines = torch.cat((cosine, cosine), -1).to(device, dtype)
+            sines = torch.cat((-sine, sine), -1).to(device, dtype)
             self.tables[key] = (cosines, sines)
-        flat = positions.reshape(-1)
-        shape = (*positions.shape, cosines.shape[-1])
-        return cosines.index_select(0, flat).view(shape), sines.index_select(0, flat).view(shape)
+        return cosines, sines

@@ -14,37 +14,21 @@ from klab.harness.policy.stacked.attention import MAX_EXPLICIT_KEYS
 from klab.harness.policy.stacked.batched_layers import batched_forward
 from klab.harness.policy.stacked.lm_head import selective_log_softmax
 from klab.harness.policy.stacked.model import StackedModel
-from klab.harness.policy.stacked.packed_layers import packed_forward
-from klab.harness.policy.stacked.packed_layout import PackedLayout
-from klab.harness.policy.stacked.prefix_tree_layout import PrefixTreeBatch, attention_rows
+from klab.harness.policy.stacked.native.engine import NativeLayers
+from klab.harness.policy.stacked.native.token_trees import rollout_trees
+from klab.harness.policy.stacked.native_decoding import KnownStates
+from klab.harness.policy.stacked.prefix_tree_layout import PrefixTreeBatch
 
 
 def score_rollouts(model: StackedModel, rollouts: Sequence[Rollout], options: ScoreOptions) -> list[TokenScores]:
-    """Score the rollout of every cell.
-
-    Cells with short rows are computed in one packed layout, where the model supports that; of the others, those whose
-    trajectories give equal shapes in one batch.
-    """
+    """Score the rollout of every cell: in compiled layers where the model has them, else those whose trajectories give
+    equal shapes in one batch."""
+    if model.native is not None and not options.plain:
+        return _score_natively(model, model.native, rollouts, options)
     max_shared_row = None if options.plain else MAX_EXPLICIT_KEYS
     trees = [rollout.prefix_tree(max_shared_row) for rollout in rollouts]
-    found: list[TokenScores | None] = [None] * model.cells
-    packed = [
-        c
-        for c, tree in enumerate(trees)
-        if model.packable and not options.plain and tree.token_of_slot.shape[1] <= MAX_EXPLICIT_KEYS
-    ]
-    if packed:
-        rows = [attention_rows(trees[c], model.dtype) for c in packed]
-        layout = PackedLayout(packed, rows, model.architecture.num_heads, model.cells)
-        heads = model.lm_head(model.parameters).unbind(0)
-        states = packed_forward(model, layout).split_with_sizes(layout.output_sizes)
-        for c, hidden in zip(packed, states, strict=True):
-            if _needs_chunks(len(hidden), model, options):
-                found[c] = _score_in_chunks(rollouts[c], trees[c].logits_index, hidden, heads[c], options)
-            else:
-                found[c] = gather_scores(rollouts[c], trees[c].logits_index, hidden @ heads[c], hidden, options)
-    others = [c for c in range(model.cells) if found[c] is None]
-    stacks = [[others[m] for m in members] for members in model.stacks([trees[c].shape for c in others])]
+    found: dict[int, TokenScores] = {}
+    stacks = model.stacks([tree.shape for tree in trees])
     for cells, weights in zip(stacks, model.weights(stacks), strict=True):
         batch = PrefixTreeBatch([trees[c] for c in cells], model.device, model.dtype)
         hidden = batched_forward(model, weights, batch.tokens, batch)
@@ -58,7 +42,38 @@ def score_rollouts(model: StackedModel, rollouts: Sequence[Rollout], options: Sc
             found[c] = gather_scores(
                 rollouts[c], trees[c].logits_index.to(model.device, non_blocking=True), each, state, options
             )
-    return [scores for scores in found if scores is not None]
+    return [found[c] for c in range(model.cells)]
+
+
+def _score_natively(
+    model: StackedModel, layers: NativeLayers, rollouts: Sequence[Rollout], options: ScoreOptions
+) -> list[TokenScores]:
+    known = [_known_states(model, rollout) for rollout in rollouts]
+    pairs = zip(known, rollouts, strict=True)
+    trees = [each.trees if each else rollout_trees(one.prompts, one.prefixes) for each, one in pairs]
+    if torch.is_grad_enabled():
+        activations = [None if each is None else each.activations for each in known]
+        states = layers.states_of(model.parameters, trees, activations)
+    else:
+        states = layers.states(model.parameters, trees)
+    found = []
+    heads = model.lm_head(model.parameters).unbind(0)
+    for rollout, hidden, head in zip(rollouts, states, heads, strict=True):
+        logits_index = torch.from_numpy(rollout.prefixes.logits_index)
+        if _needs_chunks(len(hidden), model, options):
+            found.append(_score_in_chunks(rollout, logits_index, hidden, head, options))
+        else:
+            found.append(gather_scores(rollout, logits_index, hidden @ head, hidden, options))
+    return found
+
+
+def _known_states(model: StackedModel, rollout: Rollout) -> KnownStates | None:
+    """What is known of a rollout's tokens where it still holds, for a backward pass; it is used once."""
+    known = rollout.known_states
+    if not torch.is_grad_enabled() or not isinstance(known, KnownStates) or not known.holds_for(model):
+        return None
+    rollout.known_states = None
+    return known
 
 
 def _needs_chunks(rows: int, model: StackedModel, options: ScoreOptions) -> bool:

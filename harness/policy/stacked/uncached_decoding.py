@@ -16,12 +16,17 @@ from klab.harness.policy.stacked.prefix_tree_layout import PrefixTreeBatch
 class UncachedDecoder:
     """An `IncrementalDecoder` that computes cell by cell, with a causal row per trajectory."""
 
+    one_by_one = False
+
     def __init__(self, model: StackedModel, prompts: Sequence[Sequence[Sequence[int]]], group_size: int) -> None:
         self.model = model
         self.sequences = [[list(prompt) for prompt in listed for _ in range(group_size)] for listed in prompts]
 
-    def start(self) -> dict[int, Tensor]:
+    def start(self, cells: Sequence[int]) -> dict[int, Tensor]:
         return {cell: self._logits(cell) for cell in range(len(self.sequences))}
+
+    def known_states(self, cell: int) -> None:
+        return None
 
     def step(self, last_tokens: Mapping[int, Tensor], unfinished: Mapping[int, Sequence[bool]]) -> dict[int, Tensor]:
         for cell, tokens in last_tokens.items():

@@ -30,6 +30,7 @@ def generate(
     positions: Sequence[int] | None = None,
     budget: MemoryBudget = UNLIMITED,
     share: range | None = None,
+    keeps_states: bool = False,
 ) -> list[Rollout]:
     """Sample completions of each cell's examples.
 
@@ -40,6 +41,7 @@ def generate(
         positions: where the members stand in their pack, if they are not all of it.
         budget: what may be sampled at once; trajectories get the random numbers that they would have without it.
         share: only of these examples of each cell, with the random numbers that they have among all of them.
+        keeps_states: see `SamplingOptions`.
     """
     share = range(len(examples[0])) if share is None else share
     draws = [(*(purpose or ("greedy",)), member.cell.seed if seeded else "every seed") for member in members]
@@ -48,7 +50,7 @@ def generate(
         for member, listed in zip(members, examples, strict=True)
     ]
     cuts = [budget.sampling_slices([len(p) for p in listed], group_size, max_new_tokens) for listed in prompts]
-    options = SamplingOptions(group_size, max_new_tokens, temperature=temperature, top_p=top_p, greedy=purpose is None)
+    options = SamplingOptions(group_size, max_new_tokens, temperature, top_p, purpose is None, keeps_states)
     found: list[list[Rollout]] = [[] for _ in members]
     for part in range(max(map(len, cuts))):
         cells = [c for c, slices in enumerate(cuts) if part < len(slices)]

@@ -165,6 +165,7 @@ def _sample_and_score(
                 positions=positions,
                 budget=sampling_budget(settings.sampler, budget),
                 share=share,
+                keeps_states=settings.updates_what_it_drew and budget == UNLIMITED and process_group.size == 1,
             )
         with timer("reward"):
             asked = zip(positions, examples, rollouts, strict=True)

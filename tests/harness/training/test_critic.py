@@ -211,7 +211,7 @@ def exact_values(trained: Pack) -> dict[tuple[int, ...], float]:
 
     def distribution(written: tuple[int, ...]) -> list[float]:
         steps = policy.decoder([[[*prompt, *written]]], 1)
-        return steps.start()[0][0].double().softmax(-1).tolist()
+        return steps.start([0])[0][0].double().softmax(-1).tolist()
 
     def value(written: tuple[int, ...]) -> float:
         if len(written) == 2 or end in written:

@@ -128,9 +128,9 @@ def test_prompts_are_sampled_in_parts_with_the_numbers_of_the_whole(
     held: list[int] = []
     steps = StackedPolicy.decoder
 
-    def counted(self: StackedPolicy, prompts: Any, group_size: int, plain: bool = False) -> Any:
+    def counted(self: StackedPolicy, prompts: Any, group_size: int, *more: Any) -> Any:
         held.append(len(prompts[0]) * group_size)
-        return steps(self, prompts, group_size, plain)
+        return steps(self, prompts, group_size, *more)
 
     monkeypatch.setattr(StackedPolicy, "decoder", counted)
     whole, parts = (
@@ -167,12 +167,12 @@ def test_out_of_memory_while_sampling_and_evaluating_is_tried_again_in_parts(
     """Memory for the keys and values of 9 trajectories, where a rollout has 16 and an evaluation 18."""
     steps, refused = StackedPolicy.decoder, []
 
-    def scarce(self: StackedPolicy, prompts: Any, group_size: int, plain: bool = False) -> Any:
+    def scarce(self: StackedPolicy, prompts: Any, group_size: int, *more: Any) -> Any:
         rows = len(prompts[0]) * group_size
         if rows > 9:
             refused.append(rows)
             raise MemoryError(f"{rows} trajectories are too many")
-        return steps(self, prompts, group_size, plain)
+        return steps(self, prompts, group_size, *more)
 
     training = {"final_evaluation_samples": 3}
     whole = finished(make_run("whole", training, policy=EXACT))
