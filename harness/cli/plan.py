@@ -16,7 +16,7 @@ from klab.grid.tuning import Stages, launched, stages
 from klab.grid.variant import format_value
 from klab.harness.cli.arguments import RUNS, GridArgument, JsonOption, RunsOption, grid_of
 from klab.harness.cli.checked import CheckOption, Checks, show_notes
-from klab.harness.cli.collector import uncollected
+from klab.harness.cli.collector import uncollected, uncollected_unless
 from klab.harness.cli.memory import JobMemory
 from klab.harness.cli.merged import AT_ONCE, MergeOption, merged_grid
 from klab.harness.cli.sight import DetectOption, DeviationOption, PilotOption, deviation_of, sight
@@ -45,6 +45,7 @@ _SIZES_FROM = {
 }
 
 
+@uncollected_unless("measure")
 def plan(
     grid: GridArgument,
     runs: RunsOption = RUNS,

@@ -47,7 +47,7 @@ class Taker:
     def submit(self, run, packs, resources):
         from klab.harness.dispatch.local.backend import LocalExecutor
         import klab.harness.dispatch.local.backend as local
-        local.start_controller = lambda run: None
+        local.start_controller = lambda run, ready: None
         LocalExecutor(max_parallel=2).submit(run, packs, resources)
     def states(self, run):
         return {}

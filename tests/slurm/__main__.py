@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.slurm.cluster import Cluster
 from tests.slurm.packages import install
 
-WITHOUT_ACCOUNTING = "failing or killed_at or cancelled_from_outside or requeued or cancel_asks"
+WITHOUT_ACCOUNTING = "failing or killed_at or cancelled_from_outside or requeued or cancel_asks or forgot"
 NOTHING_CHOSEN = 5
 """pytest's exit code where no test was left."""
 ROOT = Path(__file__).parents[2]

@@ -111,6 +111,19 @@ class Cluster:
             self._command("slurmctld")
         wait_for("slurmctld", lambda: " UP" in self.tell("scontrol", "ping"), 30)
 
+    def remember(self, copy: Path) -> None:
+        """Copy what the controller knows. It ends for it, by the signal with which it saves its state, and starts."""
+        self.stop_daemon("slurmctld")
+        shutil.copytree(self.root / "state", copy)
+        self.start_controller()
+
+    def forget(self, copy: Path) -> None:
+        """The controller dies, and starts with what it knew then; the jobs submitted since are unknown to it."""
+        self.stop_daemon("slurmctld", signal.SIGKILL)
+        shutil.rmtree(self.root / "state")
+        shutil.copytree(copy, self.root / "state")
+        self.start_controller()
+
     def kill_node(self, node: str) -> None:
         """Power loss: the node's daemon, its step daemons and their processes die at once."""
         steps = list(self.steps(node))

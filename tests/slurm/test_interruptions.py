@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from klab.harness.dispatch.launch import launch
+from klab.harness.dispatch.slurm.backend import SlurmExecutor
+from klab.harness.dispatch.slurm.submission import submissions
 from klab.harness.dispatch.status import statuses
+from klab.harness.store import Run
 from tests.slurm.conftest import Lab, starts
 from tests.slurm.processes import wait_for
 from tests.support.small_cells import assert_same
@@ -110,10 +114,11 @@ def test_cancelled_from_outside_and_taken_up_again(lab: Lab) -> None:
 
 
 def test_the_controller_is_down_during_status_and_launch(lab: Lab) -> None:
+    """It ends by SIGTERM, with which it saves its state: killed, it may forget jobs of the last seconds (see below)."""
     grid = lab.grid("down", seeds=3, **SLOW)
     run = lab.launch(grid, "--max-parallel", "1")
     lab.until_update(run, 5)
-    lab.cluster.stop_daemon("slurmctld", signal.SIGKILL)
+    lab.cluster.stop_daemon("slurmctld")
     try:
         assert [row.state for row in statuses(run)] == ["running", "unknown", "unknown"]
         said = lab.klab("launch", grid, "--on", "slurm")
@@ -127,3 +132,63 @@ def test_the_controller_is_down_during_status_and_launch(lab: Lab) -> None:
     assert_same(run, lab.undisturbed(grid))
     lab.launch(more)
     lab.until_finished(lab.run(more))
+
+
+def forgotten(lab: Lab, name: str) -> tuple[Path, Run, str]:
+    """Three cells of forty seconds in an array, one at a time, which the controller forgets when the first has started:
+    grid, run, number of the array. The accounts, where there are any, have heard of it before.
+
+    The first node says that it runs a job that the controller does not know, and is told to end it. It remembers the
+    number for a while, and starts no other job that has it: what comes next has to run on other nodes.
+    """
+    lab.cluster.remember(lab.folder / "state")
+    grid = lab.grid(name, seeds=3, task={"seconds": 0.1}, training={"updates": 100, "checkpoint_updates": 5})
+    run = lab.launch(grid, "--max-parallel", "1", "--exclude", "n2,n3,n4")
+    lab.until_update(run, 8)
+    array = lab.job(run).split("_")[0]
+    if lab.cluster.accounting:
+        wait_for("the accounts", lambda: bool(lab.tell("sacct", "-n", "-X", "-j", array)), 60)
+    lab.cluster.forget(lab.folder / "state")
+    assert [row.state for row in statuses(run)] == ["running", "waiting", "waiting"]
+    rows = lab.until(run, lambda rows: rows[0].state != "running", 60)
+    assert [row.state for row in rows] == ["lost", "waiting", "waiting"]
+    return grid, run, array
+
+
+def test_a_controller_that_forgot_the_jobs_gives_their_numbers_to_the_next_launch(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before it had saved its state, or started from a backup; the first task is another cell's then."""
+    grid, run, array = forgotten(lab, "forgot")
+    launch(run, SlurmExecutor({"exclude": "n1"}), workers=2, only=run.cells[1:])
+    assert [each.job for each in submissions(run)] == [array, array]
+    rows = lab.until(run, lambda rows: [row.state for row in rows[1:]] == ["running", "running"], 60)
+    assert (rows[0].state, rows[1].job, rows[2].job) == ("lost", f"{array}_0", f"{array}_1")
+    lab.klab("cancel", run.path, run.cells[0])
+    monkeypatch.setenv("KLAB_TEST_HURRY", "1")
+    lab.launch(grid, "--exclude", "n1")
+    lab.until_finished(run)
+    assert starts(run) == [2, 1, 1]
+    assert_same(run, lab.undisturbed(grid))
+
+
+def test_jobs_of_others_with_the_numbers_of_forgotten_ones_are_left_alone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, run, array = forgotten(lab, "renumbered")
+    said = lab.tell("sbatch", "-J", "another", "--array=0-2", "-x", "n1", "-o", "/dev/null", "--wrap", "sleep 600")
+    assert said.split()[-1] == array
+    wait_for("the other array", lambda: _others(lab, array) == ["RUNNING"] * 3, 60)
+    assert [row.state for row in statuses(run)] == ["lost", "waiting", "waiting"]
+    lab.klab("cancel", run.path, "--yes")
+    assert [row.state for row in statuses(run)] == ["cancelled"] * 3
+    monkeypatch.setenv("KLAB_TEST_HURRY", "1")
+    lab.launch(grid, "--exclude", "n1")
+    lab.until_finished(run)
+    assert _others(lab, array) == ["RUNNING"] * 3
+    assert starts(run) == [2, 1, 1]
+    assert_same(run, lab.undisturbed(grid))
+
+
+def _others(lab: Lab, array: str) -> list[str]:
+    return lab.tell("squeue", "-h", "-r", "-j", array, "-n", "another", "-o", "%T").split()

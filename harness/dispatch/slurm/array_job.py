@@ -159,7 +159,8 @@ _INHERIT_CPUS = 'test -z "$SLURM_CPUS_PER_TASK" || export SRUN_CPUS_PER_TASK="$S
 
 _REQUEUE_OUTSIDE = [
     "status=$?",
-    f'if test "$status" -eq {REQUEUE_CODE} && scontrol show job -o "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then',
+    f'if test "$status" -eq {REQUEUE_CODE} && scontrol show job -o "$SLURM_JOB_ID" |',
+    '  grep -F " JobName=$SLURM_JOB_NAME " | grep -q JobState=RUNNING; then',
     '  scontrol requeue "$SLURM_JOB_ID" && exit 0',
     "fi",
     'exit "$status"',

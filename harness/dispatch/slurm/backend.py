@@ -12,8 +12,9 @@ from klab.grid.schema.sections import Resources
 from klab.harness.dispatch.backends import JobStatus, Pack
 from klab.harness.dispatch.profiles import resolve_resources
 from klab.harness.dispatch.slurm import array_job, client
+from klab.harness.dispatch.slurm.accounts import states_from_accounts
 from klab.harness.dispatch.slurm.array_plan import Chunk, split_into_arrays
-from klab.harness.dispatch.slurm.client import NoAccounting, SlurmUnavailable
+from klab.harness.dispatch.slurm.client import SlurmUnavailable
 from klab.harness.dispatch.slurm.options import with_user_options
 from klab.harness.dispatch.slurm.submission import Submission, next_number, record_intent, submissions
 from klab.harness.dispatch.tuning import second_stage_names
@@ -136,15 +137,15 @@ class SlurmExecutor:
             with suppress(OSError):  # it will be found by its name again
                 replace(orphans[name], job=queue.jobs[name]).write()
         found: dict[str, JobStatus] = {}
-        forgotten: dict[str, tuple[Submission, int]] = {}
+        unlisted: dict[str, tuple[Submission, int]] = {}
         for cell, (each, index) in newest.items():
             known = replace(each, job=each.job or queue.jobs.get(each.name))
-            state = queue.states.get(known.element(index)) if known.job else None
+            state = queue.states.get((known.name, known.element(index))) if known.job else None
             if state is not None:
                 found[cell] = state
             else:
-                forgotten[cell] = (known, index)
-        found.update(_from_accounting(run, forgotten))
+                unlisted[cell] = (known, index)
+        found.update(states_from_accounts(run, unlisted, queue.jobs))
         for name, cell in second_stage_names(run).items():  # submitted before its settings were chosen
             if name in found:
                 found[cell] = found.get(cell, found[name])
@@ -299,30 +300,6 @@ def _require_launcher(run: Run, packs: Sequence[Pack], resources: Resources) -> 
                 key="resources.launcher",
                 hint="Write launcher: torchrun, or launcher: {accelerate: FILE}.",
             )
-
-
-def _from_accounting(run: Run, forgotten: Mapping[str, tuple[Submission, int]]) -> dict[str, JobStatus]:
-    """States of cells without a result whose jobs squeue does not know."""
-    results = scan(run, forgotten) if forgotten else {}
-    wanted = {cell: place for cell, place in forgotten.items() if results[cell].result is None}
-    jobs = sorted({each.job for each, _ in wanted.values() if each.job is not None})
-    try:
-        accounts = client.sacct_states(jobs)
-    except NoAccounting:
-        return {}
-    except SlurmUnavailable as error:
-        return {cell: JobStatus("unknown", each.job or "", str(error)) for cell, (each, _) in wanted.items()}
-    recorded = {element.split("_")[0] for element in accounts}
-    found = {}
-    for cell, (each, index) in wanted.items():
-        if each.job is None:
-            continue
-        state = accounts.get(each.element(index))
-        if state is not None:
-            found[cell] = state
-        elif each.job in recorded:  # Slurm forgets a task that is cancelled while its array waits
-            found[cell] = JobStatus("cancelled", each.element(index), "taken out of the queue")
-    return found
 
 
 def _has_other_open_cells(run: Run, cells: Sequence[str], chosen: set[str]) -> bool:

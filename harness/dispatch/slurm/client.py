@@ -1,4 +1,4 @@
-"""Client of Slurm's commands: one `squeue` for all jobs, one `sacct` for those that squeue no longer lists.
+"""Client of Slurm's commands: one `squeue` for all jobs; what it no longer lists is looked up in `accounts.py`.
 
 A command that fails, or does not answer in time, raises `SlurmUnavailable`: never evidence that a job failed.
 """
@@ -75,9 +75,12 @@ def cluster_limits() -> Limits:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """squeue's answer: job or array element ("12", "12_3") -> state, and name -> job. Ended jobs stay a while."""
+    """squeue's answer: name and job or array element ("12", "12_3") -> state, and name -> job. Ended jobs stay a while.
 
-    states: dict[str, JobStatus]
+    A number alone names no job: a controller that lost its state gives the same numbers again.
+    """
+
+    states: dict[tuple[str, str], JobStatus]
     jobs: dict[str, str]
 
 
@@ -88,7 +91,7 @@ def query_queue(names: Iterable[str]) -> Queue:
         SlurmUnavailable: when the controller does not answer.
     """
     rows = _rows(names)
-    return Queue({row.element: row.state() for row in rows}, {row.name: row.job for row in rows})
+    return Queue({(row.name, row.element): row.state() for row in rows}, {row.name: row.job for row in rows})
 
 
 def find_jobs(names: Iterable[str]) -> dict[str, str]:
@@ -113,30 +116,12 @@ def find_jobs(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def sacct_states(jobs: Sequence[str]) -> dict[str, JobStatus]:
-    """Job or array element -> its last record in the accounts.
+def imminent_end(job: str, name: str | None = None) -> str | None:
+    """What is about to happen to this running job: "preempted", "ended", "running"; None without an answer.
 
-    Raises:
-        NoAccounting: when the cluster keeps none.
-        SlurmUnavailable: when they cannot be asked now.
+    Args:
+        name: the job's; where another one has its number, Slurm has forgotten it, and it ends.
     """
-    found: dict[str, JobStatus] = {}
-    if not jobs:
-        return found
-    text = run_command("sacct", "-n", "-P", "-X", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode,Reason")
-    for line in text.splitlines():
-        if line.count("|") < 3:
-            continue
-        identity, word, code, reason = line.split("|", 3)
-        exit_code, _, number = code.partition(":")
-        state = job_status(word, job=identity, reason=reason, exit_code=_number(exit_code), signal=_number(number))
-        for element in expand_array_id(identity):
-            found[element] = state
-    return found
-
-
-def imminent_end(job: str) -> str | None:
-    """What is about to happen to this running job: "preempted", "ended", "running"; None without an answer."""
     try:
         text = run_command("scontrol", "show", "job", "-o", job)
     except SlurmUnavailable:
@@ -145,6 +130,8 @@ def imminent_end(job: str) -> str | None:
     preempted = re.search(r"\bPreemptTime=(\S+)", text)
     if state is None:
         return None
+    if name and f" JobName={name} " not in text:
+        return "ended"
     if state[1] != "RUNNING":
         return "ended"
     return "preempted" if preempted and preempted[1] not in ("None", "Unknown", "N/A") else "running"
@@ -238,6 +225,11 @@ def parse_duration(text: str) -> float | None:
     return days * 86400 + first * 3600 + second * 60 + last
 
 
+def whole_number(text: str) -> int | None:
+    """A number among Slurm's words; None where it is none."""
+    return int(text) if text.strip().isdigit() else None
+
+
 def run_command(*command: str) -> str:
     """Output of one of Slurm's commands.
 
@@ -277,7 +269,7 @@ class _Row:
         return self.job if self.index in ("N/A", "") else f"{self.job}_{self.index}"
 
     def state(self) -> JobStatus:
-        status = _number(self.status) or 0
+        status = whole_number(self.status) or 0
         return job_status(
             self.word,
             job=self.element,
@@ -285,7 +277,7 @@ class _Row:
             exit_code=status >> 8,
             signal=status & 0x7F,
             seconds_left=parse_duration(self.left),
-            restarts=_number(self.restarts) or 0,
+            restarts=whole_number(self.restarts) or 0,
         )
 
 
@@ -294,7 +286,8 @@ def _rows(names: Iterable[str]) -> list[_Row]:
     if not wanted:
         return []
     format_ = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
-    text = run_command("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), f"--name={wanted}", "-O", format_)
+    which = ("-a", "-r", "-t", "all", "-u", str(os.getuid()), f"--name={wanted}")  # -a: hidden partitions, too
+    text = run_command("squeue", "-h", *which, "-O", format_)
     return [_Row(*_cut(line)) for line in text.splitlines() if line.strip()]
 
 
@@ -315,7 +308,3 @@ def _ending(exit_code: int | None, signal: int | None) -> tuple[int | None, int 
     if not signal and exit_code is not None and 128 < exit_code < 160:
         return None, exit_code - 128
     return (None, signal) if signal else (exit_code, None)
-
-
-def _number(text: str) -> int | None:
-    return int(text) if text.strip().isdigit() else None

@@ -160,8 +160,9 @@ def _meeting() -> Path:
 
 def _imminent_end() -> str | None:
     """What Slurm is about to do with this job; None when it does not answer within `_ANSWER_SECONDS`."""
+    job, name = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_JOB_NAME")
     deadline = time.monotonic() + _ANSWER_SECONDS
-    while (found := client.imminent_end(os.environ["SLURM_JOB_ID"])) is None and time.monotonic() < deadline:
+    while (found := client.imminent_end(job, name)) is None and time.monotonic() < deadline:
         time.sleep(2.0)
     return found
 

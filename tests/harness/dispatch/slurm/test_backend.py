@@ -29,7 +29,7 @@ from klab.harness.store import Run
 COMMAND = """#!/bin/sh
 echo "$0 $*" >> "$FAKE/calls"
 name=$(basename "$0")
-case "$*" in *--name=*) test "$name" = sacct && name=sacct-by-name ;; esac
+case "$*" in *now-30days*) test "$name" = sacct && name=sacct-by-name ;; esac
 test -e "$FAKE/${name%-by-name}.err" && name=${name%-by-name} && cat "$FAKE/$name.err" >&2 && exit 1
 test "$name" != sbatch && cat "$FAKE/$name.out" 2>/dev/null && exit 0
 test "$name" = sbatch || exit 0
@@ -184,7 +184,7 @@ def test_states_of_all_cells_come_from_one_query(fake: Fake, run: Run) -> None:
         ("101", "3", "FAILED", "NonZeroExitCode", "4:00:00", "768", "0", name),
         ("101", "4", "TIMEOUT", "TimeLimit", "0:00", "0", "0", name),
     )
-    fake.answers("sacct", "101_5|COMPLETED|0:0|None\n")
+    fake.answers("sacct", f"{name}|101_5|COMPLETED|0:0|None\n")
     before = len(fake.calls("squeue"))
     states = SlurmExecutor().states(run)
     assert (len(fake.calls("squeue")) - before, len(fake.calls("sacct"))) == (1, 1)
@@ -212,8 +212,55 @@ def test_without_accounting_what_squeue_forgot_has_no_state(fake: Fake, run: Run
 
 def test_a_task_that_slurm_forgot_while_its_array_waited_was_cancelled(fake: Fake, run: Run) -> None:
     submit(run)
-    fake.answers("sacct", "101_[0-3,5]|PENDING|0:0|Resources\n")
+    name = submissions(run)[0].name
+    fake.queue(*[("101", str(n), "PENDING", "Resources", "1:00", "0", "0", name) for n in (0, 1, 2, 3, 5)])
+    fake.answers("sacct", f"{name}|101_[0-3,5]|PENDING|0:0|Resources\n")
     assert words(run) == ["queued"] * 4 + ["cancelled"] + ["queued"]
+    fake.answers("squeue", "")
+    fake.answers("sacct", "".join(f"{name}|101_{n}|NODE_FAIL|0:0|None\n" for n in (0, 1, 2, 3, 5)))
+    assert words(run) == ["failed"] * 4 + ["cancelled"] + ["failed"]
+
+
+def test_a_job_that_only_the_accounts_call_alive_is_forgotten_and_submitted_again(fake: Fake, run: Run) -> None:
+    """A controller that starts with an older state leaves such records for ever. Its next jobs get the same numbers."""
+    submit(run)
+    name = submissions(run)[0].name
+    records = [
+        f"{name}|101_0|RUNNING|0:0|None",
+        f"{name}|101_1|FAILED|3:0|None",
+        f"{name}|101_[3-5%1]|PENDING|0:0|None",
+    ]
+    fake.answers("sacct", "\n".join(records) + "\n")
+    assert words(run) == ["ended", "failed", "ended", "ended", "ended", "ended"]
+    rows = statuses(run)
+    assert [row.state for row in rows] == ["waiting", "failed"] + ["waiting"] * 4
+    assert rows[0].detail == "Slurm has forgotten its job; launch again"
+    fake.queue(*[("101", str(n), "RUNNING", "None", "1:00", "0", "0", "somebody-elses") for n in range(6)])
+    assert words(run) == ["ended", "failed", "ended", "ended", "ended", "ended"]
+    SlurmExecutor().cancel(run, run.cells)
+    assert not fake.calls("scancel")
+    (fake.folder / "count").write_text("0")  # the next job is the 101 again
+    with run.lock():
+        SlurmExecutor().submit(run, packs(run)[:2], run.resources)
+    second = submissions(run)[1]
+    assert (second.job, len(second.cells)) == ("101", 2)
+    fake.queue(*[("101", str(n), "RUNNING", "None", "1:00", "0", "0", second.name) for n in range(2)])
+    fake.answers("sacct", f"{second.name}|101_0|RUNNING|0:0|None\n{second.name}|101_1|RUNNING|0:0|None\n")
+    assert words(run) == ["running"] * 2 + ["none"] * 4
+    SlurmExecutor().cancel(run, run.cells[1:])
+    assert [call.split()[2:] for call in fake.calls("scancel")] == [["101_1"]]
+
+
+def test_a_job_is_asked_about_by_number_and_name(fake: Fake) -> None:
+    text = "JobId=12 JobName={} UserId=ann(1) JobState=RUNNING Reason=None PreemptTime={}\n"
+    for name, preempted, what in (
+        ("klab-six-001-ab", "None", "running"),
+        ("klab-six-001-ab", "2026-11-29T07:00:00", "preempted"),
+        ("another", "2026-11-29T07:00:00", "ended"),
+    ):
+        fake.answers("scontrol", text.format(name, preempted))
+        assert scheduler.imminent_end("12", "klab-six-001-ab") == what
+    assert scheduler.imminent_end("12") == "preempted"
 
 
 def test_a_silent_query_takes_no_time(fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,9 +291,10 @@ def test_whoever_only_looks_sees_an_orphan_and_does_not_write_it_down(fake: Fake
 def test_an_orphan_that_only_the_accounts_know_is_adopted(fake: Fake, run: Run) -> None:
     intent = record_intent(run, packs(run), cluster="lab", threads=1)
     fake.answers("sacct-by-name", f"{intent.name}|77_0\n{intent.name}|77_1\n")
-    fake.answers("sacct", "77_[0-5]|PENDING|0:0|Priority\n")
+    fake.answers("sacct", "".join(f"{intent.name}|77_{n}|FAILED|1:0|None\n" for n in range(6)))
     submit(run)
-    assert [each.job for each in submissions(run)] == ["77"]
+    assert [each.job for each in submissions(run)] == ["77", "101"]
+    assert words(run) == ["none"] * 6  # of the new job nobody knows yet
 
 
 def test_an_intent_without_a_job_is_dropped(fake: Fake, run: Run) -> None:
@@ -465,11 +513,16 @@ def test_a_job_in_a_container_is_requeued_by_its_script(fake: Fake, run: Run, tm
     (script,) = SlurmExecutor({"container": "klab.sif"}).scripts(run, packs(run, 6), run.resources)
     file = tmp_path / "script.sh"
     file.write_text(script.replace("test -e ", "true "))
-    environment = {**os.environ, "SLURM_JOB_ID": "12"}
-    for state, code, requeued in (("RUNNING", 85, True), ("CANCELLED", 85, False), ("RUNNING", 1, False)):
+    environment = {**os.environ, "SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "mine"}
+    for state, name, code, requeued in (
+        ("RUNNING", "mine", 85, True),
+        ("CANCELLED", "mine", 85, False),
+        ("RUNNING", "mine", 1, False),
+        ("RUNNING", "another", 85, False),
+    ):
         (fake.folder / "calls").unlink(missing_ok=True)
         (fake.folder / "bin" / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
-        fake.answers("scontrol", f"JobId=12 JobState={state} Reason=None\n")
+        fake.answers("scontrol", f"JobId=12 JobName={name} UserId=ann(1) JobState={state} Reason=None\n")
         done = subprocess.run(["bash", str(file)], env=environment)
         assert done.returncode == (0 if requeued else code)
         assert any(" requeue 12" in call for call in fake.calls("scontrol")) is requeued
