@@ -31,7 +31,7 @@ def test_the_list_of_packages_is_that_of_the_folders() -> None:
 
 
 def test_every_file_of_the_rooms_is_in_the_wheel(files: set[str]) -> None:
-    kinds = (".py", ".yaml", ".typed", ".j2", ".html", ".css", ".js")
+    kinds = (".py", ".c", ".h", ".yaml", ".typed", ".j2", ".html", ".css", ".js")
     wanted = {
         f"klab/{file.relative_to(wheel.ROOT)}"
         for room in ROOMS

@@ -79,7 +79,7 @@ def small_policy(folder: Path, alphabet: str = LETTERS) -> Path:
     from tests.support.transformers_tokenizer import character_tokenizer
 
     tokenizer = character_tokenizer(alphabet)
-    section = TinyPolicy(hidden=16, layers=1, heads=1, intermediate=32)
+    section = TinyPolicy(hidden=16, layers=1, heads=2, intermediate=32)
     config = tiny_config(section, len(tokenizer), int(tokenizer.eos_token_id), int(tokenizer.pad_token_id), 64)
     StackedPolicy.random(config, tokenizer, [3]).save(folder, 0)
     return folder

@@ -81,7 +81,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPa
 
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, rows = 3000, 4
-    policy, rollout = decoder(1, vocab_size=vocabulary), some()
+    policy, rollout = decoder(1, dtype=torch.float64, vocab_size=vocabulary), some()
     weights = {vocabulary * 32}
     with Largest(weights) as whole:
         scored(policy, [rollout])

@@ -282,7 +282,7 @@ def test_gradient_checkpointing_keeps_layer_inputs_only(adapters: bool) -> None:
     rollout = written(PROMPTS, [[5, 6, 7, 1], [5, 6, 1], [9], [9, 3, 4, 4, 1], [1], [7, 7]])
     found = []
     for checkpointing in (False, True):
-        policy = adapted(Lora(rank=4), [1]) if adapters else decoder(1, num_key_value_heads=2)
+        policy = adapted(Lora(rank=4), [1]) if adapters else decoder(1, "qwen3", num_key_value_heads=2)
         policy.gradient_checkpointing = checkpointing
         score, inside = saved_bytes(policy, rollout)
         (torch.linspace(-1, 2, score.numel()).view(score.shape) * score).sum().backward()

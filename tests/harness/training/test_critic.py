@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -263,9 +264,12 @@ def test_a_critic_finds_the_values_of_its_policy(make_run: MakeRun, kind: str) -
 def test_ppo_with_a_critic_improves_over_its_start(make_run: MakeRun, kind: str) -> None:
     objective = {**GAE, "lam": 0.95, "whiten": "batch", "aggregation": "token_mean"}
     training = {"critic": {"kind": kind}, "updates": 80, "updates_per_rollout": 2, "prompts": 8, "evaluate_every": 80}
-    run = finished(make_run(training=training, objectives=[objective]))
-    rows = numbers(run, run.cells[0])["metrics"]
-    start, end = (sum(row["reward_mean"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
-    assert end > start + 0.2
-    if kind == "model":  # better than V = 0, which has at least ½·mean²
-        assert rows[-1]["value_loss"] < 0.5 * (0.5 * rows[-1]["reward_mean"] ** 2)
+    run = finished(make_run(training=training, objectives=[objective], seeds=5))
+    shares = []
+    for identity in run.cells:
+        rows = numbers(run, identity)["metrics"]
+        start, end = (sum(row["reward_mean"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
+        assert end > start + 0.2
+        shares.append(rows[-1]["value_loss"] / (0.5 * (0.5 * rows[-1]["reward_mean"] ** 2)))
+    if kind == "model":  # better than V = 0, which has at least ½·mean², in most seeds: the last rollout is a small one
+        assert statistics.median(shares) < 1

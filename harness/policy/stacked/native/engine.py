@@ -36,7 +36,9 @@ _CPU = torch.device("cpu")
 
 def supports_native(a: Architecture) -> bool:
     """Whether the compiled layers compute this architecture: widths of whole vectors, no norms on heads."""
-    whole = all(width % _WIDTH == 0 for width in (a.hidden_size, a.head_dim, a.intermediate_size))
+    wide = a.num_heads * a.head_dim
+    widths = (a.hidden_size, wide, wide + 2 * a.num_kv_heads * a.head_dim, a.intermediate_size)
+    whole = a.head_dim % 8 == 0 and all(width % _WIDTH == 0 for width in widths)
     return whole and a.head_dim <= MAX_HEAD_DIM and not a.qk_norm
 
 

@@ -112,7 +112,8 @@ class Activations:
         self.memory.keep = 1
 
     def __del__(self) -> None:
-        self._pool.give(self._kept)
+        if hasattr(self, "_kept"):  # there was memory for it
+            self._pool.give(self._kept)
 
     def advance(self, trees: TokenTrees) -> None:
         """Count tokens whose pass has been made."""

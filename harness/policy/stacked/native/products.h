@@ -12,7 +12,7 @@ typedef v16 lane;
 typedef v8 lane;
 #define TILE_ROWS 6 /* 12 of 16 registers */
 #else
-typedef float lane __attribute__((vector_size(16), aligned(4), may_alias));
+typedef v4 lane;
 #define TILE_ROWS 6
 #endif
 

@@ -59,11 +59,11 @@ static void rotate(const model_t *m, float *qkv, const int32_t *positions, int64
         const float *cosine = m->cosines + (int64_t)positions[row] * D, *sine = m->sines + (int64_t)positions[row] * D;
         float *head = qkv + row * width;
         for (int h = 0; h < heads; h++, head += D)
-            for (int i = 0; i < half; i += 8) {
-                v8 first = *(v8 *)(head + i), second = *(v8 *)(head + half + i);
-                *(v8 *)(head + i) = first * *(const v8 *)(cosine + i) + second * *(const v8 *)(sine + i) * sign;
-                *(v8 *)(head + half + i) =
-                    second * *(const v8 *)(cosine + half + i) + first * *(const v8 *)(sine + half + i) * sign;
+            for (int i = 0; i < half; i += 4) {
+                v4 first = *(v4 *)(head + i), second = *(v4 *)(head + half + i);
+                *(v4 *)(head + i) = first * *(const v4 *)(cosine + i) + second * *(const v4 *)(sine + i) * sign;
+                *(v4 *)(head + half + i) =
+                    second * *(const v4 *)(cosine + half + i) + first * *(const v4 *)(sine + half + i) * sign;
             }
     }
 }
@@ -174,6 +174,7 @@ INLINE void attend_backward(const model_t *m, const tokens_t *t, const int64_t *
 
 #define BY_HEAD_DIM(call)                                                                                                   \
     switch (m->head_dim) {                                                                                                  \
+    case 8: call(8); break;                                                                                                 \
     case 16: call(16); break;                                                                                               \
     case 32: call(32); break;                                                                                               \
     case 64: call(64); break;                                                                                               \
