@@ -30,7 +30,7 @@ from klab.harness.preflight.memory import (
 )
 from klab.harness.preflight.process import Finding
 from klab.harness.training.data.notes import divergence_notes, sampling_notes, small_set_notes
-from klab.tasks.task import Score, SplitName, Task, alphabet_of, lists_prompts, load_task, require_solutions
+from klab.tasks.task import Example, Score, SplitName, Task, alphabet_of, lists_prompts, load_task, require_solutions
 
 T = TypeVar("T")
 Model = tuple[Any, Any]
@@ -288,6 +288,18 @@ def prompt_lengths(task: Task, tokenizer: Any, chat_template: Any) -> Iterator[t
     """The prompts of a task with the most characters, and how many tokens they have."""
     from klab.harness.policy.prompt import prompt_ids
 
-    prompts = [*(each.prompt for each in task.split("train")), *(each.prompt for each in task.split("held_out"))]
+    prompts = [each.prompt for name in ("train", "held_out") for each in _looked_at(task, name)]
     for prompt in sorted(prompts, key=len)[-_LONGEST:]:
         yield prompt, len(prompt_ids(tokenizer, prompt, chat_template))
+
+
+_DRAWN = 1024
+"""Examples that are looked at of a split whose examples are drawn when they are asked for: it may have a million."""
+
+
+def _looked_at(task: Task, name: SplitName) -> Sequence[Example]:
+    """A split's examples; of those that a rule draws, some from everywhere."""
+    split = task.split(name)
+    if lists_prompts(task) or len(split) <= _DRAWN:
+        return split
+    return [split[i * len(split) // _DRAWN] for i in range(_DRAWN)]

@@ -1,6 +1,6 @@
 """The decoder's layers on stacks of cells with equal sizes, one torch operation at a time.
 
-It serves every architecture, adapters, GPUs and 16-bit weights, and is the reference for the compiled layers of `native/`.
+It serves every architecture, adapters, GPUs and 16-bit weights, and is the reference for the compiled `native/` layers.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from klab.grid import parse_grid
 from klab.harness.cli.main import main
 from klab.harness.preflight import Finding
-from klab.harness.preflight.checks import check
+from klab.harness.preflight.checks import check, prompt_lengths
 from klab.harness.preflight.process import representatives
+from klab.tasks import Example, SplitName
+from tests.support.transformers_tokenizer import character_tokenizer
 
 VALUES = """
 from klab.harness.objective import Placement
@@ -180,3 +183,42 @@ def test_commands_say_all_mistakes_and_end_with_code_2(folder: Path, capsys: pyt
     (folder / "mine.yaml").write_text(json.dumps({**grid, "track": []}))
     assert main(["plan", "mine.yaml", "--no-check"]) == 0
     assert "2 cells" in capsys.readouterr().out
+
+
+class Drawn(Sequence[Example]):
+    """Ten million prompts that are drawn when they are asked for; the later, the longer."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return 10**7
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked += 1
+        return Example("1" * (1 + index * 9 // 10**7), "")
+
+
+class Counting:
+    """A task whose prompts a rule draws."""
+
+    name, alphabet, max_new_tokens, interactive = "counting", "0123456789", 4, False
+
+    def __init__(self) -> None:
+        self.prompts = Drawn()
+
+    def split(self, name: SplitName) -> Sequence[Example]:
+        return self.prompts
+
+    def score(self, example: Example, completion: str) -> float:
+        return 0.0
+
+    def respond(self, example: Example, transcript: str) -> None:
+        return None
+
+
+def test_of_prompts_that_are_drawn_some_are_measured() -> None:
+    task = Counting()
+    lengths = [length for _, length in prompt_lengths(task, character_tokenizer("0123456789"), None)]
+    assert max(lengths) == 9
+    assert task.prompts.asked == 2 * 1024
