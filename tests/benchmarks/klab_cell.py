@@ -12,7 +12,7 @@ STARTED = time.time()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import tempfile  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -23,6 +23,8 @@ from setting import ROLLOUTS_DROPPED, UPDATES_PER_ROLLOUT, add_arguments, told  
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from klab.grid import parse_grid  # noqa: E402
+from klab.harness.policy.stacked.native.engine import NativeLayers  # noqa: E402
+from klab.harness.policy.stacked.native.token_trees import TokenTrees  # noqa: E402
 from klab.harness.store import CellFolder, Run  # noqa: E402
 from klab.harness.training import pack, run_cells  # noqa: E402
 from klab.harness.training.packed_cell import PackedCell  # noqa: E402
@@ -118,14 +120,35 @@ def _adapter_numbers(folder: CellFolder) -> int:
     return sum(value.numel() for value in load_file(file).values()) if file.exists() else 0
 
 
-def _grouped_flops(x: Sequence[int], weights: Sequence[int], *_: object, **__: object) -> int:
-    """Of x [M, in] with [G, in, out], whose rows are shared among groups, and of x [in, M] with [M, out], whose columns
-    are."""
-    return 2 * x[0] * x[1] * weights[-1]
+class NativeFlops:
+    """Counts the products of the compiled layers, which torch's counter does not see."""
 
+    total = 0.0
 
-GROUPED_FLOPS = {torch.ops.aten._grouped_mm: _grouped_flops}
-"""What torch's counter does not know."""
+    @classmethod
+    def watch(cls) -> None:
+        """Count in this process from now on."""
+        forward, backward = NativeLayers._forward, NativeLayers.backward
+
+        def counted_forward(layers: NativeLayers, addresses: Any, trees: TokenTrees, memory: Any) -> None:
+            cls.total += cls.of(layers, trees)
+            forward(layers, addresses, trees, memory)
+
+        def counted_backward(layers: NativeLayers, addresses: Any, trees: TokenTrees, *more: Any) -> None:
+            cls.total += 2 * cls.of(layers, trees)
+            backward(layers, addresses, trees, *more)
+
+        NativeLayers._forward, NativeLayers.backward = counted_forward, counted_backward  # type: ignore[method-assign]
+
+    @staticmethod
+    def of(layers: NativeLayers, trees: TokenTrees) -> float:
+        """Of a pass: weights of every token (after the last layer's attention, of the outputs), and its attention."""
+        a, tokens, outputs = layers.architecture, len(trees.tokens), len(trees.outputs)
+        wide = a.num_heads * a.head_dim
+        keys, rest = a.hidden_size * layers.width, wide * a.hidden_size + 3 * a.hidden_size * a.intermediate_size
+        weights = 2 * (a.num_layers * tokens * keys + ((a.num_layers - 1) * tokens + outputs) * rest)
+        attention = 4 * wide * ((a.num_layers - 1) * trees.attended + trees.attended_by_outputs)
+        return float(weights + attention)
 
 
 class CountingWatch(PhaseTimer):
@@ -137,22 +160,24 @@ class CountingWatch(PhaseTimer):
 
 class _Counted:
     def __init__(self, spent: dict[str, float], phase: str) -> None:
-        self.spent, self.phase, self.mode = spent, phase, FlopCounterMode(display=False, custom_mapping=GROUPED_FLOPS)
+        self.spent, self.phase, self.mode = spent, phase, FlopCounterMode(display=False)
 
     def __enter__(self) -> None:
+        self.before = NativeFlops.total
         self.mode.__enter__()
 
     def __exit__(self, *problem: object) -> None:
         self.mode.__exit__(*problem)
-        self.spent[self.phase] += self.mode.get_total_flops()
+        self.spent[self.phase] += self.mode.get_total_flops() + NativeFlops.total - self.before
 
 
 def counted(text: str, updates: int) -> dict[str, Any]:
     """FLOPs per update and phase that the matrix products of one cell really take, shared prompts and rows merged; and
     the policy's passes for one rollout."""
+    NativeFlops.watch()
     cell = parse_grid(text, "bench").cells[0]
     alone = pack.Pack([PackedCell(cell, load_task(cell.task), Path(cell.policy.model))])
-    alone._watch = CountingWatch()
+    alone._timer = CountingWatch()
     rows, passes = [], []
     for _ in range(updates):
         alone.collect_due_rollouts()

@@ -120,6 +120,18 @@ def test_gradients_twice_are_the_same_bits() -> None:
         assert torch.equal(one, other)
 
 
+def test_memory_is_given_back_and_used_again() -> None:
+    policy, rollouts = tame_policy(3), CELLS["unequal cells"]
+    assert policy.native is not None
+    for _ in range(2):
+        assert len(policy.native.pool) in (0, 3)
+        total = torch.stack([score.logp.sum() for score in token_scores(policy, rollouts)]).sum()
+        assert len(policy.native.pool) == 0
+        total.backward()
+        del total
+        assert len(policy.native.pool) == 3
+
+
 PROMPTS = [[[3], [4, 5]], [[6, 7, 8, 9, 10]], [[11], [12, 3], [4, 4, 4]]]
 
 

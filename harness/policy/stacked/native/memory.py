@@ -68,6 +68,10 @@ class Pool:
     def __init__(self) -> None:
         self._free: list[Tensor] = []
 
+    def __len__(self) -> int:
+        """Pieces that nobody uses now."""
+        return len(self._free)
+
     def take(self, numbers: int) -> Tensor:
         """A piece of at least so many numbers."""
         fitting = [each for each in self._free if numbers <= len(each) <= 2 * numbers]
