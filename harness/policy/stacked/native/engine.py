@@ -164,7 +164,7 @@ class NativeLayers:
         )
 
     def _chain(self, trees: TokenTrees) -> int:
-        """Tell the compiled model how long sequences are; the address of memory for the longest one's rows.
+        """Tell the compiled model how long sequences are; the address of integers for its passes.
 
         Raises:
             UserError: a sequence exceeds the model's context.
@@ -179,7 +179,7 @@ class NativeLayers:
             cosines, sines = self._rotary.table(torch.float32, _CPU, longest)
             self._tables = cosines, sines
             self._model.context, self._model.cosines, self._model.sines = longest, cosines.data_ptr(), sines.data_ptr()
-        return self._memory("chain", longest).data_ptr()
+        return self._memory("integers", self._functions.integers(self._at, len(trees.tokens))).data_ptr()
 
     def _memory(self, purpose: str, numbers: int) -> Tensor:
         """Memory that stays, of so many numbers; of no meaning after a call."""

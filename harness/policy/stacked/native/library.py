@@ -29,6 +29,7 @@ _WORD, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: Mapping[str, tuple[tuple[type, ...], type | None]] = {
     "layer_numbers": ((_ADDRESS, _WORD, _WORD), _WORD),
     "backward_numbers": ((_ADDRESS, _WORD), _WORD),
+    "integers": ((_ADDRESS, _WORD), _WORD),
     "forward": ((_ADDRESS,) * 5, None),
     "backward": ((_ADDRESS,) * 8, None),
 }

@@ -49,9 +49,18 @@ static saved_t advanced(const model_t *m, saved_t s, int64_t row, int64_t output
     return s;
 }
 
+/* Integers that a pass over so many tokens needs as scratch, where the longest sequence is as long as the context. */
+int64_t integers(const model_t *m, int64_t count) { return 2 * (((int64_t)m->context + 31) & ~(int64_t)15) + walk_numbers(count); }
+
 /* A pass over new tokens: their queries, keys and values, and the final, normalised states of the outputs. */
 void forward(const model_t *m, const weights_t *w, const tokens_t *t, const memory_t *memory, int32_t *chain)
 {
+    float *scores = (float *)chain + ((m->context + 31) & ~15);
+    walk_t all, some, *walk = NULL;
+    if (t->start == 0) {
+        walks(t, t->outputs, t->num_outputs, (int32_t *)scores + ((m->context + 31) & ~15), &all, &some);
+        walk = &all;
+    }
     int D = m->hidden, A = m->heads * m->head_dim, I = m->intermediate, W = qkv_width(m), keep = (int)memory->keep;
     int64_t row = keep ? t->start : 0, output = keep ? memory->outputs : 0;
     float *last_x = memory->last_x + output * D, *last_inverse = memory->last_inverse + output;
@@ -69,7 +78,7 @@ void forward(const model_t *m, const weights_t *w, const tokens_t *t, const memo
         linear(t->count, W, D, s.h1, p->qkv, 0.0f, own);
         add_bias(own, p->qkv_bias, t->count, W);
         rotate(m, own, t->positions, t->count, 1.0f);
-        attention(m, t, chosen, rows, qkv, s.attn, s.probs, keep, chain);
+        attention(m, t, chosen, rows, walk && last ? &some : walk, qkv, s.attn, s.probs, keep, chain, scores);
         if (last) gather(s.x1, chosen, rows, D, s.x2);
         else memcpy(s.x2, s.x1, sizeof(float) * rows * D);
         linear(rows, D, A, s.attn, p->out, 1.0f, s.x2);
@@ -105,6 +114,8 @@ void backward(const model_t *m, const weights_t *w, const tokens_t *t, const mem
     float *grad = scratch, *d_h = grad + t->count * D, *d_attn = d_h + t->count * D, *d_act = d_attn + t->count * A;
     float *d_gate_up = d_act + t->count * I, *d_qkv = d_gate_up + 2 * t->count * I, *d_scores = d_qkv + t->count * W;
     float *turned = d_scores + ((m->context + 15) & ~15);
+    walk_t all, some;
+    walks(t, t->outputs, t->num_outputs, chain + 2 * ((m->context + 31) & ~15), &all, &some);
     memset(grad, 0, sizeof(float) * rows * D);
     rms_backward(d_hidden, memory->last_x, memory->last_inverse, w->norm, rows, D, grad, g->norm, turned);
     for (int l = m->layers - 1; l >= 0; l--) {
@@ -118,7 +129,7 @@ void backward(const model_t *m, const weights_t *w, const tokens_t *t, const mem
         rms_backward(d_h, s.x2, s.inverse2, p->mlp_norm, rows, D, grad, d->mlp_norm, turned);
         linear_backward(rows, D, A, grad, s.attn, p->out, turned, d_attn, d->out, d->out_bias);
         memset(d_qkv, 0, sizeof(float) * t->count * W);
-        attention_backward(m, t, chosen, rows, qkv, s.probs, d_attn, d_qkv, chain, d_scores);
+        attention_backward(m, t, chosen, rows, chosen ? &some : &all, qkv, s.probs, d_attn, d_qkv, chain, d_scores);
         rotate(m, d_qkv, t->positions, t->count, -1.0f);
         linear_backward(t->count, W, D, d_qkv, s.h1, p->qkv, turned, d_h, d->qkv, d->qkv_bias);
         if (chosen) {

@@ -49,6 +49,12 @@ typedef struct {
     float *x1, *inverse1, *h1, *probs, *attn, *x2, *inverse2, *h2, *gate_up, *act;
 } saved_t;
 
+/* In which order the attention of a pass's tokens is computed, and where the weights of each begin. */
+typedef struct {
+    int32_t *order;
+    int64_t *offsets;
+} walk_t;
+
 static int qkv_width(const model_t *m) { return (m->heads + 2 * m->kv_heads) * m->head_dim; }
 
 /* Rotate queries and keys in place; `sign` -1 turns them back. */
@@ -116,41 +122,81 @@ INLINE void softmax(float *scores, int n)
     for (int i = 0; i < padded; i += 16) *(v16 *)(scores + i) *= inverse;
 }
 
-/* Attention of some tokens (rows relative to `start`; NULL: all) over queries, keys and values of all tokens so far. */
-INLINE float *attend(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const float *qkv, float *out,
-                   float *probs, int keep, int32_t *chain, int D)
+/* Integers that walks over all tokens of a pass and over its outputs need. */
+static int64_t walk_numbers(int64_t count) { return 8 * count + 2; }
+
+/* Walks over all tokens and over the outputs, each sequence to its end before the next: ancestors were used just before. */
+static void walks(const tokens_t *t, const int64_t *outputs, int64_t num_outputs, int32_t *memory, walk_t *all, walk_t *chosen)
+{
+    int64_t count = t->count, *offsets = (int64_t *)(((uintptr_t)memory + 7) & ~(uintptr_t)7), total = 0;
+    int32_t *order = (int32_t *)(offsets + 2 * count), *child = order + count, *sibling = child + count, *rank = sibling + count;
+    int32_t first = -1, row;
+    *all = (walk_t){order, offsets}, *chosen = (walk_t){child, offsets + count};
+    for (int64_t i = 0; i < count; i++) child[i] = rank[i] = -1, offsets[i] = total, total += t->positions[i] + 1;
+    for (int64_t r = 0, sum = 0; r < num_outputs; r++) {
+        rank[outputs[r]] = (int32_t)r, chosen->offsets[r] = sum, sum += t->positions[outputs[r]] + 1;
+    }
+    for (row = (int32_t)count - 1; row >= 0; row--) {
+        int32_t parent = t->parents[row], *head = parent < 0 ? &first : &child[parent];
+        sibling[row] = *head, *head = row;
+    }
+    int64_t n = 0;
+    for (row = first; row >= 0;) {
+        order[n++] = row;
+        if (child[row] >= 0) {
+            row = child[row];
+            continue;
+        }
+        while (row >= 0 && sibling[row] < 0) row = t->parents[row];
+        if (row >= 0) row = sibling[row];
+    }
+    n = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (rank[order[i]] >= 0) chosen->order[n++] = rank[order[i]];
+}
+
+/* Attention of some tokens (rows relative to `start`; NULL: all) over queries, keys and values of all tokens so far. With
+   `keep`, weights stay: those of each token where the walk says, or one token's after the other's without a walk. */
+INLINE void attend(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const walk_t *walk,
+                   const float *qkv, float *all_out, float *all_probs, int keep, int32_t *chain, float *scores, int D)
 {
     int width = qkv_width(m), heads = m->heads, shared = m->heads / m->kv_heads;
-    float scale = 1.0f / sqrtf((float)D);
-    for (int64_t r = 0; r < rows; r++) {
+    float scale = 1.0f / sqrtf((float)D), *probs = all_probs;
+    for (int64_t k = 0; k < rows; k++) {
+        int64_t r = walk ? walk->order[k] : k;
         int32_t row = (int32_t)(t->start + (chosen ? chosen[r] : r));
         int n = ancestors(t->parents, row, chain);
+        float *out = all_out + r * heads * D;
+        if (keep && walk) probs = all_probs + walk->offsets[r] * heads;
         for (int h = 0; h < heads; h++, out += D) {
             const float *query = qkv + (int64_t)row * width + h * D, *key = qkv + (heads + h / shared) * D;
             const float *value = key + m->kv_heads * D;
-            dots(query, key, width, chain, n, scale, probs, D);
-            softmax(probs, n);
+            float *weights = keep ? scores : probs;
+            dots(query, key, width, chain, n, scale, weights, D);
+            softmax(weights, n);
             v8 sum[MAX_HEAD_DIM / 8] = {};
             for (int j = 0; j < n; j++) {
                 const float *v = value + (int64_t)chain[j] * width;
-                for (int i = 0; i < D / 8; i++) sum[i] += *(const v8 *)(v + 8 * i) * probs[j];
+                for (int i = 0; i < D / 8; i++) sum[i] += *(const v8 *)(v + 8 * i) * weights[j];
             }
             for (int i = 0; i < D / 8; i++) *(v8 *)(out + 8 * i) = sum[i];
-            if (keep) probs += n;
+            if (keep) memcpy(probs, weights, sizeof(float) * n), probs += n;
         }
     }
-    return probs;
 }
 
 /* d_qkv += the gradients of queries, keys and values. */
-INLINE void attend_backward(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const float *qkv,
-                            const float *probs, const float *d_out, float *d_qkv, int32_t *chain, float *d_scores, int D)
+INLINE void attend_backward(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const walk_t *walk,
+                            const float *qkv, const float *all_probs, const float *all_d_out, float *d_qkv, int32_t *chain,
+                            float *d_scores, int D)
 {
     int width = qkv_width(m), heads = m->heads, shared = m->heads / m->kv_heads;
     float scale = 1.0f / sqrtf((float)D);
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t k = 0; k < rows; k++) {
+        int64_t r = walk->order[k];
         int32_t row = (int32_t)(chosen ? chosen[r] : r);
         int n = ancestors(t->parents, row, chain);
+        const float *d_out = all_d_out + r * heads * D, *probs = all_probs + walk->offsets[r] * heads;
         for (int h = 0; h < heads; h++, d_out += D, probs += n) {
             int64_t query = (int64_t)row * width + h * D, key = (heads + h / shared) * D, value = key + m->kv_heads * D;
             float mean = 0.0f;
@@ -159,10 +205,10 @@ INLINE void attend_backward(const model_t *m, const tokens_t *t, const int64_t *
             v8 d_query[MAX_HEAD_DIM / 8] = {};
             for (int j = 0; j < n; j++) {
                 float d = (d_scores[j] - mean) * probs[j] * scale;
-                const float *k = qkv + (int64_t)chain[j] * width + key;
+                const float *k_row = qkv + (int64_t)chain[j] * width + key;
                 float *d_k = d_qkv + (int64_t)chain[j] * width + key, *d_v = d_qkv + (int64_t)chain[j] * width + value;
                 for (int i = 0; i < D / 8; i++) {
-                    d_query[i] += *(const v8 *)(k + 8 * i) * d;
+                    d_query[i] += *(const v8 *)(k_row + 8 * i) * d;
                     *(v8 *)(d_k + 8 * i) += *(const v8 *)(qkv + query + 8 * i) * d;
                     *(v8 *)(d_v + 8 * i) += *(const v8 *)(d_out + 8 * i) * probs[j];
                 }
@@ -181,19 +227,19 @@ INLINE void attend_backward(const model_t *m, const tokens_t *t, const int64_t *
     default: call(m->head_dim);                                                                                             \
     }
 
-static float *attention(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const float *qkv, float *out,
-                      float *probs, int keep, int32_t *chain)
+static void attention(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const walk_t *walk,
+                      const float *qkv, float *out, float *probs, int keep, int32_t *chain, float *scores)
 {
-#define CALL(D) probs = attend(m, t, chosen, rows, qkv, out, probs, keep, chain, D)
+#define CALL(D) attend(m, t, chosen, rows, walk, qkv, out, probs, keep, chain, scores, D)
     BY_HEAD_DIM(CALL)
 #undef CALL
-    return probs;
 }
 
-static void attention_backward(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const float *qkv,
-                               const float *probs, const float *d_out, float *d_qkv, int32_t *chain, float *d_scores)
+static void attention_backward(const model_t *m, const tokens_t *t, const int64_t *chosen, int64_t rows, const walk_t *walk,
+                               const float *qkv, const float *probs, const float *d_out, float *d_qkv, int32_t *chain,
+                               float *d_scores)
 {
-#define CALL(D) attend_backward(m, t, chosen, rows, qkv, probs, d_out, d_qkv, chain, d_scores, D)
+#define CALL(D) attend_backward(m, t, chosen, rows, walk, qkv, probs, d_out, d_qkv, chain, d_scores, D)
     BY_HEAD_DIM(CALL)
 #undef CALL
 }
