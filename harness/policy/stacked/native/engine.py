@@ -55,6 +55,7 @@ class NativeLayers:
 
     Attributes:
         names: the parameters that layers read, in the order of `weights_t`; biases that there are not, too.
+        given: those of them that the architecture has.
         width: of a token's queries, keys and values.
         pool: memory of activations.
     """
@@ -64,6 +65,8 @@ class NativeLayers:
         a = architecture
         self.names = ["embedding", "norm"]
         self.names += [f"layers.{layer}.{name}" for layer in range(a.num_layers) for name in LAYER_WEIGHTS]
+        shapes = a.parameter_shapes()
+        self.given = [name for name in self.names if name in shapes]
         self.width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
         sizes = (a.num_layers, a.hidden_size, a.num_heads, a.num_kv_heads, a.head_dim, a.intermediate_size)
         self._model = Model(*sizes, 0, a.norm_eps)
@@ -111,7 +114,7 @@ class NativeLayers:
         self, parameters: Mapping[str, Tensor], trees: Sequence[TokenTrees], known: Sequence[Activations | None]
     ) -> tuple[Tensor, ...]:
         """The same, with gradients; cells whose activations are known are not computed again."""
-        given = [parameters[name] for name in self.names if name in parameters]
+        given = [parameters[name] for name in self.given]
         states: Tensor = _Layers.apply(self, list(trees), list(known), *given)  # type: ignore[no-untyped-call]
         return states.split_with_sizes([len(each.outputs) for each in trees])
 
@@ -195,7 +198,7 @@ class _Layers(torch.autograd.Function):
         ctx: Any, layers: NativeLayers, trees: list[TokenTrees], known: list[Activations | None], *given: Tensor
     ) -> Tensor:
         hidden = given[0].new_empty(sum(len(each.outputs) for each in trees), layers.architecture.hidden_size)
-        addresses = layers.addresses(_named(layers, given), len(trees))
+        addresses = layers.addresses(dict(zip(layers.given, given, strict=True)), len(trees))
         parts = hidden.split_with_sizes([len(each.outputs) for each in trees])
         ctx.activations = []
         for at, each, earlier, part in zip(addresses, trees, known, parts, strict=True):
@@ -214,20 +217,9 @@ class _Layers(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layers, trees, given = ctx.layers, ctx.trees, ctx.saved_tensors
         gradients = [torch.zeros_like(given[0]), *(torch.empty_like(value) for value in given[1:])]
-        at, into = (layers.addresses(_named(layers, values), len(trees)) for values in (given, gradients))
+        named = (dict(zip(layers.given, values, strict=True)) for values in (given, gradients))
+        at, into = (layers.addresses(each, len(trees)) for each in named)
         parts = grad.contiguous().split_with_sizes([len(each.outputs) for each in trees])
         for cell in reversed(range(len(trees))):  # what the last cells read is still in the cache
             layers.backward(at[cell], trees[cell], ctx.activations[cell], parts[cell], into[cell])
         return None, None, None, *gradients
-
-
-def _named(layers: NativeLayers, given: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The parameters that a model has, under their names."""
-    a = layers.architecture
-    absent = {
-        *(("qkv_bias",) if not a.qkv_bias else ()),
-        *(("out_bias",) if not a.out_bias else ()),
-        *(("gate_up_bias", "down_bias") if not a.mlp_bias else ()),
-    }
-    names = [name for name in layers.names if name.rsplit(".", 1)[-1] not in absent]
-    return dict(zip(names, given, strict=True))

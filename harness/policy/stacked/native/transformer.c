@@ -49,16 +49,19 @@ static saved_t advanced(const model_t *m, saved_t s, int64_t row, int64_t output
     return s;
 }
 
-/* Integers that a pass over so many tokens needs as scratch, where the longest sequence is as long as the context. */
-int64_t integers(const model_t *m, int64_t count) { return 2 * (((int64_t)m->context + 31) & ~(int64_t)15) + walk_numbers(count); }
+/* Room for a number per token of the longest sequence, and the vectors that go beyond it. */
+static int64_t sequence_room(const model_t *m) { return ((int64_t)m->context + 31) & ~(int64_t)15; }
+
+/* Integers that a pass over so many tokens needs as scratch: a sequence's rows, weights of its attention, and walks. */
+int64_t integers(const model_t *m, int64_t count) { return 2 * sequence_room(m) + walk_numbers(count); }
 
 /* A pass over new tokens: their queries, keys and values, and the final, normalised states of the outputs. */
 void forward(const model_t *m, const weights_t *w, const tokens_t *t, const memory_t *memory, int32_t *chain)
 {
-    float *scores = (float *)chain + ((m->context + 31) & ~15);
+    float *scores = (float *)chain + sequence_room(m);
     walk_t all, some, *walk = NULL;
     if (t->start == 0) {
-        walks(t, t->outputs, t->num_outputs, (int32_t *)scores + ((m->context + 31) & ~15), &all, &some);
+        walks(t, t->outputs, t->num_outputs, chain + 2 * sequence_room(m), &all, &some);
         walk = &all;
     }
     int D = m->hidden, A = m->heads * m->head_dim, I = m->intermediate, W = qkv_width(m), keep = (int)memory->keep;
@@ -101,7 +104,7 @@ int64_t backward_numbers(const model_t *m, int64_t count)
     int64_t width = m->hidden > m->heads * m->head_dim ? m->hidden : m->heads * m->head_dim;
     int64_t widest = 2 * m->intermediate > qkv_width(m) ? 2 * m->intermediate : qkv_width(m);
     int64_t per_token = 2 * m->hidden + m->heads * m->head_dim + 3 * m->intermediate + qkv_width(m);
-    return count * per_token + width * widest + m->context + 64;
+    return count * per_token + width * widest + sequence_room(m);
 }
 
 /* Gradients `g` of a cell's weights from those of the states that passes with `keep` gave, of all tokens from the first
@@ -113,9 +116,9 @@ void backward(const model_t *m, const weights_t *w, const tokens_t *t, const mem
     int64_t rows = t->num_outputs;
     float *grad = scratch, *d_h = grad + t->count * D, *d_attn = d_h + t->count * D, *d_act = d_attn + t->count * A;
     float *d_gate_up = d_act + t->count * I, *d_qkv = d_gate_up + 2 * t->count * I, *d_scores = d_qkv + t->count * W;
-    float *turned = d_scores + ((m->context + 15) & ~15);
+    float *turned = d_scores + sequence_room(m);
     walk_t all, some;
-    walks(t, t->outputs, t->num_outputs, chain + 2 * ((m->context + 31) & ~15), &all, &some);
+    walks(t, t->outputs, t->num_outputs, chain + 2 * sequence_room(m), &all, &some);
     memset(grad, 0, sizeof(float) * rows * D);
     rms_backward(d_hidden, memory->last_x, memory->last_inverse, w->norm, rows, D, grad, g->norm, turned);
     for (int l = m->layers - 1; l >= 0; l--) {

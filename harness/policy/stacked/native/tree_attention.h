@@ -13,7 +13,7 @@ typedef struct {
     const float *cosines, *sines; /* [positions, head_dim]; sines are negated in the first half */
 } model_t;
 
-/* One layer's parameters, or their gradients, in the order of `LayerWeights`; biases may be NULL. */
+/* One layer's parameters, or their gradients, in the order of `LAYER_WEIGHTS` in `engine.py`; biases may be NULL. */
 typedef struct {
     float *input_norm, *qkv, *qkv_bias, *out, *out_bias, *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
 } layer_t;
