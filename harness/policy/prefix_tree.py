@@ -101,13 +101,12 @@ class Prefixes:
         bounds: where each depth begins; the last entry is the number of prefixes.
         ids: token ids of the completions' prefixes, those from number P on; `parents` and `depths` likewise.
         group: of every prefix, the prompt that it continues.
-        first: of the completions' prefixes, the first trajectory that has it.
     """
 
     def __init__(self, num_prompts: int, groups: Indices, tokens: Indices, lengths: Indices) -> None:
         P, (N, T) = num_prompts, tokens.shape
         vocabulary = int(max(tokens.max(initial=0), 0)) + 1
-        ids, parents, first = [], [], []
+        ids, parents = [], []
         self.logits_index = np.zeros((N, T), dtype=np.int64)
         self.bounds = [P]
         current = groups.copy()
@@ -116,16 +115,13 @@ class Prefixes:
             rows = np.flatnonzero(lengths > t + 1)
             if not len(rows):
                 continue
-            found = current[rows] * vocabulary + tokens[rows, t]
-            keys, index, inverse = np.unique(found, return_index=True, return_inverse=True)
+            keys, inverse = np.unique(current[rows] * vocabulary + tokens[rows, t], return_inverse=True)
             current[rows] = self.bounds[-1] + inverse
-            first.append(rows[index])
             ids.append(keys % vocabulary)
             parents.append(keys // vocabulary)
             self.bounds.append(self.bounds[-1] + len(keys))
         self.ids = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
         self.parents = np.concatenate([np.zeros(0, dtype=np.int64), *parents])
-        self.first = np.concatenate([np.zeros(0, dtype=np.int64), *first])
         self.depths = np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
         self.group = np.concatenate([np.arange(P), np.zeros(len(self.ids), dtype=np.int64)])
         for low, high in zip(self.bounds, self.bounds[1:], strict=False):
