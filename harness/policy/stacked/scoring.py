@@ -51,11 +51,8 @@ def _score_natively(
     known = [_known_states(model, rollout) for rollout in rollouts]
     pairs = zip(known, rollouts, strict=True)
     trees = [each.trees if each else rollout_trees(one.prompts, one.prefixes) for each, one in pairs]
-    if torch.is_grad_enabled():
-        activations = [None if each is None else each.activations for each in known]
-        states = layers.states_of(model.parameters, trees, activations)
-    else:
-        states = layers.states(model.parameters, trees)
+    activations = [None if each is None else each.activations for each in known]
+    states = layers.states(model.parameters, trees, activations)
     found = []
     heads = model.lm_head(model.parameters).unbind(0)
     for rollout, hidden, head in zip(rollouts, states, heads, strict=True):

@@ -31,7 +31,7 @@ def pack(run: Run) -> Pack:
 def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of every pass that keeps what a backward pass needs, outside of sampling."""
     counts: list[int] = []
-    extend, states_of = NativeLayers.extend, NativeLayers.states_of
+    extend, states = NativeLayers.extend, NativeLayers.states
 
     def counted(self: NativeLayers, *given: Any) -> Any:
         def noted(layers: NativeLayers, addresses: Any, trees: Any, activations: Any) -> Any:
@@ -40,9 +40,9 @@ def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(NativeLayers, "extend", noted)
-            return states_of(self, *given)
+            return states(self, *given)
 
-    monkeypatch.setattr(NativeLayers, "states_of", counted)
+    monkeypatch.setattr(NativeLayers, "states", counted)
     return counts
 
 

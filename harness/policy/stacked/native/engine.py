@@ -91,32 +91,33 @@ class NativeLayers:
                 first[column], stride[column] = value.data_ptr(), value.stride(0) * FLOAT
         return first + np.arange(cells)[:, None] * stride
 
-    def states(self, parameters: Mapping[str, Tensor], trees: Sequence[TokenTrees]) -> tuple[Tensor, ...]:
+    def states(
+        self,
+        parameters: Mapping[str, Tensor],
+        trees: Sequence[TokenTrees],
+        known: Sequence[Activations | None] | None = None,
+    ) -> tuple[Tensor, ...]:
         """Final, normalised states [J, hidden_size] of every cell's output tokens.
 
         Args:
             parameters: [C, …], by name; the states carry their gradients where gradients are enabled.
             trees: one for each of the C cells, without earlier tokens.
+            known: with gradients, activations of cells that need not be computed again.
 
         Raises:
             UserError: a sequence exceeds the model's context.
         """
         if torch.is_grad_enabled():
-            return self.states_of(parameters, trees, [None] * len(trees))
+            given = [parameters[name] for name in self.given]
+            earlier = list(known or [None] * len(trees))
+            states: Tensor = _Layers.apply(self, list(trees), earlier, *given)  # type: ignore[no-untyped-call]
+            return states.split_with_sizes([len(each.outputs) for each in trees])
         addresses = self.addresses(parameters, len(trees))
         found = []
         for cell, each in enumerate(trees):
             qkv = self._memory("qkv", len(each.tokens) * self.width).view(1, -1, self.width)
             found.append(self.decode(addresses[cell], each, qkv))
         return tuple(found)
-
-    def states_of(
-        self, parameters: Mapping[str, Tensor], trees: Sequence[TokenTrees], known: Sequence[Activations | None]
-    ) -> tuple[Tensor, ...]:
-        """The same, with gradients; cells whose activations are known are not computed again."""
-        given = [parameters[name] for name in self.given]
-        states: Tensor = _Layers.apply(self, list(trees), list(known), *given)  # type: ignore[no-untyped-call]
-        return states.split_with_sizes([len(each.outputs) for each in trees])
 
     def decode(self, addresses: NDArray[np.int64], trees: TokenTrees, qkv: Tensor) -> Tensor:
         """Final, normalised states [J, hidden_size] of a cell's new tokens, without gradient.
